@@ -1,0 +1,1 @@
+"""RAPID's core: models, KV caches, the batching engine, verification and the decode loop."""
