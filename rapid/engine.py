@@ -1,0 +1,261 @@
+"""The batching loop: one model, one thread, many sequences.
+
+A *task* is a generator that yields `Extend`s ("append these tokens to this sequence and give me the logits of the
+last rows") and is sent the logits. Prefill, propose and verify (`rapid.tasks`) are such generators, so the loop knows
+nothing of drafts or rules: it gathers what all live tasks ask for, cuts it to a token budget, runs one ragged forward
+pass, and hands the rows back. Target and drafter are the same class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from rapid.errors import SequenceClosed
+from rapid.kv_cache import KVCache
+from rapid.model import Model
+from rapid.sampling import SamplingParams
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens."""
+
+    id: int
+    cache: KVCache
+    sampling: SamplingParams
+    generator: torch.Generator
+    prompt: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    closed: bool = False
+    last_used: float = field(default_factory=time.monotonic)
+
+    def pending(self) -> list[int]:
+        """The tokens that are not in the cache yet."""
+        cached = self.cache.length - len(self.prompt)
+        return self.prompt[self.cache.length :] + self.output[max(0, cached) :]
+
+    def rebase(self, offset: int, tokens: list[int]) -> None:
+        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to where that still agrees."""
+        agree = offset
+        for ours, theirs in zip(self.output[offset:], tokens, strict=False):
+            if ours != theirs:
+                break
+            agree += 1
+        self.output[offset:] = tokens
+        self.cache.truncate(len(self.prompt) + agree)
+
+
+class Extend(NamedTuple):
+    """A task's request: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them."""
+
+    sequence: Sequence
+    tokens: list[int]
+    num_rows: int
+
+
+Task = Generator[Extend, Tensor, T]
+
+
+class EngineStats(NamedTuple):
+    """A snapshot. ``kv_bytes`` is the memory held by the caches of the ``num_sequences`` open sequences."""
+
+    num_sequences: int
+    kv_bytes: int
+    forward_passes: int
+    tokens_processed: int
+
+
+class _Running:
+    """A task between two steps: what it asks for, and how much of that has been done."""
+
+    def __init__(self, task: Task[Any], future: Future[Any]) -> None:
+        self.task, self.future = task, future
+        self.extend = next(task)
+        self.num_done = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self.extend.tokens) - self.num_done
+
+
+class Engine:
+    """Runs tasks over sequences in a thread of its own, batched.
+
+    ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the others nor delays a
+    cancellation. A sequence that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
+    """
+
+    def __init__(self, model: Model, *, max_batch_tokens: int = 128, idle_timeout: float = 120.0) -> None:
+        self.model = model
+        self._max_batch_tokens = max_batch_tokens
+        self._idle_timeout = idle_timeout
+        self._sequences: dict[int, Sequence] = {}
+        self._ids = itertools.count(1)
+        self._submitted: list[tuple[Task[Any], Future[Any]]] = []
+        self._running: list[_Running] = []
+        self._forward_passes = self._tokens_processed = 0
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
+        self._thread.start()
+
+    def open(self, capacity: int, sampling: SamplingParams) -> Sequence:
+        """A new sequence with room for ``capacity`` tokens and a random generator of its own."""
+        generator = torch.Generator(self.model.layout.device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        with torch.inference_mode(False):
+            sequence = Sequence(next(self._ids), self.model.new_cache(capacity), sampling, generator)
+        with self._wake:
+            self._sequences[sequence.id] = sequence
+        return sequence
+
+    def get(self, sequence_id: int) -> Sequence:
+        """The open sequence of that id.
+
+        Raises:
+            SequenceClosed: it was closed, or expired.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise SequenceClosed(f"sequence {sequence_id} is closed: the request was cancelled or idle for too long")
+        sequence.last_used = time.monotonic()
+        return sequence
+
+    def close(self, sequence: Sequence) -> None:
+        """Frees the sequence's cache. Tasks on it fail with SequenceClosed before the next forward pass."""
+        with self._wake:
+            sequence.closed = True
+            self._sequences.pop(sequence.id, None)
+            self._wake.notify()
+
+    def submit(self, task: Task[T]) -> Future[T]:
+        """Runs ``task`` to its end; the future has its return value, or the exception that ended it."""
+        future: Future[T] = Future()
+        with self._wake:
+            self._submitted.append((task, future))
+            self._wake.notify()
+        return future
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done so far."""
+        with self._wake:
+            held = list(self._sequences.values())
+        return EngineStats(len(held), sum(s.cache.nbytes for s in held), self._forward_passes, self._tokens_processed)
+
+    def shutdown(self) -> None:
+        """Ends the thread; whatever is still running fails with SequenceClosed."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._expire()
+                while not (self._submitted or self._running or self._stopping):
+                    self._wake.wait(timeout=1.0)
+                    self._expire()
+                if self._stopping:
+                    for future in [f for _, f in self._submitted] + [r.future for r in self._running]:
+                        future.set_exception(SequenceClosed("the engine is shutting down"))
+                    return
+                submitted, self._submitted = self._submitted, []
+            with torch.inference_mode():
+                for task, future in submitted:
+                    self._start(task, future)
+                self._drop_closed()
+                if self._running:
+                    self._step()
+
+    def _step(self) -> None:
+        """One iteration: schedule, run, send the rows back."""
+        scheduled = self._schedule()
+        segments = []
+        for running, num_tokens in scheduled:
+            sequence, tokens, num_rows = running.extend
+            chunk = tokens[running.num_done : running.num_done + num_tokens]
+            segments.append((sequence.cache, chunk, num_rows if num_tokens == running.num_left else 0))
+        try:
+            rows = self.model.forward(segments)
+        except Exception as error:
+            logger.exception("a forward pass over %d sequences failed", len(segments))
+            for running, _ in scheduled:
+                self._finish(running, error)
+            return
+        self._forward_passes += 1
+        self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
+        for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
+            running.num_done += num_tokens
+            running.extend.sequence.last_used = time.monotonic()
+            if not running.num_left:
+                self._resume(running, logits)
+
+    def _schedule(self) -> list[tuple[_Running, int]]:
+        """Who runs how many tokens: short requests first, and what is left of the budget to the long ones."""
+        budget, scheduled = self._max_batch_tokens, []
+        for running in sorted(self._running, key=lambda running: running.num_left):
+            # Several rows of logits come from one pass, so what wants them is not cut below them.
+            num_tokens = min(running.num_left, budget)
+            if 0 < running.num_left - num_tokens < running.extend.num_rows:
+                num_tokens = running.num_left - running.extend.num_rows
+            if num_tokens > 0:
+                scheduled.append((running, num_tokens))
+                budget -= num_tokens
+        if not scheduled:  # a request for more rows than the budget: alone, it may exceed it
+            shortest = min(self._running, key=lambda running: running.num_left)
+            scheduled.append((shortest, shortest.num_left))
+        return scheduled
+
+    def _start(self, task: Task[Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._running.append(_Running(task, future))
+        except StopIteration as stop:
+            future.set_result(stop.value)
+        except Exception as error:
+            future.set_exception(error)
+
+    def _resume(self, running: _Running, logits: Tensor) -> None:
+        try:
+            running.extend = running.task.send(logits)
+            running.num_done = 0
+        except StopIteration as stop:
+            self._finish(running, stop.value)
+        except Exception as error:
+            self._finish(running, error)
+
+    def _finish(self, running: _Running, outcome: object) -> None:
+        self._running.remove(running)
+        if isinstance(outcome, Exception):
+            running.future.set_exception(outcome)
+        else:
+            running.future.set_result(outcome)
+
+    def _drop_closed(self) -> None:
+        for running in [r for r in self._running if r.extend.sequence.closed]:
+            running.task.close()
+            self._finish(running, SequenceClosed("the request was cancelled"))
+
+    def _expire(self) -> None:
+        deadline = time.monotonic() - self._idle_timeout
+        for sequence in [s for s in self._sequences.values() if s.last_used < deadline]:
+            logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
+            self.close(sequence)

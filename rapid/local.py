@@ -1,0 +1,74 @@
+"""The backend of one process: engines and a retriever called directly. The command line and the tests run on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from rapid.engine import Engine, Sequence
+from rapid.generate import DraftHandle, Lease, Retrieval, Role
+from rapid.model import ModelInfo
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
+from rapid.tokenization import check_same_tokenizer
+
+Retrieve = Callable[[list[str], str, Any], Retrieval]
+OnPrefill = Callable[[Role, int, int], None]
+
+
+class LocalBackend:
+    """Two engines (or one engine in both roles) and a retriever in this process.
+
+    ``on_prefill(role, tokens done, tokens in all)`` is called a few times a second while a prompt is read.
+
+    Raises:
+        ModelMismatch: the two models do not share a tokenizer.
+    """
+
+    def __init__(
+        self, target: Engine, drafter: Engine, retrieve: Retrieve, *, on_prefill: OnPrefill = lambda *_: None
+    ) -> None:
+        if target.model.tokenizer and drafter.model.tokenizer:
+            check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
+        self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
+        self._retrieve = retrieve
+        self._on_prefill = on_prefill
+
+    def info(self, role: Role) -> ModelInfo:
+        return self._engines[role].model.info
+
+    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        return await asyncio.to_thread(self._retrieve, contents, query, options)
+
+    @asynccontextmanager
+    async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
+        engine = self._engines[role]
+        sequence = engine.open(capacity, sampling)
+        try:
+            yield _LocalLease(role, engine, sequence, self._on_prefill)
+        finally:
+            engine.close(sequence)
+
+
+class _LocalLease:
+    def __init__(self, role: Role, engine: Engine, sequence: Sequence, on_prefill: OnPrefill) -> None:
+        self._role, self._engine, self._sequence, self._on_prefill = role, engine, sequence, on_prefill
+
+    async def prefill(self, prompt: list[int]) -> float:
+        running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence, prompt)))
+        while not running.done():
+            await asyncio.wait([running], timeout=0.2)
+            self._on_prefill(self._role, self._sequence.cache.length, len(prompt) - 1)
+        return running.result()
+
+    def propose(self, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int) -> DraftHandle:
+        eos = self._engine.model.info.eos_token_ids
+        task = propose(self._sequence, offset, tokens, num_draft_tokens, draft_top_k, eos)
+        return asyncio.wrap_future(self._engine.submit(task))
+
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        draft = draft if isinstance(draft, Draft) else await draft
+        task = verify_draft(self._sequence, draft, rule, transfer_strength)
+        return await asyncio.wrap_future(self._engine.submit(task))

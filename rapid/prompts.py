@@ -1,0 +1,191 @@
+"""From chat messages or a plain prompt to tokens, and which part of them is context and which is the query.
+
+The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, wherever it stands; so is a history
+of short messages that is longer than that together, exchange by exchange. The query is what the caller names, else the
+last user message, or its last paragraph when that message is itself long. The drafter reads the same messages with the
+context replaced by what was retrieved of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rapid.errors import InvalidRequest
+
+LONG_CONTENT_TOKENS = 512
+
+
+class Message(NamedTuple):
+    """One turn of a chat; ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+class RetrievedText(Protocol):
+    """What this module needs of a retrieved chunk: a piece of ``Prompt.contents[content]``."""
+
+    @property
+    def content(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A message taken apart: ``document`` is the part that retrieval may shorten, ``rest`` what always stays."""
+
+    role: str
+    rest: str
+    content: int | None = None  # which of the contents holds the document
+    is_exchange: bool = False  # the whole message belongs to an exchange that is kept or dropped as one
+
+    def shortened(self, kept: dict[int, list[str]]) -> Message | None:
+        if self.content is None:
+            return Message(self.role, self.rest)
+        if self.is_exchange:
+            return Message(self.role, self.rest) if self.content in kept else None
+        text = "\n\n".join(kept.get(self.content, [])) + self.rest
+        return Message(self.role, text) if text else None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's prompt: ``tokens`` as the target reads it, and the ``contents`` and ``query`` for the retriever."""
+
+    tokens: list[int]
+    contents: list[str]
+    query: str
+    _turns: list[_Turn] = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    _is_chat: bool = True
+
+    def shortened(self, chunks: Iterable[RetrievedText]) -> list[int]:
+        """The tokens that the drafter reads: every long content replaced by its ``chunks`` (in document order)."""
+        kept: dict[int, list[str]] = {}
+        for chunk in chunks:
+            kept.setdefault(chunk.content, []).append(chunk.text.strip())
+        messages = [message for turn in self._turns if (message := turn.shortened(kept)) is not None]
+        return _encode(self.tokenizer, messages, is_chat=self._is_chat)
+
+
+def read_chat(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    query: str | None = None,
+    long_content_tokens: int = LONG_CONTENT_TOKENS,
+) -> Prompt:
+    """Applies the model's chat template and the context rule to ``messages``.
+
+    Raises:
+        InvalidRequest: there are no messages, or the chat template refuses them.
+    """
+    if not messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    return _read(messages, tokenizer, query, long_content_tokens, is_chat=True)
+
+
+def read_text(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    query: str | None = None,
+    long_content_tokens: int = LONG_CONTENT_TOKENS,
+) -> Prompt:
+    """A prompt without a chat template, under the same rule: its last paragraph is the query, the rest the context.
+
+    Raises:
+        InvalidRequest: the prompt is empty.
+    """
+    if not text:
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    return _read([Message("user", text)], tokenizer, query, long_content_tokens, is_chat=False)
+
+
+def _read(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    query: str | None,
+    long_content_tokens: int,
+    *,
+    is_chat: bool,
+) -> Prompt:
+    sizes = [len(tokenizer(message.content, add_special_tokens=False)["input_ids"]) for message in messages]
+    users = [i for i, message in enumerate(messages) if message.role == "user"]
+    last = users[-1] if users else len(messages) - 1
+    is_long = [size > long_content_tokens for size in sizes]
+
+    def in_history(i: int) -> bool:
+        return i < last and messages[i].role != "system"
+
+    short_history = [i for i in range(len(messages)) if in_history(i) and not is_long[i]]
+    history_is_long = sum(sizes[i] for i in short_history) > long_content_tokens
+
+    contents: list[str] = []
+    turns: list[_Turn] = []
+    default_query = messages[last].content
+    exchange: int | None = None  # the content that gathers the exchange being read
+    for i, (role, content) in enumerate(messages):
+        if role == "user":
+            exchange = None
+        if is_long[i]:
+            document, question = split_question(content) if i == last else (content, "")
+            if i == last and question and not _is_long(question, tokenizer, long_content_tokens):
+                default_query = question.strip()
+            else:
+                document, question = content, ""
+            turns.append(_Turn(role, question, len(contents)))
+            contents.append(document)
+        elif in_history(i) and history_is_long:
+            if exchange is None:
+                exchange = len(contents)
+                contents.append(content)
+            else:
+                contents[exchange] += "\n" + content
+            turns.append(_Turn(role, content, exchange, is_exchange=True))
+        else:
+            turns.append(_Turn(role, content))
+    tokens = _encode(tokenizer, messages, is_chat=is_chat)
+    return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat)
+
+
+def split_question(text: str) -> tuple[str, str]:
+    """(document, last paragraph with the white space before it); the last line where there is no blank line.
+
+    A text of one line has no question of its own: (text, "").
+    """
+    body = text.rstrip()
+    cut, end = body.rfind("\n"), len(body)
+    while (start := body.rfind("\n", 0, end)) >= 0:  # line by line from the end, so linear in the text
+        if not body[start + 1 : end].strip():
+            cut = start
+            break
+        end = start
+    document = body[: max(cut, 0)].rstrip()
+    return (document, text[len(document) :]) if document else (text, "")
+
+
+def _is_long(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > limit
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, is_chat: bool) -> list[int]:
+    if not is_chat:
+        return list(tokenizer("".join(message.content for message in messages))["input_ids"])
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            "this model has no chat template; use /v1/completions with a plain prompt", param="messages"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [message._asdict() for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

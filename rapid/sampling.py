@@ -1,0 +1,88 @@
+"""From logits to a probability distribution, and from a distribution to a token.
+
+The warping (temperature, top-k, top-p, min-p, in that order, as in transformers) is applied alike to the target's and
+the drafter's logits, so that p and q of the paper are always the distributions that are really sampled from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rapid.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request samples. A temperature of 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+
+    Raises:
+        InvalidRequest: a value is out of range; ``param`` names the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
+
+        require(math.isfinite(self.temperature) and 0 <= self.temperature <= 10, "temperature", "between 0 and 10")
+        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        require(self.top_k >= 0, "top_k", "0 (off) or positive")
+        require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution that ``params`` makes of ``logits`` [..., V]: same shape, rows sum to 1.
+
+    Temperature 0 gives a one-hot row at the argmax, which makes every verification rule reduce to greedy decoding.
+    """
+    if params.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # The maximum is taken off first: a tiny temperature must not turn the largest logits into inf - inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = scaled.topk(params.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < kth, -torch.inf)
+    if params.top_p < 1:
+        scaled = _keep_nucleus(scaled, params.top_p)
+    probs = scaled.softmax(-1)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def _keep_nucleus(scaled: Tensor, top_p: float) -> Tensor:
+    """Masks all but the smallest set of most likely tokens whose mass reaches ``top_p``; always keeps one."""
+    ascending, order = scaled.sort(-1)
+    mass_up_to = ascending.softmax(-1).cumsum(-1)
+    drop = mass_up_to <= 1 - top_p
+    drop[..., -1] = False
+    return scaled.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
+
+
+def truncate(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` most likely tokens of ``probs`` [V], renormalised: (indices [k'], probabilities [k']), k' ≤ k.
+
+    A drafter samples from exactly this, so it IS q in every formula and nothing becomes approximate.
+    Tokens of probability 0 are left out.
+    """
+    top, indices = probs.topk(min(k, probs.shape[-1]))
+    support = max(1, int((top > 0).sum()))
+    return indices[:support], top[:support] / top[:support].sum()
+
+
+def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index per row of ``probs`` [..., V] (rows need not sum to 1): shape [...]."""
+    rows = probs.reshape(-1, probs.shape[-1])
+    return torch.multinomial(rows, 1, generator=generator).reshape(probs.shape[:-1])
