@@ -1,0 +1,60 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install models serve test check lock clean
+
+PYTHON ?= python3
+CONFIG ?= serve_config.yaml
+
+BIN := .venv/bin
+# One line per sizeable download, instead of silence or pip's six hundred lines.
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+BRIEFLY = | sed -nE 's/^ *Downloading (.*[MG]B\))/  \1/p'
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | column -t -s $$'\t'
+
+install: .venv/base.stamp ## make .venv with the pinned dependencies (PYTHON=python3)
+
+models: install ## download the embedded models
+	$(BIN)/rapid models pull
+
+serve: install ## serve CONFIG=serve_config.yaml on this machine
+	$(BIN)/rapid serve $(CONFIG)
+
+test: .venv/dev.stamp ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Resolves from nothing, so that no version lingers only because it was pinned before.
+lock: install ## pin every dependency anew in constraints.txt
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev]'
+	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
+	mv .venv/constraints.txt constraints.txt
+
+clean: ## remove .venv and what the tools cached (the models stay)
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+.venv/base.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make install PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into .venv; a first time takes minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) -e . $(BRIEFLY)
+	@touch $@
+
+.venv/dev.stamp: .venv/base.stamp
+	@$(PIP_INSTALL) -e '.[dev]' $(BRIEFLY)
+	@touch $@
+
+# A local version such as torch's "+cpu" names one build; the pin must hold for all of them.
+define PINS
+import json
+for package in sorted(json.load(open(".venv/report.json"))["install"], key=lambda p: p["metadata"]["name"].lower()):
+    if "dir_info" not in package["download_info"]:
+        print(package["metadata"]["name"].lower() + "==" + package["metadata"]["version"].split("+")[0])
+endef
+export PINS
