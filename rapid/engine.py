@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Sequence:
-    """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens."""
+    """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
+
+    ``ended`` is done once the sequence is closed, by its owner or for being idle.
+    """
 
     id: int
     cache: KVCache
@@ -39,7 +42,7 @@ class Sequence:
     generator: torch.Generator
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    closed: bool = False
+    ended: Future[None] = field(default_factory=Future)
     last_used: float = field(default_factory=time.monotonic)
 
     def pending(self) -> list[int]:
@@ -140,8 +143,8 @@ class Engine:
     def close(self, sequence: Sequence) -> None:
         """Frees the sequence's cache. Tasks on it fail with SequenceClosed before the next forward pass."""
         with self._wake:
-            sequence.closed = True
-            self._sequences.pop(sequence.id, None)
+            if self._sequences.pop(sequence.id, None):
+                sequence.ended.set_result(None)
             self._wake.notify()
 
     def submit(self, task: Task[T]) -> Future[T]:
@@ -250,7 +253,7 @@ class Engine:
             running.future.set_result(outcome)
 
     def _drop_closed(self) -> None:
-        for running in [r for r in self._running if r.extend.sequence.closed]:
+        for running in [r for r in self._running if r.extend.sequence.ended.done()]:
             running.task.close()
             self._finish(running, SequenceClosed("the request was cancelled"))
 
