@@ -48,8 +48,9 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The maximum is taken off first: a tiny temperature must not turn the largest logits into inf - inf.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+    # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
+    temperature = max(params.temperature, torch.finfo(logits.dtype).tiny)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < params.top_k < logits.shape[-1]:
         kth = scaled.topk(params.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < kth, -torch.inf)

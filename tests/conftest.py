@@ -1,0 +1,103 @@
+"""What several tests need: real texts, the embedded model, and models so tiny that their output can be enumerated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from rapid import attention
+from rapid.catalog import local_path
+from rapid.engine import Engine
+from rapid.model import Model
+from rapid.tokenization import load_tokenizer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+LETTERS = "\n abcdefghijklmnopqrstuvwxyz?"
+
+
+@pytest.fixture(scope="session")
+def data_file() -> Callable[[str], Path]:
+    """The path of a real text; skips the test where the texts are absent."""
+
+    def path(name: str) -> Path:
+        if not (DATA / name).is_file():
+            pytest.skip(f"{DATA / name} is absent")
+        return DATA / name
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The folder of the embedded language model."""
+    return local_path("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(smollm: Path) -> PreTrainedTokenizerFast:
+    """A real tokenizer with a chat template."""
+    return load_tokenizer(str(smollm))
+
+
+@pytest.fixture(scope="session")
+def letter_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
+    """A tokenizer of the first ``size`` of LETTERS, a token each: "\\n", " ", "a", "b" and so on."""
+
+    def make(size: int) -> PreTrainedTokenizerFast:
+        vocabulary = {letter: i for i, letter in enumerate(LETTERS[:size])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=LETTERS[size - 1]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Model]:
+    """Random models of a few thousand weights, whose predictions differ from context to context.
+
+    The same arguments give the same weights. Without ``eos`` nothing but a limit ends the output.
+    """
+
+    def make(
+        vocab_size: int = 32, *, seed: int = 0, layers: int = 2, window: int = 512, eos: int | None = None
+    ) -> Model:
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=window,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=None,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        return Model(network, None, f"tiny-{seed}")
+
+    return make
+
+
+@pytest.fixture
+def engine() -> Iterator[Callable[..., Engine]]:
+    """Makes engines, and shuts them down after the test."""
+    engines: list[Engine] = []
+
+    def make(model: Model, **options: float) -> Engine:
+        engines.append(Engine(model, **options))
+        return engines[-1]
+
+    yield make
+    for made in engines:
+        made.shutdown()
