@@ -46,8 +46,13 @@ class KVCache:
         """Puts ``keys`` and ``values`` [KV heads, n, head size] behind the filled part of ``layer``.
 
         Returns views of everything up to and including them: [KV heads, length + n, head size] each.
+
+        Raises:
+            ValueError: they do not fit. A lone row would otherwise broadcast into the empty slice and vanish.
         """
         end = self.length + keys.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} tokens cannot hold {end}")
         self.keys[layer, :, self.length : end] = keys
         self.values[layer, :, self.length : end] = values
         return self.keys[layer, :, :end], self.values[layer, :, :end]
