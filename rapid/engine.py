@@ -51,14 +51,17 @@ class Sequence:
         return self.prompt[self.cache.length :] + self.output[max(0, cached) :]
 
     def rebase(self, offset: int, tokens: list[int]) -> None:
-        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to where that still agrees."""
+        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to where that still agrees.
+
+        The last token is never left in the cache, even if it agrees: feeding it is what gives the next logits.
+        """
         agree = offset
         for ours, theirs in zip(self.output[offset:], tokens, strict=False):
             if ours != theirs:
                 break
             agree += 1
         self.output[offset:] = tokens
-        self.cache.truncate(len(self.prompt) + agree)
+        self.cache.truncate(len(self.prompt) + min(agree, len(self.output) - 1))
 
 
 class Extend(NamedTuple):
