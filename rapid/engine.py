@@ -154,8 +154,11 @@ class Engine:
         """Runs ``task`` to its end; the future has its return value, or the exception that ended it."""
         future: Future[T] = Future()
         with self._wake:
-            self._submitted.append((task, future))
-            self._wake.notify()
+            if self._stopping:
+                future.set_exception(SequenceClosed("the engine is shutting down"))
+            else:
+                self._submitted.append((task, future))
+                self._wake.notify()
         return future
 
     def stats(self) -> EngineStats:
@@ -179,7 +182,8 @@ class Engine:
                     self._wake.wait(timeout=1.0)
                     self._expire()
                 if self._stopping:
-                    for future in [f for _, f in self._submitted] + [r.future for r in self._running]:
+                    waiting = [future for _, future in self._submitted if future.set_running_or_notify_cancel()]
+                    for future in waiting + [running.future for running in self._running]:
                         future.set_exception(SequenceClosed("the engine is shutting down"))
                     return
                 submitted, self._submitted = self._submitted, []
