@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import rapid  # noqa: F401 (before torch: it says how PyTorch's threads are to wait)
+
+# isort: split
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
