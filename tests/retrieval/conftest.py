@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """About 60,000 characters of hard-wrapped English: a novel where there is one, else made up."""
+    novel = DATA / "moby-dick.txt"
+    if novel.is_file():
+        return novel.read_text(encoding="utf-8")[30_000:90_000]
+    rng = random.Random(0)
+    vocabulary = "the whale of a ship and captain was harpoon ocean mast sailed password lighthouse message about is"
+    words = vocabulary.split()
+    sentences = (" ".join(rng.choices(words, k=rng.randint(4, 20))).capitalize() + "." for _ in range(1100))
+    return "".join(sentence + rng.choice([" ", " ", "\n", "\n\n"]) for sentence in sentences)
+
+
+def byte_level_bpe(corpus: str, *, trim_offsets: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=trim_offsets)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([corpus], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prose: str) -> PreTrainedTokenizerFast:
+    """Like the tokenizers of Llama, Qwen and SmolLM: byte-level BPE whose spans include the space before a word."""
+    return byte_level_bpe(prose, trim_offsets=False)
+
+
+@pytest.fixture(scope="session")
+def trimming_tokenizer(prose: str) -> PreTrainedTokenizerFast:
+    """Like RoBERTa's: a space is put before the text, and spans leave spaces out."""
+    return byte_level_bpe(prose, trim_offsets=True)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    from rapid.catalog import local_path
+
+    return Path(local_path("all-minilm-l6-v2"))
+
+
+class WordEmbedder:
+    """Texts that share words are near each other, others are not. Remembers what it was asked to embed."""
+
+    name, dimension, max_tokens = "words", 256, 10_000
+
+    def __init__(self) -> None:
+        self.embedded: list[str] = []
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        self.embedded += texts
+        return np.stack([self.embed_query(text) for text in texts])
+
+    def embed_query(self, query: str) -> np.ndarray:
+        vector = np.full(self.dimension, 1e-6, dtype=np.float32)
+        for word in query.lower().split():
+            vector[zlib.crc32(word.strip(".,?!").encode()) % self.dimension] += 1
+        return vector / np.linalg.norm(vector)
+
+
+@pytest.fixture
+def embedder() -> WordEmbedder:
+    return WordEmbedder()
