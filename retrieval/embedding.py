@@ -1,0 +1,168 @@
+"""Texts to unit vectors, with FlagEmbedding. The only module that knows FlagEmbedding.
+
+FlagEmbedding loads the models, pools their states, and holds BGE-M3's head. Batching is done here, because its own
+`encode` runs the first batch twice to find a size that fits, draws progress bars, and may start processes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+
+from retrieval.errors import RetrievalError
+
+_BATCH_TOKENS = 8192  # padded tokens in one forward pass
+_USUAL_TOKENS = 512
+_BGE_M3_FILES = ("colbert_linear.pt", "sparse_linear.pt")
+_OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
+
+
+class Embedder:
+    """One embedding model on one device. May be called from several threads, which take turns at the device.
+
+    Attributes:
+        name: the model's folder or hub id.
+        dimension: length of a vector.
+        max_tokens: tokens read of each text, special tokens included; what lies beyond does not count.
+    """
+
+    def __init__(
+        self, name: str, *, tokenizer: Any, forward: Callable[[Any], torch.Tensor], max_tokens: int, device: str
+    ) -> None:
+        """`forward` takes the padded inputs [batch, tokens] and returns the pooled vectors [batch, dimension]."""
+        self.name, self.max_tokens = name, max_tokens
+        self._tokenizer, self._forward, self._device = tokenizer, forward, device
+        # One forward pass at a time, since several would only share the device and add up in memory. Taken for a pass
+        # and not for a call, so that a query does not wait for another request's whole document.
+        self._lock = threading.Lock()
+        self.dimension = self._embed(["dimension"]).shape[1]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one unit vector for each text: [len(texts), dimension]."""
+        if not texts:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        return self._embed(texts)
+
+    def embed_query(self, query: str) -> NDArray[np.float32]:
+        """Return the query's unit vector: [dimension]."""
+        vector: NDArray[np.float32] = self._embed([query])[0]
+        return vector
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        # Tokenizers refuse lone surrogates, which JSON can smuggle in.
+        readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        tokens = self._tokenizer(readable, truncation=True, max_length=self.max_tokens)
+        order, vectors = [], []
+        for batch in _batches([len(ids) for ids in tokens["input_ids"]]):
+            rows = {name: [values[i] for i in batch] for name, values in tokens.items()}
+            inputs = self._tokenizer.pad(rows, padding=True, return_tensors="pt").to(self._device)
+            with self._lock:
+                vectors.append(torch.nn.functional.normalize(self._forward(inputs).float(), dim=-1).cpu().numpy())
+            order += batch
+        embedded: NDArray[np.float32] = np.concatenate(vectors)[np.argsort(order)]
+        return embedded
+
+
+def load_embedder(
+    model: str | Path,
+    *,
+    kind: Literal["auto", "bge-m3", "dense"] = "auto",
+    max_tokens: int | None = None,
+    device: str = "cpu",
+) -> Embedder:
+    """Load an embedding model from a folder or by hub id.
+
+    Args:
+        kind: "bge-m3" for BGE-M3 and its fine-tuned copies (the paper's choice; the dense vectors of three kinds),
+            "dense" for any other encoder; "auto" looks for BGE-M3's own files.
+        max_tokens: tokens to read of each text; by default what the model's files say.
+        device: "cpu", "cuda" or "cuda:0"; half precision on CUDA.
+
+    A dense model's pooling ("cls" or "mean") and length are read from the files sentence-transformers keeps beside it
+    (`1_Pooling/config.json`, `sentence_bert_config.json`); without them, "cls" and the tokenizer's length.
+
+    Raises RetrievalError when the model cannot be found or loaded, ValueError when `max_tokens` is more than it can
+    read.
+    """
+    # Takes seconds to import (it brings its training code), and whoever only wants this package's options has no use
+    # for it.
+    from FlagEmbedding import BGEM3FlagModel, FlagModel  # type: ignore[import-untyped]
+
+    folder = _folder(str(model))
+    settings = {"devices": device, "use_fp16": device.startswith("cuda")}
+    if kind == "auto":
+        kind = "bge-m3" if all((folder / name).is_file() for name in _BGE_M3_FILES) else "dense"
+    try:
+        if kind == "bge-m3":
+            flag = BGEM3FlagModel(str(folder), **settings)
+        else:
+            flag = FlagModel(str(folder), pooling_method=_pooling(folder), **settings)
+        flag.model.to(device).eval()
+        declared = int(flag.tokenizer.model_max_length)
+        longest = declared if declared < 10**6 else _USUAL_TOKENS  # one that does not say has 10**30
+        length = int(_read_json(folder / "sentence_bert_config.json").get("max_seq_length") or longest)
+    except RetrievalError:
+        raise
+    except Exception as error:  # each file format has its own errors
+        raise RetrievalError(
+            f"the embedding model in {folder} cannot be loaded ({type(error).__name__}: {error}). "
+            "It needs config.json, the weights and the tokenizer's files, whole; download it again."
+        ) from error
+    if max_tokens is not None and not 1 <= max_tokens <= longest:
+        raise ValueError(f"max_tokens must be between 1 and {longest} for the model {model}, got {max_tokens}")
+
+    def forward(inputs: Any) -> torch.Tensor:
+        if kind == "bge-m3":
+            dense: torch.Tensor = flag.model(inputs, return_dense=True)["dense_vecs"]
+            return dense
+        pooled: torch.Tensor = flag.pooling(flag.model(**inputs).last_hidden_state, inputs["attention_mask"])
+        return pooled
+
+    return Embedder(
+        str(model), tokenizer=flag.tokenizer, forward=forward, max_tokens=max_tokens or length, device=device
+    )
+
+
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, ignore_patterns=_OTHER_FRAMEWORKS))
+    except (OSError, ValueError) as error:
+        raise RetrievalError(
+            f"no embedding model {model!r}: it is not a folder here, and it cannot be fetched from the hub ({error}). "
+            "Give the path of a model folder, or a hub id that this machine can reach or has in its cache."
+        ) from error
+
+
+def _pooling(folder: Path) -> str:
+    """Return FlagEmbedding's name for the model's pooling."""
+    config = _read_json(folder / "1_Pooling" / "config.json")
+    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    names = {(): "cls", ("pooling_mode_cls_token",): "cls", ("pooling_mode_mean_tokens",): "mean"}
+    if tuple(chosen) not in names:
+        raise RetrievalError(f"{folder / '1_Pooling'} asks for {', '.join(chosen)}; only cls and mean are known")
+    return names[tuple(chosen)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Group the indices of `lengths`, longest first; a group padded to its longest stays within _BATCH_TOKENS."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, _BATCH_TOKENS // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+
+from retrieval import Embedder, RetrievalError, load_embedder
+
+
+@pytest.fixture(scope="module")
+def dense(minilm):
+    return load_embedder(minilm)
+
+
+@pytest.fixture(scope="module")
+def bge_m3(tmp_path_factory):
+    """A folder laid out like BGE-M3, of random weights: 2 layers, 32 dimensions, 64 tokens."""
+    folder = tmp_path_factory.mktemp("bge-m3")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["the white whale swims", "over the wide sea"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        cls_token="<s>", sep_token="</s>", model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, type_vocab_size=1,
+    )  # fmt: skip
+    XLMRobertaModel(config).save_pretrained(folder)
+    torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
+    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
+    return folder
+
+
+TEXTS = ["the white whale", "over the wide sea " * 30, "sea", "whale whale whale swims over the sea"]
+
+
+def test_vectors_are_unit_float32_in_the_order_of_the_texts(dense):
+    vectors = dense.embed(TEXTS)
+    assert vectors.shape == (4, 384) and vectors.dtype == np.float32 and dense.dimension == 384
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        np.testing.assert_allclose(dense.embed_query(text), vector, atol=1e-5)
+
+
+def test_no_texts_are_no_rows(dense):
+    assert dense.embed([]).shape == (0, 384)
+
+
+def test_a_folder_of_sentence_transformers_sets_its_own_pooling_and_length(dense, minilm):
+    from FlagEmbedding import FlagModel
+
+    reference = FlagModel(str(minilm), pooling_method="mean", devices="cpu", use_fp16=False)
+    long = " ".join(str(i) for i in range(1000))
+    assert dense.max_tokens == 256
+    expected = reference.encode([*TEXTS, long], max_length=256)
+    np.testing.assert_allclose(dense.embed([*TEXTS, long]), expected, atol=1e-5)
+    np.testing.assert_array_equal(dense.embed([long]), dense.embed([long + " and more"]))
+
+
+def test_meaning_is_near_meaning(dense):
+    query = dense.embed_query("Who hunts the whale?")
+    near, far = dense.embed(["The captain chases whales with harpoons.", "Interest rates rose in March."]) @ query
+    assert near > 0.4 > 0.2 > far
+
+
+def test_bge_m3_is_recognised_and_gives_its_dense_vectors(bge_m3):
+    from FlagEmbedding import BGEM3FlagModel
+
+    embedder = load_embedder(bge_m3)
+    assert (embedder.dimension, embedder.max_tokens) == (32, 64)
+    reference = BGEM3FlagModel(str(bge_m3), devices="cpu", use_fp16=False)
+    expected = reference.encode(TEXTS, max_length=64)["dense_vecs"]
+    np.testing.assert_allclose(embedder.embed(TEXTS), expected, atol=1e-5)
+
+
+def test_the_length_to_read_can_be_chosen(bge_m3):
+    embedder = load_embedder(bge_m3, max_tokens=4)
+    np.testing.assert_array_equal(embedder.embed_query("sea " * 10), embedder.embed_query("sea " * 20))
+    for max_tokens in (0, 65):
+        with pytest.raises(ValueError, match="max_tokens"):
+            load_embedder(bge_m3, max_tokens=max_tokens)
+
+
+def test_a_tokenizer_that_declares_no_length_means_512_tokens(bge_m3, tmp_path):
+    folder = tmp_path / "no-length"
+    shutil.copytree(bge_m3, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_embedder(folder).max_tokens == 512
+
+
+def test_it_is_quiet_and_starts_no_process(dense, capfd, monkeypatch):
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", lambda self: pytest.fail("started a process"))
+    dense.embed(["a text"] * 300)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_lone_surrogate_is_read_as_an_unknown_character(dense):
+    assert np.isfinite(dense.embed_query("whale \ud800")).all()
+
+
+def test_threads_take_turns_at_the_device(dense):
+    inside, wrong = [], []
+
+    def forward(inputs) -> torch.Tensor:
+        inside.append(1)
+        time.sleep(0.005)
+        wrong.extend(inside[1:])
+        inside.pop()
+        return inputs["input_ids"][:, 1:3]
+
+    embedder = Embedder("ids", tokenizer=dense._tokenizer, forward=forward, max_tokens=8, device="cpu")
+    expected = embedder.embed(TEXTS)
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not np.array_equal(embedder.embed_query(TEXTS[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "too/many/parts"])
+def test_a_missing_model_is_named(model):
+    with pytest.raises(RetrievalError, match=f"{model}.*not a folder"):
+        load_embedder(model)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json", "sparse_linear.pt"])
+def test_a_broken_folder_is_named(bge_m3, broken, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(bge_m3, folder)
+    (folder / broken).write_bytes(b"{ not what it was")
+    with pytest.raises(RetrievalError, match=f"{folder}.*cannot be loaded"):
+        load_embedder(folder)
+
+
+def test_a_pooling_that_is_not_known_is_refused(bge_m3, tmp_path):
+    folder = tmp_path / "max-pooling"
+    shutil.copytree(bge_m3, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(RetrievalError, match="pooling_mode_max_tokens"):
+        load_embedder(folder, kind="dense")
