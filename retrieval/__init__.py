@@ -3,9 +3,11 @@
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.embedding import Embedder, load_embedder
 from retrieval.errors import RetrievalError
+from retrieval.store import ChunkStore
 
 __all__ = [
     "Chunk",
+    "ChunkStore",
     "Embedder",
     "RetrievalError",
     "Tokenizer",

@@ -1,0 +1,163 @@
+"""Vectors in Qdrant: in this process, or on a server. The only module that knows Qdrant.
+
+Every point belongs to an owner (one request, or one kept document) and is invisible to all others.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+from numpy.typing import NDArray
+from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import QdrantException
+from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
+
+from retrieval.errors import RetrievalError
+
+_BATCH = 256  # points a message; a server refuses messages over 32 MB
+_TIMEOUT_S = 30
+_POINT_IDS = uuid.UUID("6f0f6c1e-6f5b-4a57-9d4c-2f1d3c7a9b10")
+
+
+class ChunkStore:
+    """Cosine search over the vectors of one owner at a time.
+
+    Args:
+        url: a Qdrant server, such as "http://qdrant:6333"; None keeps everything in this process's memory.
+        api_key: the server's key, when it asks for one.
+        collection: where the points live; it is created when missing.
+        dimension: length of the vectors.
+
+    May be called from several threads. Every method, and the constructor, raises RetrievalError when the server cannot
+    be reached or refuses; the constructor also when the collection holds vectors of another length.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, api_key: str | None = None, collection: str = "rapid_chunks", dimension: int
+    ) -> None:
+        self._url, self._collection, self._dimension = url, collection, dimension
+        # In-process Qdrant has no locks of its own. A server's client needs none.
+        self._lock = threading.Lock() if url is None else nullcontext()
+        if url is None:
+            self._client = QdrantClient(location=":memory:")
+            return
+        try:
+            self._client = QdrantClient(url=url, api_key=api_key, timeout=_TIMEOUT_S, check_compatibility=False)
+        except ValueError as error:
+            raise RetrievalError(f"{url!r} is not a Qdrant server's URL ({error}): give http://host:port") from error
+        with self._calling():
+            self._ensure(collection)
+
+    def add(self, owner: str, vectors: NDArray[np.float32]) -> None:
+        """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing."""
+        collection = self._collection_of(owner)
+        with self._calling():
+            if self._url is None:
+                self._ensure(collection)
+            for begin in range(0, len(vectors), _BATCH):
+                points = [
+                    models.PointStruct(
+                        id=str(uuid.uuid5(_POINT_IDS, f"{owner}/{position}")),
+                        vector=vectors[position].tolist(),
+                        payload={"owner": owner, "position": position},
+                    )
+                    for position in range(begin, min(begin + _BATCH, len(vectors)))
+                ]
+                self._client.upsert(collection, points, wait=True)
+
+    def search(
+        self, owner: str, vector: NDArray[np.float32], *, limit: int, threshold: float
+    ) -> list[tuple[int, float]]:
+        """Return (position, cosine similarity) of the owner's `limit` nearest vectors that reach `threshold`.
+
+        `vector` is [dimension]. Best first; equal scores come in order of position.
+        """
+        collection = self._collection_of(owner)
+        with self._calling():
+            if self._is_missing(collection):
+                return []
+            found = self._client.query_points(
+                collection,
+                query=vector.tolist(),
+                query_filter=_of(owner),
+                limit=limit,
+                score_threshold=threshold,
+                with_payload=["position"],
+            )
+        hits = [(int(point.payload["position"]), point.score) for point in found.points if point.payload]
+        return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
+
+    def count(self, owner: str) -> int:
+        """Return how many vectors the owner has."""
+        collection = self._collection_of(owner)
+        with self._calling():
+            if self._is_missing(collection):
+                return 0
+            return self._client.count(collection, count_filter=_of(owner), exact=True).count
+
+    def delete(self, owner: str) -> None:
+        """Forget everything the owner has; nothing happens when that is nothing."""
+        collection = self._collection_of(owner)
+        with self._calling():
+            if self._url is None:
+                self._client.delete_collection(collection)
+            else:
+                self._client.delete(collection, models.FilterSelector(filter=_of(owner)), wait=True)
+
+    def close(self) -> None:
+        """Let go of the connection, or of the memory."""
+        with self._calling():
+            self._client.close()
+
+    def _collection_of(self, owner: str) -> str:
+        # In-process Qdrant never frees a deleted point and compares every query with it for ever: there each owner has
+        # a collection to itself, which goes as a whole. A server wants few collections and many tenants.
+        return f"{self._collection}-{owner}" if self._url is None else self._collection
+
+    def _is_missing(self, collection: str) -> bool:
+        return self._url is None and not self._client.collection_exists(collection)
+
+    def _ensure(self, collection: str) -> None:
+        if not self._client.collection_exists(collection):
+            try:
+                self._client.create_collection(
+                    collection,
+                    vectors_config=models.VectorParams(size=self._dimension, distance=models.Distance.COSINE),
+                    # One graph per owner and none across owners, since no search crosses them.
+                    hnsw_config=models.HnswConfigDiff(m=0, payload_m=16) if self._url else None,
+                )
+            except UnexpectedResponse as error:
+                if error.status_code != 409:  # another process was faster
+                    raise
+        if self._url is None:
+            return
+        self._client.create_payload_index(
+            collection, "owner", models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
+        )
+        vectors = self._client.get_collection(collection).config.params.vectors
+        size = vectors.size if isinstance(vectors, models.VectorParams) else None
+        if size != self._dimension:
+            raise RetrievalError(
+                f"Qdrant collection {collection!r} at {self._url} holds vectors of length {size}, but this embedder's "
+                f"have {self._dimension}. Name another collection, or delete that one."
+            )
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Serialise calls where that is needed, and say where a failed one went."""
+        try:
+            with self._lock:
+                yield
+        except (ApiException, QdrantException) as error:
+            raise RetrievalError(
+                f"Qdrant at {self._url} cannot be used: {error}. Check the URL, that the "
+                "server runs and is reachable from here, and the API key."
+            ) from error
+
+
+def _of(owner: str) -> models.Filter:
+    return models.Filter(must=[models.FieldCondition(key="owner", match=models.MatchValue(value=owner))])
