@@ -1,15 +1,29 @@
-"""Find the parts of a long context that matter to a query."""
+"""Find the parts of a long context that matter to a query.
+
+    embedder = load_embedder("BAAI/bge-m3")
+    retriever = Retriever(embedder, ChunkStore(dimension=embedder.dimension), tokenizer)
+    retriever.retrieve(contents, query, RetrievalOptions()).chunks
+
+Contents go in as the chat has them, and the chunks worth keeping come back in document order. One call chunks, embeds,
+stores, searches and deletes. The package knows nothing of chats, models that generate, or clusters; its results are
+plain data that can be pickled. Failures outside the caller's code are RetrievalError.
+"""
 
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.embedding import Embedder, load_embedder
 from retrieval.errors import RetrievalError
+from retrieval.retriever import Retrieval, RetrievalOptions, RetrievedChunk, Retriever
 from retrieval.store import ChunkStore
 
 __all__ = [
     "Chunk",
     "ChunkStore",
     "Embedder",
+    "Retrieval",
     "RetrievalError",
+    "RetrievalOptions",
+    "RetrievedChunk",
+    "Retriever",
     "Tokenizer",
     "load_embedder",
     "split",
