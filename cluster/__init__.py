@@ -1,0 +1,1 @@
+"""Where things run, as plain data: no Ray, no Kubernetes client."""

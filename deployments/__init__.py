@@ -1,0 +1,1 @@
+"""RAPID on Ray Serve: configuration, deployments, HTTP and the command line. No algorithm lives here."""

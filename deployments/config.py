@@ -1,0 +1,127 @@
+"""The configuration: the `args` of the application in serve_config.yaml, typed and strict.
+
+A field that `rapid` or `retrieval` already has is declared there, with its default; here are the application's own.
+"""
+
+# Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from rapid.errors import InvalidRequest, RapidError
+from rapid.generate import SpeculationParams
+from rapid.prompts import LONG_CONTENT_TOKENS
+from rapid.sampling import SamplingParams
+from retrieval import RetrievalOptions
+
+
+class ConfigError(RapidError):
+    """The configuration file is unreadable or says something impossible; the message names the field."""
+
+    _code = "config_error"
+
+
+class Strict(BaseModel):
+    """No unknown fields: a typo is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(Strict):
+    """One model and the actors that run it."""
+
+    model: str = Field("smollm2-135m-instruct", description="embedded name, local folder, or Hugging Face hub id")
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    num_cpus: float = Field(0.5, gt=0, description="what Ray reserves for the engine; not a limit on threads")
+    num_gpus: float = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass; all cores when not set")
+    max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
+    max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
+    max_queued: int = Field(64, ge=0, description="requests that wait for a place; one more is answered 429")
+    idle_timeout_s: float = Field(120, gt=0, description="a sequence unused for this long is freed")
+
+
+class RetrieverConfig(Strict):
+    """The embedder, the vector store, and what requests get unless they ask otherwise."""
+
+    embedder: str = Field("all-minilm-l6-v2", description="embedded name, local folder, or Hugging Face hub id")
+    device: str = "cpu"
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
+    qdrant_api_key: SecretStr | None = None
+    long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
+    options: RetrievalOptions = RetrievalOptions()
+
+
+class AppConfig(Strict):
+    """Everything a running application can be told."""
+
+    served_model: str | None = Field(None, description="the model's name over HTTP; target.model when not set")
+    target: EngineConfig = EngineConfig()
+    drafter: EngineConfig = EngineConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    speculation: SpeculationParams = SpeculationParams()
+    sampling: SamplingParams = SamplingParams()
+    default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model or self.target.model
+
+
+def read_config(path: Path) -> AppConfig:
+    """The application's configuration from a Ray Serve config file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or a field is unknown or wrong.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or not applications or not isinstance(applications[0], dict):
+        raise ConfigError(f"{path}: must hold a list `applications` with one application")
+    _refuse_what_serve_ignores(path, document)
+    return parse_config(applications[0].get("args") or {}, source=f"{path}: applications[0].args")
+
+
+def parse_config(args: dict[str, Any], *, source: str = "args") -> AppConfig:
+    """Checks ``args``; the message of the ConfigError lists every field that is wrong."""
+    try:
+        return AppConfig.model_validate(args)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc'])}: {_in_words(e['type'], e['msg'])}" for e in error.errors()
+        )
+        raise ConfigError(f"{source}: {wrong}") from error
+    except InvalidRequest as error:
+        raise ConfigError(f"{source}: {error.message}") from error
+
+
+def _in_words(kind: str, message: str) -> str:
+    return "unknown field" if kind in ("extra_forbidden", "unexpected_keyword_argument") else message
+
+
+def _refuse_what_serve_ignores(path: Path, document: dict[str, Any]) -> None:
+    """Ray Serve drops keys it does not know: a misspelt `deployments` would change nothing, silently."""
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    def check(where: str, keys: Any, schema: type[BaseModel]) -> None:
+        unknown = set(keys or ()) - set(schema.model_fields)
+        if unknown:
+            raise ConfigError(f"{path}: {where}{sorted(unknown)[0]}: unknown field")
+
+    check("", document, ServeDeploySchema)
+    check("http_options.", document.get("http_options"), HTTPOptionsSchema)
+    for i, application in enumerate(document["applications"]):
+        check(f"applications[{i}].", application, ServeApplicationSchema)
+        for j, deployment in enumerate(application.get("deployments") or []):
+            check(f"applications[{i}].deployments[{j}].", deployment, DeploymentSchema)

@@ -1,0 +1,109 @@
+"""The Coordinator: turns a request into a prompt, runs the decode loop over leased engines, streams what comes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.engines import Ticket
+from deployments.protocol import Completion, Health
+from rapid.errors import Overloaded
+from rapid.generate import Delta, DraftHandle, Finish, Lease, Retrieval, Role, generate
+from rapid.model import ModelInfo
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Verified
+from rapid.tokenization import check_same_tokenizer, load_tokenizer
+
+
+class RayBackend:
+    """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine actor."""
+
+    def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle) -> None:
+        self._engines, self._retriever = engines, retriever
+        self._infos: dict[Role, ModelInfo] = {}
+
+    async def connect(self) -> None:
+        """Waits for both models to be loaded."""
+        for role, engine in self._engines.items():
+            self._infos[role] = await engine.info.remote()
+
+    def info(self, role: Role) -> ModelInfo:
+        return self._infos[role]
+
+    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        retrieval: Retrieval = await self._retriever.retrieve.remote(contents, query, options)
+        return retrieval
+
+    @asynccontextmanager
+    async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
+        stream = self._engines[role].options(stream=True).lease.remote(capacity, sampling)
+        ticket: Ticket | None = None
+        try:
+            try:
+                ticket = await anext(stream)
+            except BackPressureError as error:
+                raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
+            yield _RayLease(ticket)
+        finally:
+            # Closing the sequence ends the stream too; cancelling it is for a lease that has not come yet.
+            if ticket is not None:
+                ticket.engine.close.remote(ticket.lease_id)
+            else:
+                stream.cancel()
+
+
+class _RayLease:
+    def __init__(self, ticket: Ticket) -> None:
+        self._engine, self._id = ticket.engine, ticket.lease_id
+
+    async def prefill(self, prompt: list[int]) -> float:
+        elapsed_ms: float = await self._engine.prefill.remote(self._id, prompt)
+        return elapsed_ms
+
+    def propose(self, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int) -> DraftHandle:
+        draft: DraftHandle = self._engine.propose.remote(self._id, offset, tokens, num_draft_tokens, draft_top_k)
+        return draft
+
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        # A draft that is still a reference is fetched by the target's engine from the drafter's, not by this process.
+        verified: Verified = await self._engine.verify.remote(self._id, draft, rule, transfer_strength)
+        return verified
+
+
+@serve.deployment
+class Coordinator:
+    """Holds the tokenizer and no model. Refuses to start when target and drafter do not share a tokenizer."""
+
+    async def __init__(
+        self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
+    ) -> None:
+        self._config = config
+        self._engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
+        self._backend = RayBackend(self._engines, retriever)
+        self._tokenizer = load_tokenizer(config.target.model)
+        if config.drafter.model != config.target.model:
+            check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafter.model))
+        await self._backend.connect()
+
+    async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish]:
+        """Streams one completion, a `Delta` a round and a `Finish`; closing the stream frees everything it holds."""
+        # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
+        request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
+        async with aclosing(generate(request, self._backend)) as events:
+            async for event in events:
+                yield event
+
+    async def health(self) -> Health:
+        """What each engine holds; raises when one does not answer."""
+        stats = await asyncio.gather(*(engine.stats.remote() for engine in self._engines.values()))
+        return Health(
+            status="ok",
+            models={role: self._backend.info(role).name for role in self._engines},
+            sequences={role: s.num_sequences for role, s in zip(self._engines, stats, strict=True)},
+            kv_bytes={role: s.kv_bytes for role, s in zip(self._engines, stats, strict=True)},
+        )
