@@ -96,6 +96,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Adds one token; returns the text that it completes, which may be empty."""
+        if self.stopped:
+            return ""
         self._tokens.append(token)
         self._decoded += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         return self._release(self._held_back())
