@@ -42,16 +42,14 @@ class _Turn:
 
     role: str
     rest: str
-    content: int | None = None  # which of the contents holds the document
-    is_exchange: bool = False  # the whole message belongs to an exchange that is kept or dropped as one
+    exchange: int | None  # what it is kept or dropped with; None: it always stays
+    content: int | None = None  # which of the contents holds the document, or gathers this short message
+    is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
 
-    def shortened(self, kept: dict[int, list[str]]) -> Message | None:
-        if self.content is None:
+    def shortened(self, kept: dict[int, list[str]]) -> Message:
+        if self.content is None or self.is_short:
             return Message(self.role, self.rest)
-        if self.is_exchange:
-            return Message(self.role, self.rest) if self.content in kept else None
-        text = "\n\n".join(kept.get(self.content, [])) + self.rest
-        return Message(self.role, text) if text else None
+        return Message(self.role, "\n\n".join(kept.get(self.content, [])) + self.rest)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,10 @@ class Prompt:
         kept: dict[int, list[str]] = {}
         for chunk in chunks:
             kept.setdefault(chunk.content, []).append(chunk.text.strip())
-        messages = [message for turn in self._turns if (message := turn.shortened(kept)) is not None]
+        # Messages go by whole exchanges only: many templates insist that user and assistant take turns.
+        retrieved = {turn.exchange for turn in self._turns if turn.content in kept}
+        dropped = {turn.exchange for turn in self._turns if turn.content is not None} - retrieved - {None}
+        messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
         return _encode(self.tokenizer, messages, is_chat=self._is_chat)
 
 
@@ -130,27 +131,30 @@ def _read(
     contents: list[str] = []
     turns: list[_Turn] = []
     default_query = messages[last].content
-    exchange: int | None = None  # the content that gathers the exchange being read
+    began = -1  # where the exchange being read began
+    gathered: int | None = None  # the content that gathers its short messages
     for i, (role, content) in enumerate(messages):
         if role == "user":
-            exchange = None
+            began, gathered = i, None
+        # A long system message goes alone.
+        exchange = began if in_history(i) else i if role == "system" and is_long[i] else None
         if is_long[i]:
             document, question = split_question(content) if i == last else (content, "")
             if i == last and question and not _is_long(question, tokenizer, long_content_tokens):
                 default_query = question.strip()
             else:
                 document, question = content, ""
-            turns.append(_Turn(role, question, len(contents)))
+            turns.append(_Turn(role, question, exchange, len(contents), is_short=False))
             contents.append(document)
         elif in_history(i) and history_is_long:
-            if exchange is None:
-                exchange = len(contents)
+            if gathered is None:
+                gathered = len(contents)
                 contents.append(content)
             else:
-                contents[exchange] += "\n" + content
-            turns.append(_Turn(role, content, exchange, is_exchange=True))
+                contents[gathered] += "\n" + content
+            turns.append(_Turn(role, content, exchange, gathered))
         else:
-            turns.append(_Turn(role, content))
+            turns.append(_Turn(role, content, exchange))
     tokens = _encode(tokenizer, messages, is_chat=is_chat)
     return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat)
 
