@@ -14,7 +14,7 @@ from deployments.engines import Ticket
 from deployments.protocol import Completion, Health
 from rapid.errors import Overloaded
 from rapid.generate import Delta, DraftHandle, Finish, Lease, Retrieval, Role, generate
-from rapid.model import ModelInfo
+from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
 from rapid.tasks import Draft, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import EngineConfig
 from rapid.engine import Engine, EngineStats, Sequence
-from rapid.model import Model, ModelInfo
+from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
 from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
 
@@ -40,6 +40,8 @@ class EngineActor:
 
     def __init__(self, config: EngineConfig) -> None:
         import torch
+
+        from rapid.model import Model
 
         # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))

@@ -15,15 +15,17 @@ import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from rapid.errors import SequenceClosed
 from rapid.kv_cache import KVCache
-from rapid.model import Model
 from rapid.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rapid.model import Model
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rapid.errors import ContextLengthExceeded, InvalidRequest
-from rapid.model import ModelInfo
+from rapid.model_info import ModelInfo
 from rapid.prompts import Prompt, RetrievedText
 from rapid.sampling import SamplingParams
 from rapid.speculative import RULES
@@ -179,7 +179,7 @@ class Finish(NamedTuple):
     statistics: Statistics
 
 
-async def generate(request: GenerationRequest, backend: Backend) -> AsyncIterator[Delta | Finish]:
+async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerator[Delta | Finish, None]:
     """Writes one completion. Yields a `Delta` a round, and a `Finish` at the end.
 
     Closing the iterator early, or cancelling the task that reads it, frees both sequences.

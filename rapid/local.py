@@ -9,7 +9,7 @@ from typing import Any
 
 from rapid.engine import Engine, Sequence
 from rapid.generate import DraftHandle, Lease, Retrieval, Role
-from rapid.model import ModelInfo
+from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
 from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
 from rapid.tokenization import check_same_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,21 +13,8 @@ from rapid import attention, catalog
 from rapid.attention import Segment
 from rapid.errors import ModelFileError
 from rapid.kv_cache import KVCache, KVLayout
+from rapid.model_info import ModelInfo
 from rapid.tokenization import load_tokenizer
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What others need to know of a loaded model. ``window`` is in tokens, prompt and output together."""
-
-    name: str
-    window: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    dtype: str
-    device: str
-    weight_bytes: int
-    kv_bytes_per_token: int
 
 
 class Model:
