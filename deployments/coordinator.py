@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.engines import Ticket
 from deployments.protocol import Completion, Health
-from rapid.errors import Overloaded
+from rapid.errors import Overloaded, RapidError
 from rapid.generate import Delta, DraftHandle, Finish, Lease, Retrieval, Role, generate
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
@@ -90,13 +90,22 @@ class Coordinator:
             check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafter.model))
         await self._backend.connect()
 
-    async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish]:
-        """Streams one completion, a `Delta` a round and a `Finish`; closing the stream frees everything it holds."""
-        # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
-        request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
-        async with aclosing(generate(request, self._backend)) as events:
-            async for event in events:
-                yield event
+    async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish | RapidError]:
+        """Streams one completion, a `Delta` a round and a `Finish`; closing the stream frees everything it holds.
+
+        What is wrong with the request, and not with the service, comes as the last item instead of being raised: Serve
+        would log it as a failure of this replica.
+        """
+        try:
+            # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
+            request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
+            async with aclosing(generate(request, self._backend)) as events:
+                async for event in events:
+                    yield event
+        except RapidError as error:
+            if error.status >= 500:
+                raise
+            yield error
 
     async def health(self) -> Health:
         """What each engine holds; raises when one does not answer."""

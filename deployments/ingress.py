@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -25,11 +25,13 @@ app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decodi
 
 def error_object(error: RapidError) -> dict[str, Any]:
     """OpenAI's error body."""
-    kind = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+    kind = (
+        "rate_limit_error" if error.status == 429 else "invalid_request_error" if error.status < 500 else "server_error"
+    )
     return {
         "error": {
             "message": error.message,
-            "type": kind.get(error.status, "server_error"),
+            "type": kind,
             "param": error.param,
             "code": error.code,
         }
@@ -110,8 +112,8 @@ class Shape:
 
 
 async def _server_sent(
-    completion: Completion, shape: Shape, first: Delta | Finish, events: AsyncIterator[Delta | Finish]
-) -> AsyncIterator[str]:
+    completion: Completion, shape: Shape, first: Delta | Finish, events: AsyncGenerator[Delta | Finish, None]
+) -> AsyncGenerator[str, None]:
     """The answer as server-sent events. The `rapid` object is on the last chunk, whichever that is."""
     include_usage = completion.stream_options.include_usage
 
@@ -124,7 +126,7 @@ async def _server_sent(
     try:
         if shape.is_chat:
             yield sent(chunk("", role="assistant"))
-        async with aclosing(_chained(first, events)) as all_events:  # type: ignore[type-var]
+        async with aclosing(_chained(first, events)) as all_events:
             async for event in all_events:
                 if isinstance(event, Delta):
                     if event.text:
@@ -144,8 +146,10 @@ async def _server_sent(
     yield "data: [DONE]\n\n"
 
 
-async def _chained(first: Delta | Finish, rest: AsyncIterator[Delta | Finish]) -> AsyncIterator[Delta | Finish]:
-    async with aclosing(rest):  # type: ignore[type-var]
+async def _chained(
+    first: Delta | Finish, rest: AsyncGenerator[Delta | Finish, None]
+) -> AsyncGenerator[Delta | Finish, None]:
+    async with aclosing(rest):
         yield first
         async for event in rest:
             yield event
@@ -197,10 +201,12 @@ class Ingress:
         body = shape.whole(text, event.reason)
         return JSONResponse({**body, "usage": usage(event.statistics), "rapid": rapid_object(event.statistics)})
 
-    async def _events(self, completion: Completion) -> AsyncIterator[Delta | Finish]:
+    async def _events(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]:
         events = self._coordinator.options(stream=True).generate.remote(completion)
         try:
             async for event in events:
+                if isinstance(event, RapidError):
+                    raise event
                 yield event
         finally:
             events.cancel()

@@ -44,7 +44,7 @@ class Sequence:
     generator: torch.Generator
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    ended: Future[None] = field(default_factory=Future)
+    ended: Future[None] = field(default_factory=lambda: _uncancellable())
     last_used: float = field(default_factory=time.monotonic)
 
     def pending(self) -> list[int]:
@@ -64,6 +64,13 @@ class Sequence:
             agree += 1
         self.output[offset:] = tokens
         self.cache.truncate(len(self.prompt) + min(agree, len(self.output) - 1))
+
+
+def _uncancellable() -> Future[None]:
+    """A future that one waiter's cancellation does not cancel for the others."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class Extend(NamedTuple):
