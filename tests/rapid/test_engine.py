@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gate import Gate
 
 from rapid.engine import Engine, Extend, Sequence, Task
 from rapid.errors import SequenceClosed
@@ -42,49 +43,14 @@ def eventually(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.002)
 
 
-class Gate:
-    """Stands before a model's forward pass: holds it until told, and notes how many tokens each pass had."""
-
-    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.passes: list[list[int]] = []
-        self._arrived, self._may_go = threading.Semaphore(0), threading.Semaphore(0)
-        self._open = False
-        forward = model.forward
-
-        def gated(segments: Any) -> Any:
-            self.passes.append([len(tokens) for _, tokens, _ in segments])
-            self._arrived.release()
-            if not self._open:
-                assert self._may_go.acquire(timeout=30)
-            return forward(segments)
-
-        monkeypatch.setattr(model, "forward", gated)
-
-    def wait(self) -> None:
-        """Until the engine is about to run a pass."""
-        assert self._arrived.acquire(timeout=30)
-
-    def step(self) -> None:
-        """Lets the waiting pass go, and waits for the next."""
-        self._may_go.release()
-        self.wait()
-
-    def open(self) -> None:
-        """Lets this pass and all to come go."""
-        self._open = True
-        self._may_go.release()
-
-
 @pytest.fixture
 def model(tiny_model: MakeModel) -> Model:
     return tiny_model(VOCAB)
 
 
 @pytest.fixture
-def gate(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made = Gate(model, monkeypatch)
-    yield made
-    made.open()
+def gate(model: Model, gates: Callable[[Model], Gate]) -> Gate:
+    return gates(model)
 
 
 def opened(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, capacity: int = 400) -> Sequence:
