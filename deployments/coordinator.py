@@ -18,6 +18,7 @@ from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
 from rapid.tasks import Draft, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
+from retrieval import RetrievalError
 
 
 class RayBackend:
@@ -36,7 +37,11 @@ class RayBackend:
         return self._infos[role]
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
-        retrieval: Retrieval = await self._retriever.retrieve.remote(contents, query, options)
+        try:
+            retrieval: Retrieval = await self._retriever.retrieve.remote(contents, query, options)
+        except RetrievalError as error:
+            # Across processes str() is the remote traceback; the first argument is still the message.
+            raise RapidError(f"retrieval failed: {error.cause}", code="retrieval_failed", status=503) from error
         return retrieval
 
     @asynccontextmanager

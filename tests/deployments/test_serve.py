@@ -1,0 +1,297 @@
+"""The whole application on Ray Serve, over HTTP, with real weights in float32: one cluster for the module."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import torch
+from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
+from ray import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deployments.app import build
+from deployments.config import parse_config
+from rapid.catalog import local_path
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = "Who is speaking, and what does he want?"
+
+# Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    engine = {"model": MODEL, "dtype": "float32", "max_sequences": 4, "max_queued": 4}
+    config = parse_config(
+        {
+            "target": engine,
+            "drafter": engine,
+            "retriever": {
+                "long_content_tokens": 256,
+                "options": {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1},
+            },
+        }
+    )
+    local_path(MODEL)
+    local_path("all-minilm-l6-v2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(config), name="rapid", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def document(index: int, characters: int = 1600) -> str:
+    """A passage of a novel where the shared texts are at hand, else one made of numbered sentences."""
+    novel = Path(__file__).parents[3] / "shared" / "data" / "moby-dick.txt"
+    if novel.exists():
+        start = 30_000 + index * 40_000
+        return novel.read_text(encoding="utf-8")[start : start + characters]
+    sentences = (f"In room {n} of house {index} lives a person who counts {n * 7} birds.\n" for n in range(1000))
+    return "".join(sentences)[:characters]
+
+
+def chat(index: int = 0, question: str = QUESTION) -> list[Any]:
+    return [{"role": "user", "content": f"{document(index)}\n\n{question}"}]
+
+
+def health(url: str) -> dict[str, Any]:
+    body: dict[str, Any] = httpx.get(f"{url}/health", timeout=30).json()
+    return body
+
+
+def seconds_until_free(url: str, limit: float = 10.0) -> float:
+    """How long until no engine holds a sequence or a byte of KV."""
+    started = time.monotonic()
+    while time.monotonic() - started < limit:
+        state = health(url)
+        if not any(state["sequences"].values()) and not any(state["kv_bytes"].values()):
+            return time.monotonic() - started
+    raise AssertionError(f"still held after {limit} s: {state}")
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """transformers' own greedy answer to `chat()`, with its stock attention."""
+    folder = local_path(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(chat(), tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    output = network.generate(**ids, max_new_tokens=24, do_sample=False)
+    answer: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
+
+
+RULES = ["published", "reference", "augmented", "lossless"]
+
+
+@pytest.mark.parametrize(
+    "rapid",
+    [
+        {"strategy": "autoregressive"},
+        {"strategy": "speculative", "num_draft_tokens": 4},
+        *({"strategy": "rapid", "verification": rule, "num_draft_tokens": 10} for rule in RULES),
+        {"strategy": "rapid", "num_draft_tokens": 1},
+    ],
+    ids=lambda rapid: "-".join(str(value) for value in rapid.values()),
+)
+def test_greedy_over_http_is_transformers_greedy(client: OpenAI, expected: str, rapid: dict[str, Any]) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=chat(), max_tokens=24, temperature=0, extra_body={"rapid": rapid}
+    )
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.completion_tokens == 24
+    statistics = answer.model_extra["rapid"]  # type: ignore[index]
+    assert statistics["strategy"] == rapid["strategy"]
+    if rapid["strategy"] == "autoregressive":
+        assert statistics["rounds"] == 24 and statistics["drafted"] == 0
+    else:
+        assert statistics["rounds"] < 24 and 0 < statistics["accepted"] <= statistics["drafted"]
+        assert 0 < statistics["retrieved_tokens"] < statistics["context_tokens"]
+        assert all(chunk["score"] >= 0.1 for chunk in statistics["chunks"])
+        assert statistics["timings_ms"]["drafting"] > 0
+
+
+def test_a_stream_says_the_same_and_ends_as_openais_does(client: OpenAI, url: str, expected: str) -> None:
+    options: dict[str, Any] = {"model": MODEL, "messages": chat(), "max_tokens": 24, "temperature": 0, "stream": True}
+    chunks = list(client.chat.completions.create(**options, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + 24
+    assert chunks[-1].model_extra["rapid"]["emitted"] == 24
+    assert sum("rapid" in (chunk.model_extra or {}) for chunk in chunks) == 1
+
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=options, timeout=120) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert "rapid" in json.loads(lines[-2].removeprefix("data: "))
+
+
+def test_completions_and_stop_strings(client: OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "max_tokens": 24, "temperature": 0}
+    whole = client.completions.create(**options)
+    text = whole.choices[0].text
+    assert len(text) > 10 and whole.model_extra["rapid"]["fallback"] == "no_long_context"
+    stop = text[6:9]
+    stopped = client.completions.create(**options, stop=[stop])
+    assert stopped.choices[0].text == text[: text.index(stop)] and stopped.choices[0].finish_reason == "stop"
+    streamed = "".join(c.choices[0].text for c in client.completions.create(**options, stop=stop, stream=True))
+    assert streamed == text[: text.index(stop)]
+
+
+def test_a_seed_repeats_and_seeds_differ(client: OpenAI) -> None:
+    def answer(seed: int) -> str | None:
+        options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "seed": seed}
+        return client.chat.completions.create(model=MODEL, messages=chat(), **options).choices[0].message.content
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_leaving_mid_stream_frees_everything_within_a_second(client: OpenAI, url: str) -> None:
+    stream = client.chat.completions.create(model=MODEL, messages=chat(), max_tokens=400, stream=True, temperature=0)
+    for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    assert all(health(url)["sequences"].values())
+    stream.close()
+    assert seconds_until_free(url) < 1.0
+
+
+def test_leaving_during_prefill_frees_everything_within_a_second(url: str) -> None:
+    content = f"{document(0, 24_000)}\n\n{QUESTION}"
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 64}
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=120) as leaver:
+        answer = pool.submit(leaver.post, "/v1/chat/completions", json=body)
+        while not health(url)["sequences"]["target"]:
+            assert not answer.done()
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.5)
+        leaver.close()
+        with pytest.raises((httpx.HTTPError, OSError)):
+            answer.result()
+    assert seconds_until_free(url) < 1.0
+
+
+def test_four_requests_at_once_answer_as_each_does_alone(client: OpenAI) -> None:
+    def ask(index: int) -> tuple[str | None, Any]:
+        answer = client.chat.completions.create(model=MODEL, messages=chat(index), max_tokens=16, temperature=0)
+        return answer.choices[0].message.content, answer.model_extra["rapid"]["chunks"]  # type: ignore[index]
+
+    alone = [ask(index) for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(ask, range(4)))
+    assert together == alone
+    assert len({text for text, _ in alone}) == 4
+
+
+def test_a_full_queue_is_answered_429_and_the_rest_are_served(url: str) -> None:
+    def body(max_tokens: int, stream: bool) -> dict[str, Any]:
+        plain = {"strategy": "autoregressive"}
+        numbers = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0}
+        return numbers | {"max_tokens": max_tokens, "stream": stream, "rapid": plain}
+
+    with ThreadPoolExecutor(8) as pool, ExitStack() as places:
+        for _ in range(4):  # these take all places
+            stream = httpx.stream("POST", f"{url}/v1/completions", json=body(4000, True), timeout=60)
+            next(places.enter_context(stream).iter_lines())
+        waiting = [pool.submit(httpx.post, f"{url}/v1/completions", json=body(4, False), timeout=60) for _ in range(8)]
+        refused = next(future.result() for future in as_completed(waiting))  # nothing can be served yet
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        places.close()
+        answers = [future.result().status_code for future in waiting]
+    assert set(answers) == {200, 429}
+    assert seconds_until_free(url) < 1.0
+
+
+HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": None}, "messages", "required"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "king"),
+        ({"rapid": {"stratgy": "rapid"}}, "rapid.stratgy", "unknown field"),
+        ({"rapid": {"strategy": "magic"}}, "rapid.strategy", "autoregressive"),
+        ({"rapid": {"verification": "none"}}, "rapid.verification", "lossless"),
+        ({"rapid": {"num_draft_tokens": 1000}}, "rapid.num_draft_tokens", "64"),
+        ({"rapid": {"retrieval": {"threshold": 2}}}, "rapid.retrieval.threshold", "1"),
+        ({"temperature": "0.5"}, "temperature", "number"),
+        ({"temperature": -1}, "temperature", "between"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"n": 2}, "n", "1"),
+        ({"stop": ["a"] * 5}, None, "stop"),
+        ({"no_such_field": 1}, "no_such_field", "unknown field"),
+    ],
+)
+def test_bad_fields_are_named(url: str, change: dict[str, Any], param: str | None, says: str) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", json=HELLO | change, timeout=30)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe\x00", b"[]", b'"x"', b"", b'{"model": "' + b"\\ud800" + b'"}'])
+def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, timeout=30)
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openai_client_raises_its_own_errors(client: OpenAI, url: str) -> None:
+    with pytest.raises(NotFoundError, match="gpt-9"):
+        client.chat.completions.create(model="gpt-9", messages=chat())
+    with pytest.raises(BadRequestError, match="8192 tokens, but") as caught:
+        client.completions.create(model=MODEL, prompt="word " * 9000, max_tokens=10, stream=True)
+    assert caught.value.code == "context_length_exceeded"
+    assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "there is no /nowhere"
+    assert RateLimitError.status_code == 429
+
+
+def test_models_and_health(client: OpenAI, url: str) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    state = health(url)
+    assert state["status"] == "ok" and state["models"] == {"target": MODEL, "drafter": MODEL}
+
+
+def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
+    rapid = {"retrieval": {"threshold": 0.99}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=chat(), max_tokens=4, temperature=0, extra_body={"rapid": rapid}
+    )
+    statistics = answer.model_extra["rapid"]  # type: ignore[index]
+    assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
