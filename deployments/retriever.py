@@ -4,18 +4,9 @@ import asyncio
 
 from ray import serve
 
+from deployments.assembly import build_retriever
 from deployments.config import RetrieverConfig
-from rapid import catalog
-from rapid.tokenization import load_tokenizer
-from retrieval import ChunkStore, Retrieval, RetrievalOptions, Retriever, load_embedder
-
-
-def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
-    """The retriever that ``config`` describes. Chunks are counted in the target's tokens."""
-    embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
-    key = config.qdrant_api_key.get_secret_value() if config.qdrant_api_key else None
-    store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension)
-    return Retriever(embedder, store, load_tokenizer(target_model))
+from retrieval import Retrieval, RetrievalOptions
 
 
 @serve.deployment
