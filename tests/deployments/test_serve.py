@@ -190,16 +190,13 @@ def test_leaving_mid_stream_frees_everything_within_a_second(client: OpenAI, url
 
 def test_leaving_during_prefill_frees_everything_within_a_second(url: str) -> None:
     content = f"{document(0, 24_000)}\n\n{QUESTION}"
-    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 64}
-    with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=120) as leaver:
-        answer = pool.submit(leaver.post, "/v1/chat/completions", json=body)
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": content}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + body)
+        deadline = time.monotonic() + 60
         while not health(url)["sequences"]["target"]:
-            assert not answer.done()
-        with pytest.raises(httpx.HTTPError):
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.5)
-        leaver.close()
-        with pytest.raises((httpx.HTTPError, OSError)):
-            answer.result()
+            assert time.monotonic() < deadline
     assert seconds_until_free(url) < 1.0
 
 
@@ -222,9 +219,11 @@ def test_a_full_queue_is_answered_429_and_the_rest_are_served(url: str) -> None:
         return numbers | {"max_tokens": max_tokens, "stream": stream, "rapid": plain}
 
     with ThreadPoolExecutor(8) as pool, ExitStack() as places:
-        for _ in range(4):  # these take all places
+        held = []  # these take all places; a response lives as long as the iterator over it
+        for _ in range(4):
             stream = httpx.stream("POST", f"{url}/v1/completions", json=body(4000, True), timeout=60)
-            next(places.enter_context(stream).iter_lines())
+            held.append(places.enter_context(stream).iter_lines())
+            next(held[-1])
         waiting = [pool.submit(httpx.post, f"{url}/v1/completions", json=body(4, False), timeout=60) for _ in range(8)]
         refused = next(future.result() for future in as_completed(waiting))  # nothing can be served yet
         assert refused.status_code == 429 and refused.headers["retry-after"]
