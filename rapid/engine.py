@@ -275,6 +275,8 @@ class Engine:
 
     def _expire(self) -> None:
         deadline = time.monotonic() - self._idle_timeout
-        for sequence in [s for s in self._sequences.values() if s.last_used < deadline]:
+        busy = {running.extend.sequence.id for running in self._running}  # it may be waiting for its turn
+        idle = [s for s in self._sequences.values() if s.last_used < deadline and s.id not in busy]
+        for sequence in idle:
             logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
             self.close(sequence)
