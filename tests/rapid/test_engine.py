@@ -313,6 +313,25 @@ def test_a_sequence_in_use_does_not_expire(model: Model, engine: MakeEngine, mon
     assert running.get(run.id) is run
 
 
+def test_a_sequence_that_waits_for_its_turn_does_not_expire(
+    model: Model, engine: MakeEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy engine a long prefill may wait for longer than any idle sequence may."""
+    later = 0.0
+    monkeypatch.setattr("rapid.engine.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+    running = engine(model, idle_timeout=100, max_batch_tokens=10)
+    short, long = running.open(400, GREEDY), running.open(400, GREEDY)
+    first = running.submit(prefill(short, random_tokens(21, seed=22)))
+    gate.wait()
+    waiting = running.submit(prefill(long, random_tokens(101, seed=23)))
+    gate.step()
+    assert gate.passes == [[10], [10]]
+    later = 200.0
+    gate.open()
+    done(first)
+    assert done(waiting) >= 0
+
+
 def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engine: MakeEngine, gate: Gate) -> None:
     running = engine(model, max_batch_tokens=10)
     reading = running.submit(prefill(running.open(400, GREEDY), random_tokens(100, seed=14)))
