@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -67,7 +67,9 @@ def generate(
         str | None, typer.Option(help="Embedded name, folder or hub id. It drafts too, unless --drafter says other.")
     ] = None,
     drafter: Annotated[str | None, typer.Option(help="A model with the target's tokenizer.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, for both.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option(help="Of both models' weights.")
+    ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(help="autoregressive, rag, speculative or rapid.", rich_help_panel="Decoding"),

@@ -2,14 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from rapid.errors import InvalidRequest
 
 STDIN = Path("-")
 
 
-def read_content(documents: list[Path], question: str | None, stdin: TextIO = sys.stdin) -> str:
+def read_content(documents: list[Path], question: str | None) -> str:
     """The user's message: documents and question with a blank line between each two.
 
     Without documents, what is piped in is the document. Without a question too, it is the whole message.
@@ -19,17 +18,17 @@ def read_content(documents: list[Path], question: str | None, stdin: TextIO = sy
     """
     if question is not None and not question.strip():
         raise InvalidRequest("--question is empty")
-    texts = [_read(path, stdin) for path in documents]
-    if not texts and not stdin.isatty() and (piped := stdin.buffer.read()):
+    texts = [_read(path) for path in documents]
+    if not documents and not sys.stdin.isatty() and (piped := sys.stdin.buffer.read()):
         texts = [_decode(piped, "stdin")]
     if question is None and (documents or not texts):
         raise InvalidRequest("--question is needed; see rapid generate --help")
     return "\n\n".join([*texts, question] if question else texts)
 
 
-def _read(path: Path, stdin: TextIO) -> str:
+def _read(path: Path) -> str:
     if path == STDIN:
-        return _decode(stdin.buffer.read(), "stdin")
+        return _decode(sys.stdin.buffer.read(), "stdin")
     try:
         return _decode(path.read_bytes(), str(path))
     except OSError as error:

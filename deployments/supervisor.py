@@ -114,6 +114,7 @@ def how_to_try(config: AppConfig, endpoint: Endpoint) -> str:
             "model": config.model_name,
             "messages": [{"role": "user", "content": "Name three oceans."}],
             "max_tokens": 64,
+            "temperature": 0,
             "stream": True,
         }
     )
@@ -165,7 +166,7 @@ class ServeRun:
         self.wait()
         application = self._application_details()
         if application.get("status") in FAILED:
-            raise RapidError(f"{root_cause(application)} (all of it is in {self.log})")
+            raise RapidError(f"{root_cause(application)}; all of it is in {self.log}")
         up = {name for name, it in application.get("deployments", {}).items() if it["status"] == "HEALTHY"}
         new, self._up = sorted(up - self._up), up
         return new

@@ -120,7 +120,7 @@ def statistics_block(answer: Answer, target: ModelInfo, drafter: ModelInfo, load
 
     models = target.name if drafter == target else f"{target.name} ← {drafter.name}"
     line("strategy", f"[bold]{stats.strategy}[/bold]", escape(models), f"{target.dtype} on {target.device}")
-    ended = "the token limit" if answer.reason == "length" else "an end of sequence or a stop string"
+    ended = "the token limit" if answer.reason == "length" else "an end of sequence or stop string"
     line("written", f"{_count(stats.emitted, 'token')} in {_count(stats.rounds, 'round')}", f"ended by {ended}")
     line("speed", f"[bold]{answer.tokens_per_second:.1f}[/bold] tokens/s", f"{answer.decode_s:.2f} s of decoding")
     if stats.acceptance_rate is not None:
@@ -134,16 +134,16 @@ def statistics_block(answer: Answer, target: ModelInfo, drafter: ModelInfo, load
             "chunks", "  ".join(f"#{chunk['position']:.0f} [dim]{chunk['score']:.2f}[/dim]" for chunk in stats.chunks)
         )
     times = {name.replace("_", " "): ms / 1e3 for name, ms in stats.timings_ms.items()}
-    line("seconds", *(f"{name} {s:.2f}" for name, s in ({"loading": loading_s} | times).items() if s))
+    line("seconds", *(f"{name} {s:.1f}" for name, s in ({"loading": loading_s} | times).items() if s))
     return block
 
 
 def _prompt_parts(stats: Statistics) -> list[str]:
     parts = [_count(stats.prompt_tokens, "token")]
     if stats.context_tokens:
-        parts.append(f"context of {stats.context_tokens:,} → {_count(stats.retrieved_tokens, 'retrieved token')}")
+        parts.append(f"context {stats.context_tokens:,} → {stats.retrieved_tokens:,} retrieved")
     if stats.draft_prompt_tokens:
-        parts.append(f"the drafter read {stats.draft_prompt_tokens:,}")
+        parts.append(f"drafter read {stats.draft_prompt_tokens:,}")
     return parts
 
 
