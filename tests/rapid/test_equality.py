@@ -1,0 +1,106 @@
+"""On a real model, greedy decoding by every strategy and rule writes transformers' own text, token for token."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rapid.engine import Engine
+from rapid.generate import Finish, GenerationRequest, SpeculationParams, Statistics, generate
+from rapid.local import LocalBackend
+from rapid.model import Model
+from rapid.prompts import Message, Prompt, read_chat
+from rapid.sampling import SamplingParams
+from rapid.speculative import RULES
+
+NUM_TOKENS = 48
+Case = tuple[str, int, str]
+CASES: list[Case] = [
+    ("autoregressive", 0, "lossless"),
+    ("speculative", 4, "lossless"),
+    ("rapid", 1, "published"),
+    *(("rapid", 10, rule) for rule in RULES),
+]
+
+
+class Chunk(NamedTuple):
+    content: int
+    text: str
+    position: int = 0
+    score: float = 1.0
+
+
+class Retrieval(NamedTuple):
+    chunks: list[Chunk]
+    context_tokens: int = 0
+    retrieved_tokens: int = 0
+
+
+def middle(contents: list[str], query: str, options: Any) -> Retrieval:
+    """A retriever that keeps 600 characters from the middle."""
+    start = len(contents[0]) // 2
+    return Retrieval([Chunk(0, contents[0][start : start + 600])])
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.load("smollm2-135m-instruct", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompt(model: Model, data_file: Callable[[str], Path]) -> Prompt:
+    """About 1,600 tokens of a novel, and a question."""
+    document = data_file("moby-dick.txt").read_text(encoding="utf-8")[30_000:36_500]
+    assert model.tokenizer is not None
+    read = read_chat([Message("user", f"{document}\n\nWho tells this story, and where?")], model.tokenizer)
+    assert 1400 < len(read.tokens) < 1900
+    return read
+
+
+@pytest.fixture(scope="module")
+def expected(smollm: Path, prompt: Prompt) -> list[int]:
+    """What transformers writes by itself, with its own attention and cache."""
+    network = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    tokens = torch.tensor([prompt.tokens])
+    mask = torch.ones_like(tokens)
+    written = network.generate(tokens, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False)
+    return written[0, tokens.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def backend(model: Model) -> Iterator[LocalBackend]:
+    """One engine drafts for itself: drafts are often right, but not always, since it drafts from less."""
+    engine = Engine(model, max_batch_tokens=1024, idle_timeout=3600)
+    yield LocalBackend(engine, engine, middle)
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def written(backend: LocalBackend, prompt: Prompt) -> dict[Case, tuple[list[int], Statistics]]:
+    """What each case writes, and its statistics. All run at once, so they also share forward passes."""
+
+    async def write(strategy: str, gamma: int, rule: str) -> tuple[list[int], Statistics]:
+        speculation = SpeculationParams(strategy, num_draft_tokens=gamma, transfer_strength=20.0, verification=rule)
+        request = GenerationRequest(prompt, SamplingParams(temperature=0), speculation, max_tokens=NUM_TOKENS)
+        *deltas, finish = [event async for event in generate(request, backend)]
+        assert isinstance(finish, Finish)
+        return [token for delta in deltas for token in delta.tokens], finish.statistics
+
+    async def all_cases() -> list[tuple[list[int], Statistics]]:
+        return await asyncio.gather(*(write(*case) for case in CASES))
+
+    return dict(zip(CASES, asyncio.run(all_cases()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_greedy_text_is_transformers_own(
+    written: dict[Case, tuple[list[int], Statistics]], expected: list[int], case: Case
+) -> None:
+    tokens, statistics = written[case]
+    assert tokens == expected
+    if statistics.strategy != "autoregressive":
+        assert 0 < statistics.accepted < statistics.drafted  # both outcomes were put to the test
