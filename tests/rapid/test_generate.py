@@ -225,7 +225,7 @@ def next_probs(model: Model, tokens: list[int], sampling: SamplingParams) -> tor
 
 
 @pytest.mark.parametrize(
-    ("sampling", "num"), [(SamplingParams(), 3000), (SamplingParams(temperature=0.8, top_p=0.8), 1000)]
+    ("sampling", "num"), [(SamplingParams(), 2000), (SamplingParams(temperature=0.8, top_p=0.8), 1000)]
 )
 def test_speculative_decoding_writes_what_the_target_would(
     make_world: Callable[..., World], sampling: SamplingParams, num: int
