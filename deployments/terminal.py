@@ -63,9 +63,10 @@ class Terminal:
         if self._as_json:
             print(json.dumps([answer.as_object() for answer in answers], ensure_ascii=False, indent=2))
             return
+        dtype = run.info("target").dtype
         if not self._stdout.is_terminal:
             self._stdout.width = max(self._stdout.width, 100)
-        self._stdout.print(comparison(answers, is_greedy=request.sampling.temperature == 0))
+        self._stdout.print(comparison(answers, dtype=dtype, is_greedy=request.sampling.temperature == 0))
         for answer in answers:
             beginning = textwrap.shorten(answer.text, ANSWER_CHARS, placeholder=" …")
             self._stdout.print(f"\n[cyan]{answer.statistics.strategy}[/cyan]\n{escape(beginning)}")
@@ -147,7 +148,7 @@ def _prompt_parts(stats: Statistics) -> list[str]:
     return parts
 
 
-def comparison(answers: Sequence[Answer], *, is_greedy: bool) -> Table:
+def comparison(answers: Sequence[Answer], *, dtype: str, is_greedy: bool) -> Table:
     """A column for each answer, of which the first is what the others are compared with."""
     first = answers[0]
     table = Table(title="One question, every strategy", title_justify="left")
@@ -170,7 +171,7 @@ def comparison(answers: Sequence[Answer], *, is_greedy: bool) -> Table:
     same = [("yes" if answer.text == first.text else "no") if is_greedy else NONE for answer in answers]
     row("same text", NONE, *same[1:])
     row("total s", *(f"{answer.statistics.timings_ms['total'] / 1e3:.2f}" for answer in answers))
-    table.caption = _caption(answers, is_greedy)
+    table.caption = _caption(answers, dtype, is_greedy)
     table.caption_justify = "left"
     return table
 
@@ -180,11 +181,13 @@ def _tokens_read(answer: Answer) -> str:
     return " + ".join(f"{answer.tokens_read[role]:,}" for role in ("target", "drafter") if role in answer.tokens_read)
 
 
-def _caption(answers: Sequence[Answer], is_greedy: bool) -> str:
+def _caption(answers: Sequence[Answer], dtype: str, is_greedy: bool) -> str:
     lines = ["Prefill is everything before the first token: retrieval, and both prompts at once."]
     lines.append("Decoding speed and text are compared with autoregressive's.")
     if not is_greedy:
         lines.append("Texts that are sampled differ by chance, so they are not compared.")
+    elif dtype != "float32":
+        lines.append(f"In {dtype} near ties may fall otherwise in a batch; with --dtype float32 they do not.")
     lines += [f"No drafts: {NO_DRAFTS[a.statistics.fallback]}." for a in answers[-1:] if a.statistics.fallback]
     return "\n".join(lines)
 
