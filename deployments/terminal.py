@@ -187,7 +187,7 @@ def _caption(answers: Sequence[Answer], dtype: str, is_greedy: bool) -> str:
     if not is_greedy:
         lines.append("Texts that are sampled differ by chance, so they are not compared.")
     elif dtype != "float32":
-        lines.append(f"In {dtype} near ties may fall otherwise in a batch; with --dtype float32 they do not.")
+        lines.append(f"In {dtype} near ties may fall otherwise in a batch; with --dtype float32 hardly ever.")
     lines += [f"No drafts: {NO_DRAFTS[a.statistics.fallback]}." for a in answers[-1:] if a.statistics.fallback]
     return "\n".join(lines)
 
