@@ -6,12 +6,14 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.engines import Ticket
 from deployments.protocol import Completion, Health
+from rapid.engine import EngineStats
 from rapid.errors import Overloaded, RapidError
 from rapid.generate import Delta, DraftHandle, Finish, Lease, Retrieval, Role, generate
 from rapid.model_info import ModelInfo
@@ -26,15 +28,22 @@ class RayBackend:
 
     def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle) -> None:
         self._engines, self._retriever = engines, retriever
-        self._infos: dict[Role, ModelInfo] = {}
+        self._addresses: dict[Role, tuple[ModelInfo, Any]] = {}
 
     async def connect(self) -> None:
         """Waits for both models to be loaded."""
         for role, engine in self._engines.items():
-            self._infos[role] = await engine.info.remote()
+            self._addresses[role] = await engine.address.remote()
 
     def info(self, role: Role) -> ModelInfo:
-        return self._infos[role]
+        return self._addresses[role][0]
+
+    async def stats(self) -> dict[Role, EngineStats]:
+        """What the engines hold; asked of the actors, since a call through Serve waits while all places are leased."""
+        roles = list(self._addresses)
+        return dict(
+            zip(roles, await asyncio.gather(*(self._addresses[r][1].stats.remote() for r in roles)), strict=True)
+        )
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         try:
@@ -47,19 +56,17 @@ class RayBackend:
     @asynccontextmanager
     async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
         stream = self._engines[role].options(stream=True).lease.remote(capacity, sampling)
-        ticket: Ticket | None = None
         try:
-            try:
-                ticket = await anext(stream)
-            except BackPressureError as error:
-                raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
+            ticket: Ticket = await anext(stream)
+        except BackPressureError as error:
+            raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        try:
             yield _RayLease(ticket)
         finally:
-            # Closing the sequence ends the stream too; cancelling it is for a lease that has not come yet.
-            if ticket is not None:
-                ticket.engine.close.remote(ticket.lease_id)
-            else:
-                stream.cancel()
+            ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
 
 
 class _RayLease:
@@ -88,8 +95,7 @@ class Coordinator:
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
         self._config = config
-        self._engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
-        self._backend = RayBackend(self._engines, retriever)
+        self._backend = RayBackend({"target": target, "drafter": drafter}, retriever)
         self._tokenizer = load_tokenizer(config.target.model)
         if config.drafter.model != config.target.model:
             check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafter.model))
@@ -114,10 +120,14 @@ class Coordinator:
 
     async def health(self) -> Health:
         """What each engine holds; raises when one does not answer."""
-        stats = await asyncio.gather(*(engine.stats.remote() for engine in self._engines.values()))
+        try:
+            stats = await self._backend.stats()
+        except RayActorError:  # a replica was replaced, and its engine with it
+            await self._backend.connect()
+            stats = await self._backend.stats()
         return Health(
             status="ok",
-            models={role: self._backend.info(role).name for role in self._engines},
-            sequences={role: s.num_sequences for role, s in zip(self._engines, stats, strict=True)},
-            kv_bytes={role: s.kv_bytes for role, s in zip(self._engines, stats, strict=True)},
+            models={role: self._backend.info(role).name for role in stats},
+            sequences={role: held.num_sequences for role, held in stats.items()},
+            kv_bytes={role: held.kv_bytes for role, held in stats.items()},
         )

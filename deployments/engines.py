@@ -127,12 +127,9 @@ class EngineReplica:
         finally:
             self._engine.close.remote(lease_id)
 
-    async def info(self) -> ModelInfo:
-        return self._info
-
-    async def stats(self) -> EngineStats:
-        stats: EngineStats = await self._engine.stats.remote()
-        return stats
+    async def address(self) -> tuple[ModelInfo, Any]:
+        """The loaded model and the engine actor's handle, for calls that must not wait behind leases."""
+        return self._info, self._engine
 
     async def check_health(self) -> None:
         await self._engine.info.remote()

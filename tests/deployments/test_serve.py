@@ -242,7 +242,7 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
     [
         ({"messages": []}, "messages", "at least one"),
         ({"messages": None}, "messages", "required"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "king"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "assistant"),
         ({"rapid": {"stratgy": "rapid"}}, "rapid.stratgy", "unknown field"),
         ({"rapid": {"strategy": "magic"}}, "rapid.strategy", "autoregressive"),
         ({"rapid": {"verification": "none"}}, "rapid.verification", "lossless"),
