@@ -2,31 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-import yaml
 
-from deployments.config import AppConfig, EngineConfig, RetrieverConfig, parse_config, read_config
+from deployments.config import AppConfig, EngineConfig, RetrieverConfig
 from rapid import catalog
 from rapid.engine import Engine
 from rapid.local import LocalBackend, OnPrefill
 from rapid.model import Model
 from rapid.tokenization import load_tokenizer
 from retrieval import ChunkStore, Retriever, load_embedder
-
-
-def read_args(path: Path) -> AppConfig:
-    """As `read_config`, but without its check of the keys that only Ray Serve reads: that loads Ray, for seconds.
-
-    Raises:
-        ConfigError: the file is missing, is no YAML, or a field is unknown or wrong.
-    """
-    try:
-        args = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0].get("args")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
-        return read_config(path)  # which says what is wrong
-    return parse_config(args or {}, source=f"{path}: applications[0].args")
 
 
 def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:

@@ -151,12 +151,11 @@ def generate(
 
 def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]) -> "AppConfig":
     """The configuration, with those fields of its models replaced that are not None."""
-    from deployments.assembly import read_args
-    from deployments.config import AppConfig, EngineConfig
+    from deployments.config import AppConfig, EngineConfig, read_config
 
     if path is None and CONFIG.exists():
         path = CONFIG
-    config = read_args(path) if path else AppConfig()
+    config = read_config(path) if path else AppConfig()
 
     def changed(engine: EngineConfig, fields: dict[str, Any]) -> EngineConfig:
         return engine.model_copy(update={name: value for name, value in fields.items() if value is not None})

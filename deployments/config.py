@@ -89,7 +89,6 @@ def read_config(path: Path) -> AppConfig:
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or not applications or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: must hold a list `applications` with one application")
-    _refuse_what_serve_ignores(path, document)
     return parse_config(applications[0].get("args") or {}, source=f"{path}: applications[0].args")
 
 
@@ -108,20 +107,3 @@ def parse_config(args: dict[str, Any], *, source: str = "args") -> AppConfig:
 
 def _in_words(kind: str, message: str) -> str:
     return "unknown field" if kind in ("extra_forbidden", "unexpected_keyword_argument") else message
-
-
-def _refuse_what_serve_ignores(path: Path, document: dict[str, Any]) -> None:
-    """Ray Serve drops keys it does not know: a misspelt `deployments` would change nothing, silently."""
-    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
-
-    def check(where: str, keys: Any, schema: type[BaseModel]) -> None:
-        unknown = set(keys or ()) - set(schema.model_fields)
-        if unknown:
-            raise ConfigError(f"{path}: {where}{sorted(unknown)[0]}: unknown field")
-
-    check("", document, ServeDeploySchema)
-    check("http_options.", document.get("http_options"), HTTPOptionsSchema)
-    for i, application in enumerate(document["applications"]):
-        check(f"applications[{i}].", application, ServeApplicationSchema)
-        for j, deployment in enumerate(application.get("deployments") or []):
-            check(f"applications[{i}].deployments[{j}].", deployment, DeploymentSchema)

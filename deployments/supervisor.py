@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from deployments.config import AppConfig, ConfigError, read_config
@@ -60,17 +60,36 @@ class Endpoint(NamedTuple):
 
 
 def read_endpoint(path: Path) -> Endpoint:
-    """Raises ConfigError when a field that Ray Serve reads has a wrong value."""
+    """Raises ConfigError when a field that Ray Serve reads is unknown or has a wrong value."""
     from ray.serve.schema import ServeDeploySchema
 
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    _refuse_what_serve_ignores(path, document)
     try:
-        schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        schema = ServeDeploySchema.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
     application = schema.applications[0]
     http = schema.http_options
     return Endpoint(http.host, http.port, application.route_prefix or "/", application.name)
+
+
+def _refuse_what_serve_ignores(path: Path, document: dict[str, Any]) -> None:
+    """Ray Serve drops keys it does not know: a misspelt `deployments` would change nothing, silently."""
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    def check(where: str, keys: Any, schema: type[BaseModel]) -> None:
+        unknown = set(keys or ()) - set(schema.model_fields)
+        if unknown:
+            raise ConfigError(f"{path}: {where}{sorted(unknown)[0]}: unknown field")
+
+    check("", document, ServeDeploySchema)
+    check("http_options.", document.get("http_options"), HTTPOptionsSchema)
+    for i, application in enumerate(document["applications"]):
+        check(f"applications[{i}].", application, ServeApplicationSchema)
+        for j, deployment in enumerate(application.get("deployments") or []):
+            check(f"applications[{i}].deployments[{j}].", deployment, DeploymentSchema)
 
 
 def supervise(path: Path, *, verbose: bool) -> None:
