@@ -1,4 +1,4 @@
-"""From a fresh clone to the first streamed answer: `make serve` with no virtual environment, no models and no pip cache.
+"""From a fresh clone to the first streamed answer: `make serve` with no environment, no models and no pip cache.
 
 Then the second start, in the same clone. Each ends when the first token of an answer about a real document has come.
 """

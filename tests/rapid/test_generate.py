@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from closed_forms import Array, law
 from gate import Gate
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.closed_forms import Array, law
 from rapid.engine import Engine
 from rapid.errors import ContextLengthExceeded, InvalidRequest, ModelMismatch, SequenceClosed
 from rapid.generate import STRATEGIES, Delta, Finish, GenerationRequest, SpeculationParams, Statistics, generate

@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from closed_forms import Array, augmented, law, residual, softmax
 from torch import Tensor
 
+from benchmarks.closed_forms import Array, augmented, law, residual, softmax
 from rapid.sampling import sample, truncate
 from rapid.speculative import RULES, verify
 

@@ -1,0 +1,91 @@
+"""What comes out of each verification rule, sampled, against its closed form: total variation, position by position.
+
+The closed forms (`benchmarks.closed_forms`) are written from the paper's formulas in logits, in float64, apart from the
+code they check.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import rapid  # noqa: F401 (before torch)
+
+# isort: split
+import numpy as np
+import torch
+
+from benchmarks.closed_forms import law, softmax
+from benchmarks.results import write
+from rapid.sampling import sample, truncate
+from rapid.speculative import RULES, verify
+
+GAMMA, VOCAB = 3, 10
+
+
+def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, rounds: int) -> dict[str, float]:
+    """Total variation at each drafted position, given that all before it were accepted, and the identity's error."""
+    generator, noise = torch.Generator().manual_seed(1), np.random.default_rng(2)
+    z = 1.2 * noise.standard_normal((GAMMA + 1, VOCAB))
+    # The drafter is close to the target, so that most rounds reach the last position.
+    q = torch.zeros(GAMMA, VOCAB)
+    for row, logits in zip(q, z + 0.2 * noise.standard_normal(z.shape), strict=False):
+        indices, weights = truncate((torch.from_numpy(logits) / temperature).softmax(-1).float(), draft_top_k)
+        row[indices] = weights
+    p = (torch.from_numpy(z) / temperature).softmax(-1)
+
+    draft = sample(q.expand(rounds, GAMMA, VOCAB), generator)
+    num_accepted, next_token = verify(
+        RULES[rule],
+        draft,
+        q.expand(rounds, GAMMA, VOCAB),
+        p.float().expand(rounds, GAMMA + 1, VOCAB),
+        eta,
+        generator,
+    )
+    emitted = torch.cat([draft, draft[:, :1]], -1).scatter(-1, num_accepted[:, None], next_token[:, None])
+    distances, samples, identity = [], [], 0.0
+    for position in range(GAMMA):
+        q_exact = q[position].double() / q[position].double().sum()
+        expected = law(rule, z[position], q_exact.numpy(), eta, temperature)
+        reached = emitted[num_accepted >= position, position]
+        shares = torch.bincount(reached, minlength=VOCAB).double() / len(reached)
+        distances.append(float((shares - torch.from_numpy(expected)).abs().sum() / 2))
+        samples.append(len(reached))
+        augmented = RULES[rule].augment(p[position], q_exact, eta)
+        accepted = torch.minimum(q_exact, augmented)
+        out = accepted + (1 - accepted.sum()) * RULES[rule].residual(p[position], q_exact, augmented)
+        identity = max(identity, float((out - torch.from_numpy(expected)).abs().max()))
+    return {
+        "total_variation": max(distances),
+        "samples": min(samples),
+        "identity_error_float64": identity,
+        "distance_to_target": float(np.abs(expected - softmax(z[GAMMA - 1] / temperature)).sum() / 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=900_000)
+    rounds = parser.parse_args().rounds
+    rows: list[dict[str, Any]] = []
+    print(f"{'rule':10} {'η':>4} {'T':>4} {'k':>3} {'TV to the law':>14} {'samples':>8} {'identity':>9} {'TV to p':>8}")
+    for rule in RULES:
+        for eta in (0.0, 5.0, 10.0, 20.0):
+            for temperature in (0.5, 1.0):
+                for draft_top_k in (4, VOCAB):
+                    row = worst_distance(rule, eta, temperature, draft_top_k, rounds)
+                    rows.append(
+                        {"rule": rule, "eta": eta, "temperature": temperature, "draft_top_k": draft_top_k} | row
+                    )
+                    print(
+                        f"{rule:10} {eta:4.0f} {temperature:4} {draft_top_k:3} {row['total_variation']:14.4f} "
+                        f"{row['samples']:8} {row['identity_error_float64']:9.1e} {row['distance_to_target']:8.3f}"
+                    )
+    worst = {name: max(row[name] for row in rows) for name in ("total_variation", "identity_error_float64")}
+    print(f"worst: {worst}; fewest samples: {min(row['samples'] for row in rows)}")
+    write("output_law", {"rounds": rounds, "worst": worst, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
