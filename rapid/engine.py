@@ -113,7 +113,7 @@ class Engine:
     cancellation. A sequence that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
     """
 
-    def __init__(self, model: Model, *, max_batch_tokens: int = 128, idle_timeout: float = 120.0) -> None:
+    def __init__(self, model: Model, *, max_batch_tokens: int = 128, idle_timeout: float = 600.0) -> None:
         self.model = model
         self._max_batch_tokens = max_batch_tokens
         self._idle_timeout = idle_timeout

@@ -58,10 +58,13 @@ class _LocalLease:
 
     async def prefill(self, prompt: list[int]) -> float:
         running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence, prompt)))
-        while not running.done():
-            await asyncio.wait([running], timeout=0.2)
-            self._on_prefill(self._role, self._sequence.cache.length, len(prompt) - 1)
-        return running.result()
+        try:
+            while not running.done():
+                await asyncio.wait([running], timeout=0.2)
+                self._on_prefill(self._role, self._sequence.cache.length, len(prompt) - 1)
+            return running.result()
+        finally:
+            running.cancel()  # nobody waits for it any more; closing the sequence ends the work
 
     def propose(self, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int) -> DraftHandle:
         eos = self._engine.model.info.eos_token_ids

@@ -524,9 +524,6 @@ async def cancelled_at(gate: Gate, passes: int, world: World) -> None:
         await reading
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a cancelled prefill's exception is never retrieved: asyncio logs it as an error"
-)
 def test_a_cancelled_prefill_leaves_nothing_to_complain_about(
     make_world: Callable[..., World], gates: Callable[[Model], Gate]
 ) -> None:
