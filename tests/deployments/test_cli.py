@@ -67,7 +67,6 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-@pytest.mark.usefixtures("smollm")
 def test_the_answer_alone_goes_to_stdout_and_its_statistics_to_stderr(run: Run, document: Path) -> None:
     code, out, err = run("generate", "--document", document, "--question", QUESTION, *BRIEF)
     assert code == 0, err
@@ -78,7 +77,6 @@ def test_the_answer_alone_goes_to_stdout_and_its_statistics_to_stderr(run: Run, 
     assert "\r" not in err
 
 
-@pytest.mark.usefixtures("smollm")
 def test_a_piped_document_gives_valid_json_without_loading_ray() -> None:
     command = ["generate", "--question", QUESTION, "--json", "--quiet", *BRIEF]
     code = (
@@ -97,7 +95,6 @@ def test_a_piped_document_gives_valid_json_without_loading_ray() -> None:
     assert answer["rapid"]["context_tokens"] > 512
 
 
-@pytest.mark.usefixtures("smollm")
 def test_compare_shows_every_strategy_and_lossless_ones_write_the_same(run: Run, document: Path) -> None:
     options = ["--compare", "--dtype", "float32", "--retrieval-max-tokens", "128", *BRIEF]
     code, out, err = run("generate", "-d", document, "-q", QUESTION, *options)
@@ -112,21 +109,18 @@ def test_compare_shows_every_strategy_and_lossless_ones_write_the_same(run: Run,
     assert rag < whole
 
 
-@pytest.mark.usefixtures("smollm")
 def test_compare_as_json_is_a_list(run: Run) -> None:
     code, out, _ = run("generate", "-q", QUESTION, "--compare", "--json", "--quiet", "--max-tokens", 2)
     assert code == 0
     assert [answer["rapid"]["strategy"] for answer in json.loads(out)] == list(STRATEGIES)
 
 
-@pytest.mark.usefixtures("smollm")
 def test_without_documents_a_question_alone_will_do(run: Run) -> None:
     code, out, err = run("generate", "-q", "Who?", "--max-tokens", 2)
     assert (code, "nothing retrieved" in err) == (0, True)
     assert out.strip()
 
 
-@pytest.mark.usefixtures("smollm")
 def test_a_prompt_longer_than_the_window_is_told_both_numbers(run: Run) -> None:
     code, out, err = run("generate", "-q", QUESTION, stdin=(DOCUMENT * 20).encode())
     assert (code, out) == (2, "")

@@ -48,8 +48,6 @@ def url() -> Iterator[str]:
             },
         }
     )
-    local_path(MODEL)
-    local_path("all-minilm-l6-v2")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
