@@ -1,8 +1,8 @@
 """Greedy decoding, float32: every strategy, rule and draft length against transformers' own `generate`.
 
-In the core each prompt is prefilled once and its cache copied for every run. Over HTTP every request does everything, so
-the long prompt is asked with one half of the combinations unless --all is given. The prompts are passages of the shared
-texts of about 2,000 and 6,000 tokens with a question.
+In the core each prompt is prefilled once and its cache copied for every run. Over HTTP every request does everything,
+so the long prompt is asked with half of the combinations unless --all is given. The prompts are passages of the shared
+texts, of about 2,000 and 6,000 tokens, with a question.
 """
 
 from __future__ import annotations
