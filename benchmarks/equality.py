@@ -22,13 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.results import DATA, write
+from deployments.assembly import local_backend
 from deployments.config import AppConfig, parse_config
 from rapid.catalog import local_path
-from rapid.engine import Engine
 from rapid.generate import Finish, GenerationRequest, Lease, Role, SpeculationParams, generate
-from rapid.kv_cache import KVCache
 from rapid.local import LocalBackend
-from rapid.model import Model
 from rapid.prompts import Message, read_chat
 from rapid.sampling import SamplingParams
 from rapid.speculative import RULES
@@ -71,40 +69,32 @@ def config() -> AppConfig:
     return parse_config({"target": engine, "drafter": engine, "retriever": {"options": options}})
 
 
-class _PrefillOnce(LocalBackend):
-    """Keeps the cache of every prompt it has read, and starts later sequences on it from a copy."""
+class _PrefillOnce:
+    """A backend that keeps the keys and values of every prompt, and starts later sequences on it from a copy."""
 
-    def __init__(self, engine: Engine, retrieve: Any) -> None:
-        super().__init__(engine, engine, retrieve)
-        self._read: dict[tuple[int, ...], KVCache] = {}
+    def __init__(self, backend: LocalBackend) -> None:
+        self._backend, self.info, self.retrieve = backend, backend.info, backend.retrieve
+        self._read: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @asynccontextmanager
     async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
-        async with super().lease(role, capacity, sampling) as lease:
-            read, sequence = lease.prefill, lease._sequence  # type: ignore[attr-defined]
+        async with self._backend.lease(role, capacity, sampling) as lease:
+            really, sequence = lease.prefill, lease._sequence  # type: ignore[attr-defined]
 
             async def prefill(prompt: list[int]) -> float:
-                known = self._read.get(tuple(prompt))
-                if known is None:
-                    elapsed_ms = await read(prompt)
-                    self._read[tuple(prompt)] = known = self._engines[role].model.new_cache(len(prompt))
-                    _copy(sequence.cache, known)
-                    return elapsed_ms
-                sequence.prompt = prompt
-                _copy(known, sequence.cache)
+                cache, length = sequence.cache, len(prompt) - 1
+                if tuple(prompt) not in self._read:
+                    await really(prompt)
+                    self._read[tuple(prompt)] = cache.keys[:, :, :length].clone(), cache.values[:, :, :length].clone()
+                sequence.prompt, cache.length = prompt, length
+                cache.keys[:, :, :length], cache.values[:, :, :length] = self._read[tuple(prompt)]
                 return 0.0
 
             lease.prefill = prefill  # type: ignore[method-assign]
             yield lease
 
 
-def _copy(source: KVCache, target: KVCache) -> None:
-    target.keys[:, :, : source.length] = source.keys[:, :, : source.length]
-    target.values[:, :, : source.length] = source.values[:, :, : source.length]
-    target.length = source.length
-
-
-async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings: AppConfig) -> list[dict[str, Any]]:
+async def in_core(length: int, new_tokens: int, backend: _PrefillOnce, settings: AppConfig) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(MODEL)
     prompt = read_chat([Message(**message) for message in messages(length)], tokenizer)
     rows = []
@@ -123,22 +113,23 @@ async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings:
                 statistics = event.statistics
             else:
                 tokens += event.tokens
-        rows.append(row | {"tokens": tokens, **_numbers(statistics.__dict__), "s": time.perf_counter() - started})
+        elapsed_s = round(time.perf_counter() - started, 2)
+        rows.append(row | {"tokens": tokens, **_numbers(statistics.__dict__), "s": elapsed_s})
         print(f"  core {length} {_name(row):42} {time.perf_counter() - started:6.1f} s", flush=True)
     return rows
 
 
-def over_http(url: str, length: int, new_tokens: int, combinations: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
+def over_http(
+    url: str, length: int, new_tokens: int, combinations: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     for row in combinations:
         started = time.perf_counter()
         body = {"model": MODEL, "messages": messages(length), "temperature": 0, "max_tokens": new_tokens, "rapid": row}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
         answer.raise_for_status()
         text, numbers = answer.json()["choices"][0]["message"]["content"], _numbers(answer.json()["rapid"])
-        rows.append(row | {"text": text, **numbers, "s": time.perf_counter() - started})
         print(f"  http {length} {_name(row):42} {time.perf_counter() - started:6.1f} s", flush=True)
-    return rows
+        yield row | {"text": text, **numbers, "s": round(time.perf_counter() - started, 2)}
 
 
 @contextmanager
@@ -184,43 +175,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(PASSAGES), choices=list(PASSAGES))
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--no-http", action="store_true")
+    parser.add_argument("--where", nargs="+", default=["core", "http"], choices=["core", "http"])
     parser.add_argument("--all", action="store_true", help="all combinations over HTTP with the long prompt, too")
     options = parser.parse_args()
     settings, new_tokens = config(), options.new_tokens
     references = {length: _reference(length, new_tokens) for length in options.lengths}
-    rows: list[dict[str, Any]] = []
+    all_identical = True
 
-    from deployments.assembly import build_retriever
-
-    engine = Engine(Model.load(MODEL, dtype="float32"))
-    backend = _PrefillOnce(engine, build_retriever(settings.retriever, MODEL).retrieve)
-    for length in options.lengths:
-        for row in asyncio.run(in_core(length, new_tokens, backend, settings)):
-            rows.append({"where": "core", **row, "identical": row.pop("tokens") == references[length][0]})
-    engine.shutdown()
-    report(rows, new_tokens)
-    if not options.no_http:
+    if "core" in options.where:
+        rows = []
+        with local_backend(settings) as local:
+            backend = _PrefillOnce(local)
+            for length in options.lengths:
+                for row in asyncio.run(in_core(length, new_tokens, backend, settings)):
+                    row["identical"] = row.pop("tokens") == references[length][0]
+                    rows.append(row)
+        all_identical &= report("core", rows, new_tokens)
+    if "http" in options.where:
+        rows = []
         with serving(settings) as url:
             for length in options.lengths:
-                combinations = matrix() if options.all or length < 4000 else half()
-                for row in over_http(url, length, new_tokens, combinations):
-                    rows.append({"where": "http", **row, "identical": row.pop("text") == references[length][1]})
-
-    if report(rows, new_tokens) < len(rows):
+                for row in over_http(url, length, new_tokens, matrix() if options.all or length < 4000 else half()):
+                    row["identical"] = row.pop("text") == references[length][1]
+                    rows.append(row)
+                    all_identical &= report("http", rows, new_tokens)
+    if not all_identical:
         raise SystemExit(1)
 
 
-def report(rows: list[dict[str, Any]], new_tokens: int) -> int:
-    """Writes what has been seen so far; returns how many runs were identical."""
-    for row in rows:
-        row.pop("tokens", None)
-        row.pop("text", None)
-        row["s"] = round(row["s"], 2)
+def report(where: str, rows: list[dict[str, Any]], new_tokens: int) -> bool:
+    """Writes what has been seen so far; True when all of it was identical."""
     identical = sum(row["identical"] for row in rows)
-    print(f"{identical} of {len(rows)} runs identical to transformers' generate")
-    write("equality", {"new_tokens": new_tokens, "identical": identical, "runs": len(rows), "rows": rows})
-    return identical
+    print(f"{where}: {identical} of {len(rows)} runs identical to transformers' generate")
+    write("equality", {"new_tokens": new_tokens, "identical": identical, "runs": len(rows), "rows": rows}, part=where)
+    return identical == len(rows)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Writes ``results`` to benchmarks/results/NAME.json."""
+def write(name: str, results: dict[str, Any], *, part: str = "") -> Path:
+    """Writes ``results`` of `python -m benchmarks.NAME` to benchmarks/results/NAME.json, or NAME_PART.json."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     arguments = " ".join(sys.argv[1:])
     stamp = {
@@ -42,7 +42,7 @@ def write(name: str, results: dict[str, Any]) -> Path:
         "commit": commit.stdout.strip(),
         "machine": machine(),
     }
-    path = FOLDER / f"{name}.json"
+    path = FOLDER / f"{name}{part and '_'}{part}.json"
     path.write_text(json.dumps(stamp | results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path
