@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from deployments.assembly import local_backend
 from deployments.config import AppConfig
 from deployments.protocol import rapid_object, usage
-from rapid.generate import Delta, GenerationRequest, Role, Statistics, generate
+from rapid.backend import Role
+from rapid.generate import generate
 from rapid.local import LocalBackend, OnPrefill
-from rapid.model import ModelInfo
+from rapid.model_info import ModelInfo
+from rapid.request import Delta, GenerationRequest, Statistics
 
 
 class Answer(NamedTuple):

@@ -17,7 +17,7 @@ _UNBOUNDED = 10_000
 def build(config: AppConfig) -> Application:
     """The Ray Serve application of ``config`` (the `args` in the config file)."""
     target = _engine("Target", config.target)
-    drafter = _engine("Drafter", config.drafter)
+    drafter = target if config.colocated else _engine("Drafter", config.drafter)
     retriever = RetrieverReplica.options(
         name="Retriever",
         max_ongoing_requests=_UNBOUNDED,

@@ -1,5 +1,6 @@
 """Puts a retriever and a one-process backend together from the configuration. Nothing here loads Ray."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch
 from deployments.config import AppConfig, EngineConfig, RetrieverConfig
 from rapid import catalog
 from rapid.engine import Engine
+from rapid.kv_cache import FREE_MEMORY_SHARE, free_memory
 from rapid.local import LocalBackend, OnPrefill
 from rapid.model import Model
 from rapid.tokenization import load_tokenizer
@@ -26,26 +28,32 @@ def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
 def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None) -> Iterator[LocalBackend]:
     """The models and the retriever of ``config`` in this process; leaving it ends the engines' threads.
 
-    One engine plays both roles when target and drafter are the same weights.
+    One engine plays both roles where the configuration says so, or where the two would be the same.
     """
     retriever = build_retriever(config.retriever, config.target.model)
     engines: list[Engine] = []
     try:
-        engines.append(_build_engine(config.target))
-        if _weights(config.drafter) != _weights(config.target):
-            engines.append(_build_engine(config.drafter))
+        engines.append(build_engine(config.target))
+        if config.drafting_engine != config.target:
+            engines.append(build_engine(config.drafter))
         yield LocalBackend(engines[0], engines[-1], retriever.retrieve, on_prefill=on_prefill)
     finally:
         for engine in engines:
             engine.shutdown()
 
 
-def _weights(config: EngineConfig) -> tuple[str, str, str]:
-    return config.model, config.dtype, config.device
-
-
-def _build_engine(config: EngineConfig) -> Engine:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = Model.load(config.model, dtype=config.dtype, device=config.device)
-    return Engine(model, max_batch_tokens=config.max_batch_tokens, idle_timeout=config.idle_timeout_s)
+def build_engine(config: EngineConfig) -> Engine:
+    """Loads the model of ``config`` and starts its engine."""
+    # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    model = Model.load(config.model, dtype=config.dtype, device=config.device, quantization=config.quantization)
+    budget = (
+        config.kv_memory_gib * 2**30 if config.kv_memory_gib else FREE_MEMORY_SHARE * free_memory(model.layout.device)
+    )
+    return Engine(
+        model,
+        kv_bytes=int(budget),
+        max_batch_tokens=config.max_batch_tokens,
+        max_queued=config.max_queued,
+        idle_timeout=config.idle_timeout_s,
+    )

@@ -14,7 +14,7 @@ from rapid.errors import InvalidRequest, RapidError
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
-    from rapid.generate import GenerationRequest
+    from rapid.request import GenerationRequest
 
 CONFIG = Path("serve_config.yaml")
 

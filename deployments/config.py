@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from rapid.errors import InvalidRequest, RapidError
-from rapid.generate import SpeculationParams
+from rapid.kv_cache import FREE_MEMORY_SHARE
 from rapid.prompts import LONG_CONTENT_TOKENS
+from rapid.request import SpeculationParams
 from rapid.sampling import SamplingParams
 from retrieval import RetrievalOptions
 
@@ -39,7 +40,13 @@ class EngineConfig(Strict):
     num_cpus: float = Field(0.5, gt=0, description="what Ray reserves for the engine; not a limit on threads")
     num_gpus: float = Field(0, ge=0)
     threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass; all cores when not set")
-    max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
+    quantization: str = Field(
+        "none", pattern="^(none|int8|fp8|int4)$", description="of the weights: int8, int4 on a CPU; also fp8 on CUDA"
+    )
+    kv_memory_gib: float | None = Field(
+        None, gt=0, description=f"for keys and values; {FREE_MEMORY_SHARE:.0%} of what is free when not set"
+    )
+    max_batch_tokens: int = Field(256, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=0, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
@@ -64,10 +71,24 @@ class AppConfig(Strict):
     served_model: str | None = Field(None, description="the model's name over HTTP; target.model when not set")
     target: EngineConfig = EngineConfig()
     drafter: EngineConfig = EngineConfig()
+    colocated: bool = Field(
+        False, description="the target's engine also drafts, with the same weights; no drafter then"
+    )
     retriever: RetrieverConfig = RetrieverConfig()
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+
+    @model_validator(mode="after")
+    def _one_drafter(self) -> "AppConfig":
+        if self.colocated and "drafter" in self.model_fields_set:
+            raise ValueError("colocated means that the target drafts: leave `drafter` out, or set colocated to false")
+        return self
+
+    @property
+    def drafting_engine(self) -> EngineConfig:
+        """What drafts: the target's own engine where they are colocated."""
+        return self.target if self.colocated else self.drafter
 
     @property
     def model_name(self) -> str:

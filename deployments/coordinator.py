@@ -13,20 +13,26 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.engines import Ticket
 from deployments.protocol import Completion, Health
+from rapid.backend import DraftHandle, Lease, Retrieval, Role
+from rapid.control import Costs, DraftLimits
 from rapid.engine import EngineStats
 from rapid.errors import Overloaded, RapidError
-from rapid.generate import Delta, DraftHandle, Finish, Lease, Retrieval, Role, generate
+from rapid.generate import generate
 from rapid.model_info import ModelInfo
+from rapid.request import Delta, Finish
 from rapid.sampling import SamplingParams
-from rapid.tasks import Draft, Verified
+from rapid.tasks import Draft, Prefilled, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import RetrievalError
+
+_PATIENCE_S = 5.0  # with Serve, for a place that a request can do without
 
 
 class RayBackend:
     """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine actor."""
 
     def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle) -> None:
+        self.costs = Costs()
         self._engines, self._retriever = engines, retriever
         self._addresses: dict[Role, tuple[ModelInfo, Any]] = {}
 
@@ -54,15 +60,23 @@ class RayBackend:
         return retrieval
 
     @asynccontextmanager
-    async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
-        stream = self._engines[role].options(stream=True).lease.remote(capacity, sampling)
+    async def lease(
+        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+    ) -> AsyncIterator[Lease]:
+        stream = self._engines[role].options(stream=True).lease.remote(prompt, max_new_tokens, sampling, may_wait)
         try:
-            ticket: Ticket = await anext(stream)
+            async with asyncio.timeout(None if may_wait else _PATIENCE_S):
+                ticket: Ticket | RapidError = await anext(stream)
+        except TimeoutError as error:
+            stream.cancel()
+            raise Overloaded(f"no {role} had a place within {_PATIENCE_S} s") from error
         except BackPressureError as error:
             raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
         except asyncio.CancelledError:
             stream.cancel()
             raise
+        if isinstance(ticket, RapidError):
+            raise ticket
         try:
             yield _RayLease(ticket)
         finally:
@@ -73,12 +87,12 @@ class _RayLease:
     def __init__(self, ticket: Ticket) -> None:
         self._engine, self._id = ticket.engine, ticket.lease_id
 
-    async def prefill(self, prompt: list[int]) -> float:
-        elapsed_ms: float = await self._engine.prefill.remote(self._id, prompt)
-        return elapsed_ms
+    async def prefill(self) -> Prefilled:
+        prefilled: Prefilled = await self._engine.prefill.remote(self._id)
+        return prefilled
 
-    def propose(self, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int) -> DraftHandle:
-        draft: DraftHandle = self._engine.propose.remote(self._id, offset, tokens, num_draft_tokens, draft_top_k)
+    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
+        draft: DraftHandle = self._engine.propose.remote(self._id, offset, tokens, limits, draft_top_k)
         return draft
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
@@ -97,8 +111,8 @@ class Coordinator:
         self._config = config
         self._backend = RayBackend({"target": target, "drafter": drafter}, retriever)
         self._tokenizer = load_tokenizer(config.target.model)
-        if config.drafter.model != config.target.model:
-            check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafter.model))
+        if config.drafting_engine.model != config.target.model:
+            check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafting_engine.model))
         await self._backend.connect()
 
     async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish | RapidError]:

@@ -7,7 +7,6 @@ between goes straight to the engine actor.
 
 import asyncio
 import logging
-import os
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import EngineConfig
+from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats, Sequence
+from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
-from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
+from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,18 +40,11 @@ class EngineActor:
     """One model, its engine and the open sequences. All calls but the first name a lease."""
 
     def __init__(self, config: EngineConfig) -> None:
-        import torch
+        from deployments.assembly import build_engine
 
-        from rapid.model import Model
-
-        # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        self._engine = Engine(
-            Model.load(config.model, dtype=config.dtype, device=config.device),
-            max_batch_tokens=config.max_batch_tokens,
-            idle_timeout=config.idle_timeout_s,
-        )
+        self._engine: Engine = build_engine(config)
         self._leases: dict[str, Sequence] = {}
+        self._opening: dict[str, asyncio.Future[Sequence]] = {}
 
     async def info(self) -> ModelInfo:
         return self._engine.model.info
@@ -58,23 +52,32 @@ class EngineActor:
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    async def open(self, lease_id: str, capacity: int, sampling: SamplingParams) -> None:
-        self._leases[lease_id] = self._engine.open(capacity, sampling)
+    async def open(
+        self, lease_id: str, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, may_wait: bool
+    ) -> None:
+        opening = asyncio.wrap_future(self._engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait))
+        self._opening[lease_id] = opening
+        try:
+            self._leases[lease_id] = await opening
+        finally:
+            del self._opening[lease_id]
 
-    async def prefill(self, lease_id: str, prompt: list[int]) -> float:
-        return await self._run(prefill(self._sequence(lease_id), prompt))
+    async def prefill(self, lease_id: str) -> Prefilled:
+        return await self._run(prefill(self._sequence(lease_id)))
 
     async def propose(
-        self, lease_id: str, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int
+        self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int
     ) -> Draft:
         eos = self._engine.model.info.eos_token_ids
-        return await self._run(propose(self._sequence(lease_id), offset, tokens, num_draft_tokens, draft_top_k, eos))
+        return await self._run(propose(self._sequence(lease_id), offset, tokens, limits, draft_top_k, eos))
 
     async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
         return await self._run(verify_draft(self._sequence(lease_id), draft, rule, transfer_strength))
 
     async def close(self, lease_id: str) -> None:
-        """Frees the sequence; harmless when it is already gone."""
+        """Frees the sequence, or ends its wait for room; harmless when it is already gone."""
+        if lease_id in self._opening:
+            self._opening[lease_id].cancel()
         sequence = self._leases.pop(lease_id, None)
         if sequence is not None:
             self._engine.close(sequence)
@@ -116,12 +119,21 @@ class EngineReplica:
         self._info: ModelInfo = await self._engine.info.remote()
         logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
 
-    async def lease(self, capacity: int, sampling: SamplingParams) -> AsyncIterator[Ticket]:
-        """Opens a sequence; closing this stream, for whatever reason, frees it."""
+    async def lease(
+        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, may_wait: bool
+    ) -> AsyncIterator[Ticket | RapidError]:
+        """Opens a sequence; closing this stream, for whatever reason, frees it.
+
+        Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.
+        """
         # The id is made here and not by the engine: a lease cancelled while it opens can still be closed by name.
         lease_id = uuid.uuid4().hex
         try:
-            await self._engine.open.remote(lease_id, capacity, sampling)
+            try:
+                await self._engine.open.remote(lease_id, prompt, max_new_tokens, sampling, may_wait)
+            except RapidError as error:
+                yield error
+                return
             yield Ticket(lease_id, self._replica_id, self._engine)
             await self._engine.ended.remote(lease_id)
         finally:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
 from rapid.errors import InvalidRequest, ModelNotFound, RapidError
-from rapid.generate import Delta, Finish
+from rapid.request import Delta, Finish
 
 app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
-from rapid.generate import GenerationRequest, Statistics
 from rapid.prompts import Message, Prompt, read_chat, read_text
+from rapid.request import GenerationRequest, Statistics
 
 
 class Body(BaseModel):
@@ -44,7 +44,7 @@ class RapidFields(Body):
     """The `rapid` object of a request: overrides of the configured speculation."""
 
     strategy: str | None = None
-    num_draft_tokens: int | None = None
+    num_draft_tokens: int | Literal["auto"] | None = None
     transfer_strength: float | None = None
     verification: str | None = None
     draft_top_k: int | None = None
@@ -171,7 +171,12 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
     return fields
 
 
-def usage(statistics: Statistics) -> dict[str, int]:
-    """OpenAI's `usage`: the prompt as the client sent it, and the tokens written."""
+def usage(statistics: Statistics) -> dict[str, Any]:
+    """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
     prompt, written = statistics.prompt_tokens, statistics.emitted
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+    }

@@ -18,8 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from deployments.answers import Answer, LocalRun
 from deployments.config import AppConfig
-from rapid.generate import STRATEGIES, GenerationRequest, Role, Statistics
-from rapid.model import ModelInfo
+from rapid.backend import Role
+from rapid.model_info import ModelInfo
+from rapid.request import STRATEGIES, GenerationRequest, Statistics
 
 NO_DRAFTS = {
     "no_long_context": "the prompt has no long part to retrieve from",

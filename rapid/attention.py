@@ -1,78 +1,145 @@
-"""Attention over a ragged batch: the tokens of several sequences in one row, each sequence with its own KV cache.
+"""Attention over a ragged batch: the tokens of several sequences in one row, each sequence with its own pages.
 
-transformers calls the registered function in every layer with [1, heads, total tokens, head size] tensors; the batch
-itself arrives as a keyword argument that the model passes through untouched.
+Two kernels, chosen once when a model is loaded. `RunAttention` (CPU) reads the cache where it lies: a sequence's pages
+are mostly neighbours, so it multiplies with a few long runs and gathers nothing. `rapid.paged_attention` (CUDA)
+works from device tensors alone, a block table and lengths, so that a pass can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
-from rapid.kv_cache import KVCache
+from rapid.kv_cache import KVCache, KVLayout, KVPool
 
-NAME = "rapid_ragged"
-# From this many query tokens on, a prompt's first chunk is compute-bound and PyTorch's fused causal kernel wins.
-FUSED_FROM = 64
+# From this many query tokens on a CPU is compute-bound, and PyTorch's blocked kernel beats whole score matrices.
+BLOCKED_FROM = 34
 
 
-class Segment(NamedTuple):
-    """``num_tokens`` consecutive tokens of one sequence, to be appended to ``cache``."""
+Tokens = Sequence[int] | Tensor
+
+
+class Extension(NamedTuple):
+    """Tokens to append to a sequence's cache, on the host or on the device; the last ``num_rows`` want logits."""
 
     cache: KVCache
-    num_tokens: int
+    tokens: Tokens
+    num_rows: int
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last n positions: ``query`` [heads, n, d] over ``keys``, ``values`` [KV heads, L, d].
+class Batch(Protocol):
+    """One forward pass's view of the pool: writes new keys and values of a layer, and attends over what is there."""
 
-    Returns [n, heads, d]. Query head h reads KV head h // (heads / KV heads).
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """``query`` [total, heads, d], ``key``, ``value`` [total, KV heads, d] to [total, heads·d].
+
+        Query head h reads KV head h // (heads / KV heads).
+        """
+        ...
+
+
+class Kernel(Protocol):
+    """How a device stores and reads keys and values."""
+
+    def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool: ...
+    def batch(self, extensions: Sequence[Extension]) -> Batch: ...
+
+
+class RunAttention:
+    """Runs of neighbouring slots, read in place."""
+
+    def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
+        return KVPool(layout, budget_bytes)
+
+    def batch(self, extensions: Sequence[Extension]) -> Batch:
+        return _RunBatch(extensions)
+
+
+class _RunBatch:
+    def __init__(self, extensions: Sequence[Extension]) -> None:
+        self._pool = extensions[0].cache.pool
+        self._slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
+        self._reads = []
+        start = 0
+        for cache, tokens, _ in extensions:
+            n = len(tokens)
+            # The blocked kernel takes what was there before and the new tokens apart; the other takes all at once.
+            end = cache.length + n
+            split = n >= BLOCKED_FROM
+            self._reads.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
+            start += n
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self._pool.keys[layer], self._pool.values[layer]  # [KV heads, slots, d]
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+        keys.index_copy_(1, self._slots, key)
+        values.index_copy_(1, self._slots, value)
+        outputs = []
+        for here, runs, split in self._reads:
+            pairs = [(keys[:, a:b], values[:, a:b]) for a, b in runs]
+            rows = query[here]
+            outputs.append(
+                _attend_blocked(rows, pairs, key[:, here], value[:, here], scaling)
+                if split
+                else attend_few(rows, pairs, scaling)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_few(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+    """Causal attention of the last n positions: ``query`` [n, heads, d] over runs of [KV heads, length, d] pairs.
+
+    Returns [n, heads·d]. The query heads that share a KV head become columns (rows in float32) of one matrix, so keys
+    are read once, never repeated and never transposed in memory: what a product of this shape costs on a CPU.
     """
-    heads, n, head_dim = query.shape
-    num_kv_heads, length, _ = keys.shape
-    if n >= FUSED_FROM and n == length:
-        fused = F.scaled_dot_product_attention(
-            query[None], keys[None], values[None], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return fused[0].transpose(0, 1)
-    # The query heads that share a KV head become rows of one matrix: keys are read once and never repeated in memory.
-    rows = query.reshape(num_kv_heads, heads // num_kv_heads * n, head_dim)
-    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scaling)  # [KV heads, group·n, L]
+    n, heads, d = query.shape
+    num_kv_heads = runs[0][0].shape[0]
+    columns = heads // num_kv_heads * n
+    folded = query.reshape(n, num_kv_heads, -1, d).permute(1, 2, 0, 3).reshape(num_kv_heads, columns, d)
+    if query.dtype == torch.float32:
+        parts = [torch.bmm(folded, keys.transpose(1, 2)) for keys, _ in runs]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # [KV heads, group·n, L]
+    else:
+        turned = folded.transpose(1, 2).contiguous()
+        parts = [torch.bmm(keys, turned) for keys, _ in runs]
+        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2).contiguous()
+    length = scores.shape[2]
     if n > 1:
-        future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
-        scores.view(heads, n, length)[:, :, length - n :].masked_fill_(future, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-    return torch.bmm(weights, values).view(heads, n, head_dim).transpose(0, 1)
+        future = torch.ones(n, n, dtype=torch.bool).triu_(1)
+        scores.view(num_kv_heads, -1, n, length)[..., length - n :].masked_fill_(future, -torch.inf)
+    weights = scores.mul_(scaling).softmax(-1)
+    output, start = None, 0
+    for _, values in runs:
+        part = torch.bmm(weights[:, :, start : start + values.shape[1]], values)
+        output = part if output is None else output.add_(part)
+        start += values.shape[1]
+    assert output is not None
+    return output.view(num_kv_heads, -1, n, d).permute(2, 0, 1, 3).reshape(n, heads * d)
 
 
-def ragged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    *,
-    segments: list[Segment],
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: writes each segment's keys and values to its cache and attends over it."""
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [total, heads, d]
-    start = 0
-    for cache, n in segments:
-        here = slice(start, start + n)
-        keys, values = cache.write(layer, key[0, :, here], value[0, :, here])
-        output[here] = attend(query[0, :, here], keys, values, scaling)
-        start += n
-    return output[None], None
+def _attend_blocked(
+    query: Tensor, past: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor, scaling: float
+) -> Tensor:
+    """The same for many tokens: over the ``past`` runs without a mask, over the new [KV heads, n, d] with one.
 
-
-AttentionInterface.register(NAME, ragged_attention)
-# Causality is the function's own business: a mask over [total, total] would cost more than the attention.
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    Each part is normalised by itself, and the parts are then weighted by their log-sum-exp.
+    """
+    n, heads, d = query.shape
+    num_kv_heads = key.shape[0]
+    blocked = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    by_head = query.transpose(0, 1)  # [heads, n, d]
+    group = heads // num_kv_heads
+    own_key, own_value = (new.repeat_interleave(group, 0)[None] for new in (key, value))
+    output, mass = blocked(by_head[None], own_key, own_value, is_causal=True, scale=scaling)
+    output, mass = output.reshape(heads, n, d), mass.reshape(heads, n)
+    folded = by_head.reshape(1, num_kv_heads, group * n, d)
+    for keys, values in past:
+        part, part_mass = blocked(folded, keys[None], values[None], scale=scaling)
+        part, part_mass = part.reshape(heads, n, d), part_mass.reshape(heads, n)
+        share = torch.sigmoid(part_mass - mass).unsqueeze(-1)
+        output = torch.lerp(output.float(), part.float(), share).to(query.dtype)
+        mass = torch.logaddexp(mass, part_mass)
+    return output.transpose(0, 1).reshape(n, heads * d)

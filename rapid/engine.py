@@ -12,6 +12,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rapid.errors import SequenceClosed
-from rapid.kv_cache import KVCache
+from rapid.attention import Extension, Tokens
+from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
+from rapid.kv_cache import KVCache, PoolStats
 from rapid.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ class Sequence:
     cache: KVCache
     sampling: SamplingParams
     generator: torch.Generator
-    prompt: list[int] = field(default_factory=list)
+    prompt: list[int]
     output: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
     last_used: float = field(default_factory=time.monotonic)
 
@@ -74,21 +77,27 @@ def _uncancellable() -> Future[None]:
 
 
 class Extend(NamedTuple):
-    """A task's request: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them."""
+    """A task's request: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them.
+
+    ``tokens`` None asks for a prefill: all of the prompt but its last token, as much of it as no other sequence has
+    computed meanwhile.
+    """
 
     sequence: Sequence
-    tokens: list[int]
+    tokens: Tokens | None
     num_rows: int
 
 
-Task = Generator[Extend, Tensor, T]
+Task = Generator[Extend, Tensor | None, T]
 
 
 class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory held by the caches of the ``num_sequences`` open sequences."""
+    """A snapshot. ``kv_bytes`` is the memory held by the ``num_sequences`` open sequences; ``kv`` has it in full."""
 
     num_sequences: int
+    num_waiting: int
     kv_bytes: int
+    kv: PoolStats
     forward_passes: int
     tokens_processed: int
 
@@ -103,42 +112,88 @@ class _Running:
 
     @property
     def num_left(self) -> int:
-        return len(self.extend.tokens) - self.num_done
+        sequence, tokens, _ = self.extend
+        return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
+
+    def chunk(self, num_tokens: int) -> Tokens:
+        sequence, tokens, _ = self.extend
+        if tokens is None:
+            return sequence.prompt[sequence.cache.length :][:num_tokens]
+        return tokens[self.num_done : self.num_done + num_tokens]
+
+
+class _Arrival(NamedTuple):
+    """A sequence that waits for room."""
+
+    prompt: list[int]
+    capacity: int
+    sampling: SamplingParams
+    future: Future[Sequence]
+    may_wait: bool
 
 
 class Engine:
-    """Runs tasks over sequences in a thread of its own, batched.
+    """Runs tasks over sequences in a thread of its own, batched, within ``kv_bytes`` of keys and values.
 
     ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the others nor delays a
-    cancellation. A sequence that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
+    cancellation. A sequence is admitted when there is room for all it can ever need; up to ``max_queued`` wait for that
+    in order of arrival. One that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
     """
 
-    def __init__(self, model: Model, *, max_batch_tokens: int = 128, idle_timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        kv_bytes: int,
+        max_batch_tokens: int = 256,
+        max_queued: int = 64,
+        idle_timeout: float = 600.0,
+    ) -> None:
         self.model = model
-        self._max_batch_tokens = max_batch_tokens
+        self._pool = model.new_pool(kv_bytes)
+        self._max_batch_tokens, self._max_queued = max_batch_tokens, max_queued
         self._idle_timeout = idle_timeout
         self._sequences: dict[int, Sequence] = {}
         self._ids = itertools.count(1)
+        self._arrivals: deque[_Arrival] = deque()
         self._submitted: list[tuple[Task[Any], Future[Any]]] = []
+        self._closing: list[Sequence] = []
         self._running: list[_Running] = []
         self._forward_passes = self._tokens_processed = 0
+        self._pool_stats = self._pool.stats()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
-    def open(self, capacity: int, sampling: SamplingParams) -> Sequence:
-        """A new sequence with room for ``capacity`` tokens and a random generator of its own."""
-        generator = torch.Generator(self.model.layout.device)
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        with torch.inference_mode(False):
-            sequence = Sequence(next(self._ids), self.model.new_cache(capacity), sampling, generator)
+    def open(
+        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+    ) -> Future[Sequence]:
+        """A new sequence with room for ``prompt`` and ``max_new_tokens``, and a random generator of its own.
+
+        The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
+
+        Raises:
+            InvalidRequest: it needs more than the whole budget.
+        """
+        capacity = len(prompt) + max_new_tokens
+        if self._pool.pages_for(capacity) > self._pool.num_pages:
+            needed, total = capacity * self.model.layout.bytes_per_token, self._pool.num_pages * self._pool.page_bytes
+            raise InvalidRequest(
+                f"{capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self.model.info.name} has "
+                f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory",
+                code="kv_memory_exceeded",
+            )
+        future: Future[Sequence] = Future()
         with self._wake:
-            self._sequences[sequence.id] = sequence
-        return sequence
+            if self._stopping:
+                future.set_exception(SequenceClosed("the engine is shutting down"))
+            elif len(self._arrivals) >= self._max_queued:
+                future.set_exception(Overloaded(f"{self._max_queued} requests wait already", status=429))
+            else:
+                self._arrivals.append(_Arrival(prompt, capacity, sampling, future, may_wait))
+                self._wake.notify()
+        return future
 
     def get(self, sequence_id: int) -> Sequence:
         """The open sequence of that id.
@@ -153,9 +208,10 @@ class Engine:
         return sequence
 
     def close(self, sequence: Sequence) -> None:
-        """Frees the sequence's cache. Tasks on it fail with SequenceClosed before the next forward pass."""
+        """Gives the sequence's room back. Tasks on it fail with SequenceClosed before the next forward pass."""
         with self._wake:
             if self._sequences.pop(sequence.id, None):
+                self._closing.append(sequence)
                 sequence.ended.set_result(None)
             self._wake.notify()
 
@@ -173,8 +229,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds and has done so far."""
         with self._wake:
-            held = list(self._sequences.values())
-        return EngineStats(len(held), sum(s.cache.nbytes for s in held), self._forward_passes, self._tokens_processed)
+            return EngineStats(
+                num_sequences=len(self._sequences),
+                num_waiting=len(self._arrivals),
+                kv_bytes=self._pool_stats.bytes_used,
+                kv=self._pool_stats,
+                forward_passes=self._forward_passes,
+                tokens_processed=self._tokens_processed,
+            )
 
     def shutdown(self) -> None:
         """Ends the thread; whatever is still running fails with SequenceClosed."""
@@ -187,13 +249,13 @@ class Engine:
         while True:
             with self._wake:
                 self._expire()
+                self._exchange()
                 while not (self._submitted or self._running or self._stopping):
                     self._wake.wait(timeout=1.0)
                     self._expire()
+                    self._exchange()
                 if self._stopping:
-                    waiting = [future for _, future in self._submitted if future.set_running_or_notify_cancel()]
-                    for future in waiting + [running.future for running in self._running]:
-                        future.set_exception(SequenceClosed("the engine is shutting down"))
+                    self._fail_everything()
                     return
                 submitted, self._submitted = self._submitted, []
             with torch.inference_mode():
@@ -203,27 +265,73 @@ class Engine:
                 if self._running:
                     self._step()
 
+    def _exchange(self) -> None:
+        """Takes back what closed sequences held, and lets in who now has room; in order, so that nobody starves."""
+        busy = {running.extend.sequence.id for running in self._running}
+        for sequence in [s for s in self._closing if s.id not in busy]:
+            self._pool.index(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
+            self._pool.close(sequence.cache)
+            self._closing.remove(sequence)
+        full = False
+        for arrival in list(self._arrivals):
+            if arrival.future.cancelled():
+                self._arrivals.remove(arrival)
+                continue
+            cache = None if full else self._pool.open(arrival.prompt, arrival.capacity)
+            if cache is not None:
+                self._arrivals.remove(arrival)
+                self._admit(arrival, cache)
+            elif not arrival.may_wait:
+                self._arrivals.remove(arrival)
+                arrival.future.set_exception(Overloaded(f"{self.model.info.name} has no KV memory left now"))
+            else:
+                full = True
+        self._pool_stats = self._pool.stats()
+
+    def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
+        generator = torch.Generator(self.model.layout.device)
+        if arrival.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(arrival.sampling.seed)
+        sequence = Sequence(next(self._ids), cache, arrival.sampling, generator, arrival.prompt)
+        sequence.cached_tokens = cache.length
+        if not arrival.future.set_running_or_notify_cancel():
+            self._pool.close(cache)
+            return
+        self._sequences[sequence.id] = sequence
+        arrival.future.set_result(sequence)
+
     def _step(self) -> None:
         """One iteration: schedule, run, send the rows back."""
+        for running in [r for r in self._running if r.extend.tokens is None]:
+            # Another sequence may have computed the same beginning since the last pass.
+            self._pool.adopt(running.extend.sequence.cache, running.extend.sequence.prompt)
+            if running.num_left <= 0:
+                self._resume(running, None)
         scheduled = self._schedule()
-        segments = []
-        for running, num_tokens in scheduled:
-            sequence, tokens, num_rows = running.extend
-            chunk = tokens[running.num_done : running.num_done + num_tokens]
-            segments.append((sequence.cache, chunk, num_rows if num_tokens == running.num_left else 0))
+        if not scheduled:
+            return
+        extensions = [
+            Extension(r.extend.sequence.cache, r.chunk(n), r.extend.num_rows if n == r.num_left else 0)
+            for r, n in scheduled
+        ]
         try:
-            rows = self.model.forward(segments)
+            rows = self.model.forward(extensions)
         except Exception as error:
-            logger.exception("a forward pass over %d sequences failed", len(segments))
+            logger.exception("a forward pass over %d sequences failed", len(extensions))
             for running, _ in scheduled:
                 self._finish(running, error)
             return
         self._forward_passes += 1
         self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
         for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
+            sequence = running.extend.sequence
+            sequence.last_used = time.monotonic()
             running.num_done += num_tokens
-            running.extend.sequence.last_used = time.monotonic()
-            if not running.num_left:
+            if running.extend.tokens is None:
+                self._pool.index(sequence.cache, sequence.prompt, sequence.cache.length)
+            if running.num_left <= 0:
                 self._resume(running, logits)
 
     def _schedule(self) -> list[tuple[_Running, int]]:
@@ -237,7 +345,7 @@ class Engine:
             if num_tokens > 0:
                 scheduled.append((running, num_tokens))
                 budget -= num_tokens
-        if not scheduled:  # a request for more rows than the budget: alone, it may exceed it
+        if not scheduled and self._running:  # a request for more rows than the budget: alone, it may exceed it
             shortest = min(self._running, key=lambda running: running.num_left)
             scheduled.append((shortest, shortest.num_left))
         return scheduled
@@ -252,7 +360,7 @@ class Engine:
         except Exception as error:
             future.set_exception(error)
 
-    def _resume(self, running: _Running, logits: Tensor) -> None:
+    def _resume(self, running: _Running, logits: Tensor | None) -> None:
         try:
             running.extend = running.task.send(logits)
             running.num_done = 0
@@ -280,3 +388,9 @@ class Engine:
         for sequence in idle:
             logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
             self.close(sequence)
+
+    def _fail_everything(self) -> None:
+        futures = [future for _, future in self._submitted] + [arrival.future for arrival in self._arrivals]
+        waiting = [future for future in futures if future.set_running_or_notify_cancel()]
+        for future in waiting + [running.future for running in self._running]:
+            future.set_exception(SequenceClosed("the engine is shutting down"))

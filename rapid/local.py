@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from rapid.backend import DraftHandle, Lease, Retrieval, Role
+from rapid.control import Costs, DraftLimits
 from rapid.engine import Engine, Sequence
-from rapid.generate import DraftHandle, Lease, Retrieval, Role
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
-from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
+from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 from rapid.tokenization import check_same_tokenizer
 
 Retrieve = Callable[[list[str], str, Any], Retrieval]
@@ -32,6 +33,7 @@ class LocalBackend:
     ) -> None:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
+        self.costs = Costs()
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve = retrieve
         self._on_prefill = on_prefill
@@ -43,9 +45,11 @@ class LocalBackend:
         return await asyncio.to_thread(self._retrieve, contents, query, options)
 
     @asynccontextmanager
-    async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
+    async def lease(
+        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+    ) -> AsyncIterator[Lease]:
         engine = self._engines[role]
-        sequence = engine.open(capacity, sampling)
+        sequence = await asyncio.wrap_future(engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait))
         try:
             yield _LocalLease(role, engine, sequence, self._on_prefill)
         finally:
@@ -56,19 +60,19 @@ class _LocalLease:
     def __init__(self, role: Role, engine: Engine, sequence: Sequence, on_prefill: OnPrefill) -> None:
         self._role, self._engine, self._sequence, self._on_prefill = role, engine, sequence, on_prefill
 
-    async def prefill(self, prompt: list[int]) -> float:
-        running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence, prompt)))
+    async def prefill(self) -> Prefilled:
+        running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence)))
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=0.2)
-                self._on_prefill(self._role, self._sequence.cache.length, len(prompt) - 1)
+                self._on_prefill(self._role, self._sequence.cache.length, len(self._sequence.prompt) - 1)
             return running.result()
         finally:
             running.cancel()  # nobody waits for it any more; closing the sequence ends the work
 
-    def propose(self, offset: int, tokens: list[int], num_draft_tokens: int, draft_top_k: int) -> DraftHandle:
+    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
         eos = self._engine.model.info.eos_token_ids
-        task = propose(self._sequence, offset, tokens, num_draft_tokens, draft_top_k, eos)
+        task = propose(self._sequence, offset, tokens, limits, draft_top_k, eos)
         return asyncio.wrap_future(self._engine.submit(task))
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:

@@ -1,19 +1,23 @@
-"""A causal language model from transformers, run on ragged batches over per-sequence KV caches."""
+"""A causal language model: weights from transformers, run on ragged batches over a pool of keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rapid import attention, catalog
-from rapid.attention import Segment
+from rapid import catalog
+from rapid.attention import Extension, Kernel, RunAttention, Tokens
+from rapid.decoder import Decoder
 from rapid.errors import ModelFileError
-from rapid.kv_cache import KVCache, KVLayout
+from rapid.graphs import GraphRunner
+from rapid.kv_cache import KVLayout, KVPool
+from rapid.linear import check_scheme
 from rapid.model_info import ModelInfo
+from rapid.paged_attention import PagedAttention
 from rapid.tokenization import load_tokenizer
 
 
@@ -21,38 +25,56 @@ class Model:
     """Weights, tokenizer and the ragged forward pass.
 
     ``vocab_size`` is the tokenizer's: a checkpoint may pad its output rows beyond it, and those never take part.
+    ``network`` is consumed: its weights are repacked.
+
+    Raises:
+        ModelFileError: the architecture or the quantisation is not supported.
     """
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        *,
+        quantization: str = "none",
+        kernel: Kernel | None = None,
+    ) -> None:
+        check_scheme(quantization, network.device)
         config = network.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or network.config._attn_implementation != attention.NAME:
-            raise ModelFileError(
-                f"{name}: only decoders with full attention in every layer are supported, found {kinds}"
-            )
-        self.network = network.eval().requires_grad_(False)
+        weight_bytes = sum(p.nbytes for p in network.parameters())
+        eos = _eos_token_ids(network)
+        try:
+            self._decoder = Decoder(network.eval().requires_grad_(False), quantization)
+        except ModelFileError as error:
+            raise ModelFileError(f"{name}: {error.message}") from error
         self.tokenizer = tokenizer
         self.vocab_size = min(config.vocab_size, len(tokenizer)) if tokenizer is not None else config.vocab_size
         self.layout = KVLayout(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_layers=self._decoder.num_layers,
+            num_kv_heads=self._decoder.num_kv_heads,
+            head_dim=self._decoder.head_dim,
             dtype=network.dtype,
             device=network.device,
+        )
+        self.kernel: Kernel = kernel or (RunAttention() if network.device.type == "cpu" else PagedAttention())
+        self._graphs = (
+            GraphRunner(self._decoder, self.kernel, network.device) if isinstance(self.kernel, PagedAttention) else None
         )
         self.info = ModelInfo(
             name=name,
             window=config.max_position_embeddings,
             vocab_size=self.vocab_size,
-            eos_token_ids=_eos_token_ids(network),
+            eos_token_ids=eos,
             dtype=str(network.dtype).removeprefix("torch."),
+            quantization=quantization,
             device=str(network.device),
-            weight_bytes=sum(p.nbytes for p in network.parameters()),
+            weight_bytes=weight_bytes,
             kv_bytes_per_token=self.layout.bytes_per_token,
         )
 
     @classmethod
-    def load(cls, ref: str, *, dtype: str = "auto", device: str = "auto") -> Model:
+    def load(cls, ref: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none") -> Model:
         """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
 
         Raises:
@@ -62,44 +84,48 @@ class Model:
         torch_dtype = default_dtype(device) if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
         tokenizer = load_tokenizer(ref)
         try:
-            network = AutoModelForCausalLM.from_pretrained(
-                catalog.resolve(ref), dtype=torch_dtype, device_map=device, attn_implementation=attention.NAME
-            )
+            network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, device_map=device)
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
-        return cls(network, tokenizer, ref)
+        return cls(network, tokenizer, ref, quantization=quantization)
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for ``capacity`` tokens."""
-        return KVCache(self.layout, capacity)
+    def new_pool(self, budget_bytes: int) -> KVPool:
+        """Room for keys and values, in the kernel's layout."""
+        return self.kernel.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[tuple[KVCache, Sequence[int], int]]) -> list[Tensor]:
+    def forward(self, extensions: Sequence[Extension]) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
-        Each segment is (cache, n ≥ 1 tokens to append, how many of their last positions want logits). Returns for each
-        the logits of those positions, [rows, V] in float32. Every cache is n tokens longer afterwards.
+        Returns for each extension the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
+        as many tokens longer afterwards.
         """
-        tokens: list[int] = []
+        if self._graphs is not None and self._graphs.takes(extensions):
+            logits = self._graphs.run(extensions)
+        else:
+            logits = self._eager(extensions)
+        for cache, tokens, _ in extensions:
+            cache.advance(len(tokens))
+        return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
+
+    def _eager(self, extensions: Sequence[Extension]) -> Tensor:
+        device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
-        for cache, new, num_rows in segments:
-            positions.extend(range(cache.length, cache.length + len(new)))
-            tokens.extend(new)
-            wanted.extend(range(len(tokens) - num_rows, len(tokens)))
-        device = self.layout.device
-        # transformers' own types do not know of keyword arguments meant for the attention function.
-        run: Any = self.network
-        logits = run(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
-            segments=[Segment(cache, len(new)) for cache, new, _ in segments],
-        ).logits[0, :, : self.vocab_size]
-        for cache, new, _ in segments:
-            cache.advance(len(new))
-        return list(logits.float().split([num_rows for _, _, num_rows in segments]))
+        for cache, tokens, num_rows in extensions:
+            positions.extend(range(cache.length, cache.length + len(tokens)))
+            wanted.extend(range(len(positions) - num_rows, len(positions)))
+        return self._decoder(
+            gather_tokens([tokens for _, tokens, _ in extensions], device),
+            torch.tensor(positions, device=device),
+            self.kernel.batch(extensions),
+            torch.tensor(wanted, dtype=torch.long, device=device),
+        )
+
+
+def gather_tokens(parts: Sequence[Tokens], device: torch.device) -> Tensor:
+    """One [total] tensor on ``device``; parts that are there already are not brought to the host."""
+    return torch.cat([torch.as_tensor(part, dtype=torch.long, device=device) for part in parts])
 
 
 def default_device() -> str:

@@ -14,6 +14,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: frozenset[int]
     dtype: str
+    quantization: str
     device: str
     weight_bytes: int
     kv_bytes_per_token: int

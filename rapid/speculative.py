@@ -138,6 +138,16 @@ def verify(
     return Verdict(num_accepted, sample(next_probs, generator))
 
 
+def verify_greedy(draft_tokens: Tensor, logits: Tensor) -> Verdict:
+    """`verify` at temperature 0, where p and q are one-hot: under every rule a draft stands iff it is the argmax.
+
+    ``draft_tokens`` [γ], ``logits`` [γ+1, V].
+    """
+    best = logits.argmax(-1)
+    num_accepted = (best[:-1] == draft_tokens).long().cumprod(-1).sum(-1)
+    return Verdict(num_accepted, best[num_accepted])
+
+
 def _row(rows: Tensor, index: Tensor) -> Tensor:
     """Row ``index`` [...] of each matrix of ``rows`` [..., n, V]: [..., V]."""
     return rows.gather(-2, index[..., None, None].expand(*index.shape, 1, rows.shape[-1])).squeeze(-2)

@@ -1,0 +1,58 @@
+"""Where the models and the retriever are, as the decode loop sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, Protocol
+
+from rapid.control import Costs, DraftLimits
+from rapid.model_info import ModelInfo
+from rapid.prompts import RetrievedText
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Prefilled, Verified
+
+Role = Literal["target", "drafter"]
+DraftHandle = Awaitable[Draft]
+
+
+class RetrievedChunk(RetrievedText, Protocol):
+    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` is the cosine similarity."""
+
+    @property
+    def position(self) -> int: ...
+    @property
+    def score(self) -> float: ...
+
+
+class Retrieval(Protocol):
+    """A retriever's answer: the chunks it kept, in document order, and token counts."""
+
+    @property
+    def chunks(self) -> Sequence[RetrievedChunk]: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def retrieved_tokens(self) -> int: ...
+
+
+class Lease(Protocol):
+    """One sequence on one engine, for as long as the context manager that gave it stays open."""
+
+    async def prefill(self) -> Prefilled: ...
+    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle: ...
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified: ...
+
+
+class Backend(Protocol):
+    """``costs`` is what rounds of earlier requests took; a request leaves its own there."""
+
+    costs: Costs
+
+    def info(self, role: Role) -> ModelInfo: ...
+    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval: ...
+    def lease(
+        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Room for ``prompt`` and ``max_new_tokens``; raises `Overloaded` where there is none and it may not wait."""
+        ...

@@ -1,0 +1,128 @@
+"""The decoder stack of the Llama family, lean: few operations a layer, because a decode step is mostly overhead.
+
+The weights and the rotary embedding come from a transformers model; what is computed is the same, with q, k and v in
+one product, gate and up in another, and attention over the pages of a `rapid.kv_cache.KVPool`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rapid.attention import Batch
+from rapid.errors import ModelFileError
+from rapid.linear import Linear, make_linear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class RMSNorm:
+    """x / sqrt(mean(x²) + ε) · weight, over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._eps, self._size = eps, weight.shape[-1]
+        # On a CPU rms_norm is six small operations. The layer norm of [x, -x], whose mean is zero, is the same in one.
+        self._mirrored = weight.device.type == "cpu"
+        self._weight = torch.cat((weight, torch.zeros_like(weight))) if self._mirrored else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._mirrored:
+            return F.rms_norm(x, (self._size,), self._weight, self._eps)
+        both = torch.cat((x, -x), -1)
+        return F.layer_norm(both, (2 * self._size,), self._weight, None, self._eps)[..., : self._size]
+
+
+class _Layer(NamedTuple):
+    attention_norm: RMSNorm
+    qkv: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    output: Linear
+    mlp_norm: RMSNorm
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Takes the weights out of ``network``, which is of no further use; ``quantization`` is a scheme of `rapid.linear`.
+
+    Raises:
+        ModelFileError: the architecture is not of the Llama family, or not with full attention in every layer.
+    """
+
+    def __init__(self, network: PreTrainedModel, quantization: str = "none") -> None:
+        config = network.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if config.model_type not in FAMILIES or kinds != {"full_attention"} or config.hidden_act != "silu":
+            raise ModelFileError(
+                f"only {', '.join(FAMILIES)} with full attention in every layer are supported, found "
+                f"{config.model_type} with {', '.join(sorted(kinds))}"
+            )
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers = config.num_hidden_layers
+        self._scaling = self.head_dim**-0.5
+        body: Any = network.model
+        self._embedding: Tensor = body.embed_tokens.weight.detach()
+        self._rotary = body.rotary_emb
+        self._norm = self._take_norm(body.norm)
+        self._layers = []
+        for i, layer in enumerate(body.layers):
+            self._layers.append(self._take_layer(layer, quantization))
+            body.layers[i] = torch.nn.Identity()  # frees the originals as we go: at most one layer exists twice
+        head: Any = network.get_output_embeddings()
+        self._head = make_linear(head.weight.detach(), head.bias, quantization, is_head=True)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+        """Logits [len(rows), padded vocabulary] after ``tokens`` [total] at ``positions`` [total]."""
+        x = F.embedding(tokens, self._embedding)  # [total, hidden]
+        cos, sin = self._rotations(x, positions)
+        total = len(tokens)
+        turning = self.num_heads + self.num_kv_heads
+        for i, layer in enumerate(self._layers):
+            heads = layer.qkv(layer.attention_norm(x)).view(total, -1, self.head_dim)
+            query_key, value = heads[:, :turning], heads[:, turning:]
+            if layer.query_norm is not None and layer.key_norm is not None:
+                split = query_key.split((self.num_heads, self.num_kv_heads), 1)
+                query_key = torch.cat((layer.query_norm(split[0]), layer.key_norm(split[1])), 1)
+            halves = query_key.reshape(total, turning, 2, self.head_dim // 2)
+            turned = torch.addcmul(query_key * cos, halves.flip(2).view(total, turning, self.head_dim), sin)
+            query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
+            x = x + layer.output(batch.attend(i, query, key, value, self._scaling))
+            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate).mul_(up))
+        return self._head(self._norm(x[rows]))
+
+    def _rotations(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [total, 1, d]: rotating is x·cos + (halves of x swapped)·sin."""
+        cos, sin = self._rotary(x, positions[None])
+        half = self.head_dim // 2
+        signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+        return cos[0].unsqueeze(1), signed.unsqueeze(1)
+
+    def _take_layer(self, layer: Any, quantization: str) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def fused(*parts: Any) -> Linear:
+            weight = torch.cat([part.weight.detach() for part in parts])
+            bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+            return make_linear(weight, bias, quantization)
+
+        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return _Layer(
+            self._take_norm(layer.input_layernorm),
+            fused(attention.q_proj, attention.k_proj, attention.v_proj),
+            self._take_norm(query_norm) if query_norm is not None else None,
+            self._take_norm(key_norm) if key_norm is not None else None,
+            fused(attention.o_proj),
+            self._take_norm(layer.post_attention_layernorm),
+            fused(mlp.gate_proj, mlp.up_proj),
+            fused(mlp.down_proj),
+        )
+
+    def _take_norm(self, norm: Any) -> RMSNorm:
+        return RMSNorm(norm.weight.detach(), norm.variance_epsilon)

@@ -1,0 +1,142 @@
+"""One completion: what is asked for, what comes back, and what is counted on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from rapid.control import Source
+from rapid.errors import InvalidRequest
+from rapid.prompts import Prompt
+from rapid.sampling import SamplingParams
+from rapid.speculative import RULES
+
+
+class Strategy(NamedTuple):
+    """``retrieves``: a model reads the retrieved context. ``drafts``: it drafts from it, and the target verifies.
+
+    ``transfers``: the target's distribution is augmented by the drafter's. ``looks_up``: drafts come from the text too.
+    """
+
+    retrieves: bool
+    drafts: bool
+    transfers: bool
+    looks_up: bool
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "autoregressive": Strategy(False, False, False, False),  # the long context, plain decoding
+    "rag": Strategy(True, False, False, False),  # one model on the retrieved context alone
+    "lookup": Strategy(False, False, False, True),  # drafts found in the text, no drafter: lossless
+    "speculative": Strategy(True, True, False, False),  # a RAG drafter, η = 0: lossless
+    "rapid": Strategy(True, True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class SpeculationParams:
+    """How one request decodes. γ is ``num_draft_tokens``, η is ``transfer_strength`` (paper §3 and §4.1).
+
+    γ "auto" is chosen every round from measured costs and acceptance (`rapid.control`), 0 included; a number is drafted
+    every round by the drafter alone. ``rag_model`` says whose weights the strategy "rag" uses.
+
+    Raises:
+        InvalidRequest: a value is unknown or out of range; ``param`` names the field.
+    """
+
+    strategy: str = "rapid"
+    num_draft_tokens: int | Literal["auto"] = "auto"
+    transfer_strength: float = 10.0
+    verification: str = "published"
+    draft_top_k: int = 64
+    rag_model: str = "target"
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{param} must be {rule}, got {getattr(self, param)!r}", param=f"rapid.{param}")
+
+        gamma = self.num_draft_tokens
+        require(self.strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}")
+        require(gamma == "auto" or 0 <= gamma <= 64, "num_draft_tokens", '"auto" or between 0 and 64')
+        require(0 <= self.transfer_strength <= 1000, "transfer_strength", "between 0 and 1000")
+        require(self.verification in RULES, "verification", f"one of {', '.join(RULES)}")
+        require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
+        require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
+
+    @property
+    def fixed_draft_tokens(self) -> int | None:
+        """γ where it is given, None where it is chosen."""
+        return None if self.num_draft_tokens == "auto" else self.num_draft_tokens
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion to write. ``max_tokens`` None means ``default_max_tokens``, or less where the window ends.
+
+    ``retrieval`` holds the retriever's options; they are passed on to the backend as they are.
+    """
+
+    prompt: Prompt
+    sampling: SamplingParams
+    speculation: SpeculationParams
+    retrieval: Any = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    default_max_tokens: int = 512
+
+
+@dataclass
+class Statistics:
+    """What one request did; times in milliseconds. The README defines each field.
+
+    ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
+    """
+
+    strategy: str
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
+    emitted: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    context_tokens: int = 0
+    retrieved_tokens: int = 0
+    draft_prompt_tokens: int = 0
+    chunks: list[dict[str, float]] = field(default_factory=list)
+    fallback: str | None = None
+    timings_ms: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("retrieval", "target_prefill", "draft_prefill", "drafting", "verification", "transport", "total"), 0.0
+        )
+    )
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted ÷ drafted; None when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens emitted per target forward pass."""
+        return self.emitted / self.rounds if self.rounds else None
+
+
+class Delta(NamedTuple):
+    """One round's outcome: the text that it completed (may be empty), the tokens, and who drafted them."""
+
+    text: str
+    tokens: list[int]
+    num_drafted: int
+    num_accepted: int
+    source: Source
+
+
+class Finish(NamedTuple):
+    """The end: ``reason`` is "stop" (end of sequence or stop string) or "length"."""
+
+    text: str
+    reason: str
+    statistics: Statistics
