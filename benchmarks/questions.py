@@ -43,6 +43,4 @@ def questions(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Iterator[Q
         text = (DATA / name).read_text(encoding="utf-8")[start : start + 8 * num_tokens]
         passage = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:num_tokens])
         for question in QUESTIONS[document]:
-            yield Question(
-                document, question, read_chat([Message("user", f"{passage}\n\n{question}")], tokenizer)
-            )
+            yield Question(document, question, read_chat([Message("user", f"{passage}\n\n{question}")], tokenizer))

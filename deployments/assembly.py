@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from deployments.config import AppConfig, EngineConfig, RetrieverConfig
 from rapid import catalog
+from rapid.compute import compute
 from rapid.engine import Engine
 from rapid.kv_cache import FREE_MEMORY_SHARE, free_memory
 from rapid.local import LocalBackend, OnPrefill
@@ -30,13 +32,13 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
 
     One engine plays both roles where the configuration says so, or where the two would be the same.
     """
-    retriever = build_retriever(config.retriever, config.target.model)
+    retriever = compute(build_retriever, config.retriever, config.target.model)
     engines: list[Engine] = []
     try:
         engines.append(build_engine(config.target))
         if config.drafting_engine != config.target:
             engines.append(build_engine(config.drafter))
-        yield LocalBackend(engines[0], engines[-1], retriever.retrieve, on_prefill=on_prefill)
+        yield LocalBackend(engines[0], engines[-1], partial(compute, retriever.retrieve), on_prefill=on_prefill)
     finally:
         for engine in engines:
             engine.shutdown()
@@ -45,8 +47,10 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
 def build_engine(config: EngineConfig) -> Engine:
     """Loads the model of ``config`` and starts its engine."""
     # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    model = Model.load(config.model, dtype=config.dtype, device=config.device, quantization=config.quantization)
+    compute(torch.set_num_threads, config.threads or len(os.sched_getaffinity(0)))
+    model = compute(
+        Model.load, config.model, dtype=config.dtype, device=config.device, quantization=config.quantization
+    )
     budget = (
         config.kv_memory_gib * 2**30 if config.kv_memory_gib else FREE_MEMORY_SHARE * free_memory(model.layout.device)
     )

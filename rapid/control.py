@@ -22,7 +22,7 @@ _PRIOR_WEIGHT = 4.0  # how many observations a prior is worth
 _PLAIN_ROUNDS = 2  # at the start of a request
 _HOPE = 0.8  # the acceptance that is promised before there were any rounds
 _DECAY = 0.9  # of the running rate, per round
-_FIRST_REST, _LONGEST_REST = 16, 128  # rounds without the drafter between two tries, while it does not pay
+_FIRST_REST, _LONGEST_REST = 48, 192  # rounds without the drafter between two tries, while it does not pay
 
 Source = Literal["none", "model", "lookup"]
 
@@ -114,6 +114,8 @@ class Outcome(Protocol):
     def confidences(self) -> list[float]: ...
     @property
     def draft_ms(self) -> float: ...
+    @property
+    def draft_step_ms(self) -> float: ...
 
 
 class Controller:
@@ -163,10 +165,12 @@ class Controller:
                 self._by_match.observe(match_length + i, i < num_accepted)
             else:
                 self._by_confidence.observe(confidence, i < num_accepted)
+        # Reading what was emitted without the drafter is the price of having let it rest, not of drafting.
+        catching_up = max(0.0, outcome.draft_ms - num_drafted * outcome.draft_step_ms)
         if self._timed:
-            self._measure(plan, num_drafted, outcome.draft_ms, round_ms)
+            self._measure(plan, num_drafted, outcome, round_ms)
         if plan.source == "model":
-            took = round_ms if self._timed else self._expected_ms(num_drafted)
+            took = round_ms - catching_up if self._timed else self._expected_ms(num_drafted)
             self._tokens = _DECAY * self._tokens + num_accepted + 1
             self._time = _DECAY * self._time + took
             self._resting = 0
@@ -175,14 +179,14 @@ class Controller:
         else:
             self._resting += 1
 
-    def _measure(self, plan: Plan, num_drafted: int, draft_ms: float, round_ms: float) -> None:
+    def _measure(self, plan: Plan, num_drafted: int, outcome: Outcome, round_ms: float) -> None:
         if num_drafted == 0:
             self._plain_rounds += 1
             self._costs.update("plain", round_ms)
             return
-        self._costs.update("extra", max(0.0, round_ms - draft_ms - self._costs.plain) / num_drafted)
+        self._costs.update("extra", max(0.0, round_ms - outcome.draft_ms - self._costs.plain) / num_drafted)
         if plan.source == "model":
-            self._costs.update("draft", draft_ms / num_drafted)
+            self._costs.update("draft", outcome.draft_step_ms)
 
     def _expected_ms(self, num_drafted: int) -> float:
         return self._costs.plain + num_drafted * (self._costs.draft + self._costs.extra)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rapid.attention import Extension, Tokens
+from rapid.compute import compute
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache import KVCache, PoolStats
 from rapid.sampling import SamplingParams
@@ -258,12 +259,15 @@ class Engine:
                     self._fail_everything()
                     return
                 submitted, self._submitted = self._submitted, []
-            with torch.inference_mode():
-                for task, future in submitted:
-                    self._start(task, future)
-                self._drop_closed()
-                if self._running:
-                    self._step()
+            compute(self._work, submitted)
+
+    @torch.inference_mode()
+    def _work(self, submitted: list[tuple[Task[Any], Future[Any]]]) -> None:
+        for task, future in submitted:
+            self._start(task, future)
+        self._drop_closed()
+        if self._running:
+            self._step()
 
     def _exchange(self) -> None:
         """Takes back what closed sequences held, and lets in who now has room; in order, so that nobody starves."""

@@ -35,6 +35,7 @@ class Draft:
     distributions: list[Pairs] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     elapsed_ms: float = 0.0
+    step_ms: float = 0.0  # of a token after the first, whose pass also reads what was emitted without the drafter
 
     def dense(self, vocab_size: int, device: torch.device) -> Tensor:
         """q as a [γ, V] float32 tensor."""
@@ -59,6 +60,7 @@ class Verified:
     num_accepted: int
     confidences: list[float]
     draft_ms: float
+    draft_step_ms: float
     verify_ms: float
 
 
@@ -93,18 +95,22 @@ def propose(
     on_host = sequence.generator.device.type == "cpu"
     drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     draft = Draft(start)
-    ended, feed = False, None
+    ended, feed, first_ms = False, None, 0.0
+    num_pending = len(sequence.pending())
     while not ended and len(draft.tokens) + len(drawn) < limits.max_tokens:
         logits = yield Extend(sequence, sequence.pending() if feed is None else feed, 1)
         assert logits is not None
         drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
         feed = drawn[-1][0].view(1)
+        first_ms = first_ms or _ms_since(started)
         if on_host or len(drawn) == limits.max_tokens:
             ended = _bring(drawn, draft, limits, eos)
             drawn = []
     sequence.output[start:] = draft.tokens
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-    return Draft(start, draft.tokens, draft.distributions, draft.confidences, _ms_since(started))
+    elapsed_ms, more = _ms_since(started), len(draft.tokens) - 1
+    step_ms = (elapsed_ms - first_ms) / more if more else elapsed_ms / num_pending
+    return Draft(start, draft.tokens, draft.distributions, draft.confidences, elapsed_ms, step_ms)
 
 
 def _draw(
@@ -159,7 +165,9 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
     emitted = [*draft.tokens[:num_accepted], next_token]
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-    return Verified(emitted, gamma, num_accepted, draft.confidences, draft.elapsed_ms, _ms_since(started))
+    return Verified(
+        emitted, gamma, num_accepted, draft.confidences, draft.elapsed_ms, draft.step_ms, _ms_since(started)
+    )
 
 
 def _ms_since(started: float) -> float:

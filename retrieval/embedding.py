@@ -6,8 +6,10 @@ FlagEmbedding loads the models, pools their states, and holds BGE-M3's head. Bat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from retrieval.errors import RetrievalError
 
 _BATCH_TOKENS = 8192  # padded tokens in one forward pass
 _USUAL_TOKENS = 512
+_REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
 _BGE_M3_FILES = ("colbert_linear.pt", "sparse_linear.pt")
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
 
@@ -43,13 +46,30 @@ class Embedder:
         # One forward pass at a time, since several would only share the device and add up in memory. Taken for a pass
         # and not for a call, so that a query does not wait for another request's whole document.
         self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._remembering = threading.Lock()
         self.dimension = self._embed(["dimension"]).shape[1]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one unit vector for each text: [len(texts), dimension]."""
-        if not texts:
-            return np.zeros((0, self.dimension), dtype=np.float32)
-        return self._embed(texts)
+        """Return one unit vector for each text: [len(texts), dimension].
+
+        The vectors of the latest texts are remembered, by digest: the next question about a document, and the next
+        turn of a chat, embed only what is new.
+        """
+        digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts]
+        with self._remembering:
+            vectors = {digest: self._known[digest] for digest in digests if digest in self._known}
+        new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in vectors}
+        if new:
+            vectors.update(zip(new, self._embed(list(new.values())), strict=True))
+        with self._remembering:
+            for digest in digests:
+                self._known[digest] = vectors[digest]
+                self._known.move_to_end(digest)
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        rows = [vectors[digest] for digest in digests]
+        return np.stack(rows) if rows else np.zeros((0, self.dimension), dtype=np.float32)
 
     def embed_query(self, query: str) -> NDArray[np.float32]:
         """Return the query's unit vector: [dimension]."""
