@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rapid.kv_cache import KVCache, KVLayout, KVPool
 
-# From this many query tokens on a CPU is compute-bound, and PyTorch's blocked kernel beats whole score matrices.
-BLOCKED_FROM = 34
+MANY = 34  # query tokens: from here on products are compute-bound, and the shapes that suit them change
+_SCORE_BYTES = 32 * 2**20  # of one block of scores, so that a chunk over a long cache stays small in memory
 
 
 Tokens = Sequence[int] | Tensor
@@ -66,9 +66,9 @@ class _RunBatch:
         start = 0
         for cache, tokens, _ in extensions:
             n = len(tokens)
-            # The blocked kernel takes what was there before and the new tokens apart; the other takes all at once.
+            # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
             end = cache.length + n
-            split = n >= BLOCKED_FROM
+            split = n >= MANY and self._pool.layout.dtype == torch.float32
             self._reads.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
@@ -84,39 +84,51 @@ class _RunBatch:
             outputs.append(
                 _attend_blocked(rows, pairs, key[:, here], value[:, here], scaling)
                 if split
-                else attend_few(rows, pairs, scaling)
+                else attend_whole(rows, pairs, scaling)
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attend_few(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Causal attention of the last n positions: ``query`` [n, heads, d] over runs of [KV heads, length, d] pairs.
 
-    Returns [n, heads·d]. The query heads that share a KV head become columns (rows in float32) of one matrix, so keys
-    are read once, never repeated and never transposed in memory: what a product of this shape costs on a CPU.
+    Returns [n, heads·d]. The query heads that share a KV head become rows of one matrix, so keys are read once and
+    never repeated. Whole rows of scores are made, a block of rows at a time.
     """
+    n, heads, _ = query.shape
+    length = sum(keys.shape[1] for keys, _ in runs)
+    block = max(1, _SCORE_BYTES // (heads * length * query.itemsize))
+    parts = []
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        parts.append(_attend_rows(query[start:end], runs, length - (n - end), scaling))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int, scaling: float) -> Tensor:
+    """The same over the first ``length`` positions, of which those of ``query`` are the last."""
     n, heads, d = query.shape
     num_kv_heads = runs[0][0].shape[0]
-    columns = heads // num_kv_heads * n
-    folded = query.reshape(n, num_kv_heads, -1, d).permute(1, 2, 0, 3).reshape(num_kv_heads, columns, d)
-    if query.dtype == torch.float32:
-        parts = [torch.bmm(folded, keys.transpose(1, 2)) for keys, _ in runs]
-        scores = parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # [KV heads, group·n, L]
-    else:
-        turned = folded.transpose(1, 2).contiguous()
-        parts = [torch.bmm(keys, turned) for keys, _ in runs]
-        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2).contiguous()
-    length = scores.shape[2]
+    rows = heads // num_kv_heads * n
+    folded = query.reshape(n, num_kv_heads, -1, d).permute(1, 2, 0, 3).reshape(num_kv_heads, rows, d)
+    # oneDNN transposes its second matrix in memory. For a few bfloat16 rows that must be the queries, not the keys.
+    keys_first = n < MANY and query.dtype != torch.float32
+    turned = folded.transpose(1, 2).contiguous() if keys_first else folded
+    parts = [torch.bmm(keys, turned) if keys_first else torch.bmm(turned, keys.transpose(1, 2)) for keys, _ in runs]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1 if keys_first else 2)
+    if keys_first:
+        scores = scores.transpose(1, 2).contiguous()
+    scores = scores[:, :, :length]  # [KV heads, group·n, L]
     if n > 1:
         future = torch.ones(n, n, dtype=torch.bool).triu_(1)
-        scores.view(num_kv_heads, -1, n, length)[..., length - n :].masked_fill_(future, -torch.inf)
+        scores.unflatten(1, (-1, n))[..., length - n :].masked_fill_(future, -torch.inf)
     weights = scores.mul_(scaling).softmax(-1)
-    output, start = None, 0
+    outputs, start = [], 0
     for _, values in runs:
-        part = torch.bmm(weights[:, :, start : start + values.shape[1]], values)
-        output = part if output is None else output.add_(part)
+        part = weights[:, :, start : start + values.shape[1]]
+        outputs.append(torch.bmm(part, values[:, : part.shape[2]]))
         start += values.shape[1]
-    assert output is not None
+    output = outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
     return output.view(num_kv_heads, -1, n, d).permute(2, 0, 1, 3).reshape(n, heads * d)
 
 
@@ -133,6 +145,7 @@ def _attend_blocked(
     by_head = query.transpose(0, 1)  # [heads, n, d]
     group = heads // num_kv_heads
     own_key, own_value = (new.repeat_interleave(group, 0)[None] for new in (key, value))
+    output: Tensor
     output, mass = blocked(by_head[None], own_key, own_value, is_causal=True, scale=scaling)
     output, mass = output.reshape(heads, n, d), mass.reshape(heads, n)
     folded = by_head.reshape(1, num_kv_heads, group * n, d)

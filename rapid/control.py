@@ -8,7 +8,7 @@ looked-up continuation is followed, and whether the drafter is asked at all.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 MAX_DRAFT_TOKENS = 16
@@ -18,8 +18,8 @@ _CONFIDENCES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 _MATCHES = (4, 6, 9, 14, 24)
 _CONFIDENCE_PRIOR = (0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
 _MATCH_PRIOR = (0.35, 0.5, 0.65, 0.75, 0.85, 0.92)
-_PRIOR_WEIGHT = 4.0  # how many observations a prior is worth
-_PLAIN_ROUNDS = 2  # at the start of a request
+_PRIOR_WEIGHT = 2.0  # how many observations a prior is worth
+_PLAIN_ROUNDS = 3  # at the start of a request
 _HOPE = 0.8  # the acceptance that is promised before there were any rounds
 _DECAY = 0.9  # of the running rate, per round
 _FIRST_REST, _LONGEST_REST = 48, 192  # rounds without the drafter between two tries, while it does not pay
@@ -34,11 +34,14 @@ class Acceptance:
         self._edges = edges
         self._stood = [p * _PRIOR_WEIGHT for p in prior]
         self._tried = [_PRIOR_WEIGHT] * len(prior)
+        self._mean, self._count = _HOPE, _PRIOR_WEIGHT
 
     def observe(self, value: float, stood: bool) -> None:
         which = bisect_right(self._edges, value)
         self._stood[which] += stood
         self._tried[which] += 1
+        self._count += 1
+        self._mean += (stood - self._mean) / self._count
 
     def of(self, value: float) -> float:
         which = bisect_right(self._edges, value)
@@ -48,7 +51,8 @@ class Acceptance:
         return tuple(stood / tried for stood, tried in zip(self._stood, self._tried, strict=True))
 
     def mean(self) -> float:
-        return sum(self._stood) / sum(self._tried)
+        """Of all classes, as often as they came."""
+        return self._mean
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,11 @@ class Costs:
     plain: float = 40.0
     draft: float = 12.0
     extra: float = 2.0
-    _seen: set[str] = field(default_factory=set)
-
-    def for_request(self) -> Costs:
-        """A copy whose first measurements weigh more: this request's context is its own."""
-        return Costs(self.plain, self.draft, self.extra)
 
     def update(self, name: Literal["plain", "draft", "extra"], value: float) -> None:
-        weight = 0.25 if name in self._seen else 0.7
-        self._seen.add(name)
-        setattr(self, name, (1 - weight) * float(getattr(self, name)) + weight * value)
+        """Moves a mean towards ``value``; a single stall counts as no more than twice what is usual."""
+        mean = float(getattr(self, name))
+        setattr(self, name, 0.7 * mean + 0.3 * min(value, 2 * mean))
 
 
 class Plan(NamedTuple):
@@ -185,7 +184,7 @@ class Controller:
             self._costs.update("plain", round_ms)
             return
         self._costs.update("extra", max(0.0, round_ms - outcome.draft_ms - self._costs.plain) / num_drafted)
-        if plan.source == "model":
+        if plan.source == "model" and num_drafted > 1:
             self._costs.update("draft", outcome.draft_step_ms)
 
     def _expected_ms(self, num_drafted: int) -> float:

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from rapid.backend import Backend, DraftHandle, Lease, Role
-from rapid.control import MAX_DRAFT_TOKENS, Controller, Plan
+from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
 from rapid.errors import ContextLengthExceeded, RapidError
 from rapid.lookup import Lookup
 from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
@@ -42,7 +42,7 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
     rule, transfer_strength = (spec.verification, spec.transfer_strength) if strategy.transfers else ("lossless", 0.0)
     stats = Statistics(spec.strategy, prompt_tokens=len(request.prompt.tokens))
     by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
-    costs = backend.costs.for_request()
+    costs = replace(backend.costs) if by_the_clock else Costs()
     controller = Controller(spec.fixed_draft_tokens, costs, timed=by_the_clock)
     async with AsyncExitStack() as leases:
         target, drafter, max_tokens = await _prepare(request, backend, leases, stats)
