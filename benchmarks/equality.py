@@ -1,8 +1,8 @@
 """Greedy decoding, float32: every strategy, rule and draft length against transformers' own `generate`.
 
-In the core each prompt is prefilled once and its cache copied for every run. Over HTTP every request does everything,
-so the long prompt is asked with half of the combinations unless --all is given. The prompts are passages of the shared
-texts, of about 2,000 and 6,000 tokens, with a question.
+Every feature is on: prefixes are shared, so that each prompt is read once and found by every later run, γ is fixed or
+chosen, drafts are the drafter's or looked up. The prompts are passages of the shared texts, of about 2,000 and 6,000
+tokens, with a question.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rapid  # noqa: F401 (before torch)
@@ -25,9 +25,10 @@ from benchmarks.results import DATA, write
 from deployments.assembly import local_backend
 from deployments.config import AppConfig, parse_config
 from rapid.catalog import local_path
-from rapid.generate import Finish, GenerationRequest, Lease, Role, SpeculationParams, generate
+from rapid.generate import generate
 from rapid.local import LocalBackend
 from rapid.prompts import Message, read_chat
+from rapid.request import Finish, GenerationRequest, SpeculationParams
 from rapid.sampling import SamplingParams
 from rapid.speculative import RULES
 from rapid.tokenization import load_tokenizer
@@ -41,20 +42,12 @@ PASSAGES = {2000: ("pride-and-prejudice.txt", 60_000, 8_200), 6000: ("moby-dick.
 def matrix() -> Iterator[dict[str, Any]]:
     """Every combination that has to give the same text."""
     yield {"strategy": "autoregressive"}
+    yield {"strategy": "lookup"}
+    yield {"strategy": "rapid"}
     for gamma in GAMMAS:
         yield {"strategy": "speculative", "num_draft_tokens": gamma}
         for rule in RULES:
             yield {"strategy": "rapid", "verification": rule, "num_draft_tokens": gamma}
-
-
-def half() -> Iterator[dict[str, Any]]:
-    """Every strategy and rule once, and `rapid` with every draft length."""
-    yield {"strategy": "autoregressive"}
-    yield {"strategy": "speculative", "num_draft_tokens": 4}
-    for gamma in GAMMAS[:-1]:
-        yield {"strategy": "rapid", "verification": "published", "num_draft_tokens": gamma}
-    for rule in RULES:
-        yield {"strategy": "rapid", "verification": rule, "num_draft_tokens": GAMMAS[-1]}
 
 
 def messages(length: int) -> list[dict[str, str]]:
@@ -64,37 +57,12 @@ def messages(length: int) -> list[dict[str, str]]:
 
 
 def config() -> AppConfig:
-    engine = {"model": MODEL, "dtype": "float32"}
-    options = {"chunk_tokens": 256}
-    return parse_config({"target": engine, "drafter": engine, "retriever": {"options": options}})
+    target = {"model": MODEL, "dtype": "float32"}
+    drafter = {"model": MODEL, "quantization": "int4"}
+    return parse_config({"target": target, "drafter": drafter, "retriever": {"options": {"chunk_tokens": 256}}})
 
 
-class _PrefillOnce:
-    """A backend that keeps the keys and values of every prompt, and starts later sequences on it from a copy."""
-
-    def __init__(self, backend: LocalBackend) -> None:
-        self._backend, self.info, self.retrieve = backend, backend.info, backend.retrieve
-        self._read: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @asynccontextmanager
-    async def lease(self, role: Role, capacity: int, sampling: SamplingParams) -> AsyncIterator[Lease]:
-        async with self._backend.lease(role, capacity, sampling) as lease:
-            really, sequence = lease.prefill, lease._sequence  # type: ignore[attr-defined]
-
-            async def prefill(prompt: list[int]) -> float:
-                cache, length = sequence.cache, len(prompt) - 1
-                if tuple(prompt) not in self._read:
-                    await really(prompt)
-                    self._read[tuple(prompt)] = cache.keys[:, :, :length].clone(), cache.values[:, :, :length].clone()
-                sequence.prompt, cache.length = prompt, length
-                cache.keys[:, :, :length], cache.values[:, :, :length] = self._read[tuple(prompt)]
-                return 0.0
-
-            lease.prefill = prefill  # type: ignore[method-assign]
-            yield lease
-
-
-async def in_core(length: int, new_tokens: int, backend: _PrefillOnce, settings: AppConfig) -> list[dict[str, Any]]:
+async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings: AppConfig) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(MODEL)
     prompt = read_chat([Message(**message) for message in messages(length)], tokenizer)
     rows = []
@@ -119,10 +87,8 @@ async def in_core(length: int, new_tokens: int, backend: _PrefillOnce, settings:
     return rows
 
 
-def over_http(
-    url: str, length: int, new_tokens: int, combinations: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    for row in combinations:
+def over_http(url: str, length: int, new_tokens: int) -> Iterator[dict[str, Any]]:
+    for row in matrix():
         started = time.perf_counter()
         body = {"model": MODEL, "messages": messages(length), "temperature": 0, "max_tokens": new_tokens, "rapid": row}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
@@ -176,7 +142,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(PASSAGES), choices=list(PASSAGES))
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--where", nargs="+", default=["core", "http"], choices=["core", "http"])
-    parser.add_argument("--all", action="store_true", help="all combinations over HTTP with the long prompt, too")
     options = parser.parse_args()
     settings, new_tokens = config(), options.new_tokens
     references = {length: _reference(length, new_tokens) for length in options.lengths}
@@ -184,8 +149,7 @@ def main() -> None:
 
     if "core" in options.where:
         rows = []
-        with local_backend(settings) as local:
-            backend = _PrefillOnce(local)
+        with local_backend(settings) as backend:
             for length in options.lengths:
                 for row in asyncio.run(in_core(length, new_tokens, backend, settings)):
                     row["identical"] = row.pop("tokens") == references[length][0]
@@ -195,7 +159,7 @@ def main() -> None:
         rows = []
         with serving(settings) as url:
             for length in options.lengths:
-                for row in over_http(url, length, new_tokens, matrix() if options.all or length < 4000 else half()):
+                for row in over_http(url, length, new_tokens):
                     row["identical"] = row.pop("text") == references[length][1]
                     rows.append(row)
                     all_identical &= report("http", rows, new_tokens)

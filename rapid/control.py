@@ -16,8 +16,8 @@ MAX_DRAFT_TOKENS = 16
 # Classes of the drafter's confidence, and of the length of the match that a looked-up continuation follows.
 _CONFIDENCES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 _MATCHES = (4, 6, 9, 14, 24)
-_CONFIDENCE_PRIOR = (0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
-_MATCH_PRIOR = (0.35, 0.5, 0.65, 0.75, 0.85, 0.92)
+_CONFIDENCE_PRIOR = (0.45, 0.5, 0.55, 0.6, 0.7, 0.78, 0.85, 0.9, 0.96)
+_MATCH_PRIOR = (0.3, 0.45, 0.55, 0.65, 0.75, 0.9)
 _PRIOR_WEIGHT = 2.0  # how many observations a prior is worth
 _PLAIN_ROUNDS = 3  # at the start of a request
 _HOPE = 0.8  # the acceptance that is promised before there were any rounds

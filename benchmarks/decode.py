@@ -1,0 +1,153 @@
+"""Decode speed on long prompts: plain decoding, `rapid` and `lookup` side by side, then the peers on the same prompts.
+
+Prompts are read once and found in the KV memory by every later run, ours and the peers' alike, so what is timed is the
+writing: from the first token to the last. Nothing is fixed but the prompts: every setting is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+from functools import partial
+from typing import Any
+
+import rapid  # noqa: F401 (before torch)
+
+# isort: split
+import torch
+
+from benchmarks import peers
+from benchmarks.local import MODEL, Run, config, run
+from benchmarks.questions import Question, questions
+from benchmarks.results import write
+from deployments.assembly import local_backend
+from deployments.config import AppConfig
+from rapid.compute import compute
+from rapid.local import LocalBackend
+from rapid.tokenization import load_tokenizer
+
+STRATEGIES = ("autoregressive", "rapid", "lookup")
+
+
+async def ours(
+    backend: LocalBackend, settings: AppConfig, asked: list[Question], new_tokens: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for question in asked:
+        await run(backend, settings, question.prompt, 0, 2, strategy="rapid", num_draft_tokens=1)  # reads the prompts
+        for temperature in (0.0, 0.5):
+            runs = {
+                strategy: await run(backend, settings, question.prompt, temperature, new_tokens, strategy=strategy)
+                for strategy in STRATEGIES
+            }
+            rows.append(_row(question, temperature, runs))
+            _print(rows[-1])
+    return rows
+
+
+def _row(question: Question, temperature: float, runs: dict[str, Run]) -> dict[str, Any]:
+    plain = runs["autoregressive"]
+    row: dict[str, Any] = {
+        "document": question.document,
+        "question": question.question,
+        "prompt_tokens": len(question.prompt.tokens),
+        "temperature": temperature,
+    }
+    for strategy, timed in runs.items():
+        counted = timed.statistics
+        row[strategy] = {
+            "tokens_per_second": round(timed.tokens_per_second, 2),
+            "ratio": round(timed.tokens_per_second / plain.tokens_per_second, 3),
+            "emitted": counted.emitted,
+            "rounds": counted.rounds,
+            "drafted": counted.drafted,
+            "accepted": counted.accepted,
+            "lookup_drafted": counted.lookup_drafted,
+            "lookup_accepted": counted.lookup_accepted,
+        }
+    return row
+
+
+def _print(row: dict[str, Any]) -> None:
+    speeds = "  ".join(
+        f"{name} {row[name]['tokens_per_second']:5.1f}/s {row[name]['ratio']:4.2f}x" for name in STRATEGIES
+    )
+    print(f"  {row['document'][:18]:18} {row['question'][:30]:30} T={row['temperature']:<4}{speeds}", flush=True)
+
+
+def theirs(asked: list[Question], new_tokens: int, shorts: list[list[int]]) -> list[dict[str, Any]]:
+    """The peers, one question a document, greedy; null where today's transformers refuses."""
+    rows = []
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        network, assistant = peers.load(MODEL, dtype), peers.load(MODEL, dtype)
+        for question, short in list(zip(asked, shorts, strict=True))[::2]:
+            tokens = question.prompt.tokens
+            cache, prefill = peers.prefilled(network, tokens)
+            row: dict[str, Any] = {
+                "document": question.document,
+                "dtype": name,
+                "prefill_tokens_per_second": round(prefill, 1),
+            }
+            generated = partial(peers.generated, network, tokens, cache, new_tokens)
+            ways = {
+                "generate": generated,
+                "assisted": partial(generated, assistant_model=assistant),
+                "prompt_lookup": partial(generated, prompt_lookup_num_tokens=peers.GAMMA),
+                "released_rapid": partial(peers.released, network, assistant, tokens, cache, short, new_tokens),
+            }
+            for way, measure in ways.items():
+                try:
+                    row[way] = round(measure(), 2)
+                except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                    row[way], row[f"{way}_error"] = None, f"{type(error).__name__}: {error}"[:200]
+                print(f"  {name} {question.document[:18]:18} {way:15} {row[way]}", flush=True)
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt-tokens", type=int, default=6900)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--peer-tokens", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--without-peers", action="store_true")
+    options = parser.parse_args()
+    settings = config()
+    asked = list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]
+    with local_backend(settings) as backend:
+        rows = asyncio.run(ours(backend, settings, asked, options.new_tokens))
+        shorts = [_short(backend, settings, question) for question in asked]
+    results: dict[str, Any] = {"new_tokens": options.new_tokens, "rows": rows}
+    for strategy in STRATEGIES:
+        speeds = [row[strategy]["tokens_per_second"] for row in rows]
+        ratios = [row[strategy]["ratio"] for row in rows]
+        results[strategy] = {
+            "median_tokens_per_second": statistics.median(speeds),
+            "mean_ratio": round(statistics.mean(ratios), 3),
+            "median_ratio": statistics.median(ratios),
+            "worst_ratio": min(ratios),
+        }
+        print(f"{strategy:15} {results[strategy]}")
+    if not options.without_peers:
+        results["peers"] = compute(theirs, asked, options.peer_tokens, shorts)
+        for way in ("generate", "assisted", "prompt_lookup", "released_rapid", "prefill_tokens_per_second"):
+            for dtype in ("float32", "bfloat16"):
+                known = [r[way] for r in results["peers"] if r["dtype"] == dtype and r[way] is not None]
+                if known:
+                    results[f"{way}_{dtype}"] = statistics.median(known)
+                    ratio = results["rapid"]["median_tokens_per_second"] / statistics.median(known)
+                    print(f"{way} {dtype}: {statistics.median(known)} tokens/s; rapid is {ratio:.2f}x")
+    write("decode", results, part="" if options.prompt_tokens > 6000 else str(options.prompt_tokens))
+
+
+def _short(backend: LocalBackend, settings: AppConfig, question: Question) -> list[int]:
+    retrieval = asyncio.run(
+        backend.retrieve(question.prompt.contents, question.prompt.query, settings.retriever.options)
+    )
+    return question.prompt.shortened(retrieval.chunks) if retrieval.chunks else question.prompt.tokens[-1000:]
+
+
+if __name__ == "__main__":
+    main()
