@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test check lock clean
+.PHONY: help install models serve test check bench lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -25,6 +25,12 @@ serve: install ## serve CONFIG=serve_config.yaml on this machine
 test: .venv/dev.stamp ## run the tests
 	$(BIN)/python -m pytest
 
+bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)
+	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.decode --prompt-tokens 450 --without-peers
+	$(BIN)/python -m benchmarks.serving
+
 check: .venv/dev.stamp ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +38,7 @@ check: .venv/dev.stamp ## lint and type-check
 
 # Resolves from nothing, so that no version lingers only because it was pinned before.
 lock: install ## pin every dependency anew in constraints.txt
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev]'
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev,bench]'
 	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 
@@ -48,6 +54,10 @@ clean: ## remove .venv and what the tools cached (the models stay)
 
 .venv/dev.stamp: .venv/base.stamp
 	@$(PIP_INSTALL) -e '.[dev]' $(BRIEFLY)
+	@touch $@
+
+.venv/bench.stamp: .venv/base.stamp
+	@$(PIP_INSTALL) -e '.[bench]' $(BRIEFLY)
 	@touch $@
 
 # A local version such as torch's "+cpu" names one build; the pin must hold for all of them.

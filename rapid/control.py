@@ -165,7 +165,8 @@ class Controller:
             else:
                 self._by_confidence.observe(confidence, i < num_accepted)
         # Reading what was emitted without the drafter is the price of having let it rest, not of drafting.
-        catching_up = max(0.0, outcome.draft_ms - num_drafted * outcome.draft_step_ms)
+        step_ms = outcome.draft_step_ms or self._costs.draft
+        catching_up = max(0.0, outcome.draft_ms - num_drafted * step_ms)
         if self._timed:
             self._measure(plan, num_drafted, outcome, round_ms)
         if plan.source == "model":
@@ -184,7 +185,7 @@ class Controller:
             self._costs.update("plain", round_ms)
             return
         self._costs.update("extra", max(0.0, round_ms - outcome.draft_ms - self._costs.plain) / num_drafted)
-        if plan.source == "model" and num_drafted > 1:
+        if outcome.draft_step_ms:
             self._costs.update("draft", outcome.draft_step_ms)
 
     def _expected_ms(self, num_drafted: int) -> float:
@@ -192,9 +193,9 @@ class Controller:
 
     def _draft_rate(self) -> float:
         """Tokens per millisecond of rounds with the drafter; what the priors promise, before there were any."""
-        # A hopeful promise counts as one round, so that drafting is tried and a single bad start does not decide.
-        promised = sum(_HOPE**i for i in range(4))
-        return (self._tokens + promised) / (self._time + self._expected_ms(3))
+        if self._time == 0:  # a hopeful promise counts as the first round, so that drafting is tried at all
+            self._tokens, self._time = sum(_HOPE**i for i in range(4)), self._expected_ms(3)
+        return self._tokens / self._time
 
     def _drafting_pays(self) -> bool:
         if self._draft_rate() * self._costs.plain >= 1:

@@ -35,7 +35,7 @@ class Draft:
     distributions: list[Pairs] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     elapsed_ms: float = 0.0
-    step_ms: float = 0.0  # of a token after the first, whose pass also reads what was emitted without the drafter
+    step_ms: float = 0.0  # of a pass that had nothing else to read; 0 where there was none
 
     def dense(self, vocab_size: int, device: torch.device) -> Tensor:
         """q as a [γ, V] float32 tensor."""
@@ -109,7 +109,7 @@ def propose(
     sequence.output[start:] = draft.tokens
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     elapsed_ms, more = _ms_since(started), len(draft.tokens) - 1
-    step_ms = (elapsed_ms - first_ms) / more if more else elapsed_ms / num_pending
+    step_ms = (elapsed_ms - first_ms) / more if more else elapsed_ms if num_pending <= 2 else 0.0
     return Draft(start, draft.tokens, draft.distributions, draft.confidences, elapsed_ms, step_ms)
 
 
