@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.closed_forms import law, softmax
 from benchmarks.results import write
-from rapid.sampling import sample, truncate
+from rapid.sampling import sample
 from rapid.speculative import RULES, verify
 
 GAMMA, VOCAB = 3, 10
@@ -30,8 +30,8 @@ def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, 
     # The drafter is close to the target, so that most rounds reach the last position.
     q = torch.zeros(GAMMA, VOCAB)
     for row, logits in zip(q, z + 0.2 * noise.standard_normal(z.shape), strict=False):
-        indices, weights = truncate((torch.from_numpy(logits) / temperature).softmax(-1).float(), draft_top_k)
-        row[indices] = weights
+        top, indices = (torch.from_numpy(logits) / temperature).softmax(-1).float().topk(draft_top_k)
+        row[indices] = top / top.sum()
     p = (torch.from_numpy(z) / temperature).softmax(-1)
 
     draft = sample(q.expand(rounds, GAMMA, VOCAB), generator)

@@ -68,14 +68,15 @@ def generate(
     ] = None,
     drafter: Annotated[str | None, typer.Option(help="A model with the target's tokenizer.")] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option(help="Of both models' weights.")
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of both models' weights, where they are not quantised."),
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="autoregressive, rag, speculative or rapid.", rich_help_panel="Decoding"),
+        typer.Option(help="autoregressive, rag, lookup, speculative or rapid.", rich_help_panel="Decoding"),
     ] = None,
     num_draft_tokens: Annotated[
-        int | None, typer.Option(help="γ: tokens drafted a round.", rich_help_panel="Decoding")
+        str | None, typer.Option(help="γ: tokens drafted a round, or auto.", rich_help_panel="Decoding")
     ] = None,
     transfer_strength: Annotated[
         float | None, typer.Option(help="η: how far the draft moves the target; 0: not.", rich_help_panel="Decoding")
@@ -135,7 +136,7 @@ def generate(
         stop=stop,
         rapid={
             "strategy": strategy,
-            "num_draft_tokens": num_draft_tokens,
+            "num_draft_tokens": int(num_draft_tokens) if (num_draft_tokens or "").isdigit() else num_draft_tokens,
             "transfer_strength": transfer_strength,
             "verification": verification,
             "draft_top_k": draft_top_k,
@@ -158,6 +159,8 @@ def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]
     config = read_config(path) if path else AppConfig()
 
     def changed(engine: EngineConfig, fields: dict[str, Any]) -> EngineConfig:
+        if engine.quantization != "none":
+            fields = fields | {"dtype": None}  # it has its own
         return engine.model_copy(update={name: value for name, value in fields.items() if value is not None})
 
     return config.model_copy(

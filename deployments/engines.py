@@ -9,6 +9,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class EngineActor:
 
         self._engine: Engine = build_engine(config)
         self._leases: dict[str, Sequence] = {}
-        self._opening: dict[str, asyncio.Future[Sequence]] = {}
+        self._opening: dict[str, Future[Sequence]] = {}
 
     async def info(self) -> ModelInfo:
         return self._engine.model.info
@@ -55,10 +56,12 @@ class EngineActor:
     async def open(
         self, lease_id: str, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, may_wait: bool
     ) -> None:
-        opening = asyncio.wrap_future(self._engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait))
-        self._opening[lease_id] = opening
+        opening = self._opening[lease_id] = self._engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait)
         try:
-            self._leases[lease_id] = await opening
+            self._leases[lease_id] = await asyncio.wrap_future(opening)
+        except asyncio.CancelledError:
+            self._engine.abandon(opening)
+            raise
         finally:
             del self._opening[lease_id]
 
@@ -77,7 +80,7 @@ class EngineActor:
     async def close(self, lease_id: str) -> None:
         """Frees the sequence, or ends its wait for room; harmless when it is already gone."""
         if lease_id in self._opening:
-            self._opening[lease_id].cancel()
+            self._engine.abandon(self._opening[lease_id])
         sequence = self._leases.pop(lease_id, None)
         if sequence is not None:
             self._engine.close(sequence)

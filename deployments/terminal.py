@@ -26,6 +26,8 @@ NO_DRAFTS = {
     "no_long_context": "the prompt has no long part to retrieve from",
     "nothing_above_threshold": "no chunk is similar enough to the question (see --threshold)",
     "drafter_window_exceeded": "the retrieved context does not fit the drafter's window",
+    "kv_memory_exceeded": "the drafter has too little KV memory (see kv_memory_gib)",
+    "overloaded": "the drafter is full",
 }
 NONE = "–"
 ANSWER_CHARS = 400
@@ -129,7 +131,7 @@ def statistics_block(answer: Answer, target: ModelInfo, drafter: ModelInfo, load
         accepted = f"[bold]{stats.acceptance_rate:.0%}[/bold] of {_count(stats.drafted, 'draft token')} accepted"
         line("drafts", accepted, f"mean accepted length {stats.mean_accepted_length:.2f}")
     if stats.fallback:
-        line("fallback", f"[yellow]nothing retrieved: {NO_DRAFTS[stats.fallback]}[/yellow]")
+        line("fallback", f"[yellow]no drafter: {NO_DRAFTS.get(stats.fallback, stats.fallback)}[/yellow]")
     line("prompt", *_prompt_parts(stats))
     if stats.chunks:
         block.add_row(
@@ -189,7 +191,11 @@ def _caption(answers: Sequence[Answer], dtype: str, is_greedy: bool) -> str:
         lines.append("Texts that are sampled differ by chance, so they are not compared.")
     elif dtype != "float32":
         lines.append(f"In {dtype} near ties may fall otherwise in a batch; with --dtype float32 hardly ever.")
-    lines += [f"No drafts: {NO_DRAFTS[a.statistics.fallback]}." for a in answers[-1:] if a.statistics.fallback]
+    lines += [
+        f"No drafter: {NO_DRAFTS.get(a.statistics.fallback, a.statistics.fallback)}."
+        for a in answers[-1:]
+        if a.statistics.fallback
+    ]
     return "\n".join(lines)
 
 

@@ -56,7 +56,11 @@ class Decoder:
 
     def __init__(self, network: PreTrainedModel, quantization: str = "none") -> None:
         config = network.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None)
+        unlisted = (
+            "full_attention" if window is None or window >= config.max_position_embeddings else "sliding_attention"
+        )
+        kinds = set(getattr(config, "layer_types", None) or [unlisted])
         if config.model_type not in FAMILIES or kinds != {"full_attention"} or config.hidden_act != "silu":
             raise ModelFileError(
                 f"only {', '.join(FAMILIES)} with full attention in every layer are supported, found "

@@ -173,6 +173,7 @@ class Engine:
         """A new sequence with room for ``prompt`` and ``max_new_tokens``, and a random generator of its own.
 
         The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
+        A caller that gives up while it waits hands the future to `abandon`.
 
         Raises:
             InvalidRequest: it needs more than the whole budget.
@@ -189,12 +190,20 @@ class Engine:
         with self._wake:
             if self._stopping:
                 future.set_exception(SequenceClosed("the engine is shutting down"))
-            elif len(self._arrivals) >= self._max_queued:
-                future.set_exception(Overloaded(f"{self._max_queued} requests wait already", status=429))
             else:
                 self._arrivals.append(_Arrival(prompt, capacity, sampling, future, may_wait))
                 self._wake.notify()
         return future
+
+    def abandon(self, opening: Future[Sequence]) -> None:
+        """Ends the wait for room that `open` began, or closes the sequence if it came at the same moment."""
+
+        def give_back(opened: Future[Sequence]) -> None:
+            if not opened.cancelled() and opened.exception() is None:
+                self.close(opened.result())
+
+        opening.cancel()
+        opening.add_done_callback(give_back)
 
     def get(self, sequence_id: int) -> Sequence:
         """The open sequence of that id.
@@ -276,20 +285,19 @@ class Engine:
             self._pool.index(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
             self._pool.close(sequence.cache)
             self._closing.remove(sequence)
-        full = False
-        for arrival in list(self._arrivals):
+        arrivals, self._arrivals = self._arrivals, deque()
+        for arrival in arrivals:
             if arrival.future.cancelled():
-                self._arrivals.remove(arrival)
                 continue
-            cache = None if full else self._pool.open(arrival.prompt, arrival.capacity)
+            cache = self._pool.open(arrival.prompt, arrival.capacity) if not self._arrivals else None
             if cache is not None:
-                self._arrivals.remove(arrival)
                 self._admit(arrival, cache)
-            elif not arrival.may_wait:
-                self._arrivals.remove(arrival)
-                arrival.future.set_exception(Overloaded(f"{self.model.info.name} has no KV memory left now"))
-            else:
-                full = True
+            elif arrival.may_wait and len(self._arrivals) < self._max_queued:
+                self._arrivals.append(arrival)
+            elif arrival.future.set_running_or_notify_cancel():
+                waiting = f"no KV memory is free now, and {len(self._arrivals)} requests wait for it"
+                status = 429 if arrival.may_wait else 503
+                arrival.future.set_exception(Overloaded(f"{self.model.info.name}: {waiting}", status=status))
         self._pool_stats = self._pool.stats()
 
     def _admit(self, arrival: _Arrival, cache: KVCache) -> None:

@@ -130,7 +130,7 @@ class KVPool:
         if first and self._keys_of[cache.pages[first - 1]] is None:
             return
         parent = self._node_of[cache.pages[first - 1]] if first else _ROOT
-        found = self._match(tokens[: len(tokens) - 1], parent)
+        found = self._match(tokens[cache.length : len(tokens) - 1], parent)
         if found:
             for page in found:
                 self._retain(page)
@@ -146,7 +146,7 @@ class KVPool:
         They become read-only: the cache must not be truncated below them while they are shared.
         """
         parent = self._node_of[cache.pages[cache.num_shared - 1]] if cache.num_shared else _ROOT
-        for i in range(cache.num_shared, min(num_tokens, cache.length) // self.page_size):
+        for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             key = (parent, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))
             known = self._index.get(key)
             if known is None:

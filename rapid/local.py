@@ -49,7 +49,12 @@ class LocalBackend:
         self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
     ) -> AsyncIterator[Lease]:
         engine = self._engines[role]
-        sequence = await asyncio.wrap_future(engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait))
+        opening = engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait)
+        try:
+            sequence = await asyncio.wrap_future(opening)
+        except asyncio.CancelledError:
+            engine.abandon(opening)
+            raise
         try:
             yield _LocalLease(role, engine, sequence, self._on_prefill)
         finally:

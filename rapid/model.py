@@ -81,7 +81,10 @@ class Model:
             ModelFileError: the files are missing, unreadable, or of an unsupported architecture.
         """
         device = default_device() if device == "auto" else device
-        torch_dtype = default_dtype(device) if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
+        # PyTorch's kernels for few bits on a CPU are made for bfloat16 rows, and many times slower with others.
+        few_bits = quantization != "none" and device == "cpu"
+        automatic = torch.bfloat16 if few_bits else default_dtype(device)
+        torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
         tokenizer = load_tokenizer(ref)
         try:
             network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, device_map=device)

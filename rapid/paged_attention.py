@@ -125,7 +125,11 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     table = batch.table.long()
     num_sequences, width = table.shape
     shape = (num_sequences, width * batch.pool.page_size, *keys.shape[2:])
-    all_keys, all_values = (pages[table].reshape(shape).transpose(1, 2) for pages in (keys, values))
+    # What lies behind a sequence's end may be anything, and even a weight of 0 does not make a NaN harmless.
+    empty = torch.arange(shape[1], device=query.device) >= batch.lengths[:, None]
+    all_keys, all_values = (
+        pages[table].reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2) for pages in (keys, values)
+    )
     new = batch.starts.diff()[:, None]  # [S, 1]
     offsets = torch.arange(batch.max_new, device=query.device)
     rows = (batch.starts[:-1, None] + offsets).clamp_max(len(query) - 1).long()  # [S, max_new], padded at the end

@@ -58,7 +58,11 @@ class SpeculationParams:
 
         gamma = self.num_draft_tokens
         require(self.strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}")
-        require(gamma == "auto" or 0 <= gamma <= 64, "num_draft_tokens", '"auto" or between 0 and 64')
+        require(
+            gamma == "auto" or (isinstance(gamma, int) and 0 <= gamma <= 64),
+            "num_draft_tokens",
+            '"auto" or between 0 and 64',
+        )
         require(0 <= self.transfer_strength <= 1000, "transfer_strength", "between 0 and 1000")
         require(self.verification in RULES, "verification", f"one of {', '.join(RULES)}")
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")

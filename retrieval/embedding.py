@@ -61,7 +61,8 @@ class Embedder:
             vectors = {digest: self._known[digest] for digest in digests if digest in self._known}
         new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in vectors}
         if new:
-            vectors.update(zip(new, self._embed(list(new.values())), strict=True))
+            # Copies: a view would keep its whole batch in memory for as long as it is remembered.
+            vectors.update(zip(new, map(np.copy, self._embed(list(new.values()))), strict=True))
         with self._remembering:
             for digest in digests:
                 self._known[digest] = vectors[digest]

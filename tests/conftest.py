@@ -7,13 +7,13 @@ import rapid  # noqa: F401 (before torch: it says how PyTorch's threads are to w
 # isort: split
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rapid import attention
 from rapid.catalog import local_path
 from rapid.engine import Engine
 from rapid.model import Model
@@ -62,43 +62,61 @@ def letter_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., Model]:
-    """Random models of a few thousand weights, whose predictions differ from context to context.
+def tiny_network() -> Callable[..., PreTrainedModel]:
+    """Random networks of a few thousand weights, whose predictions differ from context to context.
 
-    The same arguments give the same weights. Without ``eos`` nothing but a limit ends the output.
+    The same arguments give the same weights. Without ``eos`` nothing but a limit ends the output. ``more`` are fields
+    of the config.
     """
 
     def make(
-        vocab_size: int = 32, *, seed: int = 0, layers: int = 2, window: int = 512, eos: int | None = None
-    ) -> Model:
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=window,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=None,
-        )
+        vocab_size: int = 32,
+        *,
+        kind: str = "llama",
+        seed: int = 0,
+        layers: int = 2,
+        window: int = 512,
+        eos: int | None = None,
+        **more: Any,
+    ) -> PreTrainedModel:
+        fields = {
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": window,
+            "initializer_range": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": eos,
+            "pad_token_id": None,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-        return Model(network, None, f"tiny-{seed}")
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields | more)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_network: Callable[..., PreTrainedModel]) -> Callable[..., Model]:
+    """Models of tiny networks; ``kernel`` and ``quantization`` are the model's, all else the network's."""
+
+    def make(vocab_size: int = 32, *, seed: int = 0, **options: Any) -> Model:
+        chosen = {name: options.pop(name) for name in ("kernel", "quantization") if name in options}
+        return Model(tiny_network(vocab_size, seed=seed, **options), None, f"tiny-{seed}", **chosen)
 
     return make
 
 
 @pytest.fixture
 def engine() -> Iterator[Callable[..., Engine]]:
-    """Makes engines, and shuts them down after the test."""
+    """Makes engines with room for plenty of tiny sequences, and shuts them down after the test."""
     engines: list[Engine] = []
 
-    def make(model: Model, **options: float) -> Engine:
-        engines.append(Engine(model, **options))
+    def make(model: Model, *, kv_bytes: int = 2**24, **options: Any) -> Engine:
+        engines.append(Engine(model, kv_bytes=kv_bytes, **options))
         return engines[-1]
 
     yield make

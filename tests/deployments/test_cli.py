@@ -20,7 +20,7 @@ from deployments.config import AppConfig
 from deployments.supervisor import Endpoint, ServeRun, how_to_try, root_cause
 from rapid import catalog
 from rapid.errors import RapidError
-from rapid.generate import STRATEGIES
+from rapid.request import STRATEGIES
 from rapid.speculative import RULES
 
 DOCUMENT = "\n\n".join(
@@ -29,6 +29,7 @@ DOCUMENT = "\n\n".join(
 )
 QUESTION = "For how long did the lamp burn in week 12?"
 BRIEF = ["--max-tokens", "16", "--temperature", "0"]
+DRAFTING = ["--num-draft-tokens", "4", *BRIEF]  # every round, from the first
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -68,7 +69,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_the_answer_alone_goes_to_stdout_and_its_statistics_to_stderr(run: Run, document: Path) -> None:
-    code, out, err = run("generate", "--document", document, "--question", QUESTION, *BRIEF)
+    code, out, err = run("generate", "--document", document, "--question", QUESTION, *DRAFTING)
     assert code == 0, err
     assert out.strip()
     assert "tokens/s" not in out
@@ -78,7 +79,7 @@ def test_the_answer_alone_goes_to_stdout_and_its_statistics_to_stderr(run: Run, 
 
 
 def test_a_piped_document_gives_valid_json_without_loading_ray() -> None:
-    command = ["generate", "--question", QUESTION, "--json", "--quiet", *BRIEF]
+    command = ["generate", "--question", QUESTION, "--json", "--quiet", *DRAFTING]
     code = (
         "import sys, atexit; from deployments.cli import main\n"
         f"atexit.register(lambda: print('ray' in sys.modules, file=sys.stderr)); main({command})"
@@ -96,15 +97,18 @@ def test_a_piped_document_gives_valid_json_without_loading_ray() -> None:
 
 
 def test_compare_shows_every_strategy_and_lossless_ones_write_the_same(run: Run, document: Path) -> None:
-    options = ["--compare", "--dtype", "float32", "--retrieval-max-tokens", "128", *BRIEF]
+    options = ["--compare", "--dtype", "float32", "--retrieval-max-tokens", "128", *DRAFTING]
     code, out, err = run("generate", "-d", document, "-q", QUESTION, *options)
     assert code == 0, err
     assert [name for name in STRATEGIES if f"\n{name}\n" not in out] == []
     same = next(line for line in out.splitlines() if "same text" in line)
     cells = dict(zip(STRATEGIES, [cell.strip() for cell in same.split("│")[2:-1]], strict=True))
-    assert cells["speculative"] == "yes"
+    assert cells["speculative"] == cells["lookup"] == "yes"
     prompts = next(line for line in out.splitlines() if "prompt tokens read" in line)
-    whole, rag, *both = [[int(n.replace(",", "")) for n in cell.split("+")] for cell in prompts.split("│")[2:-1]]
+    whole, rag, lookup, *both = [
+        [int(n.replace(",", "")) for n in cell.split("+")] for cell in prompts.split("│")[2:-1]
+    ]
+    assert lookup == whole
     assert both == [whole + rag] * 2
     assert rag < whole
 
@@ -117,7 +121,7 @@ def test_compare_as_json_is_a_list(run: Run) -> None:
 
 def test_without_documents_a_question_alone_will_do(run: Run) -> None:
     code, out, err = run("generate", "-q", "Who?", "--max-tokens", 2)
-    assert (code, "nothing retrieved" in err) == (0, True)
+    assert (code, "no drafter" in err) == (0, True)
     assert out.strip()
 
 
@@ -169,6 +173,21 @@ def test_a_typo_in_the_config_is_named(run: Run, config: Callable[..., Path]) ->
             2,
             f"rapid: error: {path}: applications[0].args: draftr: unknown field",
         )
+
+
+def test_a_drafter_without_memory_is_left_out_and_the_answer_says_so(
+    run: Run, document: Path, config: Callable[..., Path]
+) -> None:
+    path = config("drafter: {kv_memory_gib: 0.001}")
+    for how in ([], ["--compare"]):
+        code, out, err = run("generate", "-d", document, "-q", QUESTION, "--max-tokens", 2, "--config", path, *how)
+        assert code == 0, err
+        assert out.strip()
+
+
+def test_a_drafter_beside_a_colocated_target_is_refused(run: Run, config: Callable[..., Path]) -> None:
+    code, _, err = run("generate", "-q", "Why?", "--config", config("colocated: true, drafter: {}"))
+    assert (code, "leave `drafter` out" in err) == (2, True)
 
 
 def test_help_loads_nothing_slow_and_names_every_strategy_and_rule(run: Run) -> None:

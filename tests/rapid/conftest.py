@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from gate import Gate
+from transformers import PreTrainedTokenizerFast
+from world import World
 
+from rapid.engine import Engine
 from rapid.model import Model
 
 
@@ -20,3 +23,30 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Model], Gate]]:
     yield make
     for gate in made:
         gate.open()
+
+
+@pytest.fixture
+def make_world(
+    tiny_model: Callable[..., Model],
+    letter_tokenizer: Callable[[int], PreTrainedTokenizerFast],
+    engine: Callable[..., Engine],
+) -> Callable[..., World]:
+    def make(
+        vocab_size: int = 12,
+        *,
+        eos: int | None = None,
+        window: int = 512,
+        drafter_window: int = 512,
+        max_batch_tokens: int = 512,
+    ) -> World:
+        target = tiny_model(vocab_size, seed=1, layers=1, eos=eos, window=window)
+        drafter = tiny_model(vocab_size, seed=2, layers=1, eos=eos, window=drafter_window)
+        engines = [engine(model, max_batch_tokens=max_batch_tokens, max_queued=1000) for model in (target, drafter)]
+        return World(*engines, letter_tokenizer(vocab_size))
+
+    return make
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    return make_world()

@@ -17,12 +17,12 @@ class Gate:
         self._open = False
         forward = model.forward
 
-        def gated(segments: Any) -> Any:
-            self.passes.append([len(tokens) for _, tokens, _ in segments])
+        def gated(extensions: Any) -> Any:
+            self.passes.append([len(tokens) for _, tokens, _ in extensions])
             self._arrived.release()
             if not self._open:
                 assert self._may_go.acquire(timeout=30)
-            return forward(segments)
+            return forward(extensions)
 
         monkeypatch.setattr(model, "forward", gated)
 

@@ -1,98 +1,179 @@
-"""Ragged attention over per-sequence caches is ordinary causal attention."""
+"""Attention over pages, by any kernel, is ordinary causal attention."""
 
-import math
 from collections.abc import Callable
-from copy import deepcopy
 
 import pytest
 import torch
+from running import ROUNDING, new_cache, random_tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
-from rapid.attention import FUSED_FROM, attend
-from rapid.kv_cache import KVCache, KVLayout
+from rapid import attention
+from rapid.attention import MANY, Extension, Kernel, RunAttention
+from rapid.kv_cache import KVCache, KVLayout, KVPool
 from rapid.model import Model
+from rapid.paged_attention import PagedAttention, gathered_sdpa
 
 MakeModel = Callable[..., Model]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+HEAD_DIM = 16
+SCALING = HEAD_DIM**-0.5
+KERNELS: dict[str, Kernel] = {"run": RunAttention(), "paged": PagedAttention(gathered_sdpa, page_size=16)}
+TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
+
+each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
-def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """In float64, one query at a time: the last one sees all keys, the one before all but the last, and so on."""
-    heads, n, head_dim = query.shape
-    length = keys.shape[1]
-    output = torch.empty(n, heads, head_dim, dtype=torch.float64)
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """In float64, a query at a time: the last sees all keys, the one before all but the last. [n, heads · d]."""
+    n, heads, _ = query.shape
+    num_kv_heads, length, _ = keys.shape
+    output = torch.empty(n, heads, HEAD_DIM, dtype=torch.float64)
     for head in range(heads):
-        group = head * keys.shape[0] // heads
+        group = head * num_kv_heads // heads
         for i in range(n):
             visible = slice(0, length - n + i + 1)
-            weights = (keys[group, visible].double() @ query[head, i].double() * scaling).softmax(-1)
+            weights = (keys[group, visible].double() @ query[i, head].double() * SCALING).softmax(-1)
             output[i, head] = weights @ values[group, visible].double()
-    return output.float()
+    return output.flatten(1)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 11, 33, FUSED_FROM - 1, FUSED_FROM, 90])
-@pytest.mark.parametrize("cached", [0, 1, 50])
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 9), (2, 2), (3, 3), (4, 1)])
-def test_attend_equals_plain_attention(num_tokens: int, cached: int, kv_heads: int, group: int) -> None:
+def filled_cache(pool: KVPool, pages: list[int], rows: Tensor, slots_first: bool) -> KVCache:
+    """A cache of ``pages`` that holds keys and values ``rows`` [2, KV heads, length, d]."""
+    cache = KVCache(pool, pages, num_shared=0)
+    slots = cache.slots(rows.shape[2])
+    for store, new in zip((pool.keys, pool.values), rows, strict=True):
+        if slots_first:
+            store[0, slots] = new.transpose(0, 1)
+        else:
+            store[0][:, slots] = new
+    cache.advance(rows.shape[2])
+    return cache
+
+
+def assert_right(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    shapes: list[tuple[int, int]],
+    *,
+    scattered: bool = True,
+    garbage: float = 0.0,
+) -> None:
+    """A batch of sequences with (cached, new) tokens each gets what plain attention gives each alone."""
     generator = torch.Generator().manual_seed(1)
-    query = torch.randn(kv_heads * group, num_tokens, 8, generator=generator)
-    keys, values = torch.randn(2, kv_heads, cached + num_tokens, 8, generator=generator)
-    torch.testing.assert_close(
-        attend(query, keys, values, 0.35), plain_attention(query, keys, values, 0.35), rtol=1e-5, atol=1e-5
+    num_kv_heads, group = heads
+    layout = KVLayout(1, num_kv_heads, HEAD_DIM, dtype, torch.device("cpu"))
+    num_pages = [-(-(cached + new) // 16) for cached, new in shapes]
+    pool = kernel.pool(layout, sum(num_pages) * 16 * layout.bytes_per_token)
+    pool.keys.fill_(garbage)
+    pool.values.fill_(garbage)
+    order = torch.randperm(pool.num_pages, generator=generator) if scattered else torch.arange(pool.num_pages)
+    pages = [part.tolist() for part in order.split(num_pages)]
+    sequences = [torch.randn(2, num_kv_heads, sum(shape), HEAD_DIM, generator=generator).to(dtype) for shape in shapes]
+    extensions = []
+    for own, rows, (cached, new) in zip(pages, sequences, shapes, strict=True):
+        cache = filled_cache(pool, own, rows[:, :, :cached], kernel is KERNELS["paged"])
+        extensions.append(Extension(cache, [0] * new, 0))
+    total = sum(new for _, new in shapes)
+    query = torch.randn(total, num_kv_heads * group, HEAD_DIM, generator=generator).to(dtype)
+    keys, values = (
+        torch.cat([rows[side, :, cached:] for rows, (cached, _) in zip(sequences, shapes, strict=True)], 1)
+        for side in (0, 1)
     )
+    output = kernel.batch(extensions).attend(0, query, keys.transpose(0, 1), values.transpose(0, 1), SCALING)
+    parts = query.split([new for _, new in shapes])
+    expected = [plain_attention(part, *rows) for part, rows in zip(parts, sequences, strict=True)]
+    torch.testing.assert_close(output.double(), torch.cat(expected), **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 11])
-def test_attend_over_a_long_cache(num_tokens: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    query = torch.randn(6, num_tokens, 8, generator=generator)
-    keys, values = torch.randn(2, 2, 3000, 8, generator=generator)
-    torch.testing.assert_close(
-        attend(query, keys, values, 1.0), plain_attention(query, keys, values, 1.0), rtol=1e-5, atol=1e-5
-    )
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("num_new", [1, 2, 11, 33, MANY - 1, MANY, 70])
+@pytest.mark.parametrize("cached", [0, 1, 16, 75])
+@pytest.mark.parametrize("heads", [(1, 1), (1, 9), (2, 2), (3, 3), (4, 1)], ids=lambda heads: "x".join(map(str, heads)))
+def test_one_sequence(kernel: Kernel, dtype: torch.dtype, num_new: int, cached: int, heads: tuple[int, int]) -> None:
+    """Few and many query tokens, empty and filled caches, any number of query heads per KV head."""
+    assert_right(kernel, dtype, heads, [(cached, num_new)])
 
 
-def random_tokens(length: int, seed: int) -> list[int]:
-    return torch.randint(32, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_ragged_batch_over_scattered_pages(kernel: Kernel, dtype: torch.dtype, scattered: bool) -> None:
+    """Of several sequences, some begin and some go on, in few tokens and in many."""
+    assert_right(kernel, dtype, (2, 3), [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70), (31, 33)], scattered=scattered)
 
 
-def test_a_ragged_batch_equals_each_sequence_alone(tiny_model: MakeModel) -> None:
-    """Sequences of any lengths, some beginning and some going on, do not see each other."""
-    model = tiny_model()
-    cached, new = (0, 7, 40, 0, 100), (9, 1, 4, 80, 70)
-    together: list[KVCache] = []
-    segments, alone = [], []
-    for i, (before, n) in enumerate(zip(cached, new, strict=True)):
-        tokens = random_tokens(before + n, seed=i)
-        caches = model.new_cache(200), model.new_cache(200)
-        for cache in caches:
-            if before:
-                model.forward([(cache, tokens[:before], 0)])
-        num_rows = min(n, 3)
-        segments.append((caches[0], tokens[before:], num_rows))
-        alone.append((caches[1], model.forward([(caches[1], tokens[before:], num_rows)])[0]))
-        together.append(caches[0])
-    for rows, cache, (lone_cache, lone_rows) in zip(model.forward(segments), together, alone, strict=True):
-        torch.testing.assert_close(rows, lone_rows, **CLOSE)
-        filled = cache.length
-        assert filled == lone_cache.length
-        torch.testing.assert_close(cache.keys[:, :, :filled], lone_cache.keys[:, :, :filled], **CLOSE)
-        torch.testing.assert_close(cache.values[:, :, :filled], lone_cache.values[:, :, :filled], **CLOSE)
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("num_new", [1, 11, 40])
+def test_a_long_cache(kernel: Kernel, dtype: torch.dtype, num_new: int) -> None:
+    assert_right(kernel, dtype, (2, 3), [(3000, num_new)])
 
 
+@each_dtype
+@pytest.mark.parametrize("num_new", [2, 33, 70])
+def test_scores_in_blocks_are_the_same(dtype: torch.dtype, num_new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into one block of scores is computed in several, down to a row each."""
+    for score_bytes in (1, 20_000):
+        monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
+        assert_right(KERNELS["run"], dtype, (2, 3), [(50, num_new), (0, num_new)])
+
+
+@each_kernel
+def test_memory_that_was_never_written_does_not_matter(kernel: Kernel) -> None:
+    """A pool begins with whatever was there before, and nothing times NaN is NaN."""
+    assert_right(kernel, torch.float32, (2, 2), [(5, 3), (40, 3), (0, 3)], garbage=torch.nan)
+
+
+# The same in a whole forward pass
+
+
+def extended(model: Model, shapes: list[tuple[int, int]]) -> list[Extension]:
+    """Sequences with (cached, new) tokens, in one pool that others have left in pieces."""
+    pool = model.new_pool(2**18)
+    others = [pool.open([], 1) for _ in range(pool.num_pages)]
+    for other in others[::2]:
+        assert other is not None
+        pool.close(other)
+    extensions = []
+    for i, (cached, new) in enumerate(shapes):
+        tokens = random_tokens(cached + new, seed=i)
+        cache = pool.open([], cached + new)
+        assert cache is not None
+        assert len(cache.runs(cached + new)) == pool.pages_for(cached + new)
+        if cached:
+            model.forward([Extension(cache, tokens[:cached], 0)])
+        extensions.append(Extension(cache, tokens[cached:], min(new, 3)))
+    return extensions
+
+
+@each_kernel
+def test_a_ragged_pass_over_a_fragmented_pool_equals_each_sequence_alone(tiny_model: MakeModel, kernel: Kernel) -> None:
+    """Sequences of any lengths do not see each other, wherever their pages lie."""
+    model, reference = tiny_model(kernel=kernel), tiny_model()
+    shapes = [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70)]
+    rows = model.forward(extended(model, shapes))
+    for i, (logits, (cached, new)) in enumerate(zip(rows, shapes, strict=True)):
+        alone = Extension(new_cache(reference, cached + new), random_tokens(cached + new, seed=i), min(new, 3))
+        torch.testing.assert_close(logits, reference.forward([alone])[0], **ROUNDING)
+
+
+@each_kernel
 @pytest.mark.parametrize("chunks", [[120], [1, 119], [64, 40, 16], [50, 1, 1, 68]])
-def test_forward_equals_transformers_own(tiny_model: MakeModel, chunks: list[int]) -> None:
+def test_forward_equals_transformers_own(
+    tiny_network: Callable[..., PreTrainedModel], tiny_model: MakeModel, kernel: Kernel, chunks: list[int]
+) -> None:
     """The logits of a prefill in chunks and of decoding one by one are those of transformers' sdpa attention."""
-    model = tiny_model()
-    theirs = AutoModelForCausalLM.from_config(deepcopy(model.network.config), attn_implementation="sdpa").eval()
-    theirs.load_state_dict(model.network.state_dict())
+    model = tiny_model(kernel=kernel)
     tokens = random_tokens(sum(chunks) + 8, seed=1)
     with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0]
-    cache, rows, done = model.new_cache(len(tokens)), [], 0
+        expected = tiny_network()(torch.tensor([tokens])).logits[0]
+    cache, rows, done = new_cache(model, len(tokens)), [], 0
     for n in [*chunks, *[1] * 8]:
-        rows.append(model.forward([(cache, tokens[done : done + n], n)])[0])
+        rows.append(model.forward([Extension(cache, tokens[done : done + n], n)])[0])
         done += n
     torch.testing.assert_close(torch.cat(rows), expected, **CLOSE)
 
@@ -100,51 +181,14 @@ def test_forward_equals_transformers_own(tiny_model: MakeModel, chunks: list[int
 def test_only_the_wanted_rows_come_back(tiny_model: MakeModel) -> None:
     model = tiny_model()
     tokens = random_tokens(20, seed=2)
-    whole = model.forward([(model.new_cache(20), tokens, 20)])[0]
-    none, last, three = model.forward([(model.new_cache(20), tokens, num_rows) for num_rows in (0, 1, 3)])
+    whole = model.forward([Extension(new_cache(model, 20), tokens, 20)])[0]
+    pool = model.new_pool(2**15)
+    extensions = []
+    for num_rows in (0, 1, 3):
+        cache = pool.open([], 20)
+        assert cache is not None
+        extensions.append(Extension(cache, tokens, num_rows))
+    none, last, three = model.forward(extensions)
     assert none.shape == (0, 32)
     torch.testing.assert_close(last, whole[-1:], **CLOSE)
     torch.testing.assert_close(three, whole[-3:], **CLOSE)
-
-
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def rows(start: int, n: int) -> Tensor:
-    """``n`` rows that tell their position: [KV heads, n, head size]."""
-    return torch.arange(start, start + n, dtype=torch.float32)[None, :, None].expand(3, n, 4)
-
-
-def test_a_cache_is_written_behind_what_is_filled_and_cut_by_its_length() -> None:
-    cache = KVCache(LAYOUT, 10)
-    for layer in range(2):
-        keys, values = cache.write(layer, rows(0, 6), -rows(0, 6))
-    assert cache.length == 0  # an interrupted pass leaves the cache as it was
-    cache.advance(6)
-    torch.testing.assert_close(keys, rows(0, 6))
-    torch.testing.assert_close(values, -rows(0, 6))
-
-    cache.truncate(4)
-    for layer in range(2):
-        keys, values = cache.write(layer, rows(100, 3), -rows(100, 3))
-        torch.testing.assert_close(keys, torch.cat([rows(0, 4), rows(100, 3)], 1))
-        torch.testing.assert_close(values, -keys)
-    cache.advance(3)
-    cache.truncate(9)
-    assert cache.length == 7  # rolling back never goes forward
-
-
-@pytest.mark.parametrize(("filled", "new"), [(10, 1), (9, 2), (0, 11)])
-def test_a_full_cache_refuses_to_be_written(filled: int, new: int) -> None:
-    """One row too many must not be dropped in silence: attention would then miss the newest token."""
-    cache = KVCache(LAYOUT, 10)
-    cache.advance(filled)
-    with pytest.raises(ValueError, match=f"10 tokens.*{filled + new}"):
-        cache.write(0, rows(0, new), rows(0, new))
-
-
-def test_a_cache_takes_the_memory_it_says() -> None:
-    cache = KVCache(LAYOUT, 10)
-    assert LAYOUT.bytes_per_token == 2 * 2 * 3 * 4 * 4
-    assert cache.nbytes == 10 * LAYOUT.bytes_per_token
-    assert math.prod(cache.keys.shape) * 4 * 2 == cache.nbytes

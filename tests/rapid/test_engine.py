@@ -7,40 +7,33 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gate import Gate
+from running import (
+    GREEDY,
+    VOCAB,
+    assert_cache_is_fresh,
+    begun,
+    decode,
+    done,
+    eventually,
+    new_cache,
+    opened,
+    random_tokens,
+)
 
+from rapid.attention import Extension
+from rapid.control import DraftLimits
 from rapid.engine import Engine, Extend, Sequence, Task
 from rapid.errors import SequenceClosed
 from rapid.model import Model
-from rapid.sampling import SamplingParams
+from rapid.sampling import SamplingParams, probabilities
 from rapid.speculative import RULES
-from rapid.tasks import Draft, Verified, prefill, propose, verify_draft
+from rapid.tasks import Draft, Verified, certain_draft, prefill, propose, verify_draft
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
-GREEDY = SamplingParams(temperature=0)
-VOCAB = 32
-# A pass over another number of tokens rounds float32 differently: here by up to 2.4e-6.
-ROUNDING = {"rtol": 0, "atol": 2e-5}
-
-
-def random_tokens(length: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def done(future: Future[Any]) -> Any:
-    return future.result(timeout=30)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Waits until ``condition`` holds; fails after 10 seconds."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.002)
 
 
 @pytest.fixture
@@ -51,36 +44,6 @@ def model(tiny_model: MakeModel) -> Model:
 @pytest.fixture
 def gate(model: Model, gates: Callable[[Model], Gate]) -> Gate:
     return gates(model)
-
-
-def opened(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, capacity: int = 400) -> Sequence:
-    """A new sequence whose prompt is read."""
-    sequence = engine.open(capacity, sampling)
-    done(engine.submit(prefill(sequence, prompt)))
-    return sequence
-
-
-def decode(engine: Engine, sequence: Sequence, num_tokens: int) -> list[int]:
-    """Plain decoding, a token a round."""
-    for _ in range(num_tokens):
-        done(engine.submit(verify_draft(sequence, Draft(len(sequence.output)), "lossless", 0.0)))
-    return sequence.output
-
-
-def draft_of(offset: int, tokens: list[int]) -> Draft:
-    """A draft whose drafter was certain of every token."""
-    certain = (np.array([1.0], dtype=np.float32),)
-    return Draft(offset, tokens, [(np.array([token], dtype=np.int32), *certain) for token in tokens])
-
-
-def assert_cache_is_fresh(sequence: Sequence, model: Model) -> None:
-    """What is cached equals a prefill of the same tokens in one pass."""
-    length = sequence.cache.length
-    tokens = (sequence.prompt + sequence.output)[:length]
-    fresh = model.new_cache(length)
-    model.forward([(fresh, tokens, 0)])
-    torch.testing.assert_close(sequence.cache.keys[:, :, :length], fresh.keys, **ROUNDING)
-    torch.testing.assert_close(sequence.cache.values[:, :, :length], fresh.values, **ROUNDING)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 128, 1000])
@@ -114,7 +77,7 @@ def test_a_greedy_round_accepts_the_right_part_of_a_draft_and_rolls_back(
     for _ in range(5):
         at = len(sequence.output)
         wrong = [(token + 1) % VOCAB for token in expected[at + num_right : at + 5]]
-        draft = draft_of(at, expected[at : at + num_right] + wrong)
+        draft = certain_draft(at, expected[at : at + num_right] + wrong)
         verified = done(running.submit(verify_draft(sequence, draft, "published", 10.0)))
         assert (verified.num_drafted, verified.num_accepted) == (5, num_right)
         assert verified.tokens == expected[at : at + num_right + 1]
@@ -128,7 +91,7 @@ def test_rolling_back_equals_never_having_drafted(tiny_model: MakeModel, engine:
     """Whatever is accepted and rejected, round after round, both caches are those of a fresh prefill."""
     target, drafter = tiny_model(VOCAB, seed=1), tiny_model(VOCAB, seed=2)
     running, drafting = engine(target), engine(drafter)
-    sampled = SamplingParams(temperature=1.0, seed=3)
+    sampled = SamplingParams(temperature=2.0, seed=3)
     sequence, short = (opened(running, random_tokens(60, seed=4), sampled), opened(drafting, [1, 2, 3], sampled))
     known, seen = 0, set()
     for round_number in range(25):
@@ -136,7 +99,7 @@ def test_rolling_back_equals_never_having_drafted(tiny_model: MakeModel, engine:
         draft = Draft(len(sequence.output))
         if gamma:
             new = sequence.output[known:]
-            draft = done(drafting.submit(propose(short, known, new, gamma, 8, frozenset())))
+            draft = done(drafting.submit(propose(short, known, new, DraftLimits(gamma), 8, frozenset())))
             known = len(sequence.output)
             assert_cache_is_fresh(short, drafter)
         verified: Verified = done(running.submit(verify_draft(sequence, draft, rule, 10.0)))
@@ -151,9 +114,9 @@ def test_a_recovered_token_may_be_the_rejected_one(model: Model, engine: MakeEng
     """Eq. 10's residual can draw the very token that was rejected: nothing disagrees, and drafting must still go on."""
     running = engine(model)
     sequence = opened(running, random_tokens(20, seed=5))
-    first = done(running.submit(propose(sequence, 0, [], 5, 8, frozenset()))).tokens
+    first = done(running.submit(propose(sequence, 0, [], DraftLimits(5), 8, frozenset()))).tokens
     for kept in range(6):
-        again = done(running.submit(propose(sequence, 0, first[:kept], 5 - kept, 8, frozenset())))
+        again = done(running.submit(propose(sequence, 0, first[:kept], DraftLimits(5 - kept), 8, frozenset())))
         assert (again.offset, again.tokens) == (kept, first[kept:])
         assert_cache_is_fresh(sequence, model)
         sequence.output[:] = first
@@ -162,25 +125,52 @@ def test_a_recovered_token_may_be_the_rejected_one(model: Model, engine: MakeEng
 def test_a_draft_ends_at_an_end_of_sequence(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
     prompt = random_tokens(20, seed=6)
-    whole = done(running.submit(propose(opened(running, prompt), 0, [], 8, 8, frozenset()))).tokens
+    whole = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset()))).tokens
     eos = whole[3]
-    draft = done(running.submit(propose(opened(running, prompt), 0, [], 8, 8, frozenset([eos]))))
+    draft = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset([eos]))))
     assert draft.tokens == whole[: whole.index(eos) + 1]
 
 
-def test_a_draft_tells_the_distributions_it_was_drawn_from(model: Model, engine: MakeEngine) -> None:
-    """k pairs a token that sum to 1, the drafted token among them; dense() spreads them over the vocabulary."""
+@pytest.mark.parametrize(
+    ("sampling", "top_k"), [(SamplingParams(seed=1), 4), (SamplingParams(seed=1, top_p=0.7), 4096)]
+)
+def test_a_draft_tells_the_distributions_it_was_drawn_from(
+    model: Model, engine: MakeEngine, sampling: SamplingParams, top_k: int
+) -> None:
+    """The k likeliest that are possible at all, renormalised, the drafted token among them; dense() spreads them."""
     running = engine(model)
-    sequence = opened(running, random_tokens(20, seed=7), SamplingParams(seed=1))
-    draft: Draft = done(running.submit(propose(sequence, 0, [], 6, 4, frozenset())))
+    sequence = opened(running, random_tokens(20, seed=7), sampling)
+    draft: Draft = done(running.submit(propose(sequence, 0, [], DraftLimits(6), top_k, frozenset())))
     dense = draft.dense(VOCAB, torch.device("cpu"))
-    torch.testing.assert_close(dense.sum(-1), torch.ones(6))
-    assert ((dense > 0).sum(-1) == 4).all()
-    assert (dense.gather(-1, torch.tensor(draft.tokens)[:, None]) > 0).all()
-    cache = model.new_cache(30)
-    logits = model.forward([(cache, sequence.prompt + draft.tokens[:-1], 6)])[0]
-    kept = torch.where(dense > 0, logits.softmax(-1), 0.0)
+    tokens = torch.tensor(draft.tokens)[:, None]
+    assert (dense.gather(-1, tokens) > 0).all()
+    logits = model.forward([Extension(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
+    q = probabilities(logits, sampling)
+    sizes = [len(ids) for ids, _ in draft.distributions]
+    assert sizes == (q > 0).sum(-1).clamp_max(top_k).tolist()
+    assert sum(sizes) < 6 * VOCAB
+    kept = torch.stack(
+        [torch.where(row >= row.topk(size).values[-1], row, 0) for row, size in zip(q, sizes, strict=True)]
+    )
     torch.testing.assert_close(dense, kept / kept.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    confidences = logits.softmax(-1).gather(-1, tokens)[:, 0]
+    torch.testing.assert_close(torch.tensor(draft.confidences), confidences, rtol=1e-4, atol=1e-6)
+
+
+def test_a_draft_ends_behind_a_token_that_leaves_little_hope(model: Model, engine: MakeEngine) -> None:
+    """And the sequence forgets nothing and keeps nothing of what was not drafted."""
+    running = engine(model)
+    prompt = random_tokens(20, seed=7)
+    whole: Draft = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset())))
+    certain = (1.0,) * 9
+    limits = DraftLimits(8, floor=0.5, acceptance=(*(0.0 for _ in certain[1:]), 1.0))  # stops at any token under 97 %
+    sequence = opened(running, prompt)
+    draft: Draft = done(running.submit(propose(sequence, 0, [], limits, 8, frozenset())))
+    stop = next(i for i, confidence in enumerate(whole.confidences) if confidence < 0.97)
+    assert draft.tokens == whole.tokens[: stop + 1] == sequence.output
+    assert_cache_is_fresh(sequence, model)
+    limits = DraftLimits(8, floor=0.5, acceptance=certain)
+    assert done(running.submit(propose(sequence, 0, [], limits, 8, frozenset()))).tokens == whole.tokens
 
 
 def test_a_draft_for_another_position_is_an_error(model: Model, engine: MakeEngine) -> None:
@@ -190,7 +180,7 @@ def test_a_draft_for_another_position_is_an_error(model: Model, engine: MakeEngi
     before = list(decode(running, sequence, 2))
     for offset in (0, 1, 3):
         with pytest.raises(ValueError, match=f"position {offset} met a sequence at 2"):
-            done(running.submit(verify_draft(sequence, draft_of(offset, [1]), "published", 1.0)))
+            done(running.submit(verify_draft(sequence, certain_draft(offset, [1]), "published", 1.0)))
     assert sequence.output == before
     assert len(decode(running, sequence, 1)) == 3
 
@@ -202,18 +192,19 @@ def test_many_at_once_equal_each_alone(tiny_model: MakeModel, engine: MakeEngine
     prompts = [random_tokens(n, seed=n) for n in (1, 2, 9, 30, 64, 65, 100, 129, 200, 13, 77, 150)]
 
     def verification(running: Engine, i: int, sequence: Sequence, round_number: int) -> Future[Verified]:
-        draft = draft_of(len(sequence.output), random_tokens((i + round_number) % 4, seed=i))
+        draft = certain_draft(len(sequence.output), random_tokens((i + round_number) % 4, seed=i))
         return running.submit(verify_draft(sequence, draft, "augmented", 5.0))
 
     running = engine(model, max_batch_tokens=48)
-    together = [running.open(300, sampling) for _ in prompts]
-    list(map(done, [running.submit(prefill(s, prompt)) for s, prompt in zip(together, prompts, strict=True)]))
+    together = [begun(running, prompt, sampling) for prompt in prompts]
+    list(map(done, [running.submit(prefill(sequence)) for sequence in together]))
     for round_number in range(6):
         list(map(done, [verification(running, i, s, round_number) for i, s in enumerate(together)]))
+    lonely = engine(model, max_batch_tokens=48)
     for i, prompt in enumerate(prompts):
-        alone = opened(running, prompt, sampling)
+        alone = opened(lonely, prompt, sampling)
         for round_number in range(6):
-            done(verification(running, i, alone, round_number))
+            done(verification(lonely, i, alone, round_number))
         assert together[i].output == alone.output
 
 
@@ -221,35 +212,38 @@ def test_closing_in_the_middle_of_a_prefill_frees_it_within_a_step(
     model: Model, engine: MakeEngine, gate: Gate
 ) -> None:
     running = engine(model, max_batch_tokens=10)
-    doomed, other = running.open(400, GREEDY), running.open(400, GREEDY)
-    reading = running.submit(prefill(doomed, random_tokens(201, seed=10)))
+    doomed, other = (begun(running, random_tokens(n, seed=n), room=400 - n) for n in (201, 21))
+    pages = 400 * model.layout.bytes_per_token
+    reading = running.submit(prefill(doomed))
     gate.wait()
+    assert running.stats().kv_bytes == 2 * pages
     gate.step()
     running.close(doomed)
     assert running.stats().num_sequences == 1
-    assert running.stats().kv_bytes == 400 * model.layout.bytes_per_token
-    going_on = running.submit(prefill(other, random_tokens(21, seed=11)))
+    going_on = running.submit(prefill(other))
     gate.step()  # the pass that was waiting when the sequence was closed is its last
     with pytest.raises(SequenceClosed):
         done(reading)
+    gate.step()
+    assert running.stats().kv_bytes == pages
     gate.open()
-    assert done(going_on) >= 0
+    assert done(going_on).elapsed_ms >= 0
     assert sum(map(sum, gate.passes)) == 10 + 10 + 20
     with pytest.raises(SequenceClosed, match=f"sequence {doomed.id} is closed"):
         running.get(doomed.id)
     assert running.get(other.id) is other
     with pytest.raises(SequenceClosed):  # and whatever is asked of it later
-        done(running.submit(prefill(doomed, [1, 2, 3])))
+        done(running.submit(prefill(doomed)))
 
 
 def test_a_task_that_fails_fails_alone(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
-    sequence = opened(running, random_tokens(20, seed=12))
+    sequence, other = opened(running, random_tokens(20, seed=12)), begun(running, [1])
 
     def failing(before: bool) -> Task[None]:
         if before:
             raise KeyError("before its first step")
-        yield Extend(running.open(10, GREEDY), [1, 2], 1)
+        yield Extend(other, [1, 2], 1)
         raise KeyError("after a step")
 
     for before in (True, False):
@@ -264,7 +258,7 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
     running = engine(model)
     sequence, other = (opened(running, random_tokens(20, seed=13)) for _ in range(2))
 
-    def broken(segments: Any) -> Any:
+    def broken(extensions: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
@@ -278,19 +272,20 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
 
 def test_a_cancelled_future_is_not_run(model: Model, engine: MakeEngine, gate: Gate) -> None:
     running = engine(model)
-    first = running.submit(prefill(running.open(10, GREEDY), [1, 2, 3]))
+    sequences = [begun(running, prompt) for prompt in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5])]
+    first = running.submit(prefill(sequences[0]))
     gate.wait()
-    second = running.submit(prefill(running.open(10, GREEDY), [1, 2, 3, 4]))
+    second = running.submit(prefill(sequences[1]))
     assert second.cancel()
     gate.open()
     done(first)
-    done(running.submit(prefill(running.open(10, GREEDY), [1, 2, 3, 4, 5])))
+    done(running.submit(prefill(sequences[2])))
     assert gate.passes == [[2], [4]]
 
 
 def test_a_sequence_nobody_uses_expires(model: Model, engine: MakeEngine) -> None:
     running = engine(model, idle_timeout=0.05)
-    sequence = running.open(10, GREEDY)
+    sequence = begun(running, [1])
     sequence.ended.result(timeout=10)
     assert running.stats().num_sequences == 0
     with pytest.raises(SequenceClosed):
@@ -302,10 +297,10 @@ def test_a_sequence_in_use_does_not_expire(model: Model, engine: MakeEngine, mon
     later = 0.0
     monkeypatch.setattr("rapid.engine.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
     running = engine(model, idle_timeout=100)
-    asked, run, forgotten = (running.open(40, GREEDY) for _ in range(3))
+    asked, run, forgotten = (begun(running, [1, 2]) for _ in range(3))
     later = 80.0
     running.get(asked.id)
-    done(running.submit(prefill(run, [1, 2])))
+    done(running.submit(prefill(run)))
     later = 120.0
     forgotten.ended.result(timeout=10)
     assert running.stats().num_sequences == 2
@@ -320,32 +315,34 @@ def test_a_sequence_that_waits_for_its_turn_does_not_expire(
     later = 0.0
     monkeypatch.setattr("rapid.engine.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
     running = engine(model, idle_timeout=100, max_batch_tokens=10)
-    short, long = running.open(400, GREEDY), running.open(400, GREEDY)
-    first = running.submit(prefill(short, random_tokens(21, seed=22)))
+    short, long = (begun(running, random_tokens(n, seed=n)) for n in (21, 101))
+    first = running.submit(prefill(short))
     gate.wait()
-    waiting = running.submit(prefill(long, random_tokens(101, seed=23)))
+    waiting = running.submit(prefill(long))
     gate.step()
     assert gate.passes == [[10], [10]]
     later = 200.0
     gate.open()
     done(first)
-    assert done(waiting) >= 0
+    assert done(waiting).cached_tokens == 0
 
 
 def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engine: MakeEngine, gate: Gate) -> None:
-    running = engine(model, max_batch_tokens=10)
-    reading = running.submit(prefill(running.open(400, GREEDY), random_tokens(100, seed=14)))
+    running = engine(model, max_batch_tokens=10, kv_bytes=40 * 16 * model.layout.bytes_per_token)  # 13 pages for each
+    first, second, other = (begun(running, random_tokens(100, seed=seed)) for seed in (14, 15, 16))
+    reading = running.submit(prefill(first))
     gate.wait()
-    waiting = running.submit(prefill(running.open(400, GREEDY), random_tokens(100, seed=15)))
-    other = running.open(400, GREEDY)
-    assert running.submit(prefill(other, random_tokens(100, seed=16))).cancel()
+    waiting, opening = running.submit(prefill(second)), running.open([1, 2, 3], 100, GREEDY)
+    assert running.submit(prefill(other)).cancel()
+    assert running.open([1, 2, 3], 10, GREEDY).cancel()
     stopping = threading.Thread(target=running.shutdown)
     stopping.start()
-    eventually(lambda: running.submit(prefill(other, [1])).done())
+    eventually(lambda: running.submit(prefill(other)).done())
     gate.open()
     stopping.join(timeout=30)
     assert not stopping.is_alive()
-    for future in (reading, waiting, running.submit(prefill(other, [1, 2]))):
+    late = running.submit(prefill(other)), running.open([1, 2, 3], 10, GREEDY)
+    for future in (reading, waiting, opening, *late):
         with pytest.raises(SequenceClosed, match="shutting down"):
             done(future)
     assert len(gate.passes) == 1
@@ -354,11 +351,10 @@ def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engin
 def test_a_pass_keeps_to_its_budget_and_short_requests_go_first(model: Model, engine: MakeEngine, gate: Gate) -> None:
     """While a long prompt is read, others' short requests are in the very next pass, and it takes what they leave."""
     running = engine(model, max_batch_tokens=16)
-    long, short, shorter = (running.open(400, GREEDY) for _ in range(3))
-    reading = running.submit(prefill(long, random_tokens(101, seed=17)))
+    long, short, shorter = (begun(running, random_tokens(n, seed=n)) for n in (101, 7, 4))
+    reading = running.submit(prefill(long))
     gate.wait()
-    others = [running.submit(prefill(short, random_tokens(7, seed=18)))]
-    others.append(running.submit(prefill(shorter, random_tokens(4, seed=19))))
+    others = [running.submit(prefill(sequence)) for sequence in (short, shorter)]
     gate.step()
     gate.open()
     list(map(done, [*others, reading]))
@@ -370,13 +366,13 @@ def test_a_pass_keeps_to_its_budget_and_short_requests_go_first(model: Model, en
 def test_rows_that_are_wanted_together_are_never_cut(model: Model, engine: MakeEngine, gate: Gate) -> None:
     """A verification needs all its rows from one pass: what leads up to them is cut, they wait for room."""
     running = engine(model, max_batch_tokens=8)
-    sequence, other = running.open(400, GREEDY), running.open(400, GREEDY)
+    sequence, other = (begun(running, prompt) for prompt in ([1], [1, 2]))
 
     def verification(num_tokens: int, num_rows: int) -> Task[tuple[int, ...]]:
         logits = yield Extend(sequence, [1] * num_tokens, num_rows)
         return tuple(logits.shape)
 
-    blocking = running.submit(prefill(other, [1, 2]))
+    blocking = running.submit(prefill(other))
     gate.wait()
     verifying = running.submit(verification(11, 6))
     gate.open()
@@ -387,13 +383,13 @@ def test_rows_that_are_wanted_together_are_never_cut(model: Model, engine: MakeE
 
 def test_more_rows_than_the_budget_run_alone(model: Model, engine: MakeEngine, gate: Gate) -> None:
     running = engine(model, max_batch_tokens=4)
-    sequence, other = running.open(400, GREEDY), running.open(400, GREEDY)
+    sequence, other = (begun(running, random_tokens(n, seed=20)) for n in (1, 11))
 
     def verification() -> Task[tuple[int, ...]]:
         logits = yield Extend(sequence, [1] * 9, 9)
         return tuple(logits.shape)
 
-    reading = running.submit(prefill(other, random_tokens(11, seed=20)))
+    reading = running.submit(prefill(other))
     gate.wait()
     verifying = running.submit(verification())
     gate.open()
@@ -405,10 +401,15 @@ def test_more_rows_than_the_budget_run_alone(model: Model, engine: MakeEngine, g
 
 def test_stats_count_what_was_done(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
-    assert running.stats() == (0, 0, 0, 0)
-    sequence = opened(running, random_tokens(21, seed=21), capacity=40)
+    nothing = running.stats()
+    assert (nothing.num_sequences, nothing.num_waiting, nothing.kv_bytes, *nothing[-2:]) == (0, 0, 0, 0, 0)
+    sequence = opened(running, random_tokens(21, seed=21), room=19)
     decode(running, sequence, 3)
-    assert running.stats() == (1, 40 * model.layout.bytes_per_token, 4, 23)
+    stats = running.stats()
+    assert (stats.num_sequences, *stats[-2:]) == (1, 4, 23)
+    assert stats.kv_bytes == stats.kv.bytes_used == 3 * 16 * model.layout.bytes_per_token  # 40 tokens, in whole pages
     running.close(sequence)
     running.close(sequence)  # twice is once
-    assert running.stats() == (0, 0, 4, 23)
+    assert running.stats().num_sequences == 0
+    eventually(lambda: running.stats().kv_bytes == 0)
+    assert running.stats()[-2:] == (4, 23)

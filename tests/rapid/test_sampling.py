@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from rapid.errors import InvalidRequest
-from rapid.sampling import SamplingParams, probabilities, sample, truncate
+from rapid.sampling import SamplingParams, probabilities, sample
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -62,20 +62,6 @@ def test_a_tiny_temperature_is_greedy_and_finite(temperature: float, dtype: torc
         torch.testing.assert_close(probs, probabilities(logits, SamplingParams(temperature=0)))
 
 
-def test_truncation_keeps_the_likeliest_and_renormalises() -> None:
-    probs = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
-    indices, weights = truncate(probs, 3)
-    assert indices.tolist() == [1, 3, 4]
-    torch.testing.assert_close(weights, torch.tensor([4 / 9, 3 / 9, 2 / 9]))
-
-
-@pytest.mark.parametrize("k", [4, 5, 4096])
-def test_truncation_leaves_out_tokens_of_probability_0(k: int) -> None:
-    indices, weights = truncate(torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]), k)
-    assert indices.tolist() == [3, 1]
-    assert weights.tolist() == [0.75, 0.25]
-
-
 @pytest.mark.parametrize(
     ("param", "values"),
     [
@@ -106,6 +92,29 @@ def test_sampling_never_draws_probability_0_and_follows_the_rest() -> None:
     shares = torch.bincount(drawn.flatten(), minlength=6) / drawn.numel()
     assert shares[probs == 0].sum() == 0
     torch.testing.assert_close(shares, probs, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_ends_of_the_uniform_draw_are_tokens_that_can_be(
+    uniform: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token that has any probability, and the last; also where the row does not sum to 1."""
+    monkeypatch.setattr("torch.rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    for scale in (1e-6, 0.1, 1.0, 3.0):
+        probs = scale * torch.tensor([[0.0, 0.6, 0.0, 0.4, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]], dtype=dtype)
+        assert sample(probs).tolist() == ([1, 2] if uniform == 0 else [3, 2])
+
+
+def test_a_large_vocabulary_is_drawn_from_as_its_weights_say() -> None:
+    """Rare tokens behind a hundred thousand others are neither lost nor favoured."""
+    probs = torch.full((100_000,), 1e-6)
+    probs[-3:] = torch.tensor([0.5, 0.0, 0.4])
+    drawn = sample(probs.expand(400, -1), torch.Generator().manual_seed(7))
+    shares = torch.bincount(drawn, minlength=100_000) / 400
+    torch.testing.assert_close(shares[-3:], probs[-3:], rtol=0, atol=0.08)
+    assert shares[-2] == 0
+    assert 0.05 < shares[:-3].sum() < 0.16
 
 
 def test_the_same_generator_state_draws_the_same() -> None:

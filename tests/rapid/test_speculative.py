@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.closed_forms import Array, augmented, law, residual, softmax
-from rapid.sampling import sample, truncate
-from rapid.speculative import RULES, verify
+from rapid.sampling import SamplingParams, probabilities, sample
+from rapid.speculative import RULES, verify, verify_greedy
 
 ETAS = (0.0, 0.5, 5.0, 20.0, 1000.0)
 
@@ -108,8 +108,8 @@ def test_every_position_of_a_round_follows_the_law(rule: str, eta: float, temper
     noise = np.array([[0.1], [0.2], [1.5]]) * np.random.default_rng(7).standard_normal((GAMMA, VOCAB))
     q = torch.zeros(GAMMA, VOCAB)
     for row, logits in zip(q, torch.from_numpy(z[:GAMMA] + noise).float(), strict=True):
-        indices, weights = truncate((logits / temperature).softmax(-1), draft_top_k)
-        row[indices] = weights
+        weights, indices = (logits / temperature).softmax(-1).topk(draft_top_k)
+        row[indices] = weights / weights.sum()
     emitted, lengths = one_round(z, q, rule, eta, temperature, rounds=300_000)
     for position in range(GAMMA + 1):
         reached = emitted[lengths > position, position]
@@ -136,6 +136,25 @@ def test_greedy_accepts_exactly_the_target_s_argmax(rule: str, eta: float) -> No
     num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, generator)
     assert torch.equal(num_accepted, is_right.long().cumprod(-1).sum(-1))
     assert torch.equal(next_token, best.gather(-1, num_accepted[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gamma", [0, 1, 5])
+def test_verifying_greedily_is_verifying_at_temperature_0(rule: str, gamma: int) -> None:
+    """The short way from logits gives what the rule gives for the one-hot p and q of temperature 0."""
+    generator = torch.Generator().manual_seed(11)
+    seen = set()
+    for _ in range(100):
+        logits = torch.randn(gamma + 1, 9, generator=generator)
+        is_right = torch.rand(gamma, generator=generator) < 0.7
+        draft = torch.where(is_right, logits[:-1].argmax(-1), logits[:-1].argmin(-1))
+        p = probabilities(logits, SamplingParams(temperature=0))
+        q = torch.nn.functional.one_hot(draft, 9).float()
+        expected = verify(RULES[rule], draft, q, p, 10.0, generator)
+        verdict = verify_greedy(draft, logits)
+        assert (int(verdict.num_accepted), int(verdict.next_token)) == tuple(map(int, expected))
+        seen.add(int(verdict.num_accepted))
+    assert seen == set(range(gamma + 1))
 
 
 @pytest.mark.parametrize("rule", RULES)

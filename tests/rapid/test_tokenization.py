@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from rapid.attention import Extension
 from rapid.errors import ModelFileError, ModelMismatch
 from rapid.model import Model
 from rapid.tokenization import TextStream, check_same_tokenizer, load_tokenizer
@@ -186,14 +187,16 @@ def test_another_way_of_splitting_is_shown(
 
 
 def test_a_padded_checkpoint_never_writes_beyond_the_tokenizer(
-    tiny_model: Callable[..., Model], letter_tokenizer: Callable[[int], PreTrainedTokenizerFast]
+    tiny_network: Callable[..., PreTrainedModel], letter_tokenizer: Callable[[int], PreTrainedTokenizerFast]
 ) -> None:
     """Checkpoints pad their output to round numbers; ``vocab_size`` and the logits are the tokenizer's."""
-    network = tiny_model(32).network
+    network = tiny_network(32)
     model = Model(network, letter_tokenizer(7), "padded")
     assert model.vocab_size == model.info.vocab_size == 7
     assert network.config.vocab_size == 32
-    assert model.forward([(model.new_cache(4), [1, 2, 3], 2)])[0].shape == (2, 7)
+    cache = model.new_pool(2**12).open([], 4)
+    assert cache is not None
+    assert model.forward([Extension(cache, [1, 2, 3], 2)])[0].shape == (2, 7)
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])

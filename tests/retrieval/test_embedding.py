@@ -113,6 +113,31 @@ def test_a_lone_surrogate_is_read_as_an_unknown_character(dense):
     assert np.isfinite(dense.embed_query("whale \ud800")).all()
 
 
+def test_what_was_embedded_lately_is_remembered(dense, monkeypatch):
+    """Each text is embedded once, however often it is asked for; the longest unused is forgotten first."""
+    monkeypatch.setattr("retrieval.embedding._REMEMBERED", 3)
+    passes = []
+
+    def forward(inputs) -> torch.Tensor:
+        passes.append(len(inputs["input_ids"]))
+        return inputs["input_ids"][:, 1:3]
+
+    embedder = Embedder("ids", tokenizer=dense._tokenizer, forward=forward, max_tokens=8, device="cpu")
+    passes.clear()
+    expected = {text: embedder.embed_query(text) for text in ("whale", "sea", "ship", "mast")}
+    for texts, new in (
+        (["whale", "sea", "whale"], 2),
+        (["sea", "whale"], 0),
+        (["ship", "whale"], 1),
+        (["mast"], 1),  # and sea is forgotten
+        (["whale", "ship", "mast"], 0),
+        (["sea"], 1),
+    ):
+        passes.clear()
+        np.testing.assert_array_equal(embedder.embed(texts), [expected[text] for text in texts])
+        assert sum(passes) == new
+
+
 def test_threads_take_turns_at_the_device(dense):
     inside, wrong = [], []
 

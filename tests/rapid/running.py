@@ -1,0 +1,85 @@
+"""How the tests drive models and engines."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapid.attention import Extension
+from rapid.engine import Engine, Sequence
+from rapid.kv_cache import KVCache
+from rapid.model import Model
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, prefill, verify_draft
+
+GREEDY = SamplingParams(temperature=0)
+VOCAB = 32
+# A pass over another number of tokens rounds float32 differently: here by up to 2.4e-6.
+ROUNDING = {"rtol": 0, "atol": 2e-5}
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def new_cache(model: Model, capacity: int) -> KVCache:
+    """A cache in a pool of its own."""
+    cache = model.new_pool((capacity + 256) * model.layout.bytes_per_token).open([], capacity)
+    assert cache is not None
+    return cache
+
+
+def logits_after(model: Model, tokens: list[int]) -> Tensor:
+    """[V], from one pass over all of ``tokens``."""
+    return model.forward([Extension(new_cache(model, len(tokens)), tokens, 1)])[0][0]
+
+
+def contents(cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values that are filled, in order: [layers, KV heads, length, head size]."""
+    slots = [slot for first, last in cache.runs(cache.length) for slot in range(first, last)]
+    return cache.pool.keys[:, :, slots], cache.pool.values[:, :, slots]
+
+
+def assert_cache_is_fresh(sequence: Sequence, model: Model) -> None:
+    """What is cached equals a prefill of the same tokens in one pass."""
+    length = sequence.cache.length
+    fresh = new_cache(model, length)
+    model.forward([Extension(fresh, (sequence.prompt + sequence.output)[:length], 0)])
+    for ours, expected in zip(contents(sequence.cache), contents(fresh), strict=True):
+        torch.testing.assert_close(ours, expected, **ROUNDING)
+
+
+def done(future: Future[Any]) -> Any:
+    return future.result(timeout=30)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Waits until ``condition`` holds; fails after 10 seconds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.002)
+
+
+def begun(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, room: int = 100) -> Sequence:
+    """A new sequence with room for ``room`` new tokens, whose prompt is still to be read."""
+    sequence: Sequence = done(engine.open(prompt, room, sampling))
+    return sequence
+
+
+def opened(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, room: int = 100) -> Sequence:
+    """A new sequence whose prompt is read."""
+    sequence = begun(engine, prompt, sampling, room)
+    done(engine.submit(prefill(sequence)))
+    return sequence
+
+
+def decode(engine: Engine, sequence: Sequence, num_tokens: int) -> list[int]:
+    """Plain decoding, a token a round."""
+    for _ in range(num_tokens):
+        done(engine.submit(verify_draft(sequence, Draft(len(sequence.output)), "lossless", 0.0)))
+    return sequence.output

@@ -1,0 +1,120 @@
+"""Sampled outputs come as often as the strategy and its rule say, counted over many requests."""
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from running import logits_after
+from world import World, complete, first_eight, run
+
+from benchmarks.closed_forms import Array, law
+from rapid.model import Model
+from rapid.request import GenerationRequest
+from rapid.sampling import SamplingParams, probabilities
+
+
+def pearson(observed: Array, expected: Array) -> tuple[float, int]:
+    """The chi-square statistic and its degrees of freedom; outcomes expected under 5 times count as one."""
+    rare = expected < 5
+    observed, expected = (
+        np.append(counts[~rare], counts[rare].sum()) if rare.any() else counts for counts in (observed, expected)
+    )
+    return float(((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum()), len(expected) - 1
+
+
+def assert_follows(observed: Array, probs: Array) -> None:
+    """Counts of independent draws agree with ``probs``: 5 standard deviations of chi-square, under one in 100,000."""
+    assert abs(probs.sum() - 1) < 1e-5
+    assert observed[probs == 0].sum() == 0
+    statistic, degrees = pearson(observed, observed.sum() * probs)
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5 + 5
+
+
+def many(world: World, request: GenerationRequest, num: int, num_tokens: int) -> Array:
+    """Counts of the first ``num_tokens`` tokens of ``num`` completions with different seeds: [V, V, …]."""
+    counts = np.zeros([world.target.model.vocab_size] * num_tokens)
+    backend, seeds = world.backend(), iter(range(num))
+
+    async def worker() -> None:
+        for seed in seeds:
+            completion = await complete(replace(request, sampling=replace(request.sampling, seed=seed)), backend)
+            counts[tuple(completion.tokens[:num_tokens])] += 1
+
+    async def workers() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(200):
+                group.create_task(worker())
+
+    asyncio.run(workers())
+    assert counts.sum() == num
+    return counts
+
+
+def next_probs(model: Model, tokens: list[int], sampling: SamplingParams) -> torch.Tensor:
+    return probabilities(logits_after(model, tokens), sampling)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sampling", "num"),
+    [
+        ("speculative", SamplingParams(), 2000),
+        ("speculative", SamplingParams(temperature=0.8, top_p=0.8), 1000),
+        ("lookup", SamplingParams(), 1000),
+    ],
+)
+def test_lossless_strategies_write_what_the_target_would(
+    make_world: Callable[..., World], strategy: str, sampling: SamplingParams, num: int
+) -> None:
+    """All continuations of 3 tokens, over several rounds, come as often as the target alone would write them."""
+    world = make_world(5)
+    prompt, size = world.prompt("abcabbcacbaabcabca\n\nab"), 5
+    exact = np.ones((size, size, size))
+    for n in range(3):
+        for prefix in itertools.product(range(size), repeat=n):
+            exact[prefix] *= (
+                next_probs(world.target.model, prompt.tokens + list(prefix), sampling)
+                .numpy()
+                .reshape(-1, *[1] * (2 - n))
+            )
+    request = world.request(strategy=strategy, gamma=2, max_tokens=3, prompt=prompt, sampling=sampling, draft_top_k=3)
+    counts = many(world, request, num, 3)
+    assert_follows(counts.ravel(), exact.ravel())
+
+
+@pytest.mark.parametrize("rule", ["published", "reference", "augmented"])
+def test_rapid_writes_what_its_rule_says(make_world: Callable[..., World], rule: str) -> None:
+    """The first token follows the rule's law: of p on the whole prompt, and the drafter's truncated q on the short."""
+    world, sampling, eta, top_k = make_world(6), SamplingParams(temperature=0.9), 8.0, 4
+    prompt = world.prompt()
+    short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
+    tokens = prompt.tokens
+    z = logits_after(world.target.model, tokens).double().numpy()
+    q = np.zeros(6)
+    weights, indices = next_probs(world.drafter.model, short, sampling).topk(top_k)
+    q[indices.numpy()] = (weights / weights.sum()).numpy()
+    expected = law(rule, z, q, eta, sampling.temperature)
+    p = law("lossless", z, q, eta, sampling.temperature)
+    assert abs(expected - p).sum() / 2 > 0.1  # else the test could not tell the rules apart
+
+    request = world.request(
+        gamma=4, max_tokens=2, sampling=sampling, verification=rule, transfer_strength=eta, draft_top_k=top_k
+    )
+    counts = many(world, request, 1000, 1)
+    assert_follows(counts, expected)
+    with pytest.raises(AssertionError):
+        assert_follows(counts, p)
+
+
+@pytest.mark.parametrize("gamma", [3, "auto"])
+def test_a_seed_reproduces_and_another_differs(world: World, gamma: int | str) -> None:
+    def tokens(seed: int | None) -> list[int]:
+        request = world.request(sampling=SamplingParams(seed=seed), max_tokens=30, gamma=gamma)
+        return run(request, world.backend()).tokens
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+    assert tokens(None) != tokens(None)

@@ -1,0 +1,96 @@
+"""A target and a drafter so small that every output and its probability can be enumerated, and what to ask them."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from running import GREEDY, logits_after
+from transformers import PreTrainedTokenizerFast
+
+from rapid.engine import Engine
+from rapid.generate import generate
+from rapid.local import LocalBackend
+from rapid.model import Model
+from rapid.prompts import Prompt, read_text
+from rapid.request import Delta, Finish, GenerationRequest, SpeculationParams, Statistics
+
+
+class Chunk(NamedTuple):
+    content: int
+    text: str
+    position: int
+    score: float
+
+
+class Retrieval(NamedTuple):
+    chunks: list[Chunk]
+    context_tokens: int = 0
+    retrieved_tokens: int = 0
+
+
+def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:
+    """A retriever that keeps the first 8 letters of the first content."""
+    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5)], len(contents[0]), 8)
+
+
+class Completion(NamedTuple):
+    deltas: list[Delta]
+    finish: Finish
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas) + self.finish.text
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.finish.statistics
+
+
+async def complete(request: GenerationRequest, backend: LocalBackend) -> Completion:
+    *deltas, finish = [event async for event in generate(request, backend)]
+    return Completion(deltas, finish)
+
+
+def run(request: GenerationRequest, backend: LocalBackend) -> Completion:
+    return asyncio.run(complete(request, backend))
+
+
+class World(NamedTuple):
+    """A target and a drafter that disagree, on a vocabulary of letters."""
+
+    target: Engine
+    drafter: Engine
+    tokenizer: PreTrainedTokenizerFast
+
+    def backend(self, retrieve: Callable[..., Retrieval] = first_eight) -> LocalBackend:
+        return LocalBackend(self.target, self.drafter, retrieve)
+
+    def prompt(self, text: str = "abcabbcacbaabcabca\n\nab") -> Prompt:
+        return read_text(text, self.tokenizer, long_content_tokens=10)
+
+    def request(
+        self, *, strategy: str = "rapid", gamma: int | str = 3, max_tokens: int | None = 12, **options: Any
+    ) -> GenerationRequest:
+        options.setdefault("sampling", GREEDY)
+        options.setdefault("prompt", self.prompt())
+        speculation = SpeculationParams(
+            strategy=strategy,
+            num_draft_tokens=gamma,
+            **{name: options.pop(name) for name in list(options) if name in SpeculationParams.__dataclass_fields__},
+        )
+        return GenerationRequest(speculation=speculation, max_tokens=max_tokens, **options)
+
+    def num_sequences(self) -> int:
+        return self.target.stats().num_sequences + self.drafter.stats().num_sequences
+
+
+def greedily(model: Model, prompt: list[int], num_tokens: int) -> list[int]:
+    """Plain decoding, the whole text anew for every token."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(logits_after(model, tokens).argmax()))
+    return tokens[len(prompt) :]
