@@ -46,7 +46,7 @@ class EngineConfig(Strict):
     kv_memory_gib: float | None = Field(
         None, gt=0, description=f"for keys and values; {FREE_MEMORY_SHARE:.0%} of what is free when not set"
     )
-    max_batch_tokens: int = Field(256, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
+    max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=0, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")

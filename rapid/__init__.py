@@ -10,7 +10,7 @@ import sys
 # once cost it half its speed; but with two engines on the same cores, as target and drafter are on one machine, threads
 # that spin for long burn each other's time slices. They spin for some tens of microseconds here.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 # Weights and KV caches in huge pages: a decode step reads hundreds of megabytes, and would miss the TLB all along.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if sys.platform == "linux":

@@ -146,7 +146,7 @@ class Engine:
         model: Model,
         *,
         kv_bytes: int,
-        max_batch_tokens: int = 256,
+        max_batch_tokens: int = 128,
         max_queued: int = 64,
         idle_timeout: float = 600.0,
     ) -> None:
