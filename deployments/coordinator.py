@@ -26,6 +26,7 @@ from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import RetrievalError
 
 _PATIENCE_S = 5.0  # with Serve, for a place that a request can do without
+_ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
 
 
 class RayBackend:
@@ -35,6 +36,7 @@ class RayBackend:
         self.costs = Costs()
         self._engines, self._retriever = engines, retriever
         self._addresses: dict[Role, tuple[ModelInfo, Any]] = {}
+        self._abandoning: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
     async def connect(self) -> None:
         """Waits for both models to be loaded."""
@@ -64,16 +66,17 @@ class RayBackend:
         self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
     ) -> AsyncIterator[Lease]:
         stream = self._engines[role].options(stream=True).lease.remote(prompt, max_new_tokens, sampling, may_wait)
+        first = asyncio.ensure_future(anext(stream))
         try:
             async with asyncio.timeout(None if may_wait else _PATIENCE_S):
-                ticket: Ticket | RapidError = await anext(stream)
+                ticket: Ticket | RapidError = await asyncio.shield(first)
         except TimeoutError as error:
-            stream.cancel()
+            self._abandon(stream, first)
             raise Overloaded(f"no {role} had a place within {_PATIENCE_S} s") from error
         except BackPressureError as error:
             raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
         except asyncio.CancelledError:
-            stream.cancel()
+            self._abandon(stream, first)
             raise
         if isinstance(ticket, RapidError):
             raise ticket
@@ -81,6 +84,19 @@ class RayBackend:
             yield _RayLease(ticket)
         finally:
             ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
+
+    def _abandon(self, stream: Any, first: asyncio.Future[Any]) -> None:
+        """Ends a lease whose ticket nobody waits for; one that is on its way already is given back by name."""
+
+        async def give_back() -> None:
+            done, _ = await asyncio.wait([first], timeout=_ON_ITS_WAY_S)
+            stream.cancel()
+            if done and not first.cancelled() and first.exception() is None and isinstance(first.result(), Ticket):
+                first.result().engine.close.remote(first.result().lease_id)
+
+        task = asyncio.create_task(give_back())
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
 
 
 class _RayLease:
