@@ -37,10 +37,10 @@ class Question(NamedTuple):
     prompt: Prompt
 
 
-def questions(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Iterator[Question]:
-    """Every question about its document's first ``num_tokens`` tokens."""
+def questions(tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, skip: int = 0) -> Iterator[Question]:
+    """Every question about its document's first ``num_tokens`` tokens, after ``skip`` characters."""
     for document, (name, start) in PASSAGES.items():
-        text = (DATA / name).read_text(encoding="utf-8")[start : start + 8 * num_tokens]
+        text = (DATA / name).read_text(encoding="utf-8")[start + skip :][: 8 * num_tokens]
         passage = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:num_tokens])
         for question in QUESTIONS[document]:
             yield Question(document, question, read_chat([Message("user", f"{passage}\n\n{question}")], tokenizer))
