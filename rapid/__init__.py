@@ -7,8 +7,8 @@ import sys
 # All of this is read when torch loads or first allocates, so it has to be set before; what the user set stays.
 #
 # PyTorch's CPU threads busy-wait between operators. A decode step is hundreds of short ones, so threads that sleep at
-# once cost it half its speed; but with two engines on the same cores, as target and drafter are on one machine, threads
-# that spin for long burn each other's time slices. They spin for some tens of microseconds here.
+# once are woken hundreds of times; but with two engines on the same cores, as target and drafter are on one machine,
+# threads that spin for long burn each other's time slices. So they spin for a short while.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 # Weights and KV caches in huge pages: a decode step reads hundreds of megabytes, and would miss the TLB all along.

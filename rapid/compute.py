@@ -1,8 +1,8 @@
 """The one thread of a process in which PyTorch computes.
 
 OpenMP gives every thread that calls it a team of its own, and once the teams of a process have more members than there
-are cores, their members no longer spin between operators but sleep at once. On a CPU a decode step then takes half as
-long again. So models load, engines step and embedders embed here, in turns, as they would have to anyway.
+are cores, their members hardly spin between operators any more but sleep, which a decode step of hundreds of short
+operators pays for each time. So models load, engines step and embedders embed here, in turns, as they would anyway.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from rapid.tasks import Verified
 
 MAX_DRAFT_TOKENS = 16
 
@@ -102,21 +105,6 @@ class Plan(NamedTuple):
     tokens: tuple[int, ...] = ()
 
 
-class Outcome(Protocol):
-    """What the controller wants to know of a round; ``confidences`` has an entry per drafted token."""
-
-    @property
-    def num_drafted(self) -> int: ...
-    @property
-    def num_accepted(self) -> int: ...
-    @property
-    def confidences(self) -> list[float]: ...
-    @property
-    def draft_ms(self) -> float: ...
-    @property
-    def draft_step_ms(self) -> float: ...
-
-
 class Controller:
     """One request's choices. ``fixed`` is a given γ, and None chooses.
 
@@ -156,7 +144,7 @@ class Controller:
         floor = min(0.9, rate * (self._costs.draft + self._costs.extra) / self._by_confidence.mean())
         return Plan("model", DraftLimits(min(room, MAX_DRAFT_TOKENS), floor, self._by_confidence.table()))
 
-    def observe(self, plan: Plan, outcome: Outcome, round_ms: float, *, match_length: int = 0) -> None:
+    def observe(self, plan: Plan, outcome: Verified, round_ms: float, *, match_length: int = 0) -> None:
         """What came of a round that took ``round_ms``; ``match_length`` is of the lookup it followed."""
         num_drafted, num_accepted = outcome.num_drafted, outcome.num_accepted
         for i, confidence in enumerate(outcome.confidences[: num_accepted + 1]):
@@ -179,7 +167,7 @@ class Controller:
         else:
             self._resting += 1
 
-    def _measure(self, plan: Plan, num_drafted: int, outcome: Outcome, round_ms: float) -> None:
+    def _measure(self, plan: Plan, num_drafted: int, outcome: Verified, round_ms: float) -> None:
         if num_drafted == 0:
             self._plain_rounds += 1
             self._costs.update("plain", round_ms)

@@ -119,7 +119,7 @@ class _Running:
     def chunk(self, num_tokens: int) -> Tokens:
         sequence, tokens, _ = self.extend
         if tokens is None:
-            return sequence.prompt[sequence.cache.length :][:num_tokens]
+            return sequence.prompt[sequence.cache.length : sequence.cache.length + num_tokens]
         return tokens[self.num_done : self.num_done + num_tokens]
 
 
@@ -183,7 +183,7 @@ class Engine:
             needed, total = capacity * self.model.layout.bytes_per_token, self._pool.num_pages * self._pool.page_bytes
             raise InvalidRequest(
                 f"{capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self.model.info.name} has "
-                f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory",
+                f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory_gib",
                 code="kv_memory_exceeded",
             )
         future: Future[Sequence] = Future()

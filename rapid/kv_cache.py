@@ -109,7 +109,7 @@ class KVPool:
         The prompt's last token is never taken from the index: feeding it is what gives the first logits. Returns None
         when there is no room now.
         """
-        shared = self._match(prompt[: len(prompt) - 1], parent=_ROOT)
+        shared = self._match(prompt, 0, parent=_ROOT)
         for page in shared:
             self._retain(page)
         own = self._allocate(self.pages_for(capacity) - len(shared))
@@ -130,7 +130,7 @@ class KVPool:
         if first and self._keys_of[cache.pages[first - 1]] is None:
             return
         parent = self._node_of[cache.pages[first - 1]] if first else _ROOT
-        found = self._match(tokens[cache.length : len(tokens) - 1], parent)
+        found = self._match(tokens, cache.length, parent)
         if found:
             for page in found:
                 self._retain(page)
@@ -170,10 +170,10 @@ class KVPool:
         while self._unused:
             self._evict()
 
-    def _match(self, tokens: Sequence[int], parent: int) -> list[int]:
-        """The indexed pages that continue ``parent`` with ``tokens``."""
+    def _match(self, tokens: Sequence[int], first: int, parent: int) -> list[int]:
+        """The indexed pages that continue ``parent`` with ``tokens`` from ``first`` on, the last token left out."""
         pages = []
-        for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
+        for start in range(first, len(tokens) - self.page_size, self.page_size):
             page = self._index.get((parent, tuple(tokens[start : start + self.page_size])))
             if page is None:
                 break

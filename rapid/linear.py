@@ -1,7 +1,7 @@
 """Linear layers as each device multiplies fastest, from plain weights: dense, or quantised for a cheap drafter.
 
-Dense weights on a CPU are reordered once into oneDNN's own layout, which halves the time of a product with few rows
-(`benchmarks.steps`). The quantised kernels are PyTorch's on a CPU and torchao's on CUDA.
+Dense weights on a CPU are reordered once into oneDNN's own layout, which is what makes a product with few rows cheap:
+`python -m benchmarks.products` says how cheap. The quantised kernels are PyTorch's on a CPU and torchao's on CUDA.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class SpeculationParams:
     """How one request decodes. γ is ``num_draft_tokens``, η is ``transfer_strength`` (paper §3 and §4.1).
 
     γ "auto" is chosen every round from measured costs and acceptance (`rapid.control`), 0 included; a number is drafted
-    every round by the drafter alone. ``rag_model`` says whose weights the strategy "rag" uses.
+    every round by the drafter, and looked up where there is none. ``rag_model``: whose weights the strategy "rag" uses.
 
     Raises:
         InvalidRequest: a value is unknown or out of range; ``param`` names the field.
