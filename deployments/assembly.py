@@ -11,8 +11,8 @@ from deployments.config import AppConfig, EngineConfig, RetrieverConfig
 from rapid import catalog
 from rapid.compute import compute
 from rapid.engine import Engine
-from rapid.kv_cache import FREE_MEMORY_SHARE, free_memory
 from rapid.local import LocalBackend, OnPrefill
+from rapid.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.model import Model
 from rapid.tokenization import load_tokenizer
 from retrieval import ChunkStore, Retriever, load_embedder

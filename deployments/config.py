@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from rapid.errors import InvalidRequest, RapidError
-from rapid.kv_cache import FREE_MEMORY_SHARE
+from rapid.memory import FREE_MEMORY_SHARE
 from rapid.prompts import LONG_CONTENT_TOKENS
 from rapid.request import SpeculationParams
 from rapid.sampling import SamplingParams

@@ -19,10 +19,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import EngineConfig
 from rapid.control import DraftLimits
-from rapid.engine import Engine, EngineStats, Sequence
+from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
+from rapid.sequence import Sequence
 from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 
 logger = logging.getLogger("ray.serve")

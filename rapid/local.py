@@ -9,9 +9,10 @@ from typing import Any
 
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
-from rapid.engine import Engine, Sequence
+from rapid.engine import Engine
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
+from rapid.sequence import Sequence
 from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 from rapid.tokenization import check_same_tokenizer
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rapid.control import DraftLimits
-from rapid.engine import Extend, Sequence, Task
 from rapid.sampling import SamplingParams, probabilities, sample
+from rapid.sequence import Extend, Sequence, Task
 from rapid.speculative import RULES, verify, verify_greedy
 
 Pairs = tuple[np.ndarray, np.ndarray]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from rapid.attention import Extension
-from rapid.engine import Engine, Sequence
+from rapid.engine import Engine
 from rapid.kv_cache import KVCache
 from rapid.model import Model
 from rapid.sampling import SamplingParams
+from rapid.sequence import Sequence
 from rapid.tasks import Draft, prefill, verify_draft
 
 GREEDY = SamplingParams(temperature=0)

@@ -25,10 +25,11 @@ from running import (
 
 from rapid.attention import Extension
 from rapid.control import DraftLimits
-from rapid.engine import Engine, Extend, Sequence, Task
+from rapid.engine import Engine
 from rapid.errors import SequenceClosed
 from rapid.model import Model
 from rapid.sampling import SamplingParams, probabilities
+from rapid.sequence import Extend, Sequence, Task
 from rapid.speculative import RULES
 from rapid.tasks import Draft, Verified, certain_draft, prefill, propose, verify_draft
 
