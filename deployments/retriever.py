@@ -1,6 +1,7 @@
 """The Retriever: embedder and vector store behind one call."""
 
 import asyncio
+import os
 
 from ray import serve
 
@@ -14,6 +15,8 @@ class RetrieverReplica:
     """Retrieves in threads, so that a long document does not hold up its neighbours' queries."""
 
     def __init__(self, config: RetrieverConfig, target_model: str) -> None:
+        # Where the engines share its cores they go first: each of their steps is waited for by every request.
+        os.nice(19)
         self._retriever = build_retriever(config, target_model)
 
     async def retrieve(self, contents: list[str], query: str, options: RetrievalOptions) -> Retrieval:

@@ -6,6 +6,7 @@ one product, gate and up in another, and attention over the pages of a `rapid.kv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.attention import Batch
-from rapid.errors import ModelFileError
+from rapid.errors import ModelFileError, PassAbandoned
 from rapid.linear import Linear, make_linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -81,13 +82,26 @@ class Decoder:
         head: Any = network.get_output_embeddings()
         self._head = make_linear(head.weight.detach(), head.bias, quantization, is_head=True)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, batch: Batch, rows: Tensor) -> Tensor:
-        """Logits [len(rows), padded vocabulary] after ``tokens`` [total] at ``positions`` [total]."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        rows: Tensor,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
+        """Logits [len(rows), padded vocabulary] after ``tokens`` [total] at ``positions`` [total].
+
+        Raises:
+            PassAbandoned: ``abandoned``, which is asked before every layer, said so.
+        """
         x = F.embedding(tokens, self._embedding)  # [total, hidden]
         cos, sin = self._rotations(x, positions)
         total = len(tokens)
         turning = self.num_heads + self.num_kv_heads
         for i, layer in enumerate(self._layers):
+            if abandoned():
+                raise PassAbandoned
             heads = layer.qkv(layer.attention_norm(x)).view(total, -1, self.head_dim)
             query_key, value = heads[:, :turning], heads[:, turning:]
             if layer.query_norm is not None and layer.key_norm is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rapid.attention import Extension, Tokens
 from rapid.compute import compute
-from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
+from rapid.errors import InvalidRequest, Overloaded, PassAbandoned, SequenceClosed
 from rapid.kv_cache import KVCache, PoolStats
 from rapid.sampling import SamplingParams
 from rapid.sequence import Sequence, Task
@@ -56,6 +56,10 @@ class _Running:
     def num_left(self) -> int:
         sequence, tokens, _ = self.extend
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
+
+    @property
+    def is_closed(self) -> bool:
+        return self.extend.sequence.ended.done()
 
     def chunk(self, num_tokens: int) -> Tokens:
         sequence, tokens, _ = self.extend
@@ -159,7 +163,8 @@ class Engine:
         return sequence
 
     def close(self, sequence: Sequence) -> None:
-        """Gives the sequence's room back. Tasks on it fail with SequenceClosed before the next forward pass."""
+        """Gives the sequence's room back. Tasks on it fail with SequenceClosed, at the next layer of a pass that is
+        nobody else's, and after the pass otherwise."""
         with self._wake:
             if self._sequences.pop(sequence.id, None):
                 self._closing.append(sequence)
@@ -270,7 +275,9 @@ class Engine:
             for r, n in scheduled
         ]
         try:
-            rows = self.model.forward(extensions)
+            rows = self.model.forward(extensions, abandoned=lambda: all(r.is_closed for r, _ in scheduled))
+        except PassAbandoned:
+            return
         except Exception as error:
             logger.exception("a forward pass over %d sequences failed", len(extensions))
             for running, _ in scheduled:
@@ -330,7 +337,7 @@ class Engine:
             running.future.set_result(outcome)
 
     def _drop_closed(self) -> None:
-        for running in [r for r in self._running if r.extend.sequence.ended.done()]:
+        for running in [r for r in self._running if r.is_closed]:
             running.task.close()
             self._finish(running, SequenceClosed("the request was cancelled"))
 

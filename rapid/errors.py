@@ -87,3 +87,7 @@ class Overloaded(RapidError):
 
     _code = "overloaded"
     _status = 503
+
+
+class PassAbandoned(Exception):
+    """A forward pass ended early: nobody wants its result any more. Never leaves the engine."""

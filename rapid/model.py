@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -90,28 +90,43 @@ class Model:
             network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, device_map=device)
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
-        return cls(network, tokenizer, ref, quantization=quantization)
+        model = cls(network, tokenizer, ref, quantization=quantization)
+        model._warm_up()
+        return model
 
     def new_pool(self, budget_bytes: int) -> KVPool:
         """Room for keys and values, in the kernel's layout."""
         return self.kernel.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
-    def forward(self, extensions: Sequence[Extension]) -> list[Tensor]:
+    def forward(
+        self, extensions: Sequence[Extension], *, abandoned: Callable[[], bool] = lambda: False
+    ) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
         Returns for each extension the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
         as many tokens longer afterwards.
+
+        Raises:
+            PassAbandoned: ``abandoned`` said, while the layers ran, that nobody wants the result; no cache is longer.
         """
         if self._graphs is not None and self._graphs.takes(extensions):
             logits = self._graphs.run(extensions)
         else:
-            logits = self._eager(extensions)
+            logits = self._eager(extensions, abandoned)
         for cache, tokens, _ in extensions:
             cache.advance(len(tokens))
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
 
-    def _eager(self, extensions: Sequence[Extension]) -> Tensor:
+    def _warm_up(self) -> None:
+        # The first pass builds kernels and brings the weights into memory, up to a second that no request should pay.
+        pool = self.new_pool(1)
+        cache = pool.open([0], 1)
+        assert cache is not None
+        self._eager([Extension(cache, [0], 1)])
+
+    @torch.inference_mode()
+    def _eager(self, extensions: Sequence[Extension], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
         device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
@@ -123,6 +138,7 @@ class Model:
             torch.tensor(positions, device=device),
             self.kernel.batch(extensions),
             torch.tensor(wanted, dtype=torch.long, device=device),
+            abandoned,
         )
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 from gate import Gate
-from running import GREEDY, eventually
+from running import GREEDY, begun, done, eventually
 from world import Retrieval, World, complete, first_eight
 
+from rapid.engine import Engine
 from rapid.errors import SequenceClosed
 from rapid.generate import generate
 from rapid.model import Model
 from rapid.request import STRATEGIES, Delta
+from rapid.tasks import prefill
+
+MakeEngine = Callable[..., Engine]
 
 
 def quietly(main: Callable[[], Any]) -> None:
@@ -123,7 +127,7 @@ def test_a_failing_retrieval_is_raised_as_itself(world: World, strategy: str) ->
 
 @pytest.mark.parametrize("broken", ["target", "drafter"])
 def test_a_failing_model_is_raised_as_itself(world: World, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    def failing(extensions: Any) -> Any:
+    def failing(extensions: Any, **_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(getattr(world, broken).model, "forward", failing)
@@ -134,6 +138,36 @@ def test_a_failing_model_is_raised_as_itself(world: World, monkeypatch: pytest.M
         assert world.num_sequences() == 0
 
     quietly(main)
+
+
+def test_a_pass_ends_at_the_next_layer_once_all_in_it_are_closed(
+    tiny_model: Callable[..., Model], engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass of a large model takes seconds on a CPU; whoever left must not hold memory and cores for so long."""
+    model = tiny_model()
+    running = engine(model)
+    leaving, staying = begun(running, [1, 2, 3]), begun(running, [4, 5, 6])
+    layers: list[int] = []
+    batch = model.kernel.batch
+
+    def closing(extensions: Any) -> Any:
+        attention = batch(extensions)
+        attend = attention.attend
+
+        def closing_attend(layer: int, *rest: Any) -> Any:
+            layers.append(layer)
+            running.close(leaving)
+            return attend(layer, *rest)
+
+        attention.attend = closing_attend
+        return attention
+
+    monkeypatch.setattr(model.kernel, "batch", closing)
+    with pytest.raises(SequenceClosed):
+        done(running.submit(prefill(leaving)))
+    assert layers == [0]
+    done(running.submit(prefill(staying)))
+    assert layers == [0, *range(model.layout.num_layers)]
 
 
 def test_a_sequence_closed_by_the_engine_ends_the_request(world: World) -> None:

@@ -259,7 +259,7 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
     running = engine(model)
     sequence, other = (opened(running, random_tokens(20, seed=13)) for _ in range(2))
 
-    def broken(extensions: Any) -> Any:
+    def broken(extensions: Any, **_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
