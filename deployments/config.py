@@ -6,7 +6,7 @@ A field that `rapid` or `retrieval` already has is declared there, with its defa
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -31,6 +31,25 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ReplicasConfig(Strict):
+    """How many replicas there are. Between the bounds they follow the open leases and the KV memory in use."""
+
+    min: int = Field(1, ge=0, description="0 lets a drafter go away while nobody needs it")
+    max: int = Field(1, ge=1)
+    target_leases: float | None = Field(
+        None, gt=0, description="open leases a replica is meant to have; three quarters of max_sequences when not set"
+    )
+    target_kv_share: float = Field(0.8, gt=0, le=1, description="share of its KV memory a replica is meant to use")
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ReplicasConfig":
+        if self.max < max(1, self.min):
+            raise ValueError(f"max must be at least min, got min {self.min} and max {self.max}")
+        return self
+
+
 class EngineConfig(Strict):
     """One model and the actors that run it."""
 
@@ -39,6 +58,10 @@ class EngineConfig(Strict):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     num_cpus: float = Field(0.5, gt=0, description="what Ray reserves for the engine; not a limit on threads")
     num_gpus: float = Field(0, ge=0)
+    tensor_parallel: int = Field(
+        1, ge=1, description="ranks that share the model; num_cpus and num_gpus are each rank's"
+    )
+    replicas: ReplicasConfig = ReplicasConfig()
     threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass; all cores when not set")
     quantization: str = Field(
         "none", pattern="^(none|int8|fp8|int4)$", description="of the weights: int8, int4 on a CPU; also fp8 on CUDA"
@@ -50,6 +73,7 @@ class EngineConfig(Strict):
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=0, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
+    drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
 
 
 class RetrieverConfig(Strict):
@@ -71,6 +95,9 @@ class AppConfig(Strict):
     served_model: str | None = Field(None, description="the model's name over HTTP; target.model when not set")
     target: EngineConfig = EngineConfig()
     drafter: EngineConfig = EngineConfig()
+    overlap: bool | Literal["auto"] = Field(
+        "auto", description="draft on while the target verifies; auto: where they do not share a device"
+    )
     colocated: bool = Field(
         False, description="the target's engine also drafts, with the same weights; no drafter then"
     )
@@ -83,6 +110,8 @@ class AppConfig(Strict):
     def _one_drafter(self) -> "AppConfig":
         if self.colocated and "drafter" in self.model_fields_set:
             raise ValueError("colocated means that the target drafts: leave `drafter` out, or set colocated to false")
+        if self.target.replicas.min < 1:
+            raise ValueError("target.replicas.min must be at least 1: without a target nothing can be answered")
         return self
 
     @property
