@@ -62,6 +62,7 @@ def generated(network: PreTrainedModel, tokens: list[int], cache: DynamicCache, 
         attention_mask=torch.ones_like(ids),
         past_key_values=copy.deepcopy(cache),
         max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,
         **how,
@@ -93,8 +94,10 @@ def released(
         best = logits[0].argmax(-1).tolist()
         accepted = next((i for i, token in enumerate(draft) if best[i] != token), GAMMA)
         output += [*draft[:accepted], best[accepted]]
-        far.crop(len(tokens) + len(output) - 1)
-        near.crop(min(near.get_seq_length(), len(short) + len(output) - 1))
+        for read, known in ((far, tokens), (near, short)):
+            too_many = read.get_seq_length() - (len(known) + len(output) - 1)
+            if too_many > 0:
+                read.crop(-too_many)
         if not started:
             started, counted = time.perf_counter(), len(output)
     return (len(output) - counted) / (time.perf_counter() - started)

@@ -12,16 +12,12 @@ from typing import Any
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
-from transformers import AutoConfig
-
 from benchmarks.local import MODEL, config, run
 from benchmarks.questions import questions
 from benchmarks.results import write
 from deployments.assembly import local_backend
 from deployments.config import AppConfig
-from rapid.catalog import local_path
 from rapid.local import LocalBackend
-from rapid.model import default_dtype
 from rapid.tokenization import load_tokenizer
 
 PLAIN = {"strategy": "autoregressive"}
@@ -89,35 +85,22 @@ async def during_prefill(backend: LocalBackend, settings: AppConfig, prompt_toke
 
 
 async def memory(settings: AppConfig, prompt_tokens: int) -> dict[str, Any]:
-    """What a long request adds to the resident size, less that of the loaded models.
+    """The largest resident size while a long prompt is read and continued, less that of the loaded models.
 
-    The engine has room for one such request. The first touches the KV memory and computes; the second is given the
-    memory of the first, so that what it adds at its peak are the activations of a chunk, as far as the first left none.
+    The activations of a chunk are in it: they are not counted apart.
     """
-    tokenizer = load_tokenizer(MODEL)
-    short, *long = [
-        next(iter(questions(tokenizer, n, skip=skip)))
-        for n, skip in ((100, 0), (prompt_tokens, 0), (prompt_tokens, 100_000))
-    ]
-    num_tokens = max(len(question.prompt.tokens) for question in long) + 64
-    shape = AutoConfig.from_pretrained(local_path(MODEL))
-    heads = 2 * shape.num_hidden_layers * shape.num_key_value_heads  # keys and values
-    room = num_tokens * heads * shape.hidden_size // shape.num_attention_heads * default_dtype("cpu").itemsize
-    target = settings.target.model_copy(update={"kv_memory_gib": room / 2**30})
-    peaks = []
-    with local_backend(settings.model_copy(update={"target": target})) as backend:
+    with local_backend(settings) as backend:
+        short, long = (next(iter(questions(load_tokenizer(MODEL), n))) for n in (100, prompt_tokens))
         await run(backend, settings, short.prompt, 0, 2, **PLAIN)
-        for question in long:
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _status("VmRSS")
-            await run(backend, settings, question.prompt, 0, 8, **PLAIN)
-            peaks.append(_status("VmHWM") - before)
-    kv_bytes = (len(long[0].prompt.tokens) + 8) * room // num_tokens
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        await run(backend, settings, long.prompt, 0, 8, **PLAIN)
+        peak = _status("VmHWM")
+        kv_bytes = (len(long.prompt.tokens) + 8) * backend.info("target").kv_bytes_per_token
     row = {
         "kv_mib": round(kv_bytes / 2**20, 1),
-        "peak_beyond_weights_mib": round(peaks[0] / 2**20, 1),
-        "activations_mib": round(peaks[1] / 2**20, 1),
-        "ratio_without_activations": round((peaks[0] - peaks[1]) / kv_bytes, 3),
+        "peak_beyond_weights_mib": round((peak - before) / 2**20, 1),
+        "ratio": round((peak - before) / kv_bytes, 3),
     }
     print(f"  memory {row}", flush=True)
     return row

@@ -7,6 +7,6 @@ REPLICA_CPUS = 0.1
 
 
 def engine_bundles(*, num_cpus: float, num_gpus: float, num_ranks: int = 1) -> list[dict[str, float]]:
-    """Bundle 0 holds the Serve replica, the others one rank of its engine each. All belong on one node (STRICT_PACK)."""
+    """Bundle 0 holds the Serve replica, the others a rank of its engine each; all on one node (STRICT_PACK)."""
     rank = {kind: amount for kind, amount in {"CPU": num_cpus, "GPU": num_gpus}.items() if amount}
     return [{"CPU": REPLICA_CPUS}, *(dict(rank) for _ in range(num_ranks))]

@@ -1,7 +1,10 @@
 """Puts the application together: what `serve run serve_config.yaml` calls."""
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.placement import REPLICA_CPUS, engine_bundles
 from deployments.config import AppConfig, EngineConfig
@@ -12,6 +15,7 @@ from deployments.retriever import RetrieverReplica
 
 # The deployments that only pass things on hold as many requests as come; the engines decide how many run.
 _UNBOUNDED = 10_000
+_HEALTH_CHECK_PERIOD_S = 2.0
 
 
 def build(config: AppConfig) -> Application:
@@ -32,11 +36,37 @@ def _light(deployment: serve.Deployment, name: str) -> serve.Deployment:
 
 
 def _engine(name: str, config: EngineConfig) -> Application:
+    bundles = engine_bundles(num_cpus=config.num_cpus, num_gpus=config.num_gpus, num_ranks=config.tensor_parallel)
     return EngineReplica.options(
         name=name,
         max_ongoing_requests=config.max_sequences,
         max_queued_requests=config.max_queued,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
-        placement_group_bundles=engine_bundles(num_cpus=config.num_cpus, num_gpus=config.num_gpus),
+        placement_group_bundles=bundles,
         placement_group_strategy="STRICT_PACK",
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        **_replicas(config),
     ).bind(config)
+
+
+def _replicas(config: EngineConfig) -> dict[str, Any]:
+    wanted = config.replicas
+    if wanted.min == wanted.max:
+        return {"num_replicas": wanted.min}
+    policy = AutoscalingPolicy(
+        policy_function="cluster.scaling:LeasePolicy", policy_kwargs={"target_kv_share": wanted.target_kv_share}
+    )
+    scaling = AutoscalingConfig(
+        min_replicas=wanted.min,
+        max_replicas=wanted.max,
+        target_ongoing_requests=wanted.target_leases or 0.75 * config.max_sequences,
+        upscale_delay_s=wanted.upscale_delay_s,
+        downscale_delay_s=wanted.downscale_delay_s,
+        # Averages over a longer time than the delays would only delay more.
+        look_back_period_s=max(1.0, min(30.0, wanted.upscale_delay_s)),
+        metrics_interval_s=max(0.5, min(10.0, wanted.upscale_delay_s / 2)),
+        policy=policy,
+    )
+    return {"autoscaling_config": scaling}

@@ -14,6 +14,7 @@ from rapid.engine import Engine
 from rapid.local import LocalBackend, OnPrefill
 from rapid.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.model import Model
+from rapid.parallel import Place
 from rapid.tokenization import load_tokenizer
 from retrieval import ChunkStore, Retriever, load_embedder
 
@@ -38,19 +39,16 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
         engines.append(build_engine(config.target))
         if config.drafting_engine != config.target:
             engines.append(build_engine(config.drafter))
-        yield LocalBackend(engines[0], engines[-1], partial(compute, retriever.retrieve), on_prefill=on_prefill)
+        retrieve = partial(compute, retriever.retrieve)
+        yield LocalBackend(engines[0], engines[-1], retrieve, overlap=config.overlaps, on_prefill=on_prefill)
     finally:
         for engine in engines:
             engine.shutdown()
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Loads the model of ``config`` and starts its engine."""
-    # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
-    compute(torch.set_num_threads, config.threads or len(os.sched_getaffinity(0)))
-    model = compute(
-        Model.load, config.model, dtype=config.dtype, device=config.device, quantization=config.quantization
-    )
+def build_engine(config: EngineConfig, place: Place | None = None) -> Engine:
+    """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
+    model = compute(_load, config, place)
     budget = (
         config.kv_memory_gib * 2**30 if config.kv_memory_gib else FREE_MEMORY_SHARE * free_memory(model.layout.device)
     )
@@ -60,4 +58,18 @@ def build_engine(config: EngineConfig) -> Engine:
         max_batch_tokens=config.max_batch_tokens,
         max_queued=config.max_queued,
         idle_timeout=config.idle_timeout_s,
+    )
+
+
+def follow_engine(config: EngineConfig, place: Place) -> None:
+    """Loads another rank's share, and computes for the first rank as long as that lives."""
+    compute(lambda: _load(config, place).follow())
+
+
+def _load(config: EngineConfig, place: Place | None) -> Model:
+    # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.threads or max(1, cores // config.tensor_parallel))
+    return Model.load(
+        config.model, dtype=config.dtype, device=config.device, quantization=config.quantization, place=place
     )

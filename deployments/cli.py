@@ -209,6 +209,66 @@ def pull(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A Ray Serve config file.")] = CONFIG,
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, b200, a100, l40s, a10, or a .json of a machine that was measured.")
+    ] = "h100",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32_768,
+    acceptance: Annotated[
+        float, typer.Option(min=0, max=1, help="That a drafted token stands, when those before it do.")
+    ] = 0.8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 512,
+    retrieved: Annotated[
+        int | None, typer.Option(min=1, help="Tokens the drafter reads; else by the config's rule.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a target at a time; else its max_sequences.")
+    ] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Answers being written at any moment.")] = None,
+    load: Annotated[float | None, typer.Option(min=0.001, help="Requests a second, instead of users.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: bytes, seconds, tokens.")] = False,
+) -> None:
+    """Say what a configuration would do on GPUs that are not here: memory, times, the best γ, GPUs, cost.
+
+    The arithmetic is a roofline with assumed efficiencies (they are in the JSON), and a simulation for the ratio of
+    targets to drafters. It loads no model; well-known ones need no hub either.
+    """
+    import json
+
+    from rich.console import Console
+
+    from deployments.config import read_config
+    from deployments.planning import Demand, as_object, make_report, show
+
+    if users is not None and load is not None:
+        raise InvalidRequest("--users and --load say the same thing in two ways: give one")
+    demand = Demand(context, acceptance, new_tokens, retrieved, batch, users, load, price)
+    report = make_report(read_config(config), gpu, demand)
+    if as_json:
+        print(json.dumps(as_object(report), indent=2))
+    else:
+        show(report, Console(highlight=False))
+
+
+@app.command()
+def manifests(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file is not up to date.")] = False,
+    crds: Annotated[Path | None, typer.Option(help="With --check: KubeRay's CRDs, to validate against.")] = None,
+    cpu_image: Annotated[str, typer.Option(help="Image of services without a GPU.")] = "rapid-serve:0.1.0-cpu",
+    gpu_image: Annotated[str, typer.Option(help="Image of services with GPUs.")] = "rapid-serve:0.1.0-cuda",
+) -> None:
+    """Make the Kubernetes manifests of all configs, in the folder of the repository."""
+    from deployments.manifests import check as compare
+    from deployments.manifests import write
+
+    images = {"cpu_image": cpu_image, "gpu_image": gpu_image}
+    for path in compare(Path(), crds=crds, **images) if check else write(Path(), **images):
+        print(f"{path} is up to date" if check else f"{path} written")
+
+
+@app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="A Ray Serve config file.")] = CONFIG,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray prints.")] = False,

@@ -96,7 +96,7 @@ class AppConfig(Strict):
     target: EngineConfig = EngineConfig()
     drafter: EngineConfig = EngineConfig()
     overlap: bool | Literal["auto"] = Field(
-        "auto", description="draft on while the target verifies; auto: where they do not share a device"
+        "auto", description="draft on while the target verifies; auto: where each has whole GPUs of its own"
     )
     colocated: bool = Field(
         False, description="the target's engine also drafts, with the same weights; no drafter then"
@@ -118,6 +118,13 @@ class AppConfig(Strict):
     def drafting_engine(self) -> EngineConfig:
         """What drafts: the target's own engine where they are colocated."""
         return self.target if self.colocated else self.drafter
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether drafters draft on while the target verifies."""
+        if self.overlap != "auto":
+            return self.overlap
+        return not self.colocated and self.target.num_gpus >= 1 and self.drafter.num_gpus >= 1
 
     @property
     def model_name(self) -> str:

@@ -6,17 +6,17 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
-from deployments.engines import Ticket
+from deployments.engines import Ticket, document_of
 from deployments.protocol import Completion, Health
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
 from rapid.engine import EngineStats
-from rapid.errors import Overloaded, RapidError
+from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError
 from rapid.generate import generate
 from rapid.model_info import ModelInfo
 from rapid.request import Delta, Finish
@@ -25,6 +25,7 @@ from rapid.tasks import Draft, Prefilled, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import RetrievalError
 
+_PATIENCE_FOR_ANOTHER_S = 180.0  # engine, when one is lost: a new replica has to load its model
 _PATIENCE_S = 5.0  # with Serve, for a place that a request can do without
 _ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
 
@@ -32,8 +33,10 @@ _ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
 class RayBackend:
     """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine actor."""
 
-    def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle) -> None:
+    def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle, *, overlap: bool) -> None:
         self.costs = Costs()
+        self.patience_s = _PATIENCE_FOR_ANOTHER_S
+        self.overlap = overlap
         self._engines, self._retriever = engines, retriever
         self._addresses: dict[Role, tuple[ModelInfo, Any]] = {}
         self._abandoning: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
@@ -59,13 +62,23 @@ class RayBackend:
         except RetrievalError as error:
             # Across processes str() is the remote traceback; the first argument is still the message.
             raise RapidError(f"retrieval failed: {error.cause}", code="retrieval_failed", status=503) from error
+        except RayError as error:
+            raise RapidError("the retriever is gone", code="retrieval_failed", status=503) from error
         return retrieval
 
     @asynccontextmanager
     async def lease(
-        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+        self,
+        role: Role,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        *,
+        written: int = 0,
+        may_wait: bool = True,
     ) -> AsyncIterator[Lease]:
-        stream = self._engines[role].options(stream=True).lease.remote(prompt, max_new_tokens, sampling, may_wait)
+        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(prompt))
+        stream = handle.lease.remote(prompt, max_new_tokens, sampling, written, may_wait)
         first = asyncio.ensure_future(anext(stream))
         try:
             async with asyncio.timeout(None if may_wait else _PATIENCE_S):
@@ -75,6 +88,8 @@ class RayBackend:
             raise Overloaded(f"no {role} had a place within {_PATIENCE_S} s") from error
         except BackPressureError as error:
             raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
+        except RayError as error:
+            raise EngineLost(f"no {role} answers") from error
         except asyncio.CancelledError:
             self._abandon(stream, first)
             raise
@@ -104,7 +119,10 @@ class _RayLease:
         self._engine, self._id = ticket.engine, ticket.lease_id
 
     async def prefill(self) -> Prefilled:
-        prefilled: Prefilled = await self._engine.prefill.remote(self._id)
+        try:
+            prefilled: Prefilled = await self._engine.prefill.remote(self._id)
+        except RayActorError as error:
+            raise EngineLost("the engine died while it read the prompt") from error
         return prefilled
 
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
@@ -113,8 +131,23 @@ class _RayLease:
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         # A draft that is still a reference is fetched by the target's engine from the drafter's, not by this process.
-        verified: Verified = await self._engine.verify.remote(self._id, draft, rule, transfer_strength)
+        try:
+            verified: Verified = await self._engine.verify.remote(self._id, draft, rule, transfer_strength)
+        except Exception as error:
+            # A draft that failed fails the call it is an argument of; which of the two it was, only the draft can tell.
+            if not isinstance(draft, Draft):
+                await _raise_if_lost(draft)
+            if isinstance(error, RayActorError):
+                raise EngineLost("the engine died") from error
+            raise
         return verified
+
+
+async def _raise_if_lost(draft: DraftHandle) -> None:
+    try:
+        await draft
+    except Exception as error:
+        raise DraftLost(f"the drafter failed: {type(error).__name__}") from error
 
 
 @serve.deployment
@@ -125,7 +158,7 @@ class Coordinator:
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
         self._config = config
-        self._backend = RayBackend({"target": target, "drafter": drafter}, retriever)
+        self._backend = RayBackend({"target": target, "drafter": drafter}, retriever, overlap=config.overlaps)
         self._tokenizer = load_tokenizer(config.target.model)
         if config.drafting_engine.model != config.target.model:
             check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafting_engine.model))

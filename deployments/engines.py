@@ -6,27 +6,42 @@ between goes straight to the engine actor.
 """
 
 import asyncio
+import hashlib
 import logging
+import os
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.scaling import KV_SHARE
 from deployments.config import EngineConfig
 from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
+from rapid.parallel import Place
 from rapid.sampling import SamplingParams
 from rapid.sequence import Sequence
 from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 
 logger = logging.getLogger("ray.serve")
+
+_DOCUMENTS = 64  # whose readers a replica is known for
+_BEGINNING = 256  # tokens that tell documents apart
+
+
+def document_of(prompt: list[int]) -> str:
+    """A name for what the prompt begins with: the next turn of a chat has the same. Empty for a short prompt."""
+    if len(prompt) < _BEGINNING:
+        return ""
+    return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -38,26 +53,59 @@ class Ticket:
     engine: Any  # the engine actor's handle
 
 
-class EngineActor:
-    """One model, its engine and the open sequences. All calls but the first name a lease."""
+class RankActor:
+    """One process of an engine. The first rank is the engine; the others compute their share of its passes."""
 
     def __init__(self, config: EngineConfig) -> None:
-        from deployments.assembly import build_engine
+        self._config = config
 
-        self._engine: Engine = build_engine(config)
+    async def address(self) -> str:
+        """A free port of this process's machine, where the ranks can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    async def follow(self, place: Place) -> None:
+        """Loads this rank's share and computes for the first rank, as long as that lives."""
+        from deployments.assembly import follow_engine
+
+        await asyncio.to_thread(follow_engine, self._config, place)
+
+    async def alive(self) -> None:
+        """Never returns. A call of a process that dies fails, which tells whoever waits for this one at once."""
+        await asyncio.Event().wait()
+
+
+class EngineActor(RankActor):
+    """One model, its engine and the open sequences. All calls but the first ones name a lease."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
         self._leases: dict[str, Sequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
 
-    async def info(self) -> ModelInfo:
+    async def load(self, place: Place | None) -> ModelInfo:
+        """Loads the model, with the other ranks where there are any, and starts the engine."""
+        from deployments.assembly import build_engine
+
+        self._engine: Engine = await asyncio.to_thread(build_engine, self._config, place)
         return self._engine.model.info
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
     async def open(
-        self, lease_id: str, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, may_wait: bool
+        self,
+        lease_id: str,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        written: int,
+        may_wait: bool,
     ) -> None:
-        opening = self._opening[lease_id] = self._engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait)
+        opening = self._opening[lease_id] = self._engine.open(
+            prompt, max_new_tokens, sampling, written=written, may_wait=may_wait
+        )
         try:
             self._leases[lease_id] = await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
@@ -103,28 +151,46 @@ class EngineActor:
 
 @serve.deployment
 class EngineReplica:
-    """Starts one engine actor in its own placement group and leases its sequences. Target and Drafter are both this."""
+    """Starts one engine in its own placement group and leases its sequences. Target and Drafter are both this.
+
+    An engine is one actor, or one for each rank that shares the model. When one of them dies this process ends too,
+    which ends the others: Ray starts a whole new replica at once, instead of after a few failed health checks.
+    """
 
     async def __init__(self, config: EngineConfig) -> None:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
-        self._engine: Any = (
-            ray.remote(EngineActor)
-            .options(
-                num_cpus=config.num_cpus,
-                num_gpus=config.num_gpus,
-                max_concurrency=1000,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    ray.util.get_current_placement_group(), placement_group_bundle_index=1
-                ),
-            )
-            .remote(config)
-        )
+        group = ray.util.get_current_placement_group()
+
+        def start(kind: type[RankActor], rank: int) -> Any:
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
+            options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
+            return ray.remote(kind).options(**options, scheduling_strategy=place).remote(config)
+
+        self._engine = start(EngineActor, 0)
+        followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
+        self._watching = asyncio.create_task(self._end_with_first_of([self._engine, *followers]))
+        place = None
+        if followers:
+            place = Place(0, config.tensor_parallel, await self._engine.address.remote())
+            self._following = [f.follow.remote(replace(place, rank=i)) for i, f in enumerate(followers, 1)]
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
-        self._info: ModelInfo = await self._engine.info.remote()
+        self._info: ModelInfo = await self._engine.load.remote(place)
         logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
 
+    async def _end_with_first_of(self, ranks: list[Any]) -> None:
+        await asyncio.wait(
+            [asyncio.ensure_future(r.alive.remote()) for r in ranks], return_when=asyncio.FIRST_COMPLETED
+        )
+        logger.error("a process of the engine died, and the replica goes with it")
+        os._exit(1)
+
+    @serve.multiplexed(max_num_models_per_replica=_DOCUMENTS)
+    async def _remember(self, document: str) -> str:
+        """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
+        return document
+
     async def lease(
-        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, may_wait: bool
+        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, written: int, may_wait: bool
     ) -> AsyncIterator[Ticket | RapidError]:
         """Opens a sequence; closing this stream, for whatever reason, frees it.
 
@@ -134,7 +200,9 @@ class EngineReplica:
         lease_id = uuid.uuid4().hex
         try:
             try:
-                await self._engine.open.remote(lease_id, prompt, max_new_tokens, sampling, may_wait)
+                await self._engine.open.remote(lease_id, prompt, max_new_tokens, sampling, written, may_wait)
+                if document := serve.get_multiplexed_model_id():
+                    await self._remember(document)
             except RapidError as error:
                 yield error
                 return
@@ -148,4 +216,8 @@ class EngineReplica:
         return self._info, self._engine
 
     async def check_health(self) -> None:
-        await self._engine.info.remote()
+        await self._engine.stats.remote()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        stats: EngineStats = await self._engine.stats.remote()
+        return {KV_SHARE: stats.kv.bytes_used / stats.kv.bytes_total}

@@ -41,18 +41,43 @@ class Lease(Protocol):
 
     async def prefill(self) -> Prefilled: ...
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle: ...
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified: ...
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        """One round (`rapid.tasks.verify_draft`).
+
+        Raises:
+            DraftLost: the draft did not come; nothing was changed.
+            EngineLost: this lease's engine is gone.
+        """
+        ...
 
 
 class Backend(Protocol):
-    """``costs`` is what rounds of earlier requests took; a request leaves its own there."""
+    """``costs`` is what rounds of earlier requests took; a request leaves its own there.
+
+    ``patience_s`` is for how long another engine is looked for when one is lost, 0 where there is no other. With
+    ``overlap`` drafters draft on while the target verifies.
+    """
 
     costs: Costs
+    patience_s: float
+    overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval: ...
     def lease(
-        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+        self,
+        role: Role,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        *,
+        written: int = 0,
+        may_wait: bool = True,
     ) -> AbstractAsyncContextManager[Lease]:
-        """Room for ``prompt`` and ``max_new_tokens``; raises `Overloaded` where there is none and it may not wait."""
+        """Room for ``prompt``, whose last ``written`` tokens are output already, and ``max_new_tokens``.
+
+        Raises:
+            Overloaded: there is no room, and it may not wait or too many do.
+            EngineLost: no engine answers.
+        """
         ...

@@ -63,11 +63,13 @@ class DraftLimits:
     """Where a draft ends: after ``max_tokens``, or once the next token is expected to stand with less than ``floor``.
 
     ``acceptance`` is the table by confidence that the expectation is made with; empty for drafts of a fixed length.
+    With ``ahead`` the drafter then goes on as if all of the draft were accepted, while the target verifies it.
     """
 
     max_tokens: int
     floor: float = 0.0
     acceptance: tuple[float, ...] = ()
+    ahead: bool = False
 
     def stop_after(self, confidences: list[float]) -> bool:
         """Whether the draft ends behind the token of the last of ``confidences``."""

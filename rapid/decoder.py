@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rapid.attention import Batch
 from rapid.errors import ModelFileError, PassAbandoned
 from rapid.linear import Linear, make_linear
+from rapid.parallel import Group, local
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -51,11 +52,15 @@ class _Layer(NamedTuple):
 class Decoder:
     """Takes the weights out of ``network``, which is of no further use; ``quantization`` is a scheme of `rapid.linear`.
 
+    With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. What the
+    ranks compute of an attention or an MLP is summed, the logits are joined; hidden states are the same on all.
+
     Raises:
-        ModelFileError: the architecture is not of the Llama family, or not with full attention in every layer.
+        ModelFileError: the architecture is not of the Llama family, or not with full attention in every layer, or its
+            heads cannot be shared equally.
     """
 
-    def __init__(self, network: PreTrainedModel, quantization: str = "none") -> None:
+    def __init__(self, network: PreTrainedModel, quantization: str = "none", group: Group | None = None) -> None:
         config = network.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         unlisted = (
@@ -67,12 +72,19 @@ class Decoder:
                 f"only {', '.join(FAMILIES)} with full attention in every layer are supported, found "
                 f"{config.model_type} with {', '.join(sorted(kinds))}"
             )
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        num_ranks = group.place.num_ranks if group else 1
+        if config.num_key_value_heads % num_ranks:
+            raise ModelFileError(f"{config.num_key_value_heads} KV heads cannot be shared by {num_ranks} ranks equally")
+        self._group = group
+        self.num_heads, self.num_kv_heads = (
+            heads // num_ranks for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_layers = config.num_hidden_layers
         self._scaling = self.head_dim**-0.5
         body: Any = network.model
-        self._embedding: Tensor = body.embed_tokens.weight.detach()
+        self._embedding: Tensor = local(body.embed_tokens.weight)
+        self._num_embeddings: int = body.embed_tokens.weight.shape[0]
         self._rotary = body.rotary_emb
         self._norm = self._take_norm(body.norm)
         self._layers = []
@@ -80,7 +92,10 @@ class Decoder:
             self._layers.append(self._take_layer(layer, quantization))
             body.layers[i] = torch.nn.Identity()  # frees the originals as we go: at most one layer exists twice
         head: Any = network.get_output_embeddings()
-        self._head = make_linear(head.weight.detach(), head.bias, quantization, is_head=True)
+        self._num_logits: int = head.weight.shape[0]
+        self._head = make_linear(
+            local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
+        )
 
     def __call__(
         self,
@@ -95,7 +110,7 @@ class Decoder:
         Raises:
             PassAbandoned: ``abandoned``, which is asked before every layer, said so.
         """
-        x = F.embedding(tokens, self._embedding)  # [total, hidden]
+        x = self._embed(tokens)  # [total, hidden]
         cos, sin = self._rotations(x, positions)
         total = len(tokens)
         turning = self.num_heads + self.num_kv_heads
@@ -110,10 +125,25 @@ class Decoder:
             halves = query_key.reshape(total, turning, 2, self.head_dim // 2)
             turned = torch.addcmul(query_key * cos, halves.flip(2).view(total, turning, self.head_dim), sin)
             query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-            x = x + layer.output(batch.attend(i, query, key, value, self._scaling))
+            x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
-        return self._head(self._norm(x[rows]))
+            x = x + self._summed(layer.down(F.silu(gate).mul_(up)))
+        if self._group is None:
+            return self._head(self._norm(x[rows]))
+        # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
+        logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
+        return self._group.joined(logits, self._num_logits) if len(rows) else logits
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self._group is None:
+            return F.embedding(tokens, self._embedding)
+        share = self._group.share(self._num_embeddings)
+        ours = (tokens >= share.start) & (tokens < share.stop)
+        rows = F.embedding((tokens - share.start).where(ours, 0), self._embedding)
+        return self._group.summed(rows * ours.unsqueeze(-1))
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return part if self._group is None else self._group.summed(part)
 
     def _rotations(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin [total, 1, d]: rotating is x·cos + (halves of x swapped)·sin."""
@@ -126,9 +156,14 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
 
         def fused(*parts: Any) -> Linear:
-            weight = torch.cat([part.weight.detach() for part in parts])
-            bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+            weight = torch.cat([local(part.weight) for part in parts])
+            bias = None if parts[0].bias is None else torch.cat([local(part.bias) for part in parts])
             return make_linear(weight, bias, quantization)
+
+        def summed(part: Any) -> Linear:
+            # Its bias belongs to the sum, so one rank adds it.
+            bias = None if part.bias is None or (self._group and self._group.place.rank) else local(part.bias)
+            return make_linear(local(part.weight), bias, quantization)
 
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return _Layer(
@@ -136,11 +171,11 @@ class Decoder:
             fused(attention.q_proj, attention.k_proj, attention.v_proj),
             self._take_norm(query_norm) if query_norm is not None else None,
             self._take_norm(key_norm) if key_norm is not None else None,
-            fused(attention.o_proj),
+            summed(attention.o_proj),
             self._take_norm(layer.post_attention_layernorm),
             fused(mlp.gate_proj, mlp.up_proj),
-            fused(mlp.down_proj),
+            summed(mlp.down_proj),
         )
 
     def _take_norm(self, norm: Any) -> RMSNorm:
-        return RMSNorm(norm.weight.detach(), norm.variance_epsilon)
+        return RMSNorm(local(norm.weight), norm.variance_epsilon)

@@ -24,7 +24,7 @@ from rapid.compute import compute
 from rapid.errors import InvalidRequest, Overloaded, PassAbandoned, SequenceClosed
 from rapid.kv_cache import KVCache, PoolStats
 from rapid.sampling import SamplingParams
-from rapid.sequence import Sequence, Task
+from rapid.sequence import Deliver, Sequence, Task
 
 if TYPE_CHECKING:
     from rapid.model import Model
@@ -49,8 +49,16 @@ class _Running:
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self.task, self.future = task, future
-        self.extend = next(task)
-        self.num_done = 0
+        self.resume(None)
+
+    def resume(self, logits: Tensor | None) -> None:
+        """To the next pass that the task asks for; raises what ends it."""
+        wish = self.task.send(logits)
+        while isinstance(wish, Deliver):
+            _settle(self.future, wish.result)
+            self.future = wish.rest
+            wish = self.task.send(None)
+        self.extend, self.num_done = wish, 0
 
     @property
     def num_left(self) -> int:
@@ -58,8 +66,8 @@ class _Running:
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
 
     @property
-    def is_closed(self) -> bool:
-        return self.extend.sequence.ended.done()
+    def is_unwanted(self) -> bool:
+        return self.extend.sequence.ended.done() or self.future.cancelled()
 
     def chunk(self, num_tokens: int) -> Tokens:
         sequence, tokens, _ = self.extend
@@ -74,6 +82,7 @@ class _Arrival(NamedTuple):
     prompt: list[int]
     capacity: int
     sampling: SamplingParams
+    written: int
     future: Future[Sequence]
     may_wait: bool
 
@@ -113,9 +122,17 @@ class Engine:
         self._thread.start()
 
     def open(
-        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        *,
+        written: int = 0,
+        may_wait: bool = True,
     ) -> Future[Sequence]:
         """A new sequence with room for ``prompt`` and ``max_new_tokens``, and a random generator of its own.
+
+        The last ``written`` tokens of the prompt are output of a sequence elsewhere that this one goes on from.
 
         The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
         A caller that gives up while it waits hands the future to `abandon`.
@@ -136,7 +153,7 @@ class Engine:
             if self._stopping:
                 future.set_exception(SequenceClosed("the engine is shutting down"))
             else:
-                self._arrivals.append(_Arrival(prompt, capacity, sampling, future, may_wait))
+                self._arrivals.append(_Arrival(prompt, capacity, sampling, written, future, may_wait))
                 self._wake.notify()
         return future
 
@@ -172,7 +189,10 @@ class Engine:
             self._wake.notify()
 
     def submit(self, task: Task[T]) -> Future[T]:
-        """Runs ``task`` to its end; the future has its return value, or the exception that ended it."""
+        """Runs ``task`` to its end; the future has its return value, or the exception that ended it.
+
+        Cancelling the future ends the task before the next pass.
+        """
         future: Future[T] = Future()
         with self._wake:
             if self._stopping:
@@ -220,7 +240,7 @@ class Engine:
     def _work(self, submitted: list[tuple[Task[Any], Future[Any]]]) -> None:
         for task, future in submitted:
             self._start(task, future)
-        self._drop_closed()
+        self._drop_unwanted()
         if self._running:
             self._step()
 
@@ -252,7 +272,7 @@ class Engine:
             generator.seed()
         else:
             generator.manual_seed(arrival.sampling.seed)
-        sequence = Sequence(next(self._ids), cache, arrival.sampling, generator, arrival.prompt)
+        sequence = Sequence(next(self._ids), cache, arrival.sampling, generator, arrival.prompt, arrival.written)
         sequence.cached_tokens = cache.length
         if not arrival.future.set_running_or_notify_cancel():
             self._pool.close(cache)
@@ -275,7 +295,7 @@ class Engine:
             for r, n in scheduled
         ]
         try:
-            rows = self.model.forward(extensions, abandoned=lambda: all(r.is_closed for r, _ in scheduled))
+            rows = self.model.forward(extensions, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
         except PassAbandoned:
             return
         except Exception as error:
@@ -311,19 +331,18 @@ class Engine:
         return scheduled
 
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
+        if future.cancelled():
             return
         try:
             self._running.append(_Running(task, future))
         except StopIteration as stop:
-            future.set_result(stop.value)
+            _settle(future, stop.value)
         except Exception as error:
-            future.set_exception(error)
+            _settle(future, error)
 
     def _resume(self, running: _Running, logits: Tensor | None) -> None:
         try:
-            running.extend = running.task.send(logits)
-            running.num_done = 0
+            running.resume(logits)
         except StopIteration as stop:
             self._finish(running, stop.value)
         except Exception as error:
@@ -331,13 +350,10 @@ class Engine:
 
     def _finish(self, running: _Running, outcome: object) -> None:
         self._running.remove(running)
-        if isinstance(outcome, Exception):
-            running.future.set_exception(outcome)
-        else:
-            running.future.set_result(outcome)
+        _settle(running.future, outcome)
 
-    def _drop_closed(self) -> None:
-        for running in [r for r in self._running if r.is_closed]:
+    def _drop_unwanted(self) -> None:
+        for running in [r for r in self._running if r.is_unwanted]:
             running.task.close()
             self._finish(running, SequenceClosed("the request was cancelled"))
 
@@ -352,5 +368,17 @@ class Engine:
     def _fail_everything(self) -> None:
         futures = [future for _, future in self._submitted] + [arrival.future for arrival in self._arrivals]
         waiting = [future for future in futures if future.set_running_or_notify_cancel()]
-        for future in waiting + [running.future for running in self._running]:
+        for future in waiting:
             future.set_exception(SequenceClosed("the engine is shutting down"))
+        for running in self._running:
+            _settle(running.future, SequenceClosed("the engine is shutting down"))
+
+
+def _settle(future: Future[Any], outcome: object) -> None:
+    """Sets the result, or the exception; unless nobody waits for it any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

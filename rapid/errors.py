@@ -75,11 +75,24 @@ class ModelFileError(RapidError):
     _code = "model_file_error"
 
 
-class SequenceClosed(RapidError):
+class EngineLost(RapidError):
+    """The engine that held a sequence is gone, or no longer holds it; another one may go on."""
+
+    _code = "engine_lost"
+    _status = 503
+
+
+class SequenceClosed(EngineLost):
     """The sequence was cancelled, or its lease expired: there is nothing left to extend."""
 
     _code = "sequence_closed"
-    _status = 499
+
+
+class DraftLost(RapidError):
+    """A draft that was asked for did not come: its drafter is gone, or failed. The target can do without."""
+
+    _code = "drafter_lost"
+    _status = 503
 
 
 class Overloaded(RapidError):

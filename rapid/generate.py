@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 
-from rapid.backend import Backend, DraftHandle, Lease, Role
+from rapid.backend import Backend, DraftHandle, Role
 from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
-from rapid.errors import ContextLengthExceeded, RapidError
+from rapid.errors import ContextLengthExceeded, DraftLost
+from rapid.leases import DrafterLease, TargetLease
 from rapid.lookup import Lookup
 from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
 from rapid.tasks import Draft, Verified, certain_draft
@@ -32,10 +34,12 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
     """Writes one completion. Yields a `Delta` a round, and a `Finish` at the end.
 
     The first tokens do not wait for the drafter, unless γ is fixed or the request has a seed that must be honoured.
-    Closing the iterator early, or cancelling the task that reads it, frees both sequences.
+    A drafter that is lost is done without until there is another; a target that is lost is replaced, and the same text
+    goes on. Closing the iterator early, or cancelling the task that reads it, frees both sequences.
 
     Raises:
         ContextLengthExceeded: prompt and output do not fit the window of the model that reads them.
+        EngineLost: the target was lost, and no other could be had.
     """
     started = time.perf_counter()
     spec, strategy = request.speculation, STRATEGIES[request.speculation.strategy]
@@ -44,30 +48,35 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
     by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
     costs = replace(backend.costs) if by_the_clock else Costs()
     controller = Controller(spec.fixed_draft_tokens, costs, timed=by_the_clock)
+    output: list[int] = []
     async with AsyncExitStack() as leases:
-        target, drafter, max_tokens = await _prepare(request, backend, leases, stats)
+        target, drafter, max_tokens = await _prepare(request, backend, leases, output, stats)
         if drafter is not None and not (by_the_clock and spec.num_draft_tokens == "auto"):
-            await asyncio.wait([drafter])
+            await drafter.first_try()
         lookup = await asyncio.to_thread(Lookup, request.prompt.tokens) if strategy.looks_up else None
         text = TextStream(request.prompt.tokenizer, request.stop)
-        output: list[int] = []
-        drafter_knows = 0  # how much of the output the drafter has seen
         reason = None
         while reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
             found = lookup.find(room) if lookup is not None and room > 0 else None
-            ready = drafter.result() if drafter is not None and drafter.done() else None
-            plan = controller.plan(room, can_draft=ready is not None, found=found)
+            plan = controller.plan(room, can_draft=drafter is not None and drafter.is_ready, found=found)
             draft: DraftHandle | Draft = Draft(len(output))
             if plan.source == "lookup":
                 draft = certain_draft(len(output), list(plan.tokens))
-            elif plan.source == "model" and ready is not None:
-                draft = ready.propose(drafter_knows, output[drafter_knows:], plan.limits, spec.draft_top_k)
-                drafter_knows = len(output)
+            elif plan.source == "model" and drafter is not None:
+                # How far it comes ahead depends on the clock, and with that which random numbers are used for what.
+                limits = replace(plan.limits, ahead=backend.overlap and by_the_clock)
+                draft = drafter.propose(limits, spec.draft_top_k)
             # What was looked up has no q worth transferring.
             how = (rule, transfer_strength) if plan.source == "model" else ("lossless", 0.0)
-            verified = await target.verify(draft, *how)
+            try:
+                verified = await target.verify(draft, *how)
+            except DraftLost as error:
+                assert drafter is not None
+                logger.warning("going on without a drafter: %s", error.message)
+                await drafter.lost()
+                plan, verified = Plan("none"), await target.verify(Draft(len(output)), "lossless", 0.0)
             emitted, reason = _cut(verified.tokens, backend.info("target").eos_token_ids, max_tokens - len(output))
             output += emitted
             if lookup is not None:
@@ -86,11 +95,11 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
 
 
 async def _prepare(
-    request: GenerationRequest, backend: Backend, leases: AsyncExitStack, stats: Statistics
-) -> tuple[Lease, asyncio.Task[Lease | None] | None, int]:
+    request: GenerationRequest, backend: Backend, leases: AsyncExitStack, output: list[int], stats: Statistics
+) -> tuple[TargetLease, DrafterLease | None, int]:
     """Leases and prefills the target, and starts doing so for the drafter where the strategy has one.
 
-    Returns (target, the drafter to come, how many tokens may be written).
+    Returns (target, drafter, how many tokens may be written).
     """
     spec, strategy = request.speculation, STRATEGIES[request.speculation.strategy]
     prompt = request.prompt.tokens
@@ -102,49 +111,27 @@ async def _prepare(
     room = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
     drafter = None
     if strategy.drafts:
-        drafter = asyncio.create_task(_open_drafter(request, backend, leases, stats, max_tokens, room))
-        leases.push_async_callback(_stop, drafter)
-    target = await leases.enter_async_context(backend.lease(reader, prompt, room, request.sampling))
-    prefilled = await target.prefill()
-    stats.cached_tokens, stats.timings_ms["target_prefill"] = prefilled.cached_tokens, prefilled.elapsed_ms
-    return target, drafter, max_tokens
-
-
-async def _open_drafter(
-    request: GenerationRequest,
-    backend: Backend,
-    leases: AsyncExitStack,
-    stats: Statistics,
-    max_tokens: int,
-    room: int,
-) -> Lease | None:
-    """A drafter that has read the retrieved context; None, with the reason in ``stats.fallback``, where there is none.
-
-    It never waits for room: requests that hold one engine and wait for the other could wait for each other for ever.
-    """
-    try:
-        short = await _retrieve(request, backend, stats)
-        if short is None:
-            return None
-        if len(short) + max_tokens + MAX_DRAFT_TOKENS > backend.info("drafter").window:
-            stats.fallback = "drafter_window_exceeded"
-            return None
-        stats.draft_prompt_tokens = len(short)
+        read = partial(_read_short, request, backend, stats, max_tokens)
         sampling = request.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-        lease = await leases.enter_async_context(backend.lease("drafter", short, room, sampling, may_wait=False))
-        stats.timings_ms["draft_prefill"] = (await lease.prefill()).elapsed_ms
-        return lease
-    except RapidError as error:
-        logger.warning("going on without a drafter: %s", error.message)
-        stats.fallback = error.code
+        drafter = DrafterLease(backend, read, output, room, sampling, stats)
+        leases.push_async_callback(drafter.close)
+    target = TargetLease(backend, reader, prompt, output, room, request.sampling, stats)
+    leases.push_async_callback(target.close)
+    await target.open()
+    return target, drafter, max_tokens
+
+
+async def _read_short(
+    request: GenerationRequest, backend: Backend, stats: Statistics, max_tokens: int
+) -> list[int] | None:
+    """What the drafter reads; None, with the reason in ``stats.fallback``, where there is nothing to draft from."""
+    short = await _retrieve(request, backend, stats)
+    if short is not None and len(short) + max_tokens + MAX_DRAFT_TOKENS > backend.info("drafter").window:
+        stats.fallback = "drafter_window_exceeded"
         return None
-
-
-async def _stop(task: asyncio.Task[Lease | None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+    return short
 
 
 async def _retrieve(request: GenerationRequest, backend: Backend, stats: Statistics) -> list[int] | None:
@@ -186,6 +173,7 @@ def _count_round(stats: Statistics, plan: Plan, verified: Verified, num_emitted:
     accepted = min(verified.num_accepted, num_emitted)
     stats.drafted += verified.num_drafted
     stats.accepted += accepted
+    stats.drafted_ahead += verified.num_ahead
     if plan.source == "lookup":
         stats.lookup_drafted += verified.num_drafted
         stats.lookup_accepted += accepted

@@ -240,6 +240,13 @@ class KVCache:
         self.length = num_shared * pool.page_size
         self._runs: list[tuple[int, int]] | None = None
 
+    @classmethod
+    def at(cls, pool: KVPool, pages: list[int], length: int) -> KVCache:
+        """Pages of ``pool`` that were given out elsewhere, the first ``length`` tokens of which are filled."""
+        cache = cls(pool, pages, num_shared=0)
+        cache.length = length
+        return cache
+
     @property
     def capacity(self) -> int:
         return len(self.pages) * self.pool.page_size

@@ -10,6 +10,7 @@ from typing import Any
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
 from rapid.engine import Engine
+from rapid.errors import DraftLost
 from rapid.model_info import ModelInfo
 from rapid.sampling import SamplingParams
 from rapid.sequence import Sequence
@@ -30,11 +31,19 @@ class LocalBackend:
     """
 
     def __init__(
-        self, target: Engine, drafter: Engine, retrieve: Retrieve, *, on_prefill: OnPrefill = lambda *_: None
+        self,
+        target: Engine,
+        drafter: Engine,
+        retrieve: Retrieve,
+        *,
+        overlap: bool = False,
+        on_prefill: OnPrefill = lambda *_: None,
     ) -> None:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.costs = Costs()
+        self.patience_s = 0.0
+        self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve = retrieve
         self._on_prefill = on_prefill
@@ -47,10 +56,17 @@ class LocalBackend:
 
     @asynccontextmanager
     async def lease(
-        self, role: Role, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, *, may_wait: bool = True
+        self,
+        role: Role,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        *,
+        written: int = 0,
+        may_wait: bool = True,
     ) -> AsyncIterator[Lease]:
         engine = self._engines[role]
-        opening = engine.open(prompt, max_new_tokens, sampling, may_wait=may_wait)
+        opening = engine.open(prompt, max_new_tokens, sampling, written=written, may_wait=may_wait)
         try:
             sequence = await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
@@ -82,6 +98,9 @@ class _LocalLease:
         return asyncio.wrap_future(self._engine.submit(task))
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
-        draft = draft if isinstance(draft, Draft) else await draft
+        try:
+            draft = draft if isinstance(draft, Draft) else await draft
+        except Exception as error:
+            raise DraftLost(f"the drafter failed: {error}") from error
         task = verify_draft(self._sequence, draft, rule, transfer_strength)
         return await asyncio.wrap_future(self._engine.submit(task))

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rapid import catalog
 from rapid.attention import Extension, Kernel, RunAttention, Tokens
 from rapid.decoder import Decoder
-from rapid.errors import ModelFileError
+from rapid.errors import EngineLost, ModelFileError
 from rapid.graphs import GraphRunner
 from rapid.kv_cache import KVLayout, KVPool
 from rapid.linear import check_scheme
 from rapid.model_info import ModelInfo
 from rapid.paged_attention import PagedAttention
+from rapid.parallel import Group, NewPool, Pass, Place, local
 from rapid.tokenization import load_tokenizer
 
 
@@ -39,13 +40,14 @@ class Model:
         *,
         quantization: str = "none",
         kernel: Kernel | None = None,
+        group: Group | None = None,
     ) -> None:
         check_scheme(quantization, network.device)
         config = network.config.get_text_config()
-        weight_bytes = sum(p.nbytes for p in network.parameters())
+        weight_bytes = sum(local(p).nbytes for p in network.parameters())
         eos = _eos_token_ids(network)
         try:
-            self._decoder = Decoder(network.eval().requires_grad_(False), quantization)
+            self._decoder = Decoder(network.eval().requires_grad_(False), quantization, group)
         except ModelFileError as error:
             raise ModelFileError(f"{name}: {error.message}") from error
         self.tokenizer = tokenizer
@@ -58,9 +60,10 @@ class Model:
             device=network.device,
         )
         self.kernel: Kernel = kernel or (RunAttention() if network.device.type == "cpu" else PagedAttention())
-        self._graphs = (
-            GraphRunner(self._decoder, self.kernel, network.device) if isinstance(self.kernel, PagedAttention) else None
-        )
+        self._group = group
+        self._graphs = None
+        if isinstance(self.kernel, PagedAttention) and group is None:  # other ranks are told of each pass by the host
+            self._graphs = GraphRunner(self._decoder, self.kernel, network.device)
         self.info = ModelInfo(
             name=name,
             window=config.max_position_embeddings,
@@ -74,11 +77,22 @@ class Model:
         )
 
     @classmethod
-    def load(cls, ref: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none") -> Model:
+    def load(
+        cls,
+        ref: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantization: str = "none",
+        place: Place | None = None,
+    ) -> Model:
         """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
+
+        With a ``place`` it meets the other ranks and loads this one's share of the weights, and no more.
 
         Raises:
             ModelFileError: the files are missing, unreadable, or of an unsupported architecture.
+            EngineLost: the other ranks did not come.
         """
         device = default_device() if device == "auto" else device
         # PyTorch's kernels for few bits on a CPU are made for bfloat16 rows, and many times slower with others.
@@ -86,16 +100,37 @@ class Model:
         automatic = torch.bfloat16 if few_bits else default_dtype(device)
         torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
         tokenizer = load_tokenizer(ref)
+        group = Group(place, device) if place is not None else None
+        where = {"device_map": device} if group is None else {"distributed_config": group.plan()}
         try:
-            network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, device_map=device)
+            network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, **where)
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
-        model = cls(network, tokenizer, ref, quantization=quantization)
-        model._warm_up()
+        model = cls(network, tokenizer, ref, quantization=quantization, group=group)
+        if group is None or group.place.rank == 0:
+            model._warm_up()
         return model
+
+    def follow(self) -> None:
+        """On every rank but the first: computes this rank's share of the first one's passes, until the process ends.
+
+        Raises:
+            EngineLost: a rank is gone.
+        """
+        assert self._group is not None
+        pool: KVPool | None = None
+        while True:
+            heard = self._group.hear()
+            if isinstance(heard, NewPool):
+                pool = self.kernel.pool(self.layout, heard.budget_bytes)
+            else:
+                assert pool is not None
+                self._together(heard.extensions(pool))
 
     def new_pool(self, budget_bytes: int) -> KVPool:
         """Room for keys and values, in the kernel's layout."""
+        if self._group is not None:
+            self._group.say(NewPool(budget_bytes))
         return self.kernel.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
@@ -109,8 +144,12 @@ class Model:
 
         Raises:
             PassAbandoned: ``abandoned`` said, while the layers ran, that nobody wants the result; no cache is longer.
+            EngineLost: the model is shared by several ranks, and one is gone.
         """
-        if self._graphs is not None and self._graphs.takes(extensions):
+        if self._group is not None:
+            self._group.say(Pass.of(extensions))
+            logits = self._together(extensions)
+        elif self._graphs is not None and self._graphs.takes(extensions):
             logits = self._graphs.run(extensions)
         else:
             logits = self._eager(extensions, abandoned)
@@ -118,12 +157,18 @@ class Model:
             cache.advance(len(tokens))
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
 
+    def _together(self, extensions: Sequence[Extension]) -> Tensor:
+        try:
+            return self._eager(extensions)
+        except RuntimeError as error:
+            raise EngineLost(f"{self.info.name}: a pass over several ranks failed: {error}") from error
+
     def _warm_up(self) -> None:
         # The first pass builds kernels and brings the weights into memory, up to a second that no request should pay.
         pool = self.new_pool(1)
         cache = pool.open([0], 1)
         assert cache is not None
-        self._eager([Extension(cache, [0], 1)])
+        self.forward([Extension(cache, [0], 1)])
 
     @torch.inference_mode()
     def _eager(self, extensions: Sequence[Extension], abandoned: Callable[[], bool] = lambda: False) -> Tensor:

@@ -95,6 +95,7 @@ class Statistics:
     """What one request did; times in milliseconds. The README defines each field.
 
     ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
+    ``resuming`` is the time it took to go on elsewhere, ``resumed`` times, after the target's engine was lost.
     """
 
     strategy: str
@@ -103,6 +104,7 @@ class Statistics:
     accepted: int = 0
     lookup_drafted: int = 0
     lookup_accepted: int = 0
+    drafted_ahead: int = 0
     emitted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -111,9 +113,21 @@ class Statistics:
     draft_prompt_tokens: int = 0
     chunks: list[dict[str, float]] = field(default_factory=list)
     fallback: str | None = None
+    resumed: int = 0
+    drafters_lost: int = 0
     timings_ms: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("retrieval", "target_prefill", "draft_prefill", "drafting", "verification", "transport", "total"), 0.0
+            (
+                "retrieval",
+                "target_prefill",
+                "draft_prefill",
+                "drafting",
+                "verification",
+                "transport",
+                "resuming",
+                "total",
+            ),
+            0.0,
         )
     )
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from rapid.attention import Tokens
 from rapid.kv_cache import KVCache
 from rapid.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from rapid.tasks import Draft
+
 T = TypeVar("T")
 
 
@@ -22,6 +25,7 @@ T = TypeVar("T")
 class Sequence:
     """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
 
+    The last ``written`` tokens of the prompt are output too, of a sequence elsewhere that this one goes on from.
     ``ended`` is done once the sequence is closed, by its owner or for being idle.
     """
 
@@ -30,28 +34,44 @@ class Sequence:
     sampling: SamplingParams
     generator: torch.Generator
     prompt: list[int]
+    written: int = 0
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
+    ahead: Draft | None = None  # what is being drafted behind the output
+    drafting_ahead: Future[object] | None = None
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def position(self) -> int:
+        """How many tokens of output there are, here and elsewhere."""
+        return self.written + len(self.output)
 
     def pending(self) -> list[int]:
         """The tokens that are not in the cache yet."""
         cached = self.cache.length - len(self.prompt)
         return self.prompt[self.cache.length :] + self.output[max(0, cached) :]
 
-    def rebase(self, offset: int, tokens: list[int]) -> None:
+    def rebase(self, offset: int, tokens: list[int], num_kept: int = 0) -> None:
         """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to where that still agrees.
 
+        ``num_kept`` tokens of the output stay behind them, which only makes sense where all of ``tokens`` agree.
         The last token is never left in the cache, even if it agrees: feeding it is what gives the next logits.
+
+        Raises:
+            ValueError: the output ends before ``offset``, or what this sequence did not write is to change.
         """
-        agree = offset
-        for ours, theirs in zip(self.output[offset:], tokens, strict=False):
+        start = offset - self.written
+        if not 0 <= start <= len(self.output):
+            raise ValueError(f"tokens for output position {offset} met a sequence at {self.position}")
+        agree = start
+        for ours, theirs in zip(self.output[start:], tokens, strict=False):
             if ours != theirs:
                 break
             agree += 1
-        self.output[offset:] = tokens
-        self.cache.truncate(len(self.prompt) + min(agree, len(self.output) - 1))
+        end = start + len(tokens)
+        self.output[start:] = tokens + self.output[end : end + num_kept]
+        self.cache.truncate(len(self.prompt) + min(agree + num_kept, len(self.output) - 1))
 
 
 def _uncancellable() -> Future[None]:
@@ -73,4 +93,11 @@ class Extend(NamedTuple):
     num_rows: int
 
 
-Task = Generator[Extend, Tensor | None, T]
+class Deliver(NamedTuple):
+    """A task's result before its end. What it does from there on, nobody waits for, and cancelling ``rest`` ends."""
+
+    result: object
+    rest: Future[object]
+
+
+Task = Generator[Extend | Deliver, Tensor | None, T]

@@ -7,18 +7,24 @@ that the caller has, so that a lost or doubled token is an error and never a wro
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rapid.attention import Tokens
 from rapid.control import DraftLimits
 from rapid.sampling import SamplingParams, probabilities, sample
-from rapid.sequence import Extend, Sequence, Task
+from rapid.sequence import Deliver, Extend, Sequence, Task
 from rapid.speculative import RULES, verify, verify_greedy
 
 Pairs = tuple[np.ndarray, np.ndarray]
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
+DraftedToken = tuple[int, Pairs, float]
+Drafting = Generator[Extend | Deliver, Tensor | None, float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,15 @@ class Draft:
     confidences: list[float] = field(default_factory=list)
     elapsed_ms: float = 0.0
     step_ms: float = 0.0  # of a pass that had nothing else to read; 0 where there was none
+    num_ahead: int = 0  # of the tokens, drafted while the target verified those before
+
+    def each(self) -> Iterator[DraftedToken]:
+        return zip(self.tokens, self.distributions, self.confidences, strict=True)
+
+    def after(self, offset: int) -> Draft:
+        """What of it lies at ``offset`` and behind."""
+        skip = offset - self.offset
+        return Draft(offset, self.tokens[skip:], self.distributions[skip:], self.confidences[skip:])
 
     def dense(self, vocab_size: int, device: torch.device) -> Tensor:
         """q as a [γ, V] float32 tensor."""
@@ -58,6 +73,7 @@ class Verified:
     tokens: list[int]
     num_drafted: int
     num_accepted: int
+    num_ahead: int
     confidences: list[float]
     draft_ms: float
     draft_step_ms: float
@@ -85,38 +101,86 @@ def propose(
 ) -> Task[Draft]:
     """Samples a draft after the output up to ``offset`` and the newly emitted ``tokens``.
 
-    Whatever was drafted before and does not agree with ``tokens`` is rolled back. The draft ends at an end of sequence,
-    or where ``limits`` say that its next token would hardly stand. Tokens come to the host one by one on a CPU, and all
-    at once from a GPU, which would otherwise wait for each; what lies behind the end is dropped then.
+    Whatever was drafted before and does not agree with ``tokens`` is rolled back; what it drafted ahead behind
+    them, if they came as it guessed, is the beginning of this draft. The draft ends at an end of sequence, or where
+    ``limits`` say that its next token would hardly stand.
     """
     started = time.perf_counter()
-    sequence.rebase(offset, tokens)
-    start = len(sequence.output)
-    on_host = sequence.generator.device.type == "cpu"
-    drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    ahead = _stop_drafting_ahead(sequence)
+    start = offset + len(tokens)
+    # Its first token is a guess of the one that follows an accepted draft. Only past that was anything drafted.
+    guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
+    known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
+    sequence.rebase(offset, tokens, len(known.tokens))
     draft = Draft(start)
-    ended, feed, first_ms = False, None, 0.0
-    num_pending = len(sequence.pending())
-    while not ended and len(draft.tokens) + len(drawn) < limits.max_tokens:
-        logits = yield Extend(sequence, sequence.pending() if feed is None else feed, 1)
+    ended = any(_append(draft, token, limits, eos) for token in known.each())
+    num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
+    first_ms = 0.0
+    if not ended:
+        on_host = sequence.generator.device.type == "cpu"
+        first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=not on_host)
+    sequence.output[start - sequence.written :] = draft.tokens
+    sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
+    elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
+    step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
+    draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
+    if limits.ahead:
+        sequence.drafting_ahead = Future()
+        yield Deliver(draft, sequence.drafting_ahead)
+        yield from _draft_ahead(sequence, limits, draft_top_k, eos)
+    return draft
+
+
+def _draft_ahead(
+    sequence: Sequence, limits: DraftLimits, draft_top_k: int, eos: frozenset[int]
+) -> Generator[Extend | Deliver, Tensor | None, None]:
+    """Goes on after the latest draft as if all of it stood: a guess of the token that follows, and a draft behind that.
+
+    The guess is only compared with what the target sampled without knowing it, and what is drafted behind it comes from
+    the same q as if it were drafted later. So which tokens are written is as likely as without, under every rule.
+    """
+    draft = sequence.ahead = Draft(sequence.position)
+    if not eos & set(sequence.output[-1:]):
+        longer = replace(limits, max_tokens=limits.max_tokens + 1)
+        yield from _draw_on(sequence, draft, longer, draft_top_k, eos, at_once=False)
+
+
+def _stop_drafting_ahead(sequence: Sequence) -> Draft | None:
+    """What was drafted ahead so far, now part of the sequence's output."""
+    if sequence.drafting_ahead is not None:
+        sequence.drafting_ahead.cancel()
+    ahead, sequence.ahead, sequence.drafting_ahead = sequence.ahead, None, None
+    if ahead is not None:
+        sequence.output += ahead.tokens
+    return ahead
+
+
+def _draw_on(
+    sequence: Sequence, draft: Draft, limits: DraftLimits, draft_top_k: int, eos: frozenset[int], *, at_once: bool
+) -> Drafting:
+    """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
+
+    Tokens come to the host one by one, or ``at_once``: a GPU would otherwise wait for each. What then lies behind the
+    end is dropped.
+    """
+    started, first_ms = time.perf_counter(), 0.0
+    drawn: list[Drawn] = []
+    feed: Tokens = sequence.pending()
+    ended = False
+    while not ended:
+        logits = yield Extend(sequence, feed, 1)
         assert logits is not None
         drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
         feed = drawn[-1][0].view(1)
         first_ms = first_ms or _ms_since(started)
-        if on_host or len(drawn) == limits.max_tokens:
-            ended = _bring(drawn, draft, limits, eos)
+        if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
+            ended = any(_append(draft, token, limits, eos) for token in _bring(drawn))
             drawn = []
-    sequence.output[start:] = draft.tokens
-    sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-    elapsed_ms, more = _ms_since(started), len(draft.tokens) - 1
-    step_ms = (elapsed_ms - first_ms) / more if more else elapsed_ms if num_pending <= 2 else 0.0
-    return Draft(start, draft.tokens, draft.distributions, draft.confidences, elapsed_ms, step_ms)
+    return first_ms
 
 
-def _draw(
-    logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One token from the drafter's ``logits`` [V]: (token, ids [k], q of those [k], confidence), all on the device."""
+def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator: torch.Generator) -> Drawn:
+    """One token from the drafter's ``logits`` [V]."""
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         ids, weights = token.view(1), torch.ones(1, device=logits.device)
@@ -127,19 +191,19 @@ def _draw(
     return token, ids, weights, (logits[token] - logits.logsumexp(-1)).exp()
 
 
-def _bring(
-    drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]], draft: Draft, limits: DraftLimits, eos: frozenset[int]
-) -> bool:
-    """Appends what was ``drawn`` to ``draft``, with one copy from the device; True where the draft ends."""
+def _bring(drawn: list[Drawn]) -> Iterator[DraftedToken]:
+    """What was ``drawn``, with one copy from the device."""
     columns = [torch.stack(column).cpu() for column in zip(*drawn, strict=True)]
     for token, ids, weights, confidence in zip(*columns, strict=True):
         inside = weights > 0
-        draft.tokens.append(int(token))
-        draft.distributions.append((ids[inside].int().numpy(), weights[inside].numpy()))
-        draft.confidences.append(float(confidence))
-        if int(token) in eos or limits.stop_after(draft.confidences):
-            return True
-    return False
+        yield int(token), (ids[inside].int().numpy(), weights[inside].numpy()), float(confidence)
+
+
+def _append(draft: Draft, drafted: DraftedToken, limits: DraftLimits, eos: frozenset[int]) -> bool:
+    """Appends one token to ``draft``; True where the draft ends."""
+    for column, value in zip((draft.tokens, draft.distributions, draft.confidences), drafted, strict=True):
+        column.append(value)  # type: ignore[attr-defined]
+    return len(draft.tokens) == limits.max_tokens or drafted[0] in eos or limits.stop_after(draft.confidences)
 
 
 def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[Verified]:
@@ -149,8 +213,8 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         ValueError: the draft was made for another position of the output.
     """
     started = time.perf_counter()
-    if draft.offset != len(sequence.output):
-        raise ValueError(f"a draft for output position {draft.offset} met a sequence at {len(sequence.output)}")
+    if draft.offset != sequence.position:
+        raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
     gamma = len(draft.tokens)
     logits = yield Extend(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
     assert logits is not None
@@ -166,7 +230,14 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     return Verified(
-        emitted, gamma, num_accepted, draft.confidences, draft.elapsed_ms, draft.step_ms, _ms_since(started)
+        emitted,
+        gamma,
+        num_accepted,
+        draft.num_ahead,
+        draft.confidences,
+        draft.elapsed_ms,
+        draft.step_ms,
+        _ms_since(started),
     )
 
 

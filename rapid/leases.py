@@ -1,0 +1,194 @@
+"""A request's two sequences, each held by a lease on some engine, and leased anew where the engine is lost.
+
+The request has every token that was emitted, so nothing is lost with an engine: another one reads the prompt and the
+output so far, and goes on from there. Positions are counted in the output, so no token can be written twice either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from rapid.backend import Backend, DraftHandle, Lease, Role
+from rapid.control import DraftLimits
+from rapid.errors import DraftLost, EngineLost, RapidError
+from rapid.request import Statistics
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Verified
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0  # between two tries to lease
+
+
+class TargetLease:
+    """The sequence that verifies. ``output`` is the request's own list, which grows with every round."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        role: Role,
+        prompt: list[int],
+        output: list[int],
+        room: int,
+        sampling: SamplingParams,
+        stats: Statistics,
+    ) -> None:
+        self._backend, self._role, self._prompt, self._output = backend, role, prompt, output
+        self._room, self._sampling, self._stats = room, sampling, stats
+        self._stack = AsyncExitStack()
+        self._lease: Lease | None = None
+
+    async def open(self) -> None:
+        """Waits for a place, and reads the prompt."""
+        await self._try_until_open(lambda error: isinstance(error, EngineLost))
+
+    async def _open(self) -> None:
+        tokens, written = self._prompt + self._output, len(self._output)
+        lease = await self._stack.enter_async_context(
+            self._backend.lease(self._role, tokens, self._room - written, self._fresh_seed(), written=written)
+        )
+        prefilled = await lease.prefill()
+        self._lease = lease
+        if not written:
+            self._stats.cached_tokens = prefilled.cached_tokens
+        self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
+
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        """One round, on another engine where this one is lost.
+
+        Raises:
+            DraftLost: the draft never came; the sequence is as it was.
+            EngineLost: no other engine was found for as long as the backend has patience.
+        """
+        while True:
+            try:
+                if self._lease is None:
+                    await self._resume()
+                assert self._lease is not None
+                return await self._lease.verify(draft, rule, transfer_strength)
+            except EngineLost as error:
+                if self._lease is None:
+                    raise
+                logger.warning("the %s is lost after %d tokens: %s", self._role, len(self._output), error.message)
+                self._lease = None
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    async def _resume(self) -> None:
+        started = time.monotonic()
+        self._stats.resumed += 1
+        await self._stack.aclose()
+        await self._try_until_open(_may_pass)  # whoever has begun to answer waits for room, too
+        self._stats.timings_ms["resuming"] += (time.monotonic() - started) * 1e3
+
+    async def _try_until_open(self, try_again: Callable[[RapidError], bool]) -> None:
+        started, pause = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._open()
+            except RapidError as error:
+                await self._stack.aclose()
+                if not try_again(error) or time.monotonic() - started + pause > self._backend.patience_s:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _fresh_seed(self) -> SamplingParams:
+        # The random numbers that led to the output so far must not come again.
+        if self._sampling.seed is None or not self._output:
+            return self._sampling
+        return replace(self._sampling, seed=hash((self._sampling.seed, len(self._output))) & (2**63 - 1))
+
+
+class DrafterLease:
+    """The sequence that drafts, leased in the background: at once, and again for as long as there is none.
+
+    ``read`` gives what it reads, or None where there is nothing to draft from.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        read: Callable[[], Awaitable[list[int] | None]],
+        output: list[int],
+        room: int,
+        sampling: SamplingParams,
+        stats: Statistics,
+    ) -> None:
+        self._backend, self._read, self._output = backend, read, output
+        self._room, self._sampling, self._stats = room, sampling, stats
+        self._stack = AsyncExitStack()
+        self._lease: Lease | None = None
+        self._knows = 0  # how much of the output the drafter has seen
+        self._tried = asyncio.Event()
+        self._opening = asyncio.create_task(self._open())
+
+    @property
+    def is_ready(self) -> bool:
+        return self._lease is not None
+
+    async def first_try(self) -> None:
+        """Until it is clear whether there is a drafter now."""
+        await self._tried.wait()
+
+    def propose(self, limits: DraftLimits, draft_top_k: int) -> DraftHandle:
+        assert self._lease is not None
+        draft = self._lease.propose(self._knows, self._output[self._knows :], limits, draft_top_k)
+        self._knows = len(self._output)
+        return draft
+
+    async def lost(self) -> None:
+        """Its draft did not come: another lease, when there is one, goes on from the output so far."""
+        self._stats.drafters_lost += 1
+        self._lease = None
+        await self._stack.aclose()
+        self._stats.fallback = DraftLost("").code
+        if self._backend.patience_s:
+            self._opening = asyncio.create_task(self._open(_FIRST_PAUSE_S * 2**self._stats.drafters_lost))
+
+    async def close(self) -> None:
+        self._opening.cancel()
+        await asyncio.wait([self._opening])
+        await self._stack.aclose()
+
+    async def _open(self, pause: float = 0.0) -> None:
+        while True:
+            pause = min(pause, _LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
+            try:
+                prompt = await self._read()
+                if prompt is not None:
+                    await self._open_on(prompt)
+                    self._stats.fallback = None
+                return
+            except Exception as error:  # no failure of the drafter's is one of the request
+                logger.warning("going on without a drafter: %s", error)
+                self._stats.fallback = error.code if isinstance(error, RapidError) else "drafter_failed"
+                await self._stack.aclose()
+                if not self._backend.patience_s or not _may_pass(error):
+                    return
+            finally:
+                self._tried.set()
+            pause = max(_FIRST_PAUSE_S, 2 * pause)
+
+    async def _open_on(self, prompt: list[int]) -> None:
+        """It never waits for room: requests that hold one engine and wait for the other could wait for ever."""
+        written = len(self._output)
+        self._stats.draft_prompt_tokens = len(prompt)
+        tokens, room = prompt + self._output, self._room - written
+        lease = await self._stack.enter_async_context(
+            self._backend.lease("drafter", tokens, room, self._sampling, written=written, may_wait=False)
+        )
+        self._stats.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
+        self._knows, self._lease = written, lease
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same may succeed later: an engine is lost or full, and nothing is wrong with the request."""
+    return isinstance(error, RapidError) and error.status >= 429

@@ -1,0 +1,125 @@
+"""Tensor parallelism: several processes compute one model's passes together, each with its share of every layer.
+
+transformers' plan says how the weights are cut, and loads each rank's share alone. The first rank has the engine.
+Before a pass it tells the others what goes where; they hold KV pools of the same shape, for their heads, and follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapid.attention import Extension
+from rapid.errors import EngineLost
+from rapid.kv_cache import KVCache, KVPool
+
+_MEETING = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
+_STEP = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
+_FOREVER = timedelta(days=365)  # a rank may wait that long for the next pass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
+
+    rank: int
+    num_ranks: int
+    address: str
+
+
+class Group:
+    """This process's place among its ranks.
+
+    Raises:
+        EngineLost: the others did not come in time.
+    """
+
+    def __init__(self, place: Place, device: str) -> None:
+        self.place = place
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{place.address}",
+                rank=place.rank,
+                world_size=place.num_ranks,
+                timeout=_MEETING,
+            )
+            # What is said to the others are host objects: over gloo, they never wait for the device.
+            self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
+            self._compute = dist.new_group(backend=backend, timeout=_STEP)
+        except RuntimeError as error:
+            raise EngineLost(f"rank {place.rank} did not meet the others at {place.address}: {error}") from error
+
+    def share(self, size: int) -> slice:
+        """This rank's part of ``size`` rows, as transformers cuts them: equal parts, the last may be smaller."""
+        part = -(-size // self.place.num_ranks)
+        return slice(min(size, self.place.rank * part), min(size, (self.place.rank + 1) * part))
+
+    def plan(self) -> Any:
+        """transformers' plan for these ranks, for its `from_pretrained`."""
+        from transformers.distributed.configuration_utils import DistributedConfig  # not in older releases
+
+        return DistributedConfig(tp_size=self.place.num_ranks, tp_plan="auto")
+
+    def say(self, message: object) -> None:
+        """From the first rank to all others."""
+        dist.broadcast_object_list([message], src=0, group=self._control)
+
+    def hear(self) -> Any:
+        """What the first rank says next."""
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, src=0, group=self._control)
+        return heard[0]
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, in place."""
+        dist.all_reduce(x, group=self._compute)
+        return x
+
+    def joined(self, x: Tensor, size: int) -> Tensor:
+        """All ranks' parts of the last dimension, ``size`` in all."""
+        part = -(-size // self.place.num_ranks)
+        parts = [x.new_empty((*x.shape[:-1], part)) for _ in range(self.place.num_ranks)]
+        dist.all_gather(parts, F.pad(x, (0, part - x.shape[-1])).contiguous(), group=self._compute)
+        return torch.cat(parts, -1)[..., :size]
+
+
+@dataclass(frozen=True)
+class NewPool:
+    """The first rank has made a KV pool of ``budget_bytes``."""
+
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The first rank begins a pass: for each sequence its pages, how full they are, new tokens, rows of logits."""
+
+    parts: tuple[tuple[list[int], int, list[int], int], ...]
+
+    @classmethod
+    def of(cls, extensions: Sequence[Extension]) -> Pass:
+        return cls(
+            tuple(
+                (cache.pages, cache.length, torch.as_tensor(tokens).tolist(), num_rows)
+                for cache, tokens, num_rows in extensions
+            )
+        )
+
+    def extensions(self, pool: KVPool) -> list[Extension]:
+        """The same over this rank's ``pool``."""
+        return [Extension(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's share of a parameter that transformers has cut, or all of one that it has not."""
+    own = parameter.detach()
+    return own.to_local() if hasattr(own, "to_local") else own
