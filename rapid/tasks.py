@@ -113,7 +113,7 @@ def propose(
     known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
     sequence.rebase(offset, tokens, len(known.tokens))
     draft = Draft(start)
-    ended = any(_append(draft, token, limits, eos) for token in known.each())
+    ended = limits.max_tokens == 0 or any(_append(draft, token, limits, eos) for token in known.each())
     num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
     first_ms = 0.0
     if not ended:

@@ -112,29 +112,36 @@ def test_cancelling_during_the_retrieval_does_not_wait_for_it(world: World) -> N
     quietly(main)
 
 
-@pytest.mark.parametrize("strategy", ["rag", "speculative", "rapid"])
-def test_a_failing_retrieval_is_raised_as_itself(world: World, strategy: str) -> None:
-    def failing(*question: Any) -> Retrieval:
-        raise LookupError("the store is down")
+def failing(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("out of memory")
 
+
+def test_a_failing_retrieval_is_raised_as_itself_where_nothing_can_be_written_without_it(world: World) -> None:
     async def main() -> None:
-        with pytest.raises(LookupError, match="the store is down"):
-            await complete(world.request(strategy=strategy), world.backend(failing))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await complete(world.request(strategy="rag"), world.backend(failing))
         assert world.num_sequences() == 0
 
     quietly(main)
 
 
-@pytest.mark.parametrize("broken", ["target", "drafter"])
-def test_a_failing_model_is_raised_as_itself(world: World, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    def failing(extensions: Any, **_: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(getattr(world, broken).model, "forward", failing)
+def test_a_failing_target_is_raised_as_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.target.model, "forward", failing)
 
     async def main() -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
             await complete(world.request(), world.backend())
+        assert world.num_sequences() == 0
+
+    quietly(main)
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "rapid"])
+def test_a_failing_retrieval_costs_the_draft_and_not_the_answer(world: World, strategy: str) -> None:
+    async def main() -> None:
+        answer = await complete(world.request(strategy=strategy), world.backend(failing))
+        expected = await complete(world.request(strategy="autoregressive"), world.backend())
+        assert (answer.tokens, answer.statistics.fallback) == (expected.tokens, "drafter_failed")
         assert world.num_sequences() == 0
 
     quietly(main)
@@ -168,21 +175,6 @@ def test_a_pass_ends_at_the_next_layer_once_all_in_it_are_closed(
     assert layers == [0]
     done(running.submit(prefill(staying)))
     assert layers == [0, *range(model.layout.num_layers)]
-
-
-def test_a_sequence_closed_by_the_engine_ends_the_request(world: World) -> None:
-    """An expired lease, for one."""
-
-    async def main() -> None:
-        completion = generate(world.request(max_tokens=400), world.backend())
-        await anext(completion)
-        for sequence in list(world.drafter._sequences.values()):
-            world.drafter.close(sequence)
-        with pytest.raises(SequenceClosed):
-            await anext(completion)
-        assert world.num_sequences() == 0
-
-    quietly(main)
 
 
 def test_a_lease_cancelled_as_it_is_given_is_given_back(world: World) -> None:

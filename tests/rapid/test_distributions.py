@@ -15,6 +15,7 @@ from benchmarks.closed_forms import Array, law
 from rapid.model import Model
 from rapid.request import GenerationRequest
 from rapid.sampling import SamplingParams, probabilities
+from rapid.speculative import RULES
 
 
 def pearson(observed: Array, expected: Array) -> tuple[float, int]:
@@ -34,23 +35,32 @@ def assert_follows(observed: Array, probs: Array) -> None:
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5 + 5
 
 
-def many(world: World, request: GenerationRequest, num: int, num_tokens: int) -> Array:
-    """Counts of the first ``num_tokens`` tokens of ``num`` completions with different seeds: [V, V, …]."""
+def many(
+    world: World, request: GenerationRequest, num: int, num_tokens: int, *, overlap: bool = False, workers: int = 200
+) -> Array:
+    """Counts of the first ``num_tokens`` tokens of ``num`` completions with different seeds: [V, V, …].
+
+    With ``overlap`` they have no seed, and at least a tenth of them must have used what was drafted ahead.
+    """
     counts = np.zeros([world.target.model.vocab_size] * num_tokens)
-    backend, seeds = world.backend(), iter(range(num))
+    backend, seeds, num_ahead = world.backend(overlap=overlap), iter(range(num)), 0
 
     async def worker() -> None:
+        nonlocal num_ahead
         for seed in seeds:
-            completion = await complete(replace(request, sampling=replace(request.sampling, seed=seed)), backend)
+            sampling = replace(request.sampling, seed=None if overlap else seed)
+            completion = await complete(replace(request, sampling=sampling), backend)
             counts[tuple(completion.tokens[:num_tokens])] += 1
+            num_ahead += completion.statistics.drafted_ahead > 0
 
-    async def workers() -> None:
+    async def all_workers() -> None:
         async with asyncio.TaskGroup() as group:
-            for _ in range(200):
+            for _ in range(workers):
                 group.create_task(worker())
 
-    asyncio.run(workers())
+    asyncio.run(all_workers())
     assert counts.sum() == num
+    assert not overlap or num_ahead >= num / 10
     return counts
 
 
@@ -107,6 +117,48 @@ def test_rapid_writes_what_its_rule_says(make_world: Callable[..., World], rule:
     assert_follows(counts, expected)
     with pytest.raises(AssertionError):
         assert_follows(counts, p)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_drafting_ahead_changes_no_rule_s_law(make_world: Callable[..., World], rule: str) -> None:
+    """All continuations of 4 tokens, over several rounds, some of which were drafted while the last was verified."""
+    world, sampling, eta, top_k = make_world(4), SamplingParams(temperature=0.9), 8.0, 3
+    prompt = world.prompt("abcabbcacbaabcabca\n\nab")
+    short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
+
+    def p_of(written: list[int]) -> torch.Tensor:
+        return next_probs(world.target.model, prompt.tokens + written, sampling).double()
+
+    def continuations(written: list[int], chance: float) -> None:
+        """Adds up the chances of all outputs that go on from ``written``, where a round begins."""
+        if len(written) >= 4:
+            exact[tuple(written[:4])] += chance
+            return
+        p, q = p_of(written), torch.zeros(4, dtype=torch.float64)
+        weights, indices = next_probs(world.drafter.model, short + written, sampling).double().topk(top_k)
+        q[indices] = weights / weights.sum()
+        accepted = torch.minimum(q, RULES[rule].augment(p, q, eta))
+        z = logits_after(world.target.model, prompt.tokens + written).double().numpy()
+        all_of_it = torch.from_numpy(law(rule, z, q.numpy(), eta, sampling.temperature))
+        for token in range(4):
+            continuations([*written, token], chance * float(all_of_it[token] - accepted[token]))
+            bonus = p_of([*written, token])
+            for after in range(4):
+                continuations([*written, token, after], chance * float(accepted[token] * bonus[after]))
+
+    exact = np.zeros((4, 4, 4, 4))
+    continuations([], 1.0)
+    request = world.request(
+        gamma=1,
+        max_tokens=6,
+        sampling=sampling,
+        prompt=prompt,
+        verification=rule,
+        transfer_strength=eta,
+        draft_top_k=top_k,
+    )
+    counts = many(world, request, 500, 4, overlap=True, workers=4)
+    assert_follows(counts.ravel(), exact.ravel())
 
 
 @pytest.mark.parametrize("gamma", [3, "auto"])

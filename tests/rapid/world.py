@@ -66,8 +66,8 @@ class World(NamedTuple):
     drafter: Engine
     tokenizer: PreTrainedTokenizerFast
 
-    def backend(self, retrieve: Callable[..., Retrieval] = first_eight) -> LocalBackend:
-        return LocalBackend(self.target, self.drafter, retrieve)
+    def backend(self, retrieve: Callable[..., Retrieval] = first_eight, *, overlap: bool = False) -> LocalBackend:
+        return LocalBackend(self.target, self.drafter, retrieve, overlap=overlap)
 
     def prompt(self, text: str = "abcabbcacbaabcabca\n\nab") -> Prompt:
         return read_text(text, self.tokenizer, long_content_tokens=10)

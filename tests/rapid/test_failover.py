@@ -1,0 +1,189 @@
+"""Engines that are lost in the middle of an answer: it goes on elsewhere, with not a token lost, doubled or changed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from running import GREEDY
+from world import World, complete, first_eight
+
+from rapid import leases
+from rapid.backend import DraftHandle, Lease, Role
+from rapid.control import DraftLimits
+from rapid.errors import DraftLost, EngineLost, Overloaded
+from rapid.local import LocalBackend
+from rapid.request import STRATEGIES
+from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Prefilled, Verified
+
+Fault = Callable[[Role, str], bool]
+
+
+class FaultyBackend(LocalBackend):
+    """Engines that die when ``fault(role, when)`` says so; ``when`` is opening, prefill, before, after or proposing.
+
+    "before" and "after" are about a verification: a target that dies after it has verified never tells what came of it.
+    """
+
+    def __init__(self, world: World, fault: Fault, *, patience_s: float = 5.0) -> None:
+        super().__init__(world.target, world.drafter, first_eight, overlap=True)
+        self.patience_s, self.fault = patience_s, fault
+
+    @asynccontextmanager
+    async def lease(self, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
+        if self.fault(role, "opening"):
+            raise EngineLost("nobody answers")
+        async with super().lease(role, *args, **options) as lease:
+            yield _FaultyLease(lease, role, self.fault)
+
+
+class _FaultyLease:
+    """Once its engine is dead it stays dead."""
+
+    def __init__(self, lease: Lease, role: Role, fault: Fault) -> None:
+        self._lease, self._role, self._fault, self._dead = lease, role, fault, False
+
+    def _check(self, when: str) -> None:
+        self._dead = self._dead or self._fault(self._role, when)
+        if self._dead:
+            raise EngineLost("the engine died")
+
+    async def prefill(self) -> Prefilled:
+        self._check("prefill")
+        return await self._lease.prefill()
+
+    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
+        try:
+            self._check("proposing")
+        except EngineLost as error:
+            failed: asyncio.Future[Draft] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
+        return self._lease.propose(offset, tokens, limits, draft_top_k)
+
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        self._check("before")
+        verified = await self._lease.verify(draft, rule, transfer_strength)
+        self._check("after")
+        return verified
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_FIRST_PAUSE_S", 0.001)
+
+
+def nth(role: Role, when: str, n: int) -> Fault:
+    """True once, at the ``n``-th time."""
+    seen = iter(range(1000))
+    return lambda at, moment: (at, moment) == (role, when) and next(seen) == n
+
+
+def answer(world: World, fault: Fault, **how: Any) -> Any:
+    async def main() -> Any:
+        completion = await complete(world.request(**how), FaultyBackend(world, fault))
+        assert world.num_sequences() == 0
+        return completion
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_target_that_dies_in_any_round_changes_nothing(world: World, strategy: str, when: str) -> None:
+    expected = asyncio.run(complete(world.request(strategy=strategy), world.backend()))
+    for n in range(expected.statistics.rounds):
+        resumed = answer(world, nth("target", when, n), strategy=strategy)
+        assert resumed.tokens == expected.tokens
+        assert resumed.statistics.resumed == 1
+        assert resumed.statistics.emitted == len(expected.tokens)
+
+
+@pytest.mark.parametrize("when", ["opening", "prefill"])
+def test_a_target_that_is_not_there_yet_is_waited_for(world: World, when: str) -> None:
+    expected = asyncio.run(complete(world.request(), world.backend()))
+    assert answer(world, nth("target", when, 0)).tokens == expected.tokens
+
+
+def test_two_deaths_in_a_row(world: World) -> None:
+    expected = asyncio.run(complete(world.request(), world.backend()))
+    first, second = nth("target", "after", 1), nth("target", "prefill", 1)
+    resumed = answer(world, lambda role, when: first(role, when) or second(role, when))
+    assert (resumed.tokens, resumed.statistics.resumed) == (expected.tokens, 1)
+
+
+def test_patience_ends(world: World) -> None:
+    dead = nth("target", "before", 1)
+
+    def fault(role: Role, when: str) -> bool:
+        gone.append(dead(role, when))
+        return any(gone)
+
+    gone: list[bool] = []
+
+    async def main() -> None:
+        with pytest.raises(EngineLost):
+            await complete(world.request(), FaultyBackend(world, fault, patience_s=0.05))
+        assert world.num_sequences() == 0
+
+    asyncio.run(main())
+
+
+def test_whoever_has_begun_to_answer_waits_for_room_elsewhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = asyncio.run(complete(world.request(), world.backend()))
+    backend = FaultyBackend(world, nth("target", "after", 1))
+    opened, lease = iter(range(9)), FaultyBackend.lease
+
+    @asynccontextmanager
+    async def full(self: FaultyBackend, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
+        if role == "target" and next(opened) == 1:
+            raise Overloaded("no room now")
+        async with lease(self, role, *args, **options) as leased:
+            yield leased
+
+    monkeypatch.setattr(FaultyBackend, "lease", full)
+    assert asyncio.run(complete(world.request(), backend)).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("when", ["opening", "prefill", "proposing"])
+@pytest.mark.parametrize("strategy", ["speculative", "rapid"])
+def test_a_drafter_that_dies_is_done_without_until_there_is_another(world: World, strategy: str, when: str) -> None:
+    expected = asyncio.run(complete(world.request(strategy=strategy, max_tokens=60), world.backend()))
+    alone = answer(world, nth("drafter", when, 0), strategy=strategy, max_tokens=60)
+    assert alone.tokens == expected.tokens
+    assert (alone.statistics.drafters_lost, alone.statistics.fallback) == (int(when == "proposing"), None)
+    assert alone.deltas[-2].source != "none"  # drafting has come back
+
+
+def test_a_draft_that_was_lost_is_told_from_a_lost_target() -> None:
+    assert not issubclass(DraftLost, EngineLost)
+
+
+def test_random_numbers_do_not_come_again_after_a_death(world: World) -> None:
+    seeds: list[int | None] = []
+
+    class Noting(FaultyBackend):
+        @asynccontextmanager
+        async def lease(self, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
+            if role == "target":
+                seeds.append(args[2].seed)
+            async with super().lease(role, *args, **options) as leased:
+                yield leased
+
+    request = world.request(sampling=SamplingParams(seed=7))
+    asyncio.run(complete(request, Noting(world, nth("target", "after", 2))))
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 2
+
+
+def test_any_engine_may_die_at_any_time(world: World) -> None:
+    chance = random.Random(1)
+    expected = asyncio.run(complete(world.request(max_tokens=60, sampling=GREEDY), world.backend()))
+    for _ in range(20):
+        survivor = answer(world, lambda *_: chance.random() < 0.1, max_tokens=60)
+        assert survivor.tokens == expected.tokens
