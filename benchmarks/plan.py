@@ -1,13 +1,13 @@
-"""`rapid plan`'s arithmetic held against what was measured here: passes, prefill, and rounds of real runs.
+"""`rapid plan`'s arithmetic held against what was measured here: single passes, whole prefills, and decoding.
 
-Five constants of this machine are fitted to the passes of steps.json at every other context, and predict the rest. Real
-runs with a fixed γ then test the round model: what rounds cost in some questions says how fast another is written. The picture is the simulation's: tokens a second over the ratio of targets to drafters.
+Five constants of this machine are fitted to the passes of steps.json at every other context, and predict the rest. The
+picture is the simulation's: tokens a second over the ratio of targets to drafters. `python -m benchmarks.rounds` tests
+the round model.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -19,15 +19,12 @@ from typing import Any
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
-from benchmarks.local import MODEL, Run, config, run
-from benchmarks.questions import questions
+from benchmarks.local import config
 from benchmarks.results import FOLDER, write
 from cluster.devices import GPUS, Device
-from cluster.plan import Planner, Round, Workload, per_token_acceptance
+from cluster.plan import Planner, Workload
 from cluster.shapes import SHAPES, ServedModel
 from cluster.simulation import Setup, every_ratio
-from deployments.assembly import local_backend
-from rapid.tokenization import load_tokenizer
 
 SMOL, LLAMA = SHAPES["smollm2-135m"], SHAPES["llama-3.1-8b"]
 SERVED = {
@@ -39,8 +36,6 @@ SERVED = {
 PASSES = {"plain step": 1, "verify 5": 5, "verify 11": 11}
 FITTED = ("flops", "weights", "cache", "attention", "layer_s")  # `products` stays 1: flops is what products reach
 HELD_OUT = (1024, 7000, 32768)
-GAMMAS = (2, 4)
-COSTS = ("draft_ms", "verify_ms", "call_ms")
 RATIO_ROUNDS = 20
 
 
@@ -80,7 +75,8 @@ def fit(device: Device, passes: Sequence[Pass]) -> Device:
     return device
 
 
-def _summary(errors: Sequence[float]) -> dict[str, float]:
+def summary(errors: Sequence[float]) -> dict[str, float]:
+    """Of predicted ÷ measured - 1, without the sign."""
     sizes = [abs(error) for error in errors]
     return {
         "predictions": len(sizes),
@@ -104,12 +100,12 @@ def check_passes() -> tuple[Device, dict[str, Any]]:
     held_out = [one for one in passes if one.context in HELD_OUT]
     device = fit(replace(guess, layer_s=5e-4), fitted_to)
     results = {
-        "fitted_to": _summary([one.error(device) for one in fitted_to]),
-        "held_out": _summary([one.error(device) for one in held_out]),
+        "fitted_to": summary([one.error(device) for one in fitted_to]),
+        "held_out": summary([one.error(device) for one in held_out]),
         "rows": [asdict(one) | {"error": round(one.error(device), 4)} for one in held_out],
     }
     for kind, tokens in PASSES.items():
-        results[f"held_out {kind}"] = _summary([one.error(device) for one in held_out if one.tokens == tokens])
+        results[f"held_out {kind}"] = summary([one.error(device) for one in held_out if one.tokens == tokens])
     return device, results
 
 
@@ -122,71 +118,8 @@ def check_prefill(device: Device) -> dict[str, Any]:
     return {
         "predicted_tokens_per_second": round(predicted, 1),
         "measured_tokens_per_second": measured,
-        **_summary([predicted / one - 1 for one in measured]),
+        **summary([predicted / one - 1 for one in measured]),
     }
-
-
-async def measure_rounds(num_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
-    """Real runs with a fixed γ: for each question plain decoding, then `speculative` at every γ. Greedy."""
-    settings, rows = config(), []
-    asked = list(questions(load_tokenizer(MODEL), num_tokens))
-    with local_backend(settings) as backend:
-        for question in asked:
-            prompt = question.prompt
-            await run(backend, settings, prompt, 0, 8, strategy="speculative", num_draft_tokens=2)  # reads the prompts
-            for gamma in (0, *GAMMAS):
-                strategy = "speculative" if gamma else "autoregressive"
-                timed = await run(
-                    backend, settings, prompt, 0, new_tokens, strategy=strategy, num_draft_tokens=gamma or "auto"
-                )
-                rows.append(_row(question.question, gamma, timed))
-                print(f"  {rows[-1]}", flush=True)
-    return rows
-
-
-def _row(question: str, gamma: int, timed: Run) -> dict[str, Any]:
-    """Costs in milliseconds: ``draft`` of a drafted token, ``verify`` and ``call`` of a round, which has two calls."""
-    counted, ms = timed.statistics, timed.statistics.timings_ms
-    calls = 2 if gamma else 1
-    return {
-        "question": question,
-        "gamma": gamma,
-        "rounds": counted.rounds,
-        "drafted": counted.drafted,
-        "accepted": counted.accepted,
-        "draft_ms": round(ms["drafting"] / counted.drafted, 3) if counted.drafted else 0.0,
-        "verify_ms": round(ms["verification"] / counted.rounds, 3),
-        "call_ms": round(ms["transport"] / counted.rounds / calls, 3),
-        "tokens_per_second": round(counted.emitted / (ms["drafting"] + ms["verification"] + ms["transport"]) * 1e3, 2),
-    }
-
-
-def check_rounds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Predicts each question's speed from what rounds cost in the other questions' runs, their median.
-
-    ``own_acceptance``: with the acceptance of that very run. ``other_acceptance``: with the one that the same question
-    had at the other γ, so that the tokens of a round are predicted too.
-    """
-    errors: dict[str, list[float]] = {"plain": [], "own_acceptance": [], "other_acceptance": []}
-    predictions = []
-    for row in rows:
-        others = [r for r in rows if r["question"] != row["question"] and r["gamma"] == row["gamma"]]
-        cost = {name: statistics.median(r[name] for r in others) for name in ("gamma", *COSTS)}
-        twin = next(r for r in rows if r["question"] == row["question"] and r["gamma"] not in (0, row["gamma"]))
-        ways = {"own_acceptance": row, "other_acceptance": twin} if row["gamma"] else {"plain": row}
-        predicted = {name: _predict(cost, seen) for name, seen in ways.items()}
-        for name, value in predicted.items():
-            errors[name].append(value / row["tokens_per_second"] - 1)
-        measured = {key: row[key] for key in ("question", "gamma", "tokens_per_second")}
-        predictions.append(measured | {name: round(value, 2) for name, value in predicted.items()})
-    return {name: _summary(values) for name, values in errors.items()} | {"predictions": predictions}
-
-
-def _predict(cost: dict[str, float], seen: dict[str, Any]) -> float:
-    """Tokens a second of rounds that cost this, where drafts fare as they were ``seen`` to."""
-    acceptance = per_token_acceptance(seen["accepted"] / seen["drafted"], seen["gamma"]) if seen["drafted"] else 0.0
-    draft_s, verify_s, call_s = (cost[name] / 1e3 for name in COSTS)
-    return Round(int(cost["gamma"]), acceptance, draft_s, verify_s, call_s=call_s).tokens_per_second
 
 
 def check_decoding() -> dict[str, Any]:
@@ -203,7 +136,7 @@ def check_decoding() -> dict[str, Any]:
             plain_steps = seen["rounds"] + extra * seen["drafted"] + draft * by_model
             predicted = seen["emitted"] / plain_steps * row["autoregressive"]["tokens_per_second"]
             found.append(predicted / seen["tokens_per_second"] - 1)
-    return {strategy: _summary(found) for strategy, found in errors.items()}
+    return {strategy: summary(found) for strategy, found in errors.items()}
 
 
 def simulate_ratios(num_gpus: int, num_users: int) -> list[dict[str, Any]]:
@@ -260,11 +193,8 @@ def draw(outcomes: Sequence[dict[str, Any]], num_gpus: int, num_users: int) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt-tokens", type=int, default=1000)
-    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--users", type=int, default=32)
-    parser.add_argument("--without-runs", action="store_true", help="arithmetic alone; keeps plan_rounds.json")
     options = parser.parse_args()
     device, passes = check_passes()
     outcomes = simulate_ratios(options.gpus, options.users)
@@ -279,12 +209,6 @@ def main() -> None:
         print(name, {key: value for key, value in results[name].items() if key != "rows"})
     write("plan", results)
     draw(outcomes, options.gpus, options.users)
-    if not options.without_runs:
-        rows = asyncio.run(measure_rounds(options.prompt_tokens, options.new_tokens))
-        rounds = check_rounds(rows)
-        print(*rounds["predictions"], sep="\n")
-        print({name: value for name, value in rounds.items() if name != "predictions"})
-        write("plan", {"rows": rows, **rounds}, part="rounds")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def plan(
 @app.command()
 def manifests(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file is not up to date.")] = False,
-    crds: Annotated[Path | None, typer.Option(help="With --check: KubeRay's CRDs, to validate against.")] = None,
+    crds: Annotated[Path | None, typer.Option(help="A folder of KubeRay's CRDs, to validate against.")] = None,
     cpu_image: Annotated[str, typer.Option(help="Image of services without a GPU.")] = "rapid-serve:0.1.0-cpu",
     gpu_image: Annotated[str, typer.Option(help="Image of services with GPUs.")] = "rapid-serve:0.1.0-cuda",
 ) -> None:
@@ -264,7 +264,9 @@ def manifests(
     from deployments.manifests import write
 
     images = {"cpu_image": cpu_image, "gpu_image": gpu_image}
-    for path in compare(Path(), crds=crds, **images) if check else write(Path(), **images):
+    if not check:
+        write(Path(), **images)
+    for path in compare(Path(), crds=crds, **images):
         print(f"{path} is up to date" if check else f"{path} written")
 
 

@@ -53,18 +53,15 @@ def render(service: Service) -> str:
     return f"{note}---\n{to_yaml(manifests(service))}"
 
 
-def write(root: Path, *, cpu_image: str, gpu_image: str) -> list[Path]:
-    """Writes the manifests of all configs under ``root``; returns their paths."""
-    written = []
+def write(root: Path, *, cpu_image: str, gpu_image: str) -> None:
+    """Writes the manifests of all configs under ``root``."""
     for path, text in _rendered(root, cpu_image, gpu_image).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
 
 
 def check(root: Path, *, cpu_image: str, gpu_image: str, crds: Path | None = None) -> list[Path]:
-    """Compares the manifests on disk with the configs, and with ``crds``, a folder of KubeRay's, when there is one.
+    """Compares the manifests on disk with the configs, KubeRay's rules, and ``crds``, a folder of KubeRay's, if any.
 
     Raises:
         ManifestError: one is missing, differs, has no config any more, or is invalid; the message names the files.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ from rich.table import Table
 from cluster.devices import GPUS, Device
 from cluster.plan import USABLE_MEMORY, Fleet, Planner, Round, Workload
 from cluster.shapes import ModelShape, ServedModel, known_shape
-from cluster.simulation import Outcome, Setup, every_ratio
+from cluster.simulation import GAMMAS, Outcome, Setup, every_ratio
 from deployments.config import AppConfig, ConfigError, EngineConfig
 from rapid.errors import InvalidRequest
 
-# A weight; int4 with its scale and zero.
-WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
+WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4 with its scale and zero
 NUMBER_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SIMULATED_GPUS = 32
 SIMULATED_ROUNDS = 3000  # of all users together
@@ -70,7 +69,7 @@ def shape_of(model: str) -> ModelShape:
     """The shape of a well-known model by its name; of any other by its config.json, from its folder or the hub.
 
     Raises:
-        ConfigError: there is no such config, or it is of an architecture that this arithmetic does not describe.
+        ConfigError: there is no such config, or this arithmetic does not describe it.
     """
     shape = known_shape(model)
     if shape is not None:
@@ -78,28 +77,19 @@ def shape_of(model: str) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise ConfigError(f"{model}: a {config.model_type} is not planned for; llama, mistral, qwen2 and qwen3 are")
-        return ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            tied_embeddings=config.tie_word_embeddings,
-            qkv_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{model}: its config.json cannot be read: {error}") from error
+        return ModelShape.from_config(AutoConfig.from_pretrained(model).to_dict())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model}: its config.json is of no use: {error}") from error
 
 
 def served(engine: EngineConfig) -> ServedModel:
     number_bytes = NUMBER_BYTES[engine.dtype]
     weight_bytes = WEIGHT_BYTES.get(engine.quantization, float(number_bytes))
     return ServedModel(shape_of(engine.model), weight_bytes, number_bytes, engine.tensor_parallel)
+
+
+def _kv_bytes(engine: EngineConfig) -> float | None:
+    return None if engine.kv_memory_gib is None else engine.kv_memory_gib * 2**30
 
 
 def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
@@ -114,13 +104,20 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
     retrieved = demand.retrieved or round(config.retriever.options.budget(demand.context))
     batch = demand.batch or config.target.max_sequences
     work = Workload(demand.context, retrieved, batch, demand.acceptance, demand.new_tokens)
-    planner = Planner(device, served(config.target), drafter, work, config.target.max_batch_tokens)
+    planner = Planner(
+        device,
+        served(config.target),
+        drafter,
+        work,
+        chunk=config.target.max_batch_tokens,
+        target_kv_bytes=_kv_bytes(config.target),
+        drafter_kv_bytes=_kv_bytes(config.drafter),
+    )
     seats = _seats(planner, config, gpu)
     if demand.batch and demand.batch > seats:
         raise InvalidRequest(f"--batch: {demand.batch} sequences of {demand.context} tokens have no room; {seats} have")
     if batch > seats:
-        work = Workload(demand.context, retrieved, seats, demand.acceptance, demand.new_tokens)
-        planner = Planner(device, planner.target, drafter, work, planner.chunk)
+        planner = replace(planner, work=replace(work, batch=seats))
     given = config.speculation.fixed_draft_tokens
 
     def drafted(*, overlap: bool) -> Round:
@@ -129,7 +126,7 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
     rounds = {"plain": planner.round(0), "in turn": drafted(overlap=False)}
     if drafter is not None:
         rounds["overlapped"] = drafted(overlap=True)
-    users = demand.users or work.batch
+    users = demand.users or planner.work.batch
 
     def fleet(round: Round) -> Fleet:
         if demand.load is not None:
@@ -139,7 +136,7 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
     ways = {name: (round, fleet(round)) for name, round in rounds.items()}
     best = max(ways.values(), key=lambda way: way[0].tokens_per_second)
     if demand.load is not None:  # those that write at the same moment
-        users = max(1, best[1].targets * work.batch)
+        users = max(1, best[1].targets * planner.work.batch)
     return Report(gpu, config, demand, planner, ways, users, _ratios(planner, config, best[1], users))
 
 
@@ -152,7 +149,9 @@ def _seats(planner: Planner, config: AppConfig, gpu: str) -> int:
                 f"to use; tensor_parallel must be at least {math.ceil(model.bytes_held * model.num_ranks / usable)}"
             )
     if planner.target_seats < 1 or planner.drafter_seats < 1:
-        raise ConfigError(f"{gpu} has no room for the keys and values of one sequence; raise tensor_parallel")
+        raise ConfigError(
+            f"no room on {gpu} for the keys and values of one sequence: raise kv_memory_gib or tensor_parallel"
+        )
     return planner.target_seats
 
 
@@ -164,13 +163,13 @@ def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> li
     gpus = max(fleet.gpus, sum(ranks))
     if gpus > MAX_SIMULATED_GPUS:
         return []
-    work, given = planner.work, config.speculation.fixed_draft_tokens
+    given = config.speculation.fixed_draft_tokens
     setup = Setup(
         num_users=users,
         num_targets=1,
         num_drafters=1,
         gamma=1,
-        acceptance=work.acceptance,
+        acceptance=planner.work.acceptance,
         verify_s=planner.verify_s,
         draft_s=planner.draft_s,
         overlap=config.overlap is not False,
@@ -178,9 +177,8 @@ def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> li
         drafter_seats=planner.drafter_seats,
         call_s=planner.call_s,
     )
-    rounds = max(5, SIMULATED_ROUNDS // users)
-    more = {} if given is None else {"gammas": (given,)}
-    return every_ratio(setup, gpus, target_gpus=ranks[0], drafter_gpus=ranks[1], rounds=rounds, **more)
+    rounds, gammas = max(5, SIMULATED_ROUNDS // users), GAMMAS if given is None else (given,)
+    return every_ratio(setup, gpus, target_gpus=ranks[0], drafter_gpus=ranks[1], gammas=gammas, rounds=rounds)
 
 
 def as_object(report: Report) -> dict[str, Any]:
@@ -226,6 +224,8 @@ def as_object(report: Report) -> dict[str, Any]:
 
 def show(report: Report, console: Console) -> None:
     """The report as tables."""
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     made, work = as_object(report), report.planner.work
     models = Table(title=f"On {report.gpu}: {work.context:,} tokens of context", title_justify="left")
     for column in ("", "model", "GPUs", "weights GB a GPU", "KV KiB a token", "sequences that fit", "prefill s"):
@@ -240,10 +240,18 @@ def show(report: Report, console: Console) -> None:
             str(model["sequences_that_fit"]),
             f"{model['prefill_s']:.2f}",
         )
+    device = report.planner.device
+    models.caption = (
+        f"Taken to reach {device.weights:.0%} of the bandwidth with weights, {device.cache:.0%} with keys and values;\n"
+        f"{device.products:.0%} of the FLOP/s in products, {device.attention:.0%} in attention."
+    )
+    models.caption_justify = "left"
     console.print(models)
     priced = report.demand.price is not None
-    title = f"{work.batch} sequences a target, acceptance {work.acceptance:.0%}, {work.retrieved:,} tokens retrieved"
-    ways = Table(title=title, title_justify="left")
+    ways = Table(title_justify="left")
+    ways.title = (
+        f"{work.batch} sequences a target, acceptance {work.acceptance:.0%}, {work.retrieved:,} tokens retrieved"
+    )
     for column in ("", "γ", "draft ms", "verify ms", "round ms", "tokens", "tokens/s", "of plain", "R + S", "GPUs"):
         ways.add_column(column, justify="right" if column else "left")
     if priced:
@@ -262,7 +270,7 @@ def show(report: Report, console: Console) -> None:
             *([f"{fleet['cost']:.2f}"] if priced else []),
         )
     load = f"{report.users} users" if report.demand.load is None else f"{report.demand.load:g} requests a second"
-    ways.caption = f"tokens/s of one sequence; R targets + S drafters for {load}"
+    ways.caption, ways.caption_justify = f"tokens/s of one sequence; R targets + S drafters for {load}", "left"
     console.print(ways)
     if report.ratios:
         console.print(_ratio_table(report))
@@ -270,8 +278,7 @@ def show(report: Report, console: Console) -> None:
 
 def _ratio_table(report: Report) -> Table:
     overlaps = "with" if report.config.overlap is not False else "without"
-    title = f"Simulated: {report.users} users, {overlaps} overlap"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"Simulated: {report.users} users, {overlaps} overlap", title_justify="left")
     for column in ("R : S", "γ", "tokens/s in all", "a user", "targets busy", "drafters busy", "drafted for nothing"):
         table.add_column(column, justify="right")
     best = max(report.ratios, key=lambda it: it.tokens_per_second)

@@ -74,15 +74,22 @@ def test_serve_reads_what_the_manifest_holds(name: str, tmp_path: Path) -> None:
 
 
 @every
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 def test_every_deployment_of_the_application_has_its_place(name: str) -> None:
-    """Serve refuses a config that names one which is not there, and puts one that it does not name anywhere."""
+    """Serve refuses a config that names one which is not there, and puts one that it does not name anywhere.
 
-    def names(application: Any) -> set[str]:
-        deployment = application._bound_deployment
-        return {deployment.name}.union(*(names(it) for it in deployment.init_args if isinstance(it, Application)))
+    The bundles in the manifest are those of the application itself.
+    """
 
-    placed = [deployment["name"] for deployment in served(name)["applications"][0]["deployments"]]
-    assert sorted(placed) == sorted(names(build(read_config(ROOT / "configs" / f"{name}.yaml"))))
+    def deployments(application: Any) -> dict[str, Any]:
+        own = application._bound_deployment
+        inner = (deployments(it) for it in own.init_args if isinstance(it, Application))
+        bundles = {own.name: own._replica_config.placement_group_bundles}
+        return bundles | {key: value for found in inner for key, value in found.items()}
+
+    placed = served(name)["applications"][0]["deployments"]
+    bundles = {deployment["name"]: deployment.get("placement_group_bundles") for deployment in placed}
+    assert bundles == deployments(build(read_config(ROOT / "configs" / f"{name}.yaml")))
 
 
 # Of the right size

@@ -49,6 +49,13 @@ def test_names_are_found_with_organisation_and_suffix() -> None:
     assert known_shape("someone/else") is None
 
 
+def test_a_config_that_is_not_of_the_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="model_type is qwen3_moe"):
+        ModelShape.from_config({"model_type": "qwen3_moe"})
+    with pytest.raises(ValueError, match="no 'num_hidden_layers'"):
+        ModelShape.from_config({"model_type": "llama"})
+
+
 def test_a_decode_step_is_the_bytes_over_the_bandwidth() -> None:
     ideal = Device(1e12, 1e12, 1e30, weights=1, cache=1, products=1, attention=1, layer_s=0)
     read = (LLAMA_8B.shape.num_parameters - LLAMA_8B.shape.head_parameters) * 2 + 1000 * 131_072

@@ -72,6 +72,13 @@ def test_a_target_that_drafts_itself_needs_one_engine(plan: Plan) -> None:
     assert set(made["models"]) == {"target"} and set(made["ways"]) == {"plain", "in turn"} and made["ratios"] == []
 
 
+def test_the_memory_that_the_config_gives_is_what_counts(plan: Plan) -> None:
+    given = PAIR | {"target": LLAMA | {"kv_memory_gib": 8}}
+    made = json.loads(plan(given, "--context", 16_000, "--new-tokens", 384, "--json")[1])
+    assert made["models"]["target"]["sequences_that_fit"] == 8 * 2**30 // (131_072 * 16_384)
+    assert made["workload"]["batch"] == 4
+
+
 def test_a_fixed_number_of_draft_tokens_is_kept(plan: Plan) -> None:
     made = json.loads(plan(PAIR | {"speculation": {"num_draft_tokens": 3}}, "--json")[1])
     assert made["ways"]["in turn"]["gamma"] == 3
@@ -112,6 +119,11 @@ def test_a_measured_machine_is_a_device_too(plan: Plan, tmp_path: Path) -> None:
 def test_a_folder_gives_the_shape_that_the_table_has() -> None:
     folder = catalog.local_path("smollm2-135m-instruct")
     assert shape_of(str(folder)) == shape_of("smollm2-135m-instruct")
+
+
+def test_a_model_that_is_nowhere_is_one_line(plan: Plan, tmp_path: Path) -> None:
+    code, _, err = plan({"target": {"model": str(tmp_path)}, "drafter": LLAMA})
+    assert code == 2 and str(tmp_path) in err and len(err.splitlines()) == 1
 
 
 def test_planning_loads_no_ray() -> None:

@@ -1,0 +1,87 @@
+"""Who may talk to whom. Everything else is refused, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.pods import AGENT_PORT, DASHBOARD_PORT, METRICS_PORTS, Json, labels
+from cluster.service import SERVE_PORT
+from cluster.stores import QDRANT, QDRANT_PORT, REDIS, REDIS_PORT
+
+OPERATOR_NAMESPACE, MONITORING_NAMESPACE = "kuberay-system", "monitoring"
+# A namespace whose pods may send requests carries this label.
+CLIENTS_LABEL = {"rapid/clients": "true"}
+
+_DNS, _HTTPS, _KUBERNETES_API = 53, 443, 6443
+
+
+def policies(service: str, ray_components: Sequence[str]) -> list[Json]:
+    """The network policies of a service.
+
+    Ray pods talk to each other on any port, since Ray picks them. Requests come from labelled namespaces and from the
+    service's own gateway, the operator to the dashboard, Prometheus to the metrics. Out go DNS, the two stores,
+    Kubernetes' API (the autoscaler), and HTTPS (model files); only Ray pods reach the stores.
+    """
+    ray = {
+        "matchLabels": labels(service),
+        "matchExpressions": [_in("app.kubernetes.io/component", ray_components)],
+    }
+    ray_pods = {"podSelector": ray}
+    gateway = {"podSelector": {"matchLabels": {"gateway.networking.k8s.io/gateway-name": f"{service}-gateway"}}}
+    ingress = [
+        {"from": [ray_pods]},
+        {"from": [{"namespaceSelector": {"matchLabels": dict(CLIENTS_LABEL)}}, gateway], "ports": _tcp(SERVE_PORT)},
+        {"from": [_namespace(OPERATOR_NAMESPACE)], "ports": _tcp(DASHBOARD_PORT, AGENT_PORT, SERVE_PORT)},
+        {"from": [_namespace(MONITORING_NAMESPACE)], "ports": _tcp(*METRICS_PORTS.values())},
+    ]
+    egress = [
+        {"to": [ray_pods]},
+        {"to": [_pods(service, QDRANT)], "ports": _tcp(QDRANT_PORT)},
+        {"to": [_pods(service, REDIS)], "ports": _tcp(REDIS_PORT)},
+        {"to": [_namespace("kube-system")], "ports": [{"protocol": "UDP", "port": _DNS}, *_tcp(_DNS)]},
+        {"ports": _tcp(_HTTPS, _KUBERNETES_API)},
+    ]
+    return [
+        _policy(f"{service}-default-deny", service, {"matchLabels": labels(service)}, [], []),
+        _policy(f"{service}-ray", service, ray, ingress, egress),
+        *(
+            _policy(
+                f"{service}-{component}",
+                service,
+                {"matchLabels": labels(service, component)},
+                [{"from": [ray_pods], "ports": _tcp(port)}],
+                [],
+            )
+            for component, port in ((QDRANT, QDRANT_PORT), (REDIS, REDIS_PORT))
+        ),
+    ]
+
+
+def _policy(name: str, service: str, selector: Json, ingress: list[Json], egress: list[Json]) -> Json:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name, "labels": labels(service)},
+        "spec": {
+            "podSelector": selector,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": ingress,
+            "egress": egress,
+        },
+    }
+
+
+def _in(key: str, values: Sequence[str]) -> Json:
+    return {"key": key, "operator": "In", "values": list(values)}
+
+
+def _pods(service: str, component: str) -> Json:
+    return {"podSelector": {"matchLabels": labels(service, component)}}
+
+
+def _namespace(name: str) -> Json:
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
+def _tcp(*ports: int) -> list[Json]:
+    return [{"protocol": "TCP", "port": port} for port in ports]
