@@ -42,13 +42,15 @@ def free_address() -> str:
 
 def follow(rank: int, address: str, folder: str) -> None:
     torch.set_num_threads(1)
-    waits, parallel._MEETING = parallel._MEETING, timedelta(seconds=1)
-    with pytest.raises(EngineLost, match=r"rank 1 did not meet the others"):
-        Group(Place(1, 2, free_address()), "cpu")
-    parallel._MEETING = waits
     model = Model.load(folder, dtype="float32", place=Place(rank + 1, RANKS, address))
     with pytest.raises(EngineLost):  # the first rank has left
         model.follow()
+
+
+def never_meet(_: int) -> None:
+    parallel._MEETING = timedelta(seconds=1)
+    with pytest.raises(EngineLost, match="rank 1 did not meet the others"):
+        Group(Place(1, 2, free_address()), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,11 @@ def drafts(model: Model) -> list[list[int]]:
 def test_the_engine_drafts_verifies_and_rolls_back_alike(shared: Model, whole: Model) -> None:
     assert GREEDY.temperature == 0
     assert drafts(shared) == drafts(whole)
+
+
+def test_ranks_that_never_meet_are_an_error() -> None:
+    # In a process of its own: torch counts the groups of a process, also those that never came about.
+    multiprocessing.spawn(never_meet, nprocs=1)
 
 
 def test_heads_that_cannot_be_shared_are_refused(shared: Model, tiny_network: Callable[..., PreTrainedModel]) -> None:
