@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test check bench lock clean
+.PHONY: help install models serve test check bench chaos lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -30,6 +30,9 @@ bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fi
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --prompt-tokens 450 --without-peers
 	$(BIN)/python -m benchmarks.serving
+
+chaos: .venv/bench.stamp ## kill processes, remove a node, scale, all under load (about forty minutes)
+	$(BIN)/python -m benchmarks.chaos
 
 check: .venv/dev.stamp ## lint and type-check
 	$(BIN)/ruff check .

@@ -66,7 +66,6 @@ def _replicas(config: EngineConfig) -> dict[str, Any]:
         downscale_delay_s=wanted.downscale_delay_s,
         # Averages over a longer time than the delays would only delay more.
         look_back_period_s=max(1.0, min(30.0, wanted.upscale_delay_s)),
-        metrics_interval_s=max(0.5, min(10.0, wanted.upscale_delay_s / 2)),
         policy=policy,
     )
     return {"autoscaling_config": scaling}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,14 +16,12 @@ import ray
 import torch
 from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 from ray import serve
+from served import MODEL, QUESTION, chat, document, health, seconds_until_free
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.app import build
 from deployments.config import parse_config
 from rapid.catalog import local_path
-
-MODEL = "smollm2-135m-instruct"
-QUESTION = "Who is speaking, and what does he want?"
 
 # Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.
 pytestmark = [
@@ -66,36 +63,6 @@ def url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def document(index: int, characters: int = 1600) -> str:
-    """A passage of a novel where the shared texts are at hand, else one made of numbered sentences."""
-    novel = Path(__file__).parents[3] / "shared" / "data" / "moby-dick.txt"
-    if novel.exists():
-        start = 30_000 + index * 40_000
-        return novel.read_text(encoding="utf-8")[start : start + characters]
-    sentences = (f"In room {n} of house {index} lives a person who counts {n * 7} birds.\n" for n in range(1000))
-    return "".join(sentences)[:characters]
-
-
-def chat(index: int = 0, question: str = QUESTION) -> list[Any]:
-    return [{"role": "user", "content": f"{document(index)}\n\n{question}"}]
-
-
-def health(url: str) -> dict[str, Any]:
-    time.sleep(0.02)  # asking without a pause takes the cores from what is asked about
-    body: dict[str, Any] = httpx.get(f"{url}/health", timeout=30).json()
-    return body
-
-
-def seconds_until_free(url: str, limit: float = 10.0) -> float:
-    """How long until no engine holds a sequence or a byte of KV."""
-    started = time.monotonic()
-    while time.monotonic() - started < limit:
-        state = health(url)
-        if not any(state["sequences"].values()) and not any(state["kv_bytes"].values()):
-            return time.monotonic() - started
-    raise AssertionError(f"still held after {limit} s: {state}")
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +278,36 @@ def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
     )
     statistics = answer.model_extra["rapid"]  # type: ignore[index]
     assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
+
+
+def streamed(client: OpenAI, kill: str | None = None) -> tuple[str, dict[str, Any]]:
+    """A greedy answer and its `rapid` object; the engine of ``kill`` dies after the third piece."""
+    options = {"max_tokens": 24, "temperature": 0, "extra_body": {"rapid": {"num_draft_tokens": 2}}}
+    pieces, rapid = [], {}
+    for chunk in client.chat.completions.create(model=MODEL, messages=chat(), stream=True, **options):  # type: ignore[call-overload]
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
+        rapid = (chunk.model_extra or {}).get("rapid", rapid)
+        if kill and len(pieces) == 3:
+            _, engine = serve.get_deployment_handle(kill, "rapid").address.remote().result(timeout_s=30)
+            ray.kill(engine)
+    return "".join(pieces), rapid
+
+
+def wait_until_whole(url: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if set(health(url)["sequences"]) == {"target", "drafter"}:
+                return
+        except KeyError:  # an error instead
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("killed", ["Target", "Drafter"])
+def test_an_answer_survives_its_engine(client: OpenAI, url: str, killed: str) -> None:
+    expected, _ = streamed(client)
+    text, rapid = streamed(client, kill=killed)
+    assert text == expected
+    assert rapid["emitted"] == 24
+    assert (rapid["resumed"], rapid["drafters_lost"]) == ((1, 0) if killed == "Target" else (0, 1))
+    wait_until_whole(url)

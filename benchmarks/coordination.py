@@ -1,0 +1,108 @@
+"""What a round costs besides the models: γ = 10, a vocabulary of 128,256, and models of next to nothing.
+
+The coordinator asks for a draft and has it verified, each by an actor of its own; the draft goes from actor to actor.
+A round's coordination is its time less what the two engines report for drafting and for verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import ray
+from ray import serve
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from benchmarks.results import write
+from deployments.app import build
+from deployments.config import parse_config
+from deployments.coordinator import RayBackend
+from rapid.control import DraftLimits
+from rapid.request import SpeculationParams
+from rapid.sampling import SamplingParams
+
+GAMMA, VOCAB = 10, 128_256
+
+
+def save_next_to_nothing(folder: Path) -> None:
+    """One layer of 16 numbers, and a tokenizer with as many words as there are tokens."""
+    shape = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=65_536,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+async def rounds(num: int) -> dict[str, Any]:
+    handles = {role: serve.get_deployment_handle(role.capitalize(), "rapid") for role in ("target", "drafter")}
+    backend = RayBackend(handles, serve.get_deployment_handle("Retriever", "rapid"), overlap=False)  # type: ignore[arg-type]
+    await backend.connect()
+    costs, whole, sizes = [], [], []
+    top_k = SpeculationParams().draft_top_k
+    async with AsyncExitStack() as stack:
+        room = num * (GAMMA + 1) + GAMMA + 1
+        target, drafter = [
+            await stack.enter_async_context(backend.lease(role, [5] * 300, room, SamplingParams()))
+            for role in ("target", "drafter")
+        ]
+        await asyncio.gather(target.prefill(), drafter.prefill())
+        knows, output = 0, list[int]()
+        for _ in range(num):
+            started = time.perf_counter()
+            draft = drafter.propose(knows, output[knows:], DraftLimits(GAMMA), top_k)
+            verified = await target.verify(draft, "published", 10.0)
+            took = (time.perf_counter() - started) * 1e3
+            knows = len(output)
+            output += verified.tokens
+            whole.append(took)
+            costs.append(took - verified.draft_ms - verified.verify_ms)
+            sizes.append((len(cloudpickle.dumps(await draft)), len(cloudpickle.dumps(verified))))
+    skip = num // 10  # while connections are made
+    drafts, verdicts = zip(*sizes, strict=True)
+    return {
+        "rounds": num,
+        "draft_top_k": top_k,
+        "coordination_ms_median": round(statistics.median(costs[skip:]), 2),
+        "coordination_ms_p95": round(statistics.quantiles(costs[skip:], n=20)[-1], 2),
+        "round_ms_median": round(statistics.median(whole[skip:]), 2),
+        "draft_bytes_median": statistics.median(drafts),
+        "verdict_bytes_median": statistics.median(verdicts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=300)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_next_to_nothing(Path(folder))
+        engine = {"model": folder, "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
+        ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False)
+        try:
+            serve.run(build(parse_config({"target": engine, "drafter": engine})), name="rapid")
+            results = asyncio.run(rounds(options.rounds))
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    print(results)
+    write("coordination", {"vocabulary": VOCAB, "draft_tokens": GAMMA} | results)
+
+
+if __name__ == "__main__":
+    main()
