@@ -95,6 +95,7 @@ class Load:
     failed: list[str] = field(default_factory=list)
     resuming_ms: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
+    cached_tokens: list[int] = field(default_factory=list)
     drafters_lost: int = 0
     stopping: bool = False
 
@@ -129,6 +130,7 @@ class Load:
 
     def _note(self, statistics_: dict[str, Any], longest: float) -> None:
         self.gaps_s.append(longest)
+        self.cached_tokens.append(statistics_["cached_tokens"])
         self.drafters_lost += statistics_["drafters_lost"]
         if statistics_["resumed"]:
             self.resuming_ms.append(statistics_["timings_ms"]["resuming"])
@@ -220,6 +222,12 @@ async def killings(num_kills: int, clients: int, pause_s: float, seed: int) -> d
 
 async def node_removal(cluster: Cluster, clients: int) -> dict[str, Any]:
     """The node with a target on it goes away without a word, and comes back empty."""
+    routed = Load(new_tokens=8)
+    async with httpx.AsyncClient(timeout=WHATEVER_LASTS) as client:
+        for index in [*range(4)] * 4:
+            await routed.ask(client, index)
+    found = [cached > 0 for cached in routed.cached_tokens[4:]]  # a random choice of two finds half of them
+    print(f"  {sum(found)} of {len(found)} repeated documents met the target that had read them", flush=True)
     load = Load(new_tokens=48)
     async with load.running(clients, num_questions=4):
         await asyncio.sleep(5)
@@ -231,7 +239,7 @@ async def node_removal(cluster: Cluster, clients: int) -> dict[str, Any]:
         while load.completed < before + 2 * clients:
             await asyncio.sleep(0.5)
         await asyncio.to_thread(eventually, lambda: replicas("Target") == 2)
-    return load.report()
+    return {"repeated_documents": len(found), "met_their_reader": sum(found)} | load.report()
 
 
 async def scaling(clients: int) -> dict[str, Any]:

@@ -78,8 +78,13 @@ class _RunBatch:
         keys.index_copy_(1, self._slots, key)
         values.index_copy_(1, self._slots, value)
         outputs = []
+        # What many short steps share is done once: their time goes into the number of operators.
+        scaled = (query * scaling).view(len(query), keys.shape[0], -1, query.shape[2])
         for here, runs, split in self._reads:
             pairs = [(keys[:, a:b], values[:, a:b]) for a, b in runs]
+            if here.stop - here.start == 1 and len(pairs) == 1:
+                outputs.append(_attend_one(scaled[here.start], *pairs[0]).view(1, -1))
+                continue
             rows = query[here]
             outputs.append(
                 _attend_blocked(rows, pairs, key[:, here], value[:, here], scaling)
@@ -87,6 +92,15 @@ class _RunBatch:
                 else attend_whole(rows, pairs, scaling)
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One position: scaled ``query`` [KV heads, group, d] over [KV heads, length, d]; as many rows as the query."""
+    if query.dtype == torch.float32:
+        scores = torch.bmm(query, keys.transpose(1, 2))
+    else:
+        scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2)  # the queries second, as in `_attend_rows`
+    return torch.bmm(scores.softmax(-1), values)
 
 
 def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
