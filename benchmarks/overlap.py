@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--draft-tokens", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=6)
     options = parser.parse_args()
     ray.init(include_dashboard=False, num_cpus=8, log_to_driver=False)
     rows: list[dict[str, Any]] = []
@@ -77,7 +78,7 @@ def main() -> None:
         for side in ("on", "off"):
             serve.run(application(overlap=side == "on"), name=side, route_prefix=f"/{side}")
         # A document's questions share its prefix, so that each side reads it once.
-        for question in list(questions(load_tokenizer(MODEL), options.prompt_tokens)):
+        for question in list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]:
             text = "\n\n".join([*question.prompt.contents, question.question])
             for _ in range(options.repeats):
                 speed = {}

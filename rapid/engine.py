@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rapid.attention import Extension, Tokens
+from rapid.attention import Extension
 from rapid.compute import compute
 from rapid.errors import InvalidRequest, Overloaded, PassAbandoned, SequenceClosed
 from rapid.kv_cache import KVCache, PoolStats
 from rapid.sampling import SamplingParams
-from rapid.sequence import Deliver, Sequence, Task
+from rapid.schedule import Running, schedule, settle
+from rapid.sequence import Sequence, Task
 
 if TYPE_CHECKING:
     from rapid.model import Model
@@ -42,38 +43,6 @@ class EngineStats(NamedTuple):
     kv: PoolStats
     forward_passes: int
     tokens_processed: int
-
-
-class _Running:
-    """A task between two steps: what it asks for, and how much of that has been done."""
-
-    def __init__(self, task: Task[Any], future: Future[Any]) -> None:
-        self.task, self.future = task, future
-        self.resume(None)
-
-    def resume(self, logits: Tensor | None) -> None:
-        """To the next pass that the task asks for; raises what ends it."""
-        wish = self.task.send(logits)
-        while isinstance(wish, Deliver):
-            _settle(self.future, wish.result)
-            self.future = wish.rest
-            wish = self.task.send(None)
-        self.extend, self.num_done = wish, 0
-
-    @property
-    def num_left(self) -> int:
-        sequence, tokens, _ = self.extend
-        return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
-
-    @property
-    def is_unwanted(self) -> bool:
-        return self.extend.sequence.ended.done() or self.future.cancelled()
-
-    def chunk(self, num_tokens: int) -> Tokens:
-        sequence, tokens, _ = self.extend
-        if tokens is None:
-            return sequence.prompt[sequence.cache.length : sequence.cache.length + num_tokens]
-        return tokens[self.num_done : self.num_done + num_tokens]
 
 
 class _Arrival(NamedTuple):
@@ -113,7 +82,7 @@ class Engine:
         self._arrivals: deque[_Arrival] = deque()
         self._submitted: list[tuple[Task[Any], Future[Any]]] = []
         self._closing: list[Sequence] = []
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._forward_passes = self._tokens_processed = 0
         self._pool_stats = self._pool.stats()
         self._wake = threading.Condition()
@@ -287,7 +256,7 @@ class Engine:
             self._pool.adopt(running.extend.sequence.cache, running.extend.sequence.prompt)
             if running.num_left <= 0:
                 self._resume(running, None)
-        scheduled = self._schedule()
+        scheduled = schedule(self._running, self._max_batch_tokens)
         if not scheduled:
             return
         extensions = [
@@ -314,33 +283,17 @@ class Engine:
             if running.num_left <= 0:
                 self._resume(running, logits)
 
-    def _schedule(self) -> list[tuple[_Running, int]]:
-        """Who runs how many tokens: short requests first, and what is left of the budget to the long ones."""
-        budget, scheduled = self._max_batch_tokens, []
-        for running in sorted(self._running, key=lambda running: running.num_left):
-            # Several rows of logits come from one pass, so what wants them is not cut below them.
-            num_tokens = min(running.num_left, budget)
-            if 0 < running.num_left - num_tokens < running.extend.num_rows:
-                num_tokens = running.num_left - running.extend.num_rows
-            if num_tokens > 0:
-                scheduled.append((running, num_tokens))
-                budget -= num_tokens
-        if not scheduled and self._running:  # a request for more rows than the budget: alone, it may exceed it
-            shortest = min(self._running, key=lambda running: running.num_left)
-            scheduled.append((shortest, shortest.num_left))
-        return scheduled
-
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
         if future.cancelled():
             return
         try:
-            self._running.append(_Running(task, future))
+            self._running.append(Running(task, future))
         except StopIteration as stop:
-            _settle(future, stop.value)
+            settle(future, stop.value)
         except Exception as error:
-            _settle(future, error)
+            settle(future, error)
 
-    def _resume(self, running: _Running, logits: Tensor | None) -> None:
+    def _resume(self, running: Running, logits: Tensor | None) -> None:
         try:
             running.resume(logits)
         except StopIteration as stop:
@@ -348,9 +301,9 @@ class Engine:
         except Exception as error:
             self._finish(running, error)
 
-    def _finish(self, running: _Running, outcome: object) -> None:
+    def _finish(self, running: Running, outcome: object) -> None:
         self._running.remove(running)
-        _settle(running.future, outcome)
+        settle(running.future, outcome)
 
     def _drop_unwanted(self) -> None:
         for running in [r for r in self._running if r.is_unwanted]:
@@ -371,14 +324,4 @@ class Engine:
         for future in waiting:
             future.set_exception(SequenceClosed("the engine is shutting down"))
         for running in self._running:
-            _settle(running.future, SequenceClosed("the engine is shutting down"))
-
-
-def _settle(future: Future[Any], outcome: object) -> None:
-    """Sets the result, or the exception; unless nobody waits for it any more."""
-    if not future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+            settle(running.future, SequenceClosed("the engine is shutting down"))

@@ -150,7 +150,7 @@ def test_drafting_ahead_changes_no_rule_s_law(make_world: Callable[..., World], 
     continuations([], 1.0)
     request = world.request(
         gamma=1,
-        max_tokens=6,
+        max_tokens=4,
         sampling=sampling,
         prompt=prompt,
         verification=rule,
