@@ -56,7 +56,7 @@ def service(*, num_workers: int, targets: dict[str, Any], ranks: int) -> Iterato
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT})
         app = serve.RunTarget(application(targets=targets, ranks=ranks), name="rapid", route_prefix="/")
         # Only the head is there yet, so everything but the engines is placed on it.
         serve.run_many([app], wait_for_applications_running=False, wait_for_ingress_deployment_creation=True)

@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--peer-documents", type=int, default=1, help="one takes about four minutes")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument("--part", help="writes decode_PART.json; the prompt's tokens when that is short")
     options = parser.parse_args()
     settings = config()
     asked = list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]
@@ -131,7 +132,7 @@ def main() -> None:
             "worst_ratio": min(ratios),
         }
         print(f"{strategy:15} {results[strategy]}")
-    part = "" if options.prompt_tokens > 6000 else str(options.prompt_tokens)
+    part = options.part or ("" if options.prompt_tokens > 6000 else str(options.prompt_tokens))
     write("decode", results, part=part)
     if not options.without_peers:
         results["peers"] = compute(theirs, asked, options.peer_documents, options.peer_tokens, shorts)

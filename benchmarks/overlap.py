@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--draft-tokens", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--document", help="only the questions about this one")
     options = parser.parse_args()
     ray.init(include_dashboard=False, num_cpus=8, log_to_driver=False)
     rows: list[dict[str, Any]] = []
@@ -78,7 +78,9 @@ def main() -> None:
         for side in ("on", "off"):
             serve.run(application(overlap=side == "on"), name=side, route_prefix=f"/{side}")
         # A document's questions share its prefix, so that each side reads it once.
-        for question in list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]:
+        for question in questions(load_tokenizer(MODEL), options.prompt_tokens):
+            if options.document not in (None, question.document):
+                continue
             text = "\n\n".join([*question.prompt.contents, question.question])
             for _ in range(options.repeats):
                 speed = {}

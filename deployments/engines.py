@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_dra
 
 logger = logging.getLogger("ray.serve")
 
+_SWITCH_INTERVAL_S = 2e-4
 _DOCUMENTS = 64  # whose readers a replica is known for
 _BEGINNING = 256  # tokens that tell documents apart
 
@@ -88,6 +90,8 @@ class EngineActor(RankActor):
         """Loads the model, with the other ranks where there are any, and starts the engine."""
         from deployments.assembly import build_engine
 
+        # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, place)
         return self._engine.model.info
 
