@@ -1,7 +1,9 @@
-"""What a round costs besides the models: γ = 10, a vocabulary of 128,256, and models of next to nothing.
+"""What a round costs besides the models: γ = 10, a vocabulary of 128,256, draft_top_k at its default.
 
 The coordinator asks for a draft and has it verified, each by an actor of its own; the draft goes from actor to actor.
-A round's coordination is its time less what the two engines report for drafting and for verification.
+First with engines that compute nothing and answer at once, then with models of next to nothing that sample and verify:
+there a round's coordination is its time less what the two engines report, and processes that have slept for a while are
+slower to wake.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import ray
 from ray import serve
 from tokenizers import Tokenizer, models
@@ -23,11 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from benchmarks.results import write
 from deployments.app import build
-from deployments.config import parse_config
-from deployments.coordinator import RayBackend
+from deployments.config import EngineConfig, parse_config
+from deployments.coordinator import RayBackend, _RayLease
+from deployments.engines import RankActor, Ticket
 from rapid.control import DraftLimits
 from rapid.request import SpeculationParams
 from rapid.sampling import SamplingParams
+from rapid.tasks import Draft, Verified
 
 GAMMA, VOCAB = 10, 128_256
 
@@ -47,6 +52,35 @@ def save_next_to_nothing(folder: Path) -> None:
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+class EmptyEngine(RankActor):
+    """Answers as an engine does, with drafts and verdicts that are always the same."""
+
+    async def propose(self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, top_k: int) -> Draft:
+        pairs = [(np.arange(i, i + top_k, dtype=np.int32), np.full(top_k, 1 / top_k, np.float32)) for i in range(GAMMA)]
+        return Draft(offset, list(range(GAMMA)), pairs, [0.5] * GAMMA)
+
+    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
+        return Verified([*draft.tokens, VOCAB - 1], GAMMA, GAMMA, 0, draft.confidences, 0.0, 0.0, 0.0)
+
+
+async def empty_rounds(num: int) -> dict[str, Any]:
+    target, drafter = (
+        _RayLease(Ticket("lease", "", ray.remote(EmptyEngine).options(max_concurrency=1000).remote(EngineConfig())))
+        for _ in range(2)
+    )
+    top_k, times = SpeculationParams().draft_top_k, []
+    for i in range(num):
+        started = time.perf_counter()
+        draft = drafter.propose(i, [1, 2, 3], DraftLimits(GAMMA), top_k)
+        await target.verify(draft, "published", 10.0)
+        times.append((time.perf_counter() - started) * 1e3)
+    times = times[num // 10 :]  # after connections are made
+    return {
+        "coordination_ms_median": round(statistics.median(times), 2),
+        "coordination_ms_p95": round(statistics.quantiles(times, n=20)[-1], 2),
+    }
 
 
 async def rounds(num: int) -> dict[str, Any]:
@@ -95,8 +129,9 @@ def main() -> None:
         engine = {"model": folder, "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
         ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False)
         try:
+            empty = asyncio.run(empty_rounds(options.rounds))
             serve.run(build(parse_config({"target": engine, "drafter": engine})), name="rapid")
-            results = asyncio.run(rounds(options.rounds))
+            results = {"empty": empty, "sampling": asyncio.run(rounds(options.rounds))}
         finally:
             serve.shutdown()
             ray.shutdown()
