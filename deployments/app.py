@@ -16,6 +16,7 @@ from deployments.retriever import RetrieverReplica
 # The deployments that only pass things on hold as many requests as come; the engines decide how many run.
 _UNBOUNDED = 10_000
 _HEALTH_CHECK_PERIOD_S = 2.0
+_LOOK_BACK_S = 15.0  # averages over longer only delay; replicas report every 10 s
 
 
 def build(config: AppConfig) -> Application:
@@ -64,8 +65,7 @@ def _replicas(config: EngineConfig) -> dict[str, Any]:
         target_ongoing_requests=wanted.target_leases or 0.75 * config.max_sequences,
         upscale_delay_s=wanted.upscale_delay_s,
         downscale_delay_s=wanted.downscale_delay_s,
-        # Averages over a longer time than the delays would only delay more.
-        look_back_period_s=max(1.0, min(30.0, wanted.upscale_delay_s)),
+        look_back_period_s=_LOOK_BACK_S,
         policy=policy,
     )
     return {"autoscaling_config": scaling}
