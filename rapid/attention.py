@@ -78,18 +78,17 @@ class _RunBatch:
         keys.index_copy_(1, self._slots, key)
         values.index_copy_(1, self._slots, value)
         outputs = []
-        # What many short steps share is done once: their time goes into the number of operators.
-        scaled = (query * scaling).view(len(query), keys.shape[0], -1, query.shape[2])
+        # Once for all, instead of over the scores of each: the time of short steps goes into the number of operators.
+        query = query * scaling
+        by_kv_head = query.view(len(query), keys.shape[0], -1, query.shape[2])
         for here, runs, split in self._reads:
             pairs = [(keys[:, a:b], values[:, a:b]) for a, b in runs]
             if here.stop - here.start == 1 and len(pairs) == 1:
-                outputs.append(_attend_one(scaled[here.start], *pairs[0]).view(1, -1))
+                outputs.append(_attend_one(by_kv_head[here.start], *pairs[0]).view(1, -1))
                 continue
             rows = query[here]
             outputs.append(
-                _attend_blocked(rows, pairs, key[:, here], value[:, here], scaling)
-                if split
-                else attend_whole(rows, pairs, scaling)
+                _attend_blocked(rows, pairs, key[:, here], value[:, here]) if split else attend_whole(rows, pairs)
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -103,8 +102,8 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), values)
 
 
-def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
-    """Causal attention of the last n positions: ``query`` [n, heads, d] over runs of [KV heads, length, d] pairs.
+def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Causal attention of the last n positions: scaled ``query`` [n, heads, d] over [KV heads, length, d] pairs.
 
     Returns [n, heads·d]. The query heads that share a KV head become rows of one matrix, so keys are read once and
     never repeated. Whole rows of scores are made, a block of rows at a time.
@@ -115,11 +114,11 @@ def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]], scaling: floa
     parts = []
     for start in range(0, n, block):
         end = min(start + block, n)
-        parts.append(_attend_rows(query[start:end], runs, length - (n - end), scaling))
+        parts.append(_attend_rows(query[start:end], runs, length - (n - end)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int, scaling: float) -> Tensor:
+def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
     """The same over the first ``length`` positions, of which those of ``query`` are the last."""
     n, heads, d = query.shape
     num_kv_heads = runs[0][0].shape[0]
@@ -136,7 +135,7 @@ def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int, 
     if n > 1:
         future = torch.ones(n, n, dtype=torch.bool).triu_(1)
         scores.unflatten(1, (-1, n))[..., length - n :].masked_fill_(future, -torch.inf)
-    weights = scores.mul_(scaling).softmax(-1)
+    weights = scores.softmax(-1)
     outputs, start = [], 0
     for _, values in runs:
         part = weights[:, :, start : start + values.shape[1]]
@@ -146,9 +145,7 @@ def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int, 
     return output.view(num_kv_heads, -1, n, d).permute(2, 0, 1, 3).reshape(n, heads * d)
 
 
-def _attend_blocked(
-    query: Tensor, past: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor, scaling: float
-) -> Tensor:
+def _attend_blocked(query: Tensor, past: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor) -> Tensor:
     """The same for many tokens: over the ``past`` runs without a mask, over the new [KV heads, n, d] with one.
 
     Each part is normalised by itself, and the parts are then weighted by their log-sum-exp.
@@ -160,11 +157,11 @@ def _attend_blocked(
     group = heads // num_kv_heads
     own_key, own_value = (new.repeat_interleave(group, 0)[None] for new in (key, value))
     output: Tensor
-    output, mass = blocked(by_head[None], own_key, own_value, is_causal=True, scale=scaling)
+    output, mass = blocked(by_head[None], own_key, own_value, is_causal=True, scale=1.0)
     output, mass = output.reshape(heads, n, d), mass.reshape(heads, n)
     folded = by_head.reshape(1, num_kv_heads, group * n, d)
     for keys, values in past:
-        part, part_mass = blocked(folded, keys[None], values[None], scale=scaling)
+        part, part_mass = blocked(folded, keys[None], values[None], scale=1.0)
         part, part_mass = part.reshape(heads, n, d), part_mass.reshape(heads, n)
         share = torch.sigmoid(part_mass - mass).unsqueeze(-1)
         output = torch.lerp(output.float(), part.float(), share).to(query.dtype)
