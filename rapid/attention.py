@@ -1,8 +1,9 @@
 """Attention over a ragged batch: the tokens of several sequences in one row, each sequence with its own pages.
 
 Two kernels, chosen once when a model is loaded. `RunAttention` (CPU) reads the cache where it lies: a sequence's pages
-are mostly neighbours, so it multiplies with a few long runs and gathers nothing. `rapid.paged_attention` (CUDA)
-works from device tensors alone, a block table and lengths, so that a pass can be captured in a CUDA graph.
+are mostly neighbours, so it multiplies with a few long runs and gathers nothing; a few tokens over bfloat16 pages take
+a kernel of their own (`rapid.compiled_attention`). `rapid.paged_attention` (CUDA) works from device tensors alone, a
+block table and lengths, so that a pass can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rapid.compiled_attention import Plan, Read, suits
+from rapid.compiled_rows import store
 from rapid.kv_cache import KVCache, KVLayout, KVPool
 
 MANY = 34  # query tokens: from here on products are compute-bound, and the shapes that suit them change
@@ -62,44 +65,39 @@ class _RunBatch:
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self._pool = extensions[0].cache.pool
         self._slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
-        self._reads = []
+        self._few: list[Read] = []
+        self._many = []
+        self._plan: Plan | None = None
+        compiled = suits(self._pool.layout)
         start = 0
         for cache, tokens, _ in extensions:
             n = len(tokens)
-            # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
             end = cache.length + n
-            split = n >= MANY and self._pool.layout.dtype == torch.float32
-            self._reads.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
+            if compiled and n < MANY:
+                self._few.append(Read(start, n, end, cache.pages))
+            else:
+                # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
+                split = n >= MANY and self._pool.layout.dtype == torch.float32
+                self._many.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self._pool.keys[layer], self._pool.values[layer]  # [KV heads, slots, d]
-        key, value = key.transpose(0, 1), value.transpose(0, 1)
-        keys.index_copy_(1, self._slots, key)
-        values.index_copy_(1, self._slots, value)
-        outputs = []
-        # Once for all, instead of over the scores of each: the time of short steps goes into the number of operators.
-        query = query * scaling
-        by_kv_head = query.view(len(query), keys.shape[0], -1, query.shape[2])
-        for here, runs, split in self._reads:
+        store(key, self._slots, keys)
+        store(value, self._slots, values)
+        output = query.new_empty(len(query), query.shape[1] * query.shape[2])
+        if self._few:
+            self._plan = self._plan or Plan(self._few, self._pool.layout, query.shape[1], scaling)
+            self._plan.attend(query, keys, values, output)
+        for here, runs, split in self._many:
             pairs = [(keys[:, a:b], values[:, a:b]) for a, b in runs]
-            if here.stop - here.start == 1 and len(pairs) == 1:
-                outputs.append(_attend_one(by_kv_head[here.start], *pairs[0]).view(1, -1))
-                continue
-            rows = query[here]
-            outputs.append(
-                _attend_blocked(rows, pairs, key[:, here], value[:, here]) if split else attend_whole(rows, pairs)
+            rows = query[here] * scaling
+            output[here] = (
+                _attend_blocked(rows, pairs, key[here].transpose(0, 1), value[here].transpose(0, 1))
+                if split
+                else attend_whole(rows, pairs)
             )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _attend_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One position: scaled ``query`` [KV heads, group, d] over [KV heads, length, d]; as many rows as the query."""
-    if query.dtype == torch.float32:
-        scores = torch.bmm(query, keys.transpose(1, 2))
-    else:
-        scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2)  # the queries second, as in `_attend_rows`
-    return torch.bmm(scores.softmax(-1), values)
+        return output
 
 
 def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -124,14 +122,8 @@ def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int) 
     num_kv_heads = runs[0][0].shape[0]
     rows = heads // num_kv_heads * n
     folded = query.reshape(n, num_kv_heads, -1, d).permute(1, 2, 0, 3).reshape(num_kv_heads, rows, d)
-    # oneDNN transposes its second matrix in memory. For a few bfloat16 rows that must be the queries, not the keys.
-    keys_first = n < MANY and query.dtype != torch.float32
-    turned = folded.transpose(1, 2).contiguous() if keys_first else folded
-    parts = [torch.bmm(keys, turned) if keys_first else torch.bmm(turned, keys.transpose(1, 2)) for keys, _ in runs]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1 if keys_first else 2)
-    if keys_first:
-        scores = scores.transpose(1, 2).contiguous()
-    scores = scores[:, :, :length]  # [KV heads, group·n, L]
+    parts = [torch.bmm(folded, keys.transpose(1, 2)) for keys, _ in runs]
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, 2))[:, :, :length]  # [KV heads, group·n, L]
     if n > 1:
         future = torch.ones(n, n, dtype=torch.bool).triu_(1)
         scores.unflatten(1, (-1, n))[..., length - n :].masked_fill_(future, -torch.inf)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.attention import Batch
+from rapid.compiled_rows import gated, rms_norm, rotate
 from rapid.errors import ModelFileError, PassAbandoned
 from rapid.linear import Linear, make_linear
 from rapid.parallel import Group, local
@@ -26,16 +27,10 @@ class RMSNorm:
     """x / sqrt(mean(x²) + ε) · weight, over the last dimension."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._eps, self._size = eps, weight.shape[-1]
-        # On a CPU rms_norm is six small operations. The layer norm of [x, -x], whose mean is zero, is the same in one.
-        self._mirrored = weight.device.type == "cpu"
-        self._weight = torch.cat((weight, torch.zeros_like(weight))) if self._mirrored else weight
+        self._weight, self._eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._mirrored:
-            return F.rms_norm(x, (self._size,), self._weight, self._eps)
-        both = torch.cat((x, -x), -1)
-        return F.layer_norm(both, (2 * self._size,), self._weight, None, self._eps)[..., : self._size]
+        return rms_norm(x, self._weight, self._eps)
 
 
 class _Layer(NamedTuple):
@@ -111,23 +106,19 @@ class Decoder:
             PassAbandoned: ``abandoned``, which is asked before every layer, said so.
         """
         x = self._embed(tokens)  # [total, hidden]
-        cos, sin = self._rotations(x, positions)
+        cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
         total = len(tokens)
-        turning = self.num_heads + self.num_kv_heads
         for i, layer in enumerate(self._layers):
             if abandoned():
                 raise PassAbandoned
             heads = layer.qkv(layer.attention_norm(x)).view(total, -1, self.head_dim)
-            query_key, value = heads[:, :turning], heads[:, turning:]
             if layer.query_norm is not None and layer.key_norm is not None:
-                split = query_key.split((self.num_heads, self.num_kv_heads), 1)
-                query_key = torch.cat((layer.query_norm(split[0]), layer.key_norm(split[1])), 1)
-            halves = query_key.reshape(total, turning, 2, self.head_dim // 2)
-            turned = torch.addcmul(query_key * cos, halves.flip(2).view(total, turning, self.head_dim), sin)
-            query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
+                query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+                heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
+            heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
+            query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
             x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
-            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
-            x = x + self._summed(layer.down(F.silu(gate).mul_(up)))
+            x = x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
         if self._group is None:
             return self._head(self._norm(x[rows]))
         # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
@@ -144,13 +135,6 @@ class Decoder:
 
     def _summed(self, part: Tensor) -> Tensor:
         return part if self._group is None else self._group.summed(part)
-
-    def _rotations(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [total, 1, d]: rotating is x·cos + (halves of x swapped)·sin."""
-        cos, sin = self._rotary(x, positions[None])
-        half = self.head_dim // 2
-        signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
-        return cos[0].unsqueeze(1), signed.unsqueeze(1)
 
     def _take_layer(self, layer: Any, quantization: str) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
