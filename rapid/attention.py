@@ -1,9 +1,9 @@
 """Attention over a ragged batch: the tokens of several sequences in one row, each sequence with its own pages.
 
 Two kernels, chosen once when a model is loaded. `RunAttention` (CPU) reads the cache where it lies: a sequence's pages
-are mostly neighbours, so it multiplies with a few long runs and gathers nothing; a few tokens over bfloat16 pages take
-a kernel of their own (`rapid.compiled_attention`). `rapid.paged_attention` (CUDA) works from device tensors alone, a
-block table and lengths, so that a pass can be captured in a CUDA graph.
+are mostly neighbours, so it multiplies with a few long runs and gathers nothing; bfloat16 pages have a kernel of their
+own where LLVM is installed (`rapid.compiled_attention`). `rapid.paged_attention` (CUDA) works from device tensors
+alone, a block table and lengths, so that a pass can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -65,39 +65,36 @@ class _RunBatch:
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self._pool = extensions[0].cache.pool
         self._slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
-        self._few: list[Read] = []
-        self._many = []
-        self._plan: Plan | None = None
-        compiled = suits(self._pool.layout)
+        self._compiled = suits(self._pool.layout)
+        self._plan: Plan | None = None  # of the compiled kernel
+        self._reads, self._runs = [], []
         start = 0
         for cache, tokens, _ in extensions:
             n = len(tokens)
             end = cache.length + n
-            if compiled and n < MANY:
-                self._few.append(Read(start, n, end, cache.pages))
-            else:
-                # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
-                split = n >= MANY and self._pool.layout.dtype == torch.float32
-                self._many.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
+            self._reads.append(Read(start, n, end, cache.pages))
+            # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
+            split = n >= MANY and self._pool.layout.dtype == torch.float32
+            self._runs.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self._pool.keys[layer], self._pool.values[layer]  # [KV heads, slots, d]
         store(key, self._slots, keys)
         store(value, self._slots, values)
-        output = query.new_empty(len(query), query.shape[1] * query.shape[2])
-        if self._few:
-            self._plan = self._plan or Plan(self._few, self._pool.layout, query.shape[1], scaling)
-            self._plan.attend(query, keys, values, output)
-        for here, runs, split in self._many:
+        if self._compiled:
+            self._plan = self._plan or Plan(self._reads, self._pool.layout, query.shape[1], scaling)
+            return self._plan.attend(query, keys, values)
+        query = query * scaling
+        outputs = []
+        for here, runs, split in self._runs:
             pairs = [(keys[:, a:b], values[:, a:b]) for a, b in runs]
-            rows = query[here] * scaling
-            output[here] = (
-                _attend_blocked(rows, pairs, key[here].transpose(0, 1), value[here].transpose(0, 1))
-                if split
-                else attend_whole(rows, pairs)
-            )
-        return output
+            if split:
+                new_keys, new_values = key[here].transpose(0, 1), value[here].transpose(0, 1)
+                outputs.append(_attend_blocked(query[here], pairs, new_keys, new_values))
+            else:
+                outputs.append(attend_whole(query[here], pairs))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,25 +1,27 @@
-"""Attention of a few query tokens a sequence over bfloat16 pages, compiled for this CPU (`rapid.jit`).
+"""Attention over bfloat16 pages, compiled for this CPU (`rapid.jit`).
 
-Every sequence's cache is cut into blocks of positions. One thread takes one block of one KV head: the query heads that
-share it are rows, keys are turned so that sixteen positions lie in one register, and the block's output is kept with
-its largest score and its sum of weights. When all blocks are done they are merged, as in flash decoding. Keys and
-values are read once, in the order in which they lie.
+Every sequence's cache is cut into blocks of positions. One thread takes one block of one KV head and a few new tokens:
+the query heads that share it are rows, keys are turned so that sixteen positions lie in one register, and the block's
+output is kept with its largest score and its sum of weights. When all blocks are done they are merged, as in flash
+decoding. Keys and values are read once, in the order in which they lie.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rapid.jit import COUNTERS, LANES, Code, Kernel, available, constant, every_float, floats, kind, words
+from rapid.jit import COUNTERS, Kernel, available
+from rapid.kernel_code import LANES, Code, constant, every_float, floats, kind, words
 from rapid.kv_cache import KVLayout
 
 PAGE = 16  # positions, one a lane
 _BLOCK = 256  # positions that one thread takes at a time
+_TOKENS = 16  # whose scores a thread keeps at a time
 _AHEAD = 2  # pages, that memory is asked for
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
 _MERGE = ("row", "new", "head", "partial", "blocks")
@@ -37,6 +39,12 @@ class Read(NamedTuple):
     length: int
     pages: list[int]
 
+    def parts(self) -> Iterator[Read]:
+        """A few tokens at a time, none of which sees more than it should."""
+        for start in range(0, self.new, _TOKENS):
+            end = min(start + _TOKENS, self.new)
+            yield Read(self.row + start, end - start, self.length - self.new + end, self.pages)
+
 
 def suits(layout: KVLayout) -> bool:
     """Whether there is a kernel for this cache."""
@@ -50,7 +58,7 @@ class Plan:
         group, d = num_heads // layout.num_kv_heads, layout.head_dim
         items, merges, partial = [], [], 0
         pages: list[int] = []
-        for row, new, length, own in reads:
+        for row, new, length, own in (part for read in reads for part in read.parts()):
             for head in range(layout.num_kv_heads):
                 merges.append((row, new, head, partial, -(-length // _BLOCK)))
                 for first in range(0, length, _BLOCK):
@@ -58,16 +66,14 @@ class Plan:
                     partial += new * group
             pages.extend(own)
         self._items, self._merges, self._pages = torch.tensor(items), torch.tensor(merges), torch.tensor(pages)
-        most = max(read.new for read in reads) * group
+        most = min(max(read.new for read in reads), _TOKENS) * group
         self._scratch = torch.empty(torch.get_num_threads(), _Scratch(most, d).size, dtype=torch.uint8)
         self._partials = torch.empty(partial, d + 2)
         self._kernel = _kernel(layout.num_kv_heads, group, d, scaling)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
-        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d].
-
-        Writes what it reads for into ``output`` [total, heads·d].
-        """
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d] to [total, heads·d]."""
+        output = query.new_empty(len(query), query.shape[1] * query.shape[2])
         self._kernel(
             *(self._items.data_ptr(), len(self._items), self._merges.data_ptr(), len(self._merges)),
             *(self._pages.data_ptr(), query.data_ptr(), query.stride(0) * query.itemsize, output.data_ptr()),
@@ -75,6 +81,7 @@ class Plan:
             *(keys.stride(0) * keys.itemsize, self._scratch.data_ptr(), self._scratch.stride(0)),
             self._partials.data_ptr(),
         )
+        return output
 
 
 class _Scratch:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.jit import COUNTERS, LANES, Code, Kernel, constant, every_float, floats, kind, words
+from rapid.jit import COUNTERS, Kernel
+from rapid.kernel_code import LANES, Code, constant, every_float, floats, kind, words
 
 GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
 _PANELS = 2  # that a thread takes at a time

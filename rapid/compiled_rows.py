@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.jit import COUNTERS, LANES, Code, Kernel, available, constant, every_float, floats, kind
+from rapid.jit import COUNTERS, Kernel, available
+from rapid.kernel_code import LANES, Code, constant, every_float, floats, kind
 
 _MANY = 16  # rows; from here on it pays to wake the other threads
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}

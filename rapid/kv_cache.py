@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rapid.memory import take_small_pages
+
 
 @dataclass(frozen=True)
 class KVLayout:
@@ -67,6 +69,8 @@ class KVPool:
         shape = (layout.num_layers, *heads_and_slots, layout.head_dim)
         self.keys = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.values = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        take_small_pages(self.keys)
+        take_small_pages(self.values)
         self._free = np.ones(self.num_pages, dtype=bool)
         self._users = [0] * self.num_pages
         self._index: dict[_Key, int] = {}
