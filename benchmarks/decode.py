@@ -35,13 +35,18 @@ async def ours(
 ) -> list[dict[str, Any]]:
     rows = []
     for question in asked:
-        await run(backend, settings, question.prompt, 0, 2, strategy="rapid", num_draft_tokens=1)  # reads the prompts
+        reading = await run(backend, settings, question.prompt, 0, 2, strategy="autoregressive")
+        await run(
+            backend, settings, question.prompt, 0, 2, strategy="rapid", num_draft_tokens=1
+        )  # the drafter's prompt
         for temperature in (0.0, 0.5):
             runs = {
                 strategy: await run(backend, settings, question.prompt, temperature, new_tokens, strategy=strategy)
                 for strategy in STRATEGIES
             }
             rows.append(_row(question, temperature, runs))
+            if not reading.statistics.cached_tokens:
+                rows[-1]["prefill_tokens_per_second"] = round(len(question.prompt.tokens) / reading.first_s, 1)
             _print(rows[-1])
     return rows
 
@@ -122,6 +127,9 @@ def main() -> None:
         rows = asyncio.run(ours(backend, settings, asked, options.new_tokens))
         shorts = [_short(backend, settings, question) for question in asked]
     results: dict[str, Any] = {"new_tokens": options.new_tokens, "rows": rows}
+    reading = [row["prefill_tokens_per_second"] for row in rows if "prefill_tokens_per_second" in row]
+    results["prefill_tokens_per_second"] = statistics.median(reading)
+    print(f"prefill {results['prefill_tokens_per_second']} tokens/s")
     for strategy in STRATEGIES:
         speeds = [row[strategy]["tokens_per_second"] for row in rows]
         ratios = [row[strategy]["ratio"] for row in rows]
