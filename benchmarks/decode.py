@@ -149,7 +149,9 @@ def main() -> None:
                 known = [r[way] for r in results["peers"] if r["dtype"] == dtype and r[way] is not None]
                 if known:
                     results[f"{way}_{dtype}"] = statistics.median(known)
-                    ratio = results["rapid"]["median_tokens_per_second"] / statistics.median(known)
+                    reads = way == "prefill_tokens_per_second"
+                    own = results[way] if reads else results["rapid"]["median_tokens_per_second"]
+                    ratio = own / statistics.median(known)
                     print(f"{way} {dtype}: {statistics.median(known)} tokens/s; rapid is {ratio:.2f}x")
         write("decode", results, part=part)
 
