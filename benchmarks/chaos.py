@@ -221,7 +221,7 @@ async def killings(num_kills: int, clients: int, pause_s: float, seed: int) -> d
 
 
 async def node_removal(cluster: Cluster, clients: int) -> dict[str, Any]:
-    """The node with a target on it goes away without a word, and comes back empty."""
+    """The node with most of the engines on it goes away without a word, and comes back empty."""
     routed = Load(new_tokens=8)
     async with httpx.AsyncClient(timeout=WHATEVER_LASTS) as client:
         for index in [*range(4)] * 4:
@@ -231,7 +231,9 @@ async def node_removal(cluster: Cluster, clients: int) -> dict[str, Any]:
     load = Load(new_tokens=48)
     async with load.running(clients, num_questions=4):
         await asyncio.sleep(5)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        groups = ray.util.placement_group_table().values()
+        held = Counter(node for group in groups for node in group["bundles_to_node_id"].values())
+        cluster.remove_node(max(cluster.worker_nodes, key=lambda node: held[node.node_id]), allow_graceful=False)
         print("  a node is gone", flush=True)
         await asyncio.sleep(10)
         cluster.add_node(num_cpus=NODE_CPUS)

@@ -1,6 +1,6 @@
 """What a round costs besides the models: γ = 10, a vocabulary of 128,256, draft_top_k at its default.
 
-The coordinator asks for a draft and has it verified, each by an actor of its own; the draft goes from actor to actor.
+The coordinator asks for a draft and has it verified, each by a process of its own, over the channels of two leases.
 First with engines that compute nothing and answer at once, then with models of next to nothing that sample and verify:
 there a round's coordination is its time less what the two engines report, and processes that have slept for a while are
 slower to wake.
@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from benchmarks.results import write
 from deployments.app import build
-from deployments.config import EngineConfig, parse_config
+from deployments.channel import Address, Channel, Listener
+from deployments.config import parse_config
 from deployments.coordinator import RayBackend, _RayLease
-from deployments.engines import RankActor, Ticket
 from rapid.control import DraftLimits
 from rapid.request import SpeculationParams
 from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Verified
 
 GAMMA, VOCAB = 10, 128_256
@@ -54,8 +55,13 @@ def save_next_to_nothing(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 
-class EmptyEngine(RankActor):
+class EmptyEngine:
     """Answers as an engine does, with drafts and verdicts that are always the same."""
+
+    async def listen(self) -> Address:
+        methods = {"propose": self.propose, "verify": self.verify}
+        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods)
+        return self._listener.address
 
     async def propose(self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, top_k: int) -> Draft:
         pairs = [(np.arange(i, i + top_k, dtype=np.int32), np.full(top_k, 1 / top_k, np.float32)) for i in range(GAMMA)]
@@ -66,10 +72,8 @@ class EmptyEngine(RankActor):
 
 
 async def empty_rounds(num: int) -> dict[str, Any]:
-    target, drafter = (
-        _RayLease(Ticket("lease", "", ray.remote(EmptyEngine).options(max_concurrency=1000).remote(EngineConfig())))
-        for _ in range(2)
-    )
+    actors = [ray.remote(EmptyEngine).remote() for _ in range(2)]
+    target, drafter = [_RayLease(await Channel.connect(await actor.listen.remote()), "lease") for actor in actors]
     top_k, times = SpeculationParams().draft_top_k, []
     for i in range(num):
         started = time.perf_counter()
@@ -92,7 +96,7 @@ async def rounds(num: int) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         room = num * (GAMMA + 1) + GAMMA + 1
         target, drafter = [
-            await stack.enter_async_context(backend.lease(role, [5] * 300, room, SamplingParams()))
+            await stack.enter_async_context(backend.lease(role, Opening([5] * 300, room, SamplingParams())))
             for role in ("target", "drafter")
         ]
         await asyncio.gather(target.prefill(), drafter.prefill())

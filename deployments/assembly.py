@@ -20,9 +20,10 @@ from retrieval import ChunkStore, Retriever, load_embedder
 
 
 def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
-    """The retriever that ``config`` describes. Chunks are counted in the target's tokens."""
+    """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
     embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
-    key = config.qdrant_api_key.get_secret_value() if config.qdrant_api_key else None
+    configured = config.qdrant_api_key
+    key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
     store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension)
     return Retriever(embedder, store, load_tokenizer(target_model))
 

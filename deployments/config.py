@@ -71,7 +71,7 @@ class EngineConfig(Strict):
     )
     max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
-    max_queued: int = Field(64, ge=0, description="requests that wait for a place; one more is answered 429")
+    max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
     drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
 
@@ -84,7 +84,7 @@ class RetrieverConfig(Strict):
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
-    qdrant_api_key: SecretStr | None = None
+    qdrant_api_key: SecretStr | None = Field(None, description="QDRANT_API_KEY in the environment when not set")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 

@@ -1,8 +1,8 @@
 """The Coordinator: turns a request into a prompt, runs the decode loop over leased engines, streams what comes."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from ray import serve
@@ -10,78 +10,98 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of
 from deployments.protocol import Completion, Health
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
 from rapid.engine import EngineStats
-from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError
+from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.generate import generate
 from rapid.model_info import ModelInfo
 from rapid.request import Delta, Finish
-from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Prefilled, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import RetrievalError
 
 _PATIENCE_FOR_ANOTHER_S = 180.0  # engine, when one is lost: a new replica has to load its model
-_PATIENCE_S = 5.0  # with Serve, for a place that a request can do without
+_PATIENCE_S = 5.0  # with Serve, for what a request can do without
 _ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
 
 
 class RayBackend:
-    """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine actor."""
+    """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine's process."""
 
-    def __init__(self, engines: dict[Role, DeploymentHandle], retriever: DeploymentHandle, *, overlap: bool) -> None:
+    def __init__(
+        self,
+        engines: dict[Role, DeploymentHandle],
+        retriever: DeploymentHandle,
+        *,
+        overlap: bool,
+        may_be_away: Collection[Role] = (),
+    ) -> None:
         self.costs = Costs()
         self.patience_s = _PATIENCE_FOR_ANOTHER_S
         self.overlap = overlap
-        self._engines, self._retriever = engines, retriever
-        self._addresses: dict[Role, tuple[ModelInfo, Any]] = {}
-        self._abandoning: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
+        self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
+        self._infos: dict[Role, ModelInfo] = {}
+        self._actors: dict[Role, Any] = {}  # one that was there lately
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def connect(self) -> None:
         """Waits for both models to be loaded."""
-        for role, engine in self._engines.items():
-            self._addresses[role] = await engine.address.remote()
+        for role in self._engines:
+            await self._find(role)
+
+    async def _find(self, role: Role) -> None:
+        self._infos[role], self._actors[role] = await self._engines[role].address.remote()
 
     def info(self, role: Role) -> ModelInfo:
-        return self._addresses[role][0]
+        return self._infos[role]
 
     async def stats(self) -> dict[Role, EngineStats]:
-        """What the engines hold; asked of the actors, since a call through Serve waits while all places are leased."""
-        roles = list(self._addresses)
-        return dict(
-            zip(roles, await asyncio.gather(*(self._addresses[r][1].stats.remote() for r in roles)), strict=True)
-        )
+        """What the engines hold; asked of the actors, since a call through Serve waits while all places are leased.
+
+        An engine that may be away is left out when it is: to ask Serve for it would bring it back.
+        """
+        held: dict[Role, EngineStats] = {}
+        for role in self._engines:
+            try:
+                held[role] = await self._actors[role].stats.remote()
+            except RayActorError:
+                if role not in self._may_be_away:
+                    await self._find(role)
+                    held[role] = await self._actors[role].stats.remote()
+        return held
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
         try:
-            retrieval: Retrieval = await self._retriever.retrieve.remote(contents, query, options)
+            async with asyncio.timeout(_PATIENCE_S):
+                await anext(stream)
+            retrieval: Retrieval = await anext(stream)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        except TimeoutError as error:
+            stream.cancel()
+            raise RetrievalFailed(f"no retriever answered within {_PATIENCE_S} s") from error
         except RetrievalError as error:
             # Across processes str() is the remote traceback; the first argument is still the message.
-            raise RapidError(f"retrieval failed: {error.cause}", code="retrieval_failed", status=503) from error
+            raise RetrievalFailed(f"retrieval failed: {error.cause}") from error
         except RayError as error:
-            raise RapidError("the retriever is gone", code="retrieval_failed", status=503) from error
+            raise RetrievalFailed("the retriever is gone") from error
         return retrieval
 
     @asynccontextmanager
-    async def lease(
-        self,
-        role: Role,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        *,
-        written: int = 0,
-        may_wait: bool = True,
-    ) -> AsyncIterator[Lease]:
-        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(prompt))
-        stream = handle.lease.remote(prompt, max_new_tokens, sampling, written, may_wait)
+    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(opening.prompt))
+        stream = handle.lease.remote(opening)
         first = asyncio.ensure_future(anext(stream))
         try:
-            async with asyncio.timeout(None if may_wait else _PATIENCE_S):
+            async with asyncio.timeout(None if opening.may_wait else _PATIENCE_S):
                 ticket: Ticket | RapidError = await asyncio.shield(first)
         except TimeoutError as error:
             self._abandon(stream, first)
@@ -95,8 +115,17 @@ class RayBackend:
             raise
         if isinstance(ticket, RapidError):
             raise ticket
+        self._actors[role] = ticket.engine
         try:
-            yield _RayLease(ticket)
+            try:
+                channel = await Channel.connect(ticket.address)
+            except OSError as error:
+                raise EngineLost(f"the {role}'s engine cannot be reached: {error}") from error
+            self._keep(_close_with(stream, channel))
+            try:
+                yield _RayLease(channel, ticket.lease_id)
+            finally:
+                channel.close()
         finally:
             ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
 
@@ -109,45 +138,49 @@ class RayBackend:
             if done and not first.cancelled() and first.exception() is None and isinstance(first.result(), Ticket):
                 first.result().engine.close.remote(first.result().lease_id)
 
-        task = asyncio.create_task(give_back())
-        self._abandoning.add(task)
-        task.add_done_callback(self._abandoning.discard)
+        self._keep(give_back())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Lets ``work`` go on behind a request; asyncio itself keeps no task alive."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
+    """A lease's stream ends with its sequence and fails with its replica: also when a whole node is gone, of which the
+    connection alone would say nothing."""
+    try:
+        with suppress(Exception):
+            await anext(stream, None)
+    finally:
+        channel.close()
 
 
 class _RayLease:
-    def __init__(self, ticket: Ticket) -> None:
-        self._engine, self._id = ticket.engine, ticket.lease_id
+    def __init__(self, channel: Channel, lease_id: str) -> None:
+        self._channel, self._id = channel, lease_id
 
     async def prefill(self) -> Prefilled:
-        try:
-            prefilled: Prefilled = await self._engine.prefill.remote(self._id)
-        except RayActorError as error:
-            raise EngineLost("the engine died while it read the prompt") from error
+        prefilled: Prefilled = await self._call("prefill")
         return prefilled
 
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
-        draft: DraftHandle = self._engine.propose.remote(self._id, offset, tokens, limits, draft_top_k)
-        return draft
+        return self._channel.call("propose", self._id, offset, tokens, limits, draft_top_k)
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
-        # A draft that is still a reference is fetched by the target's engine from the drafter's, not by this process.
         try:
-            verified: Verified = await self._engine.verify.remote(self._id, draft, rule, transfer_strength)
+            draft = draft if isinstance(draft, Draft) else await draft
         except Exception as error:
-            # A draft that failed fails the call it is an argument of; which of the two it was, only the draft can tell.
-            if not isinstance(draft, Draft):
-                await _raise_if_lost(draft)
-            if isinstance(error, RayActorError):
-                raise EngineLost("the engine died") from error
-            raise
+            raise DraftLost(f"the drafter failed: {error}") from error
+        verified: Verified = await self._call("verify", draft, rule, transfer_strength)
         return verified
 
-
-async def _raise_if_lost(draft: DraftHandle) -> None:
-    try:
-        await draft
-    except Exception as error:
-        raise DraftLost(f"the drafter failed: {type(error).__name__}") from error
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return await self._channel.call(method, self._id, *args)
+        except ConnectionError as error:
+            raise EngineLost("the engine is gone") from error
 
 
 @serve.deployment
@@ -158,7 +191,9 @@ class Coordinator:
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
         self._config = config
-        self._backend = RayBackend({"target": target, "drafter": drafter}, retriever, overlap=config.overlaps)
+        engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
+        away: list[Role] = [] if config.drafting_engine.replicas.min else ["drafter"]
+        self._backend = RayBackend(engines, retriever, overlap=config.overlaps, may_be_away=away)
         self._tokenizer = load_tokenizer(config.target.model)
         if config.drafting_engine.model != config.target.model:
             check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafting_engine.model))
@@ -182,12 +217,8 @@ class Coordinator:
             yield error
 
     async def health(self) -> Health:
-        """What each engine holds; raises when one does not answer."""
-        try:
-            stats = await self._backend.stats()
-        except RayActorError:  # a replica was replaced, and its engine with it
-            await self._backend.connect()
-            stats = await self._backend.stats()
+        """What each engine holds that is there; raises when one does not answer."""
+        stats = await self._backend.stats()
         return Health(
             status="ok",
             models={role: self._backend.info(role).name for role in stats},

@@ -2,7 +2,7 @@
 
 A lease is a stream. Its first item says where the sequence is; it then stays open for as long as the request lives, so
 that Serve's count of ongoing requests is the number of sequences, and a client that goes away closes it. Everything in
-between goes straight to the engine actor.
+between goes straight to the engine actor, over a channel.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.scaling import KV_SHARE
+from deployments.channel import Address, Listener
 from deployments.config import EngineConfig
 from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
 from rapid.parallel import Place
-from rapid.sampling import SamplingParams
-from rapid.sequence import Sequence
+from rapid.sequence import Opening, Sequence
 from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 
 logger = logging.getLogger("ray.serve")
@@ -48,11 +48,11 @@ def document_of(prompt: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lease: sequence ``lease_id`` of ``engine``, kept by replica ``replica_id``."""
+    """A lease: sequence ``lease_id`` of the actor ``engine``, which answers at ``address``."""
 
     lease_id: str
-    replica_id: str
-    engine: Any  # the engine actor's handle
+    engine: Any
+    address: Address
 
 
 class RankActor:
@@ -79,41 +79,36 @@ class RankActor:
 
 
 class EngineActor(RankActor):
-    """One model, its engine and the open sequences. All calls but the first ones name a lease."""
+    """One model, its engine and the open sequences. All calls but the first ones name a lease.
+
+    What a request does again and again goes over a channel, without Ray.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self._leases: dict[str, Sequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
 
-    async def load(self, place: Place | None) -> ModelInfo:
-        """Loads the model, with the other ranks where there are any, and starts the engine."""
+    async def load(self, place: Place | None) -> tuple[ModelInfo, Address]:
+        """Loads the model, with the other ranks where there are any, starts the engine, and says where it answers."""
         from deployments.assembly import build_engine
 
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, place)
-        return self._engine.model.info
+        methods = {"prefill": self.prefill, "propose": self.propose, "verify": self.verify}
+        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods)
+        return self._engine.model.info, self._listener.address
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    async def open(
-        self,
-        lease_id: str,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        written: int,
-        may_wait: bool,
-    ) -> None:
-        opening = self._opening[lease_id] = self._engine.open(
-            prompt, max_new_tokens, sampling, written=written, may_wait=may_wait
-        )
+    async def open(self, lease_id: str, opening: Opening) -> None:
+        opened = self._opening[lease_id] = self._engine.open(opening)
         try:
-            self._leases[lease_id] = await asyncio.wrap_future(opening)
+            self._leases[lease_id] = await asyncio.wrap_future(opened)
         except asyncio.CancelledError:
-            self._engine.abandon(opening)
+            self._engine.abandon(opened)
             raise
         finally:
             del self._opening[lease_id]
@@ -162,7 +157,6 @@ class EngineReplica:
     """
 
     async def __init__(self, config: EngineConfig) -> None:
-        self._replica_id = serve.get_replica_context().replica_id.unique_id
         group = ray.util.get_current_placement_group()
 
         def start(kind: type[RankActor], rank: int) -> Any:
@@ -178,7 +172,7 @@ class EngineReplica:
             place = Place(0, config.tensor_parallel, await self._engine.address.remote())
             self._following = [f.follow.remote(replace(place, rank=i)) for i, f in enumerate(followers, 1)]
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
-        self._info: ModelInfo = await self._engine.load.remote(place)
+        self._info, self._address = await self._engine.load.remote(place)
         logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
 
     async def _end_with_first_of(self, ranks: list[Any]) -> None:
@@ -193,9 +187,7 @@ class EngineReplica:
         """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
         return document
 
-    async def lease(
-        self, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, written: int, may_wait: bool
-    ) -> AsyncIterator[Ticket | RapidError]:
+    async def lease(self, opening: Opening) -> AsyncIterator[Ticket | RapidError]:
         """Opens a sequence; closing this stream, for whatever reason, frees it.
 
         Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.
@@ -204,13 +196,13 @@ class EngineReplica:
         lease_id = uuid.uuid4().hex
         try:
             try:
-                await self._engine.open.remote(lease_id, prompt, max_new_tokens, sampling, written, may_wait)
+                await self._engine.open.remote(lease_id, opening)
                 if document := serve.get_multiplexed_model_id():
                     await self._remember(document)
             except RapidError as error:
                 yield error
                 return
-            yield Ticket(lease_id, self._replica_id, self._engine)
+            yield Ticket(lease_id, self._engine, self._address)
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 
 from ray import serve
 
@@ -19,5 +20,10 @@ class RetrieverReplica:
         os.nice(19)
         self._retriever = build_retriever(config, target_model)
 
-    async def retrieve(self, contents: list[str], query: str, options: RetrievalOptions) -> Retrieval:
-        return await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
+    async def retrieve(
+        self, contents: list[str], query: str, options: RetrievalOptions
+    ) -> AsyncIterator[Retrieval | None]:
+        """None as soon as a replica has the question, so that whoever asks can tell a long document from nobody there;
+        then the answer."""
+        yield None
+        yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)

@@ -28,6 +28,7 @@ NO_DRAFTS = {
     "drafter_window_exceeded": "the retrieved context does not fit the drafter's window",
     "kv_memory_exceeded": "the drafter has too little KV memory (see kv_memory_gib)",
     "overloaded": "the drafter is full",
+    "retrieval_failed": "what matters of the context could not be retrieved",
 }
 NONE = "–"
 ANSWER_CHARS = 400

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from rapid.control import Costs, DraftLimits
 from rapid.model_info import ModelInfo
 from rapid.prompts import RetrievedText
-from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Prefilled, Verified
 
 Role = Literal["target", "drafter"]
@@ -63,18 +63,16 @@ class Backend(Protocol):
     overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
-    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval: ...
-    def lease(
-        self,
-        role: Role,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        *,
-        written: int = 0,
-        may_wait: bool = True,
-    ) -> AbstractAsyncContextManager[Lease]:
-        """Room for ``prompt``, whose last ``written`` tokens are output already, and ``max_new_tokens``.
+    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        """What of ``contents`` matters to ``query``.
+
+        Raises:
+            RetrievalFailed: nobody can tell now.
+        """
+        ...
+
+    def lease(self, role: Role, opening: Opening) -> AbstractAsyncContextManager[Lease]:
+        """A sequence on one of the engines.
 
         Raises:
             Overloaded: there is no room, and it may not wait or too many do.

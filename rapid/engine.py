@@ -8,24 +8,22 @@ pass, and hands the rows back. Target and drafter are the same class.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from rapid.admission import Admission
 from rapid.attention import Extension
 from rapid.compute import compute
-from rapid.errors import InvalidRequest, Overloaded, PassAbandoned, SequenceClosed
-from rapid.kv_cache import KVCache, PoolStats
-from rapid.sampling import SamplingParams
+from rapid.errors import PassAbandoned, SequenceClosed
+from rapid.kv_cache import PoolStats
 from rapid.schedule import Running, schedule, settle
-from rapid.sequence import Sequence, Task
+from rapid.sequence import Opening, Sequence, Task
 
 if TYPE_CHECKING:
     from rapid.model import Model
@@ -43,17 +41,6 @@ class EngineStats(NamedTuple):
     kv: PoolStats
     forward_passes: int
     tokens_processed: int
-
-
-class _Arrival(NamedTuple):
-    """A sequence that waits for room."""
-
-    prompt: list[int]
-    capacity: int
-    sampling: SamplingParams
-    written: int
-    future: Future[Sequence]
-    may_wait: bool
 
 
 class Engine:
@@ -75,33 +62,18 @@ class Engine:
     ) -> None:
         self.model = model
         self._pool = model.new_pool(kv_bytes)
-        self._max_batch_tokens, self._max_queued = max_batch_tokens, max_queued
-        self._idle_timeout = idle_timeout
-        self._sequences: dict[int, Sequence] = {}
-        self._ids = itertools.count(1)
-        self._arrivals: deque[_Arrival] = deque()
+        self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
+        self._max_batch_tokens = max_batch_tokens
         self._submitted: list[tuple[Task[Any], Future[Any]]] = []
-        self._closing: list[Sequence] = []
         self._running: list[Running] = []
         self._forward_passes = self._tokens_processed = 0
-        self._pool_stats = self._pool.stats()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
-    def open(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        *,
-        written: int = 0,
-        may_wait: bool = True,
-    ) -> Future[Sequence]:
-        """A new sequence with room for ``prompt`` and ``max_new_tokens``, and a random generator of its own.
-
-        The last ``written`` tokens of the prompt are output of a sequence elsewhere that this one goes on from.
+    def open(self, opening: Opening) -> Future[Sequence]:
+        """A new sequence, with a random generator of its own.
 
         The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
         A caller that gives up while it waits hands the future to `abandon`.
@@ -109,21 +81,11 @@ class Engine:
         Raises:
             InvalidRequest: it needs more than the whole budget.
         """
-        capacity = len(prompt) + max_new_tokens
-        if self._pool.pages_for(capacity) > self._pool.num_pages:
-            needed, total = capacity * self.model.layout.bytes_per_token, self._pool.num_pages * self._pool.page_bytes
-            raise InvalidRequest(
-                f"{capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self.model.info.name} has "
-                f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory_gib",
-                code="kv_memory_exceeded",
-            )
-        future: Future[Sequence] = Future()
         with self._wake:
+            future = self._admission.arrive(opening)
             if self._stopping:
-                future.set_exception(SequenceClosed("the engine is shutting down"))
-            else:
-                self._arrivals.append(_Arrival(prompt, capacity, sampling, written, future, may_wait))
-                self._wake.notify()
+                self._admission.refuse(_shutting_down())
+            self._wake.notify()
         return future
 
     def abandon(self, opening: Future[Sequence]) -> None:
@@ -142,19 +104,13 @@ class Engine:
         Raises:
             SequenceClosed: it was closed, or expired.
         """
-        sequence = self._sequences.get(sequence_id)
-        if sequence is None:
-            raise SequenceClosed(f"sequence {sequence_id} is closed: the request was cancelled or idle for too long")
-        sequence.last_used = time.monotonic()
-        return sequence
+        return self._admission.get(sequence_id)
 
     def close(self, sequence: Sequence) -> None:
         """Gives the sequence's room back. Tasks on it fail with SequenceClosed, at the next layer of a pass that is
         nobody else's, and after the pass otherwise."""
         with self._wake:
-            if self._sequences.pop(sequence.id, None):
-                self._closing.append(sequence)
-                sequence.ended.set_result(None)
+            self._admission.leave(sequence)
             self._wake.notify()
 
     def submit(self, task: Task[T]) -> Future[T]:
@@ -165,7 +121,7 @@ class Engine:
         future: Future[T] = Future()
         with self._wake:
             if self._stopping:
-                future.set_exception(SequenceClosed("the engine is shutting down"))
+                future.set_exception(_shutting_down())
             else:
                 self._submitted.append((task, future))
                 self._wake.notify()
@@ -175,10 +131,10 @@ class Engine:
         """What the engine holds and has done so far."""
         with self._wake:
             return EngineStats(
-                num_sequences=len(self._sequences),
-                num_waiting=len(self._arrivals),
-                kv_bytes=self._pool_stats.bytes_used,
-                kv=self._pool_stats,
+                num_sequences=self._admission.num_sequences,
+                num_waiting=self._admission.num_waiting,
+                kv_bytes=self._admission.kv.bytes_used,
+                kv=self._admission.kv,
                 forward_passes=self._forward_passes,
                 tokens_processed=self._tokens_processed,
             )
@@ -193,12 +149,10 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._expire()
-                self._exchange()
+                self._update_admission()
                 while not (self._submitted or self._running or self._stopping):
                     self._wake.wait(timeout=1.0)
-                    self._expire()
-                    self._exchange()
+                    self._update_admission()
                 if self._stopping:
                     self._fail_everything()
                     return
@@ -213,41 +167,8 @@ class Engine:
         if self._running:
             self._step()
 
-    def _exchange(self) -> None:
-        """Takes back what closed sequences held, and lets in who now has room; in order, so that nobody starves."""
-        busy = {running.extend.sequence.id for running in self._running}
-        for sequence in [s for s in self._closing if s.id not in busy]:
-            self._pool.index(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
-            self._pool.close(sequence.cache)
-            self._closing.remove(sequence)
-        arrivals, self._arrivals = self._arrivals, deque()
-        for arrival in arrivals:
-            if arrival.future.cancelled():
-                continue
-            cache = self._pool.open(arrival.prompt, arrival.capacity) if not self._arrivals else None
-            if cache is not None:
-                self._admit(arrival, cache)
-            elif arrival.may_wait and len(self._arrivals) < self._max_queued:
-                self._arrivals.append(arrival)
-            elif arrival.future.set_running_or_notify_cancel():
-                waiting = f"no KV memory is free now, and {len(self._arrivals)} requests wait for it"
-                status = 429 if arrival.may_wait else 503
-                arrival.future.set_exception(Overloaded(f"{self.model.info.name}: {waiting}", status=status))
-        self._pool_stats = self._pool.stats()
-
-    def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
-        generator = torch.Generator(self.model.layout.device)
-        if arrival.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(arrival.sampling.seed)
-        sequence = Sequence(next(self._ids), cache, arrival.sampling, generator, arrival.prompt, arrival.written)
-        sequence.cached_tokens = cache.length
-        if not arrival.future.set_running_or_notify_cancel():
-            self._pool.close(cache)
-            return
-        self._sequences[sequence.id] = sequence
-        arrival.future.set_result(sequence)
+    def _update_admission(self) -> None:
+        self._admission.update({running.extend.sequence.id for running in self._running})
 
     def _step(self) -> None:
         """One iteration: schedule, run, send the rows back."""
@@ -310,18 +231,11 @@ class Engine:
             running.task.close()
             self._finish(running, SequenceClosed("the request was cancelled"))
 
-    def _expire(self) -> None:
-        deadline = time.monotonic() - self._idle_timeout
-        busy = {running.extend.sequence.id for running in self._running}  # it may be waiting for its turn
-        idle = [s for s in self._sequences.values() if s.last_used < deadline and s.id not in busy]
-        for sequence in idle:
-            logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
-            self.close(sequence)
-
     def _fail_everything(self) -> None:
-        futures = [future for _, future in self._submitted] + [arrival.future for arrival in self._arrivals]
-        waiting = [future for future in futures if future.set_running_or_notify_cancel()]
-        for future in waiting:
-            future.set_exception(SequenceClosed("the engine is shutting down"))
-        for running in self._running:
-            settle(running.future, SequenceClosed("the engine is shutting down"))
+        self._admission.refuse(_shutting_down())
+        for future in [future for _, future in self._submitted] + [running.future for running in self._running]:
+            settle(future, _shutting_down())
+
+
+def _shutting_down() -> SequenceClosed:
+    return SequenceClosed("the engine is shutting down")

@@ -95,6 +95,13 @@ class DraftLost(RapidError):
     _status = 503
 
 
+class RetrievalFailed(RapidError):
+    """The retriever, or its store, is gone or failed. An answer can do without: the target reads the whole context."""
+
+    _code = "retrieval_failed"
+    _status = 503
+
+
 class Overloaded(RapidError):
     """No capacity now; the same request may succeed later. Status 503, or 429 where this caller's own queue is full."""
 

@@ -1,8 +1,7 @@
 """The decode loop: plan, propose, verify, emit, until done.
 
 `generate` sees the world through a `Backend`, which retrieves and leases sequences on engines. In one process that is
-`rapid.local.LocalBackend`; on a cluster the engines are actors, and a draft goes from the drafter to the target without
-passing through here.
+`rapid.local.LocalBackend`; on a cluster the engines are processes of their own.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from functools import partial
 
 from rapid.backend import Backend, DraftHandle, Role
 from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
-from rapid.errors import ContextLengthExceeded, DraftLost
+from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.leases import DrafterLease, TargetLease
 from rapid.lookup import Lookup
 from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Verified, certain_draft
 from rapid.tokenization import TextStream
 
@@ -106,32 +106,36 @@ async def _prepare(
     reader: Role = "target"
     if strategy.retrieves and not strategy.drafts:  # "rag": one model, on the retrieved context
         reader = "drafter" if spec.rag_model == "drafter" else "target"
-        prompt = await _retrieve(request, backend, stats) or prompt
+        try:
+            prompt = await _retrieve(request, backend, stats) or prompt
+        except RetrievalFailed as error:
+            logger.warning("reading the whole context: %s", error.message)
+            stats.fallback = error.code
     max_tokens = _fit(request, prompt, backend.info(reader).window)
     room = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
     drafter = None
     if strategy.drafts:
-        read = partial(_read_short, request, backend, stats, max_tokens)
-        sampling = request.sampling
-        if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-        drafter = DrafterLease(backend, read, output, room, sampling, stats)
+        drafter = DrafterLease(backend, partial(_read_short, request, backend, stats, room), output, stats)
         leases.push_async_callback(drafter.close)
-    target = TargetLease(backend, reader, prompt, output, room, request.sampling, stats)
+    target = TargetLease(backend, reader, Opening(prompt, room, request.sampling), output, stats)
     leases.push_async_callback(target.close)
     await target.open()
     return target, drafter, max_tokens
 
 
-async def _read_short(
-    request: GenerationRequest, backend: Backend, stats: Statistics, max_tokens: int
-) -> list[int] | None:
-    """What the drafter reads; None, with the reason in ``stats.fallback``, where there is nothing to draft from."""
+async def _read_short(request: GenerationRequest, backend: Backend, stats: Statistics, room: int) -> Opening | None:
+    """What the drafter is opened with; None, with the reason in ``stats.fallback``, where there is nothing to read."""
     short = await _retrieve(request, backend, stats)
-    if short is not None and len(short) + max_tokens + MAX_DRAFT_TOKENS > backend.info("drafter").window:
+    if short is None:
+        return None
+    sampling = request.sampling
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
+    opening = Opening(short, room, sampling)
+    if opening.capacity - 1 > backend.info("drafter").window:  # the last token that it may write is never read
         stats.fallback = "drafter_window_exceeded"
         return None
-    return short
+    return opening
 
 
 async def _retrieve(request: GenerationRequest, backend: Backend, stats: Statistics) -> list[int] | None:

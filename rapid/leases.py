@@ -17,7 +17,7 @@ from rapid.backend import Backend, DraftHandle, Lease, Role
 from rapid.control import DraftLimits
 from rapid.errors import DraftLost, EngineLost, RapidError
 from rapid.request import Statistics
-from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Verified
 
 logger = logging.getLogger(__name__)
@@ -28,18 +28,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0  # between two tries to lease
 class TargetLease:
     """The sequence that verifies. ``output`` is the request's own list, which grows with every round."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        role: Role,
-        prompt: list[int],
-        output: list[int],
-        room: int,
-        sampling: SamplingParams,
-        stats: Statistics,
-    ) -> None:
-        self._backend, self._role, self._prompt, self._output = backend, role, prompt, output
-        self._room, self._sampling, self._stats = room, sampling, stats
+    def __init__(self, backend: Backend, role: Role, opening: Opening, output: list[int], stats: Statistics) -> None:
+        self._backend, self._role, self._stats = backend, role, stats
+        self._opening, self._output = opening, output
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
 
@@ -48,13 +39,11 @@ class TargetLease:
         await self._try_until_open(lambda error: isinstance(error, EngineLost))
 
     async def _open(self) -> None:
-        tokens, written = self._prompt + self._output, len(self._output)
-        lease = await self._stack.enter_async_context(
-            self._backend.lease(self._role, tokens, self._room - written, self._fresh_seed(), written=written)
-        )
+        opening = self._opening.after(self._output)
+        lease = await self._stack.enter_async_context(self._backend.lease(self._role, opening))
         prefilled = await lease.prefill()
         self._lease = lease
-        if not written:
+        if not opening.written:
             self._stats.cached_tokens = prefilled.cached_tokens
         self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
 
@@ -99,35 +88,27 @@ class TargetLease:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _fresh_seed(self) -> SamplingParams:
-        # The random numbers that led to the output so far must not come again.
-        if self._sampling.seed is None or not self._output:
-            return self._sampling
-        return replace(self._sampling, seed=hash((self._sampling.seed, len(self._output))) & (2**63 - 1))
-
 
 class DrafterLease:
     """The sequence that drafts, leased in the background: at once, and again for as long as there is none.
 
-    ``read`` gives what it reads, or None where there is nothing to draft from.
+    ``read`` gives what it opens with, as of the request's beginning, or None where there is nothing to draft from.
     """
 
     def __init__(
         self,
         backend: Backend,
-        read: Callable[[], Awaitable[list[int] | None]],
+        read: Callable[[], Awaitable[Opening | None]],
         output: list[int],
-        room: int,
-        sampling: SamplingParams,
         stats: Statistics,
     ) -> None:
-        self._backend, self._read, self._output = backend, read, output
-        self._room, self._sampling, self._stats = room, sampling, stats
+        self._backend, self._read, self._output, self._stats = backend, read, output, stats
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
         self._knows = 0  # how much of the output the drafter has seen
+        self._opening: Opening | None = None  # once it is read
         self._tried = asyncio.Event()
-        self._opening = asyncio.create_task(self._open())
+        self._trying = asyncio.create_task(self._open())
 
     @property
     def is_ready(self) -> bool:
@@ -150,11 +131,11 @@ class DrafterLease:
         await self._stack.aclose()
         self._stats.fallback = DraftLost("").code
         if self._backend.patience_s:
-            self._opening = asyncio.create_task(self._open(_FIRST_PAUSE_S * 2**self._stats.drafters_lost))
+            self._trying = asyncio.create_task(self._open(_FIRST_PAUSE_S * 2**self._stats.drafters_lost))
 
     async def close(self) -> None:
-        self._opening.cancel()
-        await asyncio.wait([self._opening])
+        self._trying.cancel()
+        await asyncio.wait([self._trying])
         await self._stack.aclose()
 
     async def _open(self, pause: float = 0.0) -> None:
@@ -162,9 +143,9 @@ class DrafterLease:
             pause = min(pause, _LONGEST_PAUSE_S)
             await asyncio.sleep(pause)
             try:
-                prompt = await self._read()
-                if prompt is not None:
-                    await self._open_on(prompt)
+                self._opening = self._opening or await self._read()
+                if self._opening is not None:
+                    await self._open_on(self._opening)
                     self._stats.fallback = None
                 return
             except Exception as error:  # no failure of the drafter's is one of the request
@@ -177,16 +158,13 @@ class DrafterLease:
                 self._tried.set()
             pause = max(_FIRST_PAUSE_S, 2 * pause)
 
-    async def _open_on(self, prompt: list[int]) -> None:
-        """It never waits for room: requests that hold one engine and wait for the other could wait for ever."""
-        written = len(self._output)
-        self._stats.draft_prompt_tokens = len(prompt)
-        tokens, room = prompt + self._output, self._room - written
-        lease = await self._stack.enter_async_context(
-            self._backend.lease("drafter", tokens, room, self._sampling, written=written, may_wait=False)
-        )
+    async def _open_on(self, opening: Opening) -> None:
+        self._stats.draft_prompt_tokens = len(opening.prompt)
+        # It never waits for room: requests that hold one engine and wait for the other could wait for ever.
+        opening = replace(opening.after(self._output), may_wait=False)
+        lease = await self._stack.enter_async_context(self._backend.lease("drafter", opening))
         self._stats.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
-        self._knows, self._lease = written, lease
+        self._knows, self._lease = opening.written, lease
 
 
 def _may_pass(error: Exception) -> bool:

@@ -10,10 +10,9 @@ from typing import Any
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
 from rapid.engine import Engine
-from rapid.errors import DraftLost
+from rapid.errors import DraftLost, RetrievalFailed
 from rapid.model_info import ModelInfo
-from rapid.sampling import SamplingParams
-from rapid.sequence import Sequence
+from rapid.sequence import Opening, Sequence
 from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
 from rapid.tokenization import check_same_tokenizer
 
@@ -52,25 +51,19 @@ class LocalBackend:
         return self._engines[role].model.info
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
-        return await asyncio.to_thread(self._retrieve, contents, query, options)
+        try:
+            return await asyncio.to_thread(self._retrieve, contents, query, options)
+        except Exception as error:  # the retriever has errors of its own
+            raise RetrievalFailed(f"retrieval failed: {error}") from error
 
     @asynccontextmanager
-    async def lease(
-        self,
-        role: Role,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        *,
-        written: int = 0,
-        may_wait: bool = True,
-    ) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
         engine = self._engines[role]
-        opening = engine.open(prompt, max_new_tokens, sampling, written=written, may_wait=may_wait)
+        opened = engine.open(opening)
         try:
-            sequence = await asyncio.wrap_future(opening)
+            sequence = await asyncio.wrap_future(opened)
         except asyncio.CancelledError:
-            engine.abandon(opening)
+            engine.abandon(opened)
             raise
         try:
             yield _LocalLease(role, engine, sequence, self._on_prefill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,33 @@ if TYPE_CHECKING:
     from rapid.tasks import Draft
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
+
+    The last ``written`` tokens of the prompt are output already, of a sequence elsewhere that this one goes on from.
+    One that may not wait for room gets it at once or not at all.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    written: int = 0
+    may_wait: bool = True
+
+    @property
+    def capacity(self) -> int:
+        return len(self.prompt) + self.max_new_tokens
+
+    def after(self, output: list[int]) -> Opening:
+        """The same where ``output`` has been written since. What random numbers led to it do not come again."""
+        sampling = self.sampling
+        if sampling.seed is not None and output:
+            sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
+        room = self.max_new_tokens - len(output)
+        return Opening(self.prompt + output, room, sampling, self.written + len(output), self.may_wait)
 
 
 @dataclass(eq=False)

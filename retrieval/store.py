@@ -56,7 +56,7 @@ class ChunkStore:
         """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing."""
         collection = self._collection_of(owner)
         with self._calling():
-            if self._url is None:
+            if self._is_missing(collection):  # also of a server that lost what it had
                 self._ensure(collection)
             for begin in range(0, len(vectors), _BATCH):
                 points = [
@@ -78,7 +78,7 @@ class ChunkStore:
         """
         collection = self._collection_of(owner)
         with self._calling():
-            if self._is_missing(collection):
+            if self._url is None and self._is_missing(collection):
                 return []
             found = self._client.query_points(
                 collection,
@@ -119,7 +119,7 @@ class ChunkStore:
         return f"{self._collection}-{owner}" if self._url is None else self._collection
 
     def _is_missing(self, collection: str) -> bool:
-        return self._url is None and not self._client.collection_exists(collection)
+        return not self._client.collection_exists(collection)
 
     def _ensure(self, collection: str) -> None:
         if not self._client.collection_exists(collection):

@@ -1,15 +1,49 @@
-"""What the tests ask the served application, and how they look at it."""
+"""The application as the tests serve it, what they ask it, and how they look at it."""
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+
+from deployments.app import build
+from deployments.config import parse_config
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "Who is speaking, and what does he want?"
+
+# Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.
+ON_RAY = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@contextmanager
+def served(config: dict[str, Any]) -> Iterator[str]:
+    """The application of ``config`` on a Ray of its own; yields its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(parse_config(config)), name="rapid", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def document(index: int, characters: int = 1600) -> str:
@@ -24,6 +58,26 @@ def document(index: int, characters: int = 1600) -> str:
 
 def chat(index: int = 0, question: str = QUESTION) -> list[Any]:
     return [{"role": "user", "content": f"{document(index)}\n\n{question}"}]
+
+
+LETTERS = "abcab bcacb aabca\n" * 40 + "\nabca b"
+
+
+def pieces(url: str, rapid: dict[str, Any], num_tokens: int = 24) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The greedy answer of a model of letters to LETTERS as it comes; with the last piece comes its `rapid` object."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    options: dict[str, Any] = {"max_tokens": num_tokens, "temperature": 0, "stream": True}
+    model = client.models.list().data[0].id
+    for chunk in client.completions.create(model=model, prompt=LETTERS, extra_body={"rapid": rapid}, **options):
+        yield "".join(choice.text for choice in chunk.choices), (chunk.model_extra or {}).get("rapid") or {}
+
+
+def complete(url: str, rapid: dict[str, Any], num_tokens: int = 24) -> tuple[str, dict[str, Any]]:
+    """All of such an answer, and its `rapid` object."""
+    *texts, (last, statistics) = pieces(url, rapid, num_tokens)
+    text = "".join(text for text, _ in texts) + last
+    assert len(text) == statistics["emitted"] == num_tokens
+    return text, statistics
 
 
 def health(url: str) -> dict[str, Any]:

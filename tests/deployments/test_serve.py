@@ -16,20 +16,12 @@ import ray
 import torch
 from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 from ray import serve
-from served import MODEL, QUESTION, chat, document, health, seconds_until_free
+from served import MODEL, ON_RAY, QUESTION, chat, document, health, seconds_until_free, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deployments.app import build
-from deployments.config import parse_config
 from rapid.catalog import local_path
 
-# Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +29,10 @@ def url() -> Iterator[str]:
     # A float32 pass takes twice as long as the default bfloat16 one, so it is given half as many tokens.
     engine = {"model": MODEL, "dtype": "float32", "max_batch_tokens": 64, "kv_memory_gib": 1}
     engine |= {"max_sequences": 4, "max_queued": 4}
-    config = parse_config(
-        {
-            "target": engine,
-            "drafter": engine,
-            "retriever": {
-                "long_content_tokens": 256,
-                "options": {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1},
-            },
-        }
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(config), name="rapid", route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    options = {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1}
+    retriever = {"long_content_tokens": 256, "options": options}
+    with served({"target": engine, "drafter": engine, "retriever": retriever}) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from rapid.engine import Engine
 from rapid.kv_cache import KVCache
 from rapid.model import Model
 from rapid.sampling import SamplingParams
-from rapid.sequence import Sequence
+from rapid.sequence import Opening, Sequence
 from rapid.tasks import Draft, prefill, verify_draft
 
 GREEDY = SamplingParams(temperature=0)
@@ -68,7 +68,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def begun(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, room: int = 100) -> Sequence:
     """A new sequence with room for ``room`` new tokens, whose prompt is still to be read."""
-    sequence: Sequence = done(engine.open(prompt, room, sampling))
+    sequence: Sequence = done(engine.open(Opening(prompt, room, sampling)))
     return sequence
 
 

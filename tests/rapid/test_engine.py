@@ -29,7 +29,7 @@ from rapid.engine import Engine
 from rapid.errors import SequenceClosed
 from rapid.model import Model
 from rapid.sampling import SamplingParams, probabilities
-from rapid.sequence import Extend, Sequence, Task
+from rapid.sequence import Extend, Opening, Sequence, Task
 from rapid.speculative import RULES
 from rapid.tasks import Draft, Verified, certain_draft, prefill, propose, verify_draft
 
@@ -293,10 +293,15 @@ def test_a_sequence_nobody_uses_expires(model: Model, engine: MakeEngine) -> Non
         running.get(sequence.id)
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
+    for module in ("engine", "admission"):
+        monkeypatch.setattr(f"rapid.{module}.time", SimpleNamespace(monotonic=now))
+
+
 def test_a_sequence_in_use_does_not_expire(model: Model, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for it and running it both count as use."""
     later = 0.0
-    monkeypatch.setattr("rapid.engine.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+    set_clock(monkeypatch, lambda: time.monotonic() + later)
     running = engine(model, idle_timeout=100)
     asked, run, forgotten = (begun(running, [1, 2]) for _ in range(3))
     later = 80.0
@@ -314,7 +319,7 @@ def test_a_sequence_that_waits_for_its_turn_does_not_expire(
 ) -> None:
     """On a busy engine a long prefill may wait for longer than any idle sequence may."""
     later = 0.0
-    monkeypatch.setattr("rapid.engine.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+    set_clock(monkeypatch, lambda: time.monotonic() + later)
     running = engine(model, idle_timeout=100, max_batch_tokens=10)
     short, long = (begun(running, random_tokens(n, seed=n)) for n in (21, 101))
     first = running.submit(prefill(short))
@@ -333,16 +338,16 @@ def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engin
     first, second, other = (begun(running, random_tokens(100, seed=seed)) for seed in (14, 15, 16))
     reading = running.submit(prefill(first))
     gate.wait()
-    waiting, opening = running.submit(prefill(second)), running.open([1, 2, 3], 100, GREEDY)
+    waiting, opening = running.submit(prefill(second)), running.open(Opening([1, 2, 3], 100, GREEDY))
     assert running.submit(prefill(other)).cancel()
-    assert running.open([1, 2, 3], 10, GREEDY).cancel()
+    assert running.open(Opening([1, 2, 3], 10, GREEDY)).cancel()
     stopping = threading.Thread(target=running.shutdown)
     stopping.start()
     eventually(lambda: running.submit(prefill(other)).done())
     gate.open()
     stopping.join(timeout=30)
     assert not stopping.is_alive()
-    late = running.submit(prefill(other)), running.open([1, 2, 3], 10, GREEDY)
+    late = running.submit(prefill(other)), running.open(Opening([1, 2, 3], 10, GREEDY))
     for future in (reading, waiting, opening, *late):
         with pytest.raises(SequenceClosed, match="shutting down"):
             done(future)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from running import GREEDY
-from world import World, complete, first_eight
+from world import Retrieval, World, complete, first_eight
 
 from rapid import leases
 from rapid.backend import DraftHandle, Lease, Role
@@ -19,6 +19,7 @@ from rapid.errors import DraftLost, EngineLost, Overloaded
 from rapid.local import LocalBackend
 from rapid.request import STRATEGIES
 from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 from rapid.tasks import Draft, Prefilled, Verified
 
 Fault = Callable[[Role, str], bool]
@@ -30,15 +31,17 @@ class FaultyBackend(LocalBackend):
     "before" and "after" are about a verification: a target that dies after it has verified never tells what came of it.
     """
 
-    def __init__(self, world: World, fault: Fault, *, patience_s: float = 5.0) -> None:
-        super().__init__(world.target, world.drafter, first_eight, overlap=True)
+    def __init__(
+        self, world: World, fault: Fault, *, patience_s: float = 5.0, retrieve: Callable[..., Retrieval] = first_eight
+    ) -> None:
+        super().__init__(world.target, world.drafter, retrieve, overlap=True)
         self.patience_s, self.fault = patience_s, fault
 
     @asynccontextmanager
-    async def lease(self, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
         if self.fault(role, "opening"):
             raise EngineLost("nobody answers")
-        async with super().lease(role, *args, **options) as lease:
+        async with super().lease(role, opening) as lease:
             yield _FaultyLease(lease, role, self.fault)
 
 
@@ -140,10 +143,10 @@ def test_whoever_has_begun_to_answer_waits_for_room_elsewhere(world: World, monk
     opened, lease = iter(range(9)), FaultyBackend.lease
 
     @asynccontextmanager
-    async def full(self: FaultyBackend, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
+    async def full(self: FaultyBackend, role: Role, opening: Opening) -> AsyncIterator[Lease]:
         if role == "target" and next(opened) == 1:
             raise Overloaded("no room now")
-        async with lease(self, role, *args, **options) as leased:
+        async with lease(self, role, opening) as leased:
             yield leased
 
     monkeypatch.setattr(FaultyBackend, "lease", full)
@@ -160,24 +163,46 @@ def test_a_drafter_that_dies_is_done_without_until_there_is_another(world: World
     assert alone.deltas[-2].source != "none"  # drafting has come back
 
 
+@pytest.mark.parametrize(("retriever", "drafter"), [("dies", "lives"), ("lives", "dies")])
+def test_what_drafts_need_is_tried_again_and_no_more_than_that(world: World, retriever: str, drafter: str) -> None:
+    """Of retriever and drafter the first two tries fail. A context that was retrieved is not retrieved again."""
+    expected = asyncio.run(complete(world.request(strategy="speculative", max_tokens=60), world.backend()))
+    asked, opened = iter(range(1000)), iter(range(1000))
+
+    def retrieve(*question: Any) -> Retrieval:
+        if next(asked) < 2 and retriever == "dies":
+            raise LookupError("the store is down")
+        return first_eight(*question)
+
+    def fault(role: Role, when: str) -> bool:
+        return (role, when) == ("drafter", "opening") and next(opened) < 2 and drafter == "dies"
+
+    backend = FaultyBackend(world, fault, retrieve=retrieve)
+    answer = asyncio.run(complete(world.request(strategy="speculative", max_tokens=60), backend))
+    assert answer.tokens == expected.tokens
+    assert (answer.statistics.fallback, answer.deltas[-2].source) == (None, "model")
+    assert (next(asked), next(opened)) == (3 if retriever == "dies" else 1, 3 if drafter == "dies" else 1)
+
+
 def test_a_draft_that_was_lost_is_told_from_a_lost_target() -> None:
     assert not issubclass(DraftLost, EngineLost)
 
 
-def test_random_numbers_do_not_come_again_after_a_death(world: World) -> None:
+@pytest.mark.parametrize(("role", "when"), [("target", "after"), ("drafter", "proposing")])
+def test_random_numbers_do_not_come_again_after_a_death(world: World, role: Role, when: str) -> None:
     seeds: list[int | None] = []
 
     class Noting(FaultyBackend):
         @asynccontextmanager
-        async def lease(self, role: Role, *args: Any, **options: Any) -> AsyncIterator[Lease]:
-            if role == "target":
-                seeds.append(args[2].seed)
-            async with super().lease(role, *args, **options) as leased:
-                yield leased
+        async def lease(self, leased: Role, opening: Opening) -> AsyncIterator[Lease]:
+            if leased == role:
+                seeds.append(opening.sampling.seed)
+            async with super().lease(leased, opening) as lease:
+                yield lease
 
-    request = world.request(sampling=SamplingParams(seed=7))
-    asyncio.run(complete(request, Noting(world, nth("target", "after", 2))))
-    assert seeds[0] == 7
+    request = world.request(sampling=SamplingParams(seed=7), max_tokens=60)
+    asyncio.run(complete(request, Noting(world, nth(role, when, 2))))
+    assert (seeds[0] == 7) == (role == "target")
     assert len(set(seeds)) == 2
 
 

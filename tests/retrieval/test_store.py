@@ -2,91 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import socket
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
-from qdrant_client import QdrantClient, models
+from qdrant_double import FakeServer
 
 from retrieval import ChunkStore, RetrievalError
 
 
-class FakeServer(ThreadingHTTPServer):
-    """The part of Qdrant's REST interface that the store speaks, in front of an in-process Qdrant."""
+@pytest.fixture
+def serving():
+    """Starts servers in threads; stopping one of them early is allowed."""
+    servers: list[FakeServer] = []
 
-    daemon_threads = True
+    def start(*args: Any) -> FakeServer:
+        servers.append(FakeServer(*args))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1]
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.qdrant = QdrantClient(":memory:")
-        self.lock = threading.Lock()
-        self.indexes: list[dict] = []
-        self.hide_collections = False  # as seen just before another process creates one
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_call(self, method: str, path: list[str], body: dict) -> tuple[int, object]:
-        name, rest = path[1], "/".join(path[2:])
-        if rest == "exists":
-            return 200, {"exists": not self.hide_collections and self.qdrant.collection_exists(name)}
-        if (method, rest) == ("PUT", ""):
-            if self.qdrant.collection_exists(name):
-                return 409, "already exists"
-            self.qdrant.create_collection(name, models.VectorParams(**body["vectors"]))
-            return 200, True
-        if (method, rest) == ("GET", ""):
-            return 200, json.loads(self.qdrant.get_collection(name).model_dump_json())
-        done = {"operation_id": 0, "status": "completed"}
-        if rest == "index":
-            self.indexes.append(body)
-        elif rest == "points":
-            self.qdrant.upsert(name, [models.PointStruct(**point) for point in body["points"]])
-        elif rest == "points/delete":
-            self.qdrant.delete(name, models.FilterSelector(**body))
-        elif rest == "points/count":
-            return 200, {"count": self.qdrant.count(name, models.Filter(**body["filter"])).count}
-        elif rest == "points/query":
-            found = self.qdrant.query_points(
-                name,
-                body["query"]["nearest"],
-                query_filter=models.Filter(**body["filter"]),
-                limit=body["limit"],
-                score_threshold=body["score_threshold"],
-            )
-            return 200, json.loads(found.model_dump_json())
-        return 200, done
+    yield start
+    for server in servers:
+        stop(server)
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def do_GET(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
-        with self.server.lock:
-            status, result = self.server.handle_call(self.command, self.path.split("?")[0].strip("/").split("/"), body)
-        content = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_PUT = do_POST = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
+def stop(server: FakeServer) -> None:
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
-def server():
-    server = FakeServer()
-    yield server
-    server.shutdown()
-    server.server_close()
+def server(serving):
+    return serving()
 
 
 @pytest.fixture(params=["in process", "server"])
@@ -227,8 +179,7 @@ def test_a_server_that_cannot_be_reached_is_named_at_once():
 
 def test_a_server_that_goes_away_is_named(server):
     store = ChunkStore(server.url, dimension=4)
-    server.shutdown()
-    server.server_close()
+    stop(server)
     for call in (
         lambda: store.add("me", rows(0.1)),
         lambda: store.search("me", EAST, limit=1, threshold=0),
@@ -238,6 +189,32 @@ def test_a_server_that_goes_away_is_named(server):
         with pytest.raises(RetrievalError, match=server.url):
             call()
     store.close()
+
+
+def test_a_server_that_comes_back_empty_is_filled_again(serving):
+    server = serving()
+    store = ChunkStore(server.url, dimension=4)
+    store.add("kept", rows(0.1, 0.2))
+    server.qdrant.delete_collection("rapid_chunks")  # as a server without a volume does when it starts again
+    assert store.count("kept") == 0
+    store.add("kept", rows(0.1, 0.2))
+    assert [position for position, _ in store.search("kept", EAST, limit=2, threshold=0)] == [0, 1]
+    assert len(server.indexes) == 2
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
+def test_a_key_is_sent_and_never_told(serving, caplog):
+    caplog.set_level(logging.DEBUG)
+    server = serving(0, "open sesame")
+    store = ChunkStore(server.url, api_key="open sesame", dimension=4)
+    store.add("me", rows(0.1))
+    assert store.count("me") == 1
+    store.close()
+    with pytest.raises(RetrievalError, match="401") as caught:
+        ChunkStore(server.url, api_key="open barley", dimension=4)
+    assert "barley" not in str(caught.value)
+    assert "sesame" not in caplog.text and "barley" not in caplog.text
 
 
 def test_a_url_that_is_none_is_refused():
