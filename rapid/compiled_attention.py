@@ -95,7 +95,8 @@ class _Scratch:
 
 @functools.cache
 def _kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
-    return Kernel(lambda module: _Attention(module, num_kv_heads, group, d, scaling).write())
+    name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
+    return Kernel(name, lambda module: _Attention(module, num_kv_heads, group, d, scaling).write())
 
 
 class _Attention:

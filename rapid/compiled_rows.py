@@ -79,7 +79,7 @@ def _run(kernel: Kernel, rows: int, *arguments: Tensor | int) -> None:
     run(rows, *(a if isinstance(a, int) else a.data_ptr() for a in arguments))
 
 
-def _per_row(write: Callable[..., None], num_arguments: int) -> Kernel:
+def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kernel:
     """A kernel that calls ``write`` with the row's number and the arguments, once for each row."""
 
     def whole(module: Any) -> None:
@@ -90,7 +90,7 @@ def _per_row(write: Callable[..., None], num_arguments: int) -> Kernel:
             write(code, row, *arguments)
         code.finish()
 
-    return Kernel(whole)
+    return Kernel(name, whole)
 
 
 class _Rows:
@@ -127,7 +127,7 @@ def _norm(dtype: torch.dtype, size: int, eps: float) -> Kernel:
             numbers = code.builder.fmul(numbers, rows.load(code, code.plus(weight, i)))
             rows.store(code, numbers, code.plus(output, offset, i))
 
-    return _per_row(write, 3)
+    return _per_row(f"norm-{_NAMES[dtype]}-{size}-{eps}", write, 3)
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def _gate(dtype: torch.dtype, size: int) -> Kernel:
             share = code.builder.fdiv(share, code.builder.fadd(one, power))
             rows.store(code, code.builder.fmul(code.builder.fmul(gate, share), up), code.plus(target, i))
 
-    return _per_row(write, 2)
+    return _per_row(f"gate-{_NAMES[dtype]}-{size}", write, 2)
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def _rotation(dtype: torch.dtype, d: int, num_rotated: int, num_heads: int) -> K
                 rows.store(code, turned, place)
                 rows.store(code, code.fma(b, c, code.builder.fmul(a, s)), code.plus(place, half))
 
-    return _per_row(write, 3)
+    return _per_row(f"rotation-{_NAMES[dtype]}-{d}-{num_rotated}of{num_heads}", write, 3)
 
 
 @functools.cache
@@ -184,4 +184,4 @@ def _storing(dtype: torch.dtype, d: int, num_heads: int) -> Kernel:
             for i in range(0, d * size, LANES * size):
                 code.store(code.load(part, code.plus(own, head * d * size + i)), code.plus(target, i))
 
-    return _per_row(write, 5)
+    return _per_row(f"storing-{_NAMES[dtype]}-{num_heads}x{d}", write, 5)

@@ -8,13 +8,18 @@ with it. Where llvmlite or that team is missing, `available` says so and PyTorch
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rapid.catalog import cache_dir
 
 try:
     import llvmlite.binding as llvm
@@ -49,28 +54,27 @@ def multiplies_bfloat16() -> bool:
 
 
 class Kernel:
-    """A compiled function of a pointer to its arguments, 64-bit integers of which the first are counters from 0."""
+    """A compiled function of a pointer to its arguments, 64-bit integers of which the first are counters from 0.
 
-    def __init__(self, write: Callable[[Any], None]) -> None:
-        """``write`` puts a function "kernel" of one parameter into a module."""
+    What was compiled once for this CPU is kept beside the models: compiling takes about a second a kernel.
+    """
+
+    def __init__(self, name: str, write: Callable[[Any], None]) -> None:
+        """``write`` puts a function "kernel" of one parameter into a module; ``name`` tells kernels apart."""
         openmp = _openmp()
         assert openmp is not None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         library = ctypes.CDLL(openmp)
-        for name in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, should there be two of them
-            llvm.add_symbol(name, ctypes.cast(library[name], ctypes.c_void_p).value)
-        module = ir.Module("rapid")
+        for symbol in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, should there be two of them
+            llvm.add_symbol(symbol, ctypes.cast(library[symbol], ctypes.c_void_p).value)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
         )
-        module.triple, module.data_layout = machine.triple, str(machine.target_data)
-        write(module)
-        compiled = llvm.parse_assembly(str(module))
-        compiled.verify()
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-        passes.getModulePassManager().run(compiled, passes)
-        self._engine = llvm.create_mcjit_compiler(compiled, machine)
+        kept = cache_dir() / "kernels" / f"{name}-{_version()}.o"
+        code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self._address = self._engine.get_function_address("kernel")
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
@@ -92,3 +96,31 @@ class Kernel:
 
 def _memory(arguments: tuple[int, ...]) -> Any:
     return (ctypes.c_int64 * (COUNTERS + len(arguments)))(0, 0, *arguments)
+
+
+def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
+    module = ir.Module("rapid")
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    write(module)
+    compiled = llvm.parse_assembly(str(module))
+    compiled.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(compiled, passes)
+    return bytes(machine.emit_object(compiled))
+
+
+def _keep(code: bytes, path: Path) -> bytes:
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs a second of the next start
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)  # in one step: other processes read here
+    return code
+
+
+@functools.cache
+def _version() -> str:
+    """Of everything that compiled code depends on but its kernel's own parameters."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    parts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]
+    return hashlib.sha256("".join(parts).encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
