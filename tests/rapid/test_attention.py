@@ -20,11 +20,17 @@ KERNELS: dict[str, Kernel] = {"run": RunAttention(), "paged": PagedAttention(gat
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-# Few tokens of bfloat16 heads whose size is a multiple of 32 have a compiled kernel where LLVM is installed.
-each_kernel_and_size = pytest.mark.parametrize(
-    ("kernel", "d"),
-    [(KERNELS["run"], 16), (KERNELS["run"], 64), (KERNELS["run"], 96), (KERNELS["paged"], 16)],
-    ids=["run", "compiled", "compiled-96", "paged"],
+# bfloat16 heads whose size is a multiple of 32 have a compiled kernel where LLVM is installed.
+each_case = pytest.mark.parametrize(
+    ("kernel", "d", "dtype"),
+    [
+        pytest.param(KERNELS["run"], 16, torch.float32, id="run-float32"),
+        pytest.param(KERNELS["run"], 16, torch.bfloat16, id="run-bfloat16"),
+        pytest.param(KERNELS["run"], 64, torch.bfloat16, id="compiled-64"),
+        pytest.param(KERNELS["run"], 96, torch.bfloat16, id="compiled-96"),
+        pytest.param(KERNELS["paged"], 16, torch.float32, id="paged-float32"),
+        pytest.param(KERNELS["paged"], 16, torch.bfloat16, id="paged-bfloat16"),
+    ],
 )
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
@@ -93,8 +99,7 @@ def assert_right(
     torch.testing.assert_close(output.double(), torch.cat(expected), **TOLERANCES[dtype])
 
 
-@each_kernel_and_size
-@each_dtype
+@each_case
 @pytest.mark.parametrize("num_new", [1, 2, 11, 33, MANY - 1, MANY, 70])
 @pytest.mark.parametrize("cached", [0, 1, 16, 75])
 @pytest.mark.parametrize("heads", [(1, 1), (1, 9), (2, 2), (3, 3), (4, 1)], ids=lambda heads: "x".join(map(str, heads)))
@@ -105,8 +110,7 @@ def test_one_sequence(
     assert_right(kernel, dtype, heads, [(cached, num_new)], d=d)
 
 
-@each_kernel_and_size
-@each_dtype
+@each_case
 @pytest.mark.parametrize("scattered", [False, True])
 def test_a_ragged_batch_over_scattered_pages(kernel: Kernel, d: int, dtype: torch.dtype, scattered: bool) -> None:
     """Of several sequences, some begin and some go on, in few tokens and in many."""
@@ -115,8 +119,7 @@ def test_a_ragged_batch_over_scattered_pages(kernel: Kernel, d: int, dtype: torc
     )
 
 
-@each_kernel_and_size
-@each_dtype
+@each_case
 @pytest.mark.parametrize("num_new", [1, 11, 40])
 def test_a_long_cache(kernel: Kernel, d: int, dtype: torch.dtype, num_new: int) -> None:
     assert_right(kernel, dtype, (2, 3), [(3000, num_new)], d=d)
@@ -131,8 +134,7 @@ def test_scores_in_blocks_are_the_same(dtype: torch.dtype, num_new: int, monkeyp
         assert_right(KERNELS["run"], dtype, (2, 3), [(50, num_new), (0, num_new)])
 
 
-@each_kernel_and_size
-@each_dtype
+@each_case
 def test_memory_that_was_never_written_does_not_matter(kernel: Kernel, d: int, dtype: torch.dtype) -> None:
     """A pool begins with whatever was there before, and nothing times NaN is NaN."""
     assert_right(kernel, dtype, (2, 2), [(5, 3), (40, 3), (0, 3), (270, 2)], d=d, garbage=torch.nan)
