@@ -65,7 +65,7 @@ class _RunBatch:
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self._pool = extensions[0].cache.pool
         self._slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
-        self._compiled = suits(self._pool.layout)
+        self._compiled = suits(self._pool)
         self._plan: Plan | None = None  # of the compiled kernel
         self._reads, self._runs = [], []
         start = 0

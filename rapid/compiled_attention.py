@@ -17,9 +17,8 @@ from torch import Tensor
 
 from rapid.jit import COUNTERS, Kernel, available
 from rapid.kernel_code import LANES, Code, constant, every_float, floats, kind, words
-from rapid.kv_cache import KVLayout
+from rapid.kv_cache import KVLayout, KVPool
 
-PAGE = 16  # positions, one a lane
 _BLOCK = 256  # positions that one thread takes at a time
 _TOKENS = 16  # whose scores a thread keeps at a time
 _AHEAD = 2  # pages, that memory is asked for
@@ -46,9 +45,11 @@ class Read(NamedTuple):
             yield Read(self.row + start, end - start, self.length - self.new + end, self.pages)
 
 
-def suits(layout: KVLayout) -> bool:
+def suits(pool: KVPool) -> bool:
     """Whether there is a kernel for this cache."""
-    return layout.dtype == torch.bfloat16 and layout.head_dim % (2 * LANES) == 0 and available()
+    dtype, d = pool.layout.dtype, pool.layout.head_dim
+    # A page's positions are a register's lanes.
+    return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
 
 
 class Plan:
@@ -65,6 +66,7 @@ class Plan:
                     items.append((row, length, new, head, first, min(first + _BLOCK, length), len(pages), partial))
                     partial += new * group
             pages.extend(own)
+        pages.append(0)  # looked at, and not used, where a block ends with the last page
         self._items, self._merges, self._pages = torch.tensor(items), torch.tensor(merges), torch.tensor(pages)
         most = min(max(read.new for read in reads), _TOKENS) * group
         self._scratch = torch.empty(torch.get_num_threads(), _Scratch(most, d).size, dtype=torch.uint8)
@@ -126,7 +128,7 @@ class _Attention:
             row_bytes = given["query_bytes"]
             query = code.plus(given["query"], self._at(code, own["row"], own["head"], row_bytes))
             partial = code.plus(given["partials"], code.times(own["partial"], self._partial_bytes))
-            with code.loop(own["first"], own["last"], PAGE) as position:
+            with code.loop(own["first"], own["last"], LANES) as position:
                 code.call(turn, code.plus(given["keys"], head, self._page(code, pages, position)), turned)
                 column = code.plus(table, code.times(code.builder.sub(position, own["first"]), 4))
                 with code.tiles(rows, self._tile) as (row, size):
@@ -155,8 +157,8 @@ class _Attention:
         return code.plus(code.times(token, row_bytes), code.times(head, self._d * 2))
 
     def _page(self, code: Code, pages: Any, position: Any) -> Any:
-        page = code.word(code.plus(pages, code.times(code.divided(position, PAGE), 8)))
-        return code.times(page, PAGE * self._d * 2)
+        page = code.word(code.plus(pages, code.times(code.divided(position, LANES), 8)))
+        return code.times(page, LANES * self._d * 2)
 
     def _turn(self) -> Any:
         """(keys of a page, turned): [16, d] to [d/2, 16] pairs."""
@@ -175,7 +177,7 @@ class _Attention:
                 ]
             for i, row in enumerate(rows):
                 code.store(row, code.plus(turned, (start // 2 + i) * LANES * 4))
-                code.prefetch(code.plus(keys, _AHEAD * PAGE * self._d * 2 + (start // 2 + i) * 64), 64)
+                code.prefetch(code.plus(keys, _AHEAD * LANES * self._d * 2 + (start // 2 + i) * 64), 64)
         return code.finish()
 
     def _scores(self, num_rows: int) -> Any:
@@ -223,8 +225,7 @@ class _Attention:
                 score = code.load(wide, code.plus(line, code.times(column, 4)))
                 weight = code.exp(code.builder.fsub(score, code.splat(top)))
                 total.value = code.builder.fadd(total.value, weight)
-                half = code.builder.fptrunc(weight, kind("bf16", LANES))
-                code.store(half, code.plus(line, code.times(column, 2)))
+                code.store(code.rounded(weight), code.plus(line, code.times(column, 2)))
             result = code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d)
             code.store(top, result)
             code.store(code.sum(total.value), code.plus(result, 4))
@@ -255,14 +256,14 @@ class _Attention:
                         place = total[start // LANES + half]
                         place.value = code.dot2(place.value, mixed, pair)
 
-        with code.loop(first, code.builder.sub(last, code.integer(PAGE - 1)), PAGE) as position:
+        with code.loop(first, code.builder.sub(last, code.integer(LANES - 1)), LANES) as position:
             value = code.plus(values, self._page(code, pages, position))
-            for t in range(0, PAGE, 2):
-                code.prefetch(code.plus(value, (_AHEAD * PAGE + t) * self._d * 2), 2 * self._d * 2)
+            for t in range(0, LANES, 2):
+                code.prefetch(code.plus(value, (_AHEAD * LANES + t) * self._d * 2), 2 * self._d * 2)
                 column = code.plus(code.builder.sub(position, first), t)
                 add(code.plus(value, t * self._d * 2), column, both=True)
         # The rest of the last page.
-        rest = code.builder.and_(last, code.integer(PAGE - 1))
+        rest = code.builder.and_(last, code.integer(LANES - 1))
         start = code.builder.sub(last, rest)
         value = code.plus(values, self._page(code, pages, start))
         with code.loop(0, code.builder.sub(rest, code.integer(1)), 2) as t:
@@ -302,7 +303,7 @@ class _Attention:
                     part = code.load(floats(), code.plus(place, i * LANES * 4))
                     total.value = code.fma(part, share, total.value)
             for i, total in enumerate(totals):
-                mean = code.builder.fptrunc(code.builder.fdiv(total.value, mass.value), kind("bf16", LANES))
+                mean = code.rounded(code.builder.fdiv(total.value, mass.value))
                 code.store(mean, code.plus(output, self._row(code, row, row_bytes), i * LANES * 2))
         return code.finish()
 

@@ -188,7 +188,7 @@ class _Product:
             if self._bits == 8:
                 result = code.builder.fmul(result, code.load(floats(), code.plus(scales, panel * LANES * 4)))
             place = code.plus(output, code.times(row, output_bytes), panel * LANES * 2)
-            code.store(code.builder.fptrunc(result, kind("bf16", LANES)), place)
+            code.store(code.rounded(result), place)
         return code.finish()
 
     def _pair(self, code: Code, group: Any, pair: int) -> Any:

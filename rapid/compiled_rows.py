@@ -105,7 +105,7 @@ class _Rows:
         return numbers if self.bytes == 4 else code.builder.fpext(numbers, floats())
 
     def store(self, code: Code, numbers: Any, place: Any) -> None:
-        code.store(numbers if self.bytes == 4 else code.builder.fptrunc(numbers, self._kind), place)
+        code.store(numbers if self.bytes == 4 else code.rounded(numbers), place)
 
 
 @functools.cache

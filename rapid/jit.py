@@ -41,8 +41,9 @@ def _openmp() -> str | None:
     """The path of the GNU OpenMP library that PyTorch has loaded."""
     maps = Path("/proc/self/maps")
     paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
-    torch_folder = str(Path(torch.__file__).parents[1])
-    found = sorted(path for path in paths if "libgomp" in path and path.startswith(torch_folder))
+    packages = Path(torch.__file__).parents[1]
+    own = (f"{packages}/torch/", f"{packages}/torch.libs/")  # others bring an OpenMP of their own
+    found = sorted(path for path in paths if "libgomp" in path and path.startswith(own))
     return found[0] if found else None
 
 
@@ -56,7 +57,7 @@ def multiplies_bfloat16() -> bool:
 class Kernel:
     """A compiled function of a pointer to its arguments, 64-bit integers of which the first are counters from 0.
 
-    What was compiled once for this CPU is kept beside the models: compiling takes about a second a kernel.
+    What was compiled once for this CPU is kept beside the models, so that no later start waits for it.
     """
 
     def __init__(self, name: str, write: Callable[[Any], None]) -> None:
@@ -110,7 +111,7 @@ def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
 
 
 def _keep(code: bytes, path: Path) -> bytes:
-    with contextlib.suppress(OSError):  # a cache that cannot be written to costs a second of the next start
+    with contextlib.suppress(OSError):  # the next start compiles again
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(code)

@@ -153,6 +153,16 @@ class Code:
             total = self.fma(part(a), part(b), total)
         return total
 
+    def rounded(self, numbers: Any) -> Any:
+        """To bfloat16, ties to even."""
+        if multiplies_bfloat16():
+            return self.builder.fptrunc(numbers, kind("bf16", LANES))
+        # LLVM would call a function for each lane that not every system has.
+        bits = self.builder.bitcast(numbers, words())
+        odd = self.builder.and_(self.builder.lshr(bits, _every(words(), 16)), _every(words(), 1))
+        bits = self.builder.add(self.builder.add(bits, _every(words(), 0x7FFF)), odd)
+        return self.builder.trunc(self.builder.lshr(bits, _every(words(), 16)), kind("i16", LANES))
+
     def first_of_pairs(self, pairs: Any) -> Any:
         return self.builder.bitcast(self.builder.shl(pairs, _every(words(), 16)), floats())
 

@@ -23,8 +23,8 @@ Linear = Callable[[Tensor], Tensor]
 SCHEMES: dict[str, tuple[str, ...]] = {"cpu": ("none", "int8", "int4"), "cuda": ("none", "int8", "fp8", "int4")}
 
 
-def check_scheme(scheme: str, device: torch.device) -> None:
-    """Refuses what the device cannot do.
+def check_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses what the device cannot do with rows of ``dtype``.
 
     Raises:
         ModelFileError: ``scheme`` is not for this device, or needs a package that is not installed.
@@ -36,6 +36,8 @@ def check_scheme(scheme: str, device: torch.device) -> None:
         return
     if device.type == "cuda":
         _torchao_config(scheme)
+    elif dtype != torch.bfloat16:
+        raise ModelFileError(f"quantization {scheme!r} on a CPU multiplies bfloat16: leave dtype at auto")
     elif not available():
         raise ModelFileError(f"quantization {scheme!r} on a CPU needs llvmlite on Linux: pip install llvmlite")
 

@@ -42,7 +42,7 @@ class Model:
         kernel: Kernel | None = None,
         group: Group | None = None,
     ) -> None:
-        check_scheme(quantization, network.device)
+        check_scheme(quantization, network.device, network.dtype)
         config = network.config.get_text_config()
         weight_bytes = sum(local(p).nbytes for p in network.parameters())
         eos = _eos_token_ids(network)

@@ -104,14 +104,14 @@ def test_the_head_gets_eight_bits() -> None:
 @pytest.mark.parametrize(("scheme", "device"), [("fp8", "cpu"), ("int3", "cpu"), ("int3", "cuda"), ("int8", "mps")])
 def test_a_scheme_that_a_device_does_not_have_is_refused(scheme: str, device: str) -> None:
     with pytest.raises(ModelFileError, match=f"'{scheme}' is not for {device}; there: none"):
-        check_scheme(scheme, torch.device(device))
+        check_scheme(scheme, torch.device(device), torch.bfloat16)
 
 
 def test_what_is_missing_for_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
-    check_scheme("none", torch.device("cuda"))
+    check_scheme("none", torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ModelFileError, match="pip install torchao"):
-        check_scheme("int8", torch.device("cuda"))
+        check_scheme("int8", torch.device("cuda"), torch.bfloat16)
 
 
 def test_without_llvm_dense_weights_are_multiplied_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +120,10 @@ def test_without_llvm_dense_weights_are_multiplied_all_the_same(monkeypatch: pyt
     output = make_linear(weight, None, "none")(rows).double()
     torch.testing.assert_close(output, exact(rows, weight, None), rtol=2 * ROUNDING, atol=0.1)
     with pytest.raises(ModelFileError, match="pip install llvmlite"):
-        check_scheme("int8", torch.device("cpu"))
+        check_scheme("int8", torch.device("cpu"), torch.bfloat16)
+
+
+def test_rows_that_quantised_products_would_misread_are_refused() -> None:
+    check_scheme("none", torch.device("cpu"), torch.float32)
+    with pytest.raises(ModelFileError, match="multiplies bfloat16: leave dtype at auto"):
+        check_scheme("int4", torch.device("cpu"), torch.float32)
