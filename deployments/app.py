@@ -29,7 +29,7 @@ def build(config: AppConfig) -> Application:
         ray_actor_options={"num_cpus": config.retriever.num_cpus, "num_gpus": config.retriever.num_gpus},
     ).bind(config.retriever, config.target.model)
     coordinator = _light(Coordinator, "Coordinator").bind(config, target, drafter, retriever)
-    return _light(Ingress, "Ingress").bind(coordinator, config.model_name)
+    return _light(Ingress, "Ingress").bind(config, coordinator)
 
 
 def _light(deployment: serve.Deployment, name: str) -> serve.Deployment:

@@ -1,4 +1,4 @@
-"""The Coordinator: turns a request into a prompt, runs the decode loop over leased engines, streams what comes."""
+"""The Coordinator: the service over engines that are leased from Serve's replicas, and streams what comes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Coroutine
@@ -13,12 +13,12 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of
-from deployments.protocol import Completion, Health
+from deployments.protocol import Completion
+from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
 from rapid.engine import EngineStats
 from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError, RetrievalFailed
-from rapid.generate import generate
 from rapid.model_info import ModelInfo
 from rapid.request import Delta, Finish
 from rapid.sequence import Opening
@@ -185,30 +185,28 @@ class _RayLease:
 
 @serve.deployment
 class Coordinator:
-    """Holds the tokenizer and no model. Refuses to start when target and drafter do not share a tokenizer."""
+    """Holds the tokenizer and no model. Refuses to start when target and drafter do not share a tokenizer.
+
+    What is wrong with a request, and not with the service, is returned instead of raised: Serve would log it as a
+    failure of this replica.
+    """
 
     async def __init__(
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
-        self._config = config
         engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
         away: list[Role] = [] if config.drafting_engine.replicas.min else ["drafter"]
-        self._backend = RayBackend(engines, retriever, overlap=config.overlaps, may_be_away=away)
-        self._tokenizer = load_tokenizer(config.target.model)
+        backend = RayBackend(engines, retriever, overlap=config.overlaps, may_be_away=away)
+        tokenizer = load_tokenizer(config.target.model)
         if config.drafting_engine.model != config.target.model:
-            check_same_tokenizer(self._tokenizer, load_tokenizer(config.drafting_engine.model))
-        await self._backend.connect()
+            check_same_tokenizer(tokenizer, load_tokenizer(config.drafting_engine.model))
+        await backend.connect()
+        self._service = LocalService(config, backend, tokenizer)
 
     async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish | RapidError]:
-        """Streams one completion, a `Delta` a round and a `Finish`; closing the stream frees everything it holds.
-
-        What is wrong with the request, and not with the service, comes as the last item instead of being raised: Serve
-        would log it as a failure of this replica.
-        """
+        """`LocalService.generate`, with what is wrong with the request as its last item."""
         try:
-            # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
-            request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
-            async with aclosing(generate(request, self._backend)) as events:
+            async with aclosing(self._service.generate(completion)) as events:
                 async for event in events:
                     yield event
         except RapidError as error:
@@ -216,12 +214,11 @@ class Coordinator:
                 raise
             yield error
 
-    async def health(self) -> Health:
-        """What each engine holds that is there; raises when one does not answer."""
-        stats = await self._backend.stats()
-        return Health(
-            status="ok",
-            models={role: self._backend.info(role).name for role in stats},
-            sequences={role: held.num_sequences for role, held in stats.items()},
-            kv_bytes={role: held.kv_bytes for role, held in stats.items()},
-        )
+    async def call(self, method: str, *args: Any) -> Any:
+        """Any other method of `LocalService`."""
+        try:
+            return await getattr(self._service, method)(*args)
+        except RapidError as error:
+            if error.status >= 500:
+                raise
+            return error

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from rapid.control import Costs, DraftLimits
+from rapid.engine import EngineStats
 from rapid.model_info import ModelInfo
 from rapid.prompts import RetrievedText
 from rapid.sequence import Opening
@@ -63,6 +64,10 @@ class Backend(Protocol):
     overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
+    async def stats(self) -> dict[Role, EngineStats]:
+        """What the engines hold that are there."""
+        ...
+
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         """What of ``contents`` matters to ``query``.
 

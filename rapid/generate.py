@@ -81,13 +81,13 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
             output += emitted
             if lookup is not None:
                 lookup.extend(emitted)
-            piece = "".join(text.push(token) for token in emitted)
+            pieces = [text.push(token) for token in emitted]
             if text.stopped:
                 reason = "stop"
             round_ms = (time.perf_counter() - round_started) * 1e3
             controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
             _count_round(stats, plan, verified, len(emitted), round_ms)
-            yield Delta(piece, emitted, verified.num_drafted, verified.num_accepted, plan.source)
+            yield Delta(emitted, pieces, verified.num_drafted, verified.num_accepted, plan.source, round_ms)
     if by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3

@@ -9,7 +9,7 @@ from typing import Any
 
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
-from rapid.engine import Engine
+from rapid.engine import Engine, EngineStats
 from rapid.errors import DraftLost, RetrievalFailed
 from rapid.model_info import ModelInfo
 from rapid.sequence import Opening, Sequence
@@ -49,6 +49,9 @@ class LocalBackend:
 
     def info(self, role: Role) -> ModelInfo:
         return self._engines[role].model.info
+
+    async def stats(self) -> dict[Role, EngineStats]:
+        return {role: engine.stats() for role, engine in self._engines.items()}
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         try:

@@ -143,13 +143,21 @@ class Statistics:
 
 
 class Delta(NamedTuple):
-    """One round's outcome: the text that it completed (may be empty), the tokens, and who drafted them."""
+    """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 
-    text: str
+    The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
+    """
+
     tokens: list[int]
+    pieces: list[str]
     num_drafted: int
     num_accepted: int
     source: Source
+    elapsed_ms: float
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class Finish(NamedTuple):

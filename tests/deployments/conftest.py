@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from served import MODEL, local_api
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rapid.catalog import entries, local_path
@@ -29,3 +30,21 @@ def tiny_folder(
     tiny_network(12, layers=1, window=8192).save_pretrained(folder)
     letter_tokenizer(12).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def letters_url(tiny_folder: Path) -> Iterator[str]:
+    """The API over a model of letters in this process; it answers in milliseconds, and means nothing by it."""
+    engine = {"model": str(tiny_folder), "kv_memory_gib": 0.1, "threads": 1}
+    with local_api({"served_model": "letters", "target": engine, "drafter": engine}) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def smollm_url() -> Iterator[str]:
+    """The API over the embedded models in this process, in float32; a drafter that shares the target's engine."""
+    engine = {"model": MODEL, "dtype": "float32", "kv_memory_gib": 1}
+    options = {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1}
+    retriever = {"long_content_tokens": 256, "options": options}
+    with local_api({"target": engine, "colocated": True, "retriever": retriever}) as url:
+        yield url

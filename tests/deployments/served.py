@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,16 @@ from typing import Any
 import httpx
 import pytest
 import ray
+import uvicorn
 from openai import OpenAI
 from ray import serve
 
+from deployments.api import make_api
 from deployments.app import build
+from deployments.assembly import local_backend
 from deployments.config import parse_config
+from deployments.service import LocalService
+from rapid.tokenization import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "Who is speaking, and what does he want?"
@@ -44,6 +50,27 @@ def served(config: dict[str, Any]) -> Iterator[str]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@contextmanager
+def local_api(config: dict[str, Any]) -> Iterator[str]:
+    """The API of ``config`` over engines in this process, without Ray; yields its URL."""
+    settings = parse_config(config)
+    with local_backend(settings) as backend:
+        service = LocalService(settings, backend, load_tokenizer(settings.target.model))
+        quiet = {"log_level": "error", "lifespan": "off"}
+        server = uvicorn.Server(
+            uvicorn.Config(make_api(settings, service), port=0, timeout_graceful_shutdown=5, **quiet)
+        )
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            thread = threading.Thread(target=server.run, args=([listener],))
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join()
 
 
 def document(index: int, characters: int = 1600) -> str:

@@ -1,0 +1,75 @@
+"""What goes wrong, as a client sees it: OpenAI's error object with the status that belongs to it."""
+
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from ray.exceptions import RayError
+from starlette.exceptions import HTTPException
+
+from rapid.errors import InvalidRequest, RapidError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def error_object(error: RapidError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    kind = (
+        "rate_limit_error" if error.status == 429 else "invalid_request_error" if error.status < 500 else "server_error"
+    )
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def as_rapid_error(error: Exception) -> RapidError:
+    """What a client may see of ``error``: our own errors as they are, of all others only that it is not their fault."""
+    if isinstance(error, RapidError):
+        return error
+    if isinstance(error, RayError):
+        return RapidError("a part of the service stopped while it worked on this request; try again", status=503)
+    return RapidError("internal error; the server's log has the details")
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    shown = as_rapid_error(error)
+    headers = {"Retry-After": "1"} if shown.status in (429, 503) else None
+    return JSONResponse(error_object(shown), status_code=shown.status, headers=headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+    shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
+    return JSONResponse(error_object(shown), status_code=error.status_code, headers=error.headers)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Makes ``app`` answer every error in OpenAI's shape."""
+    app.add_exception_handler(Exception, _on_error)
+    app.add_exception_handler(RapidError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """The request in ``body``.
+
+    Raises:
+        InvalidRequest: it is no JSON, or a field is missing, unknown or wrong; ``param`` names the first.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        words = {"extra_forbidden": "unknown field", "missing": "is required"}
+        message = words.get(first["type"], first["msg"])
+        if first["type"] == "json_invalid":
+            raise InvalidRequest(f"the body is not valid JSON: {message}", code="invalid_json") from None
+        raise InvalidRequest(f"{field}: {message}" if field else message, param=field) from None
