@@ -16,11 +16,13 @@ from rapid.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.model import Model
 from rapid.parallel import Place
 from rapid.tokenization import load_tokenizer
-from retrieval import ChunkStore, Retriever, load_embedder
+from retrieval import Retriever, load_embedder
 
 
 def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
     """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
+    from retrieval.store import ChunkStore
+
     embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
     configured = config.qdrant_api_key
     key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
