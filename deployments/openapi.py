@@ -61,7 +61,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},
 }
 
-# One server-sent event; its data is a chunk of the answer as JSON, an `ErrorBody` where the event is `error`, or [DONE].
+# One server-sent event. Its data is a chunk of the answer, [DONE], or an `ErrorBody` where the event is `error`.
 EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
