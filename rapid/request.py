@@ -146,6 +146,7 @@ class Delta(NamedTuple):
     """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 
     The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
+    ``chunks`` is `Statistics.chunks` as far as it is known.
     """
 
     tokens: list[int]
@@ -154,6 +155,7 @@ class Delta(NamedTuple):
     num_accepted: int
     source: Source
     elapsed_ms: float
+    chunks: list[dict[str, float]]
 
     @property
     def text(self) -> str:
