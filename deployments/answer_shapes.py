@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.http_errors import as_rapid_error, error_object
-from deployments.protocol import ChatRequest, Completion, rapid_object, usage
+from deployments.protocol import ChatRequest, Completion, rapid_object, round_object, usage
 from rapid.request import Delta, Finish
 
 
@@ -49,6 +49,7 @@ async def server_sent(
 ) -> AsyncGenerator[str, None]:
     """The answer as server-sent events. The `rapid` object is on the last chunk, whichever that is."""
     include_usage = completion.stream_options.include_usage
+    told: list[dict[str, float]] = []  # which chunks a trace has named
 
     def sent(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
@@ -62,7 +63,10 @@ async def server_sent(
         async with aclosing(_chained(first, events)) as all_events:
             async for event in all_events:
                 if isinstance(event, Delta):
-                    if event.text:
+                    if completion.rapid.trace:
+                        news, told = event.chunks if event.chunks != told else None, event.chunks
+                        yield sent(chunk(event.text) | {"rapid_round": round_object(event, news)})
+                    elif event.text:
                         yield sent(chunk(event.text))
                     continue
                 if event.text:

@@ -12,6 +12,7 @@ from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
 from deployments.http_errors import handle_errors, parse
 from deployments.openapi import ERRORS, complete, takes
+from deployments.playground import page
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
 from deployments.service import Service
 from rapid.errors import ModelNotFound
@@ -37,6 +38,10 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     async def models() -> dict[str, Any]:
         model = {"id": model_name, "object": "model", "created": started, "owned_by": "rapid"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return page()
 
     @app.get("/health", responses=ERRORS)
     async def health() -> Health:

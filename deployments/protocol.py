@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
+from rapid.errors import InvalidRequest
 from rapid.prompts import Message, Prompt, read_chat, read_text
-from rapid.request import GenerationRequest, Statistics
+from rapid.request import Delta, GenerationRequest, Statistics
 
 
 class Body(BaseModel):
@@ -51,6 +52,7 @@ class RapidFields(Body):
     rag_model: str | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()
+    trace: bool = Field(False, description="with each chunk of a stream, the round that wrote it")
 
 
 class StreamOptions(Body):
@@ -79,6 +81,12 @@ class Completion(Body):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > 4 or not all(stop):
             raise ValueError("stop must be one to four strings, none of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _trace_needs_a_stream(self) -> "Completion":
+        if self.rapid.trace and not self.stream:
+            raise InvalidRequest("rapid.trace tells of a stream's rounds: set stream to true", param="rapid.trace")
         return self
 
     def read(self, tokenizer: PreTrainedTokenizerBase, config: AppConfig) -> GenerationRequest:
@@ -169,6 +177,22 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
         value = getattr(statistics, rate)
         fields[rate] = None if value is None else round(value, 4)
     return fields
+
+
+def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
+    """The `rapid_round` object of a streamed chunk: where each of a round's tokens came from; ``chunks`` where new."""
+    accepted = min(delta.num_accepted, len(delta.tokens))
+    drafted = "lookup" if delta.source == "lookup" else "accepted"
+    following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
+    return {
+        "source": delta.source,
+        "drafted": delta.num_drafted,
+        "accepted": accepted,
+        "tokens": [
+            {"text": text, "origin": drafted if i < accepted else following} for i, text in enumerate(delta.pieces)
+        ],
+        "ms": round(delta.elapsed_ms, 2),
+    } | ({} if chunks is None else {"chunks": chunks})
 
 
 def usage(statistics: Statistics) -> dict[str, Any]:

@@ -18,10 +18,17 @@ DraftHandle = Awaitable[Draft]
 
 
 class RetrievedChunk(RetrievedText, Protocol):
-    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` is the cosine similarity."""
+    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` is the cosine similarity.
+
+    Its text is ``contents[content][start:end]``, in code points.
+    """
 
     @property
     def position(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
     @property
     def score(self) -> float: ...
 

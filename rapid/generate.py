@@ -85,7 +85,8 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
             round_ms = (time.perf_counter() - round_started) * 1e3
             controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
             _count_round(stats, plan, verified, len(emitted), round_ms)
-            yield Delta(emitted, pieces, verified.num_drafted, verified.num_accepted, plan.source, round_ms, logprobs)
+            counts = verified.num_drafted, verified.num_accepted
+            yield Delta(emitted, pieces, *counts, plan.source, round_ms, stats.chunks, logprobs)
     if by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
@@ -151,7 +152,10 @@ async def _retrieve(request: GenerationRequest, backend: Backend, stats: Statist
     retrieval = await backend.retrieve(prompt.contents, prompt.query, request.retrieval)
     stats.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
     stats.context_tokens, stats.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
-    stats.chunks = [{"position": c.position, "score": round(c.score, 4)} for c in retrieval.chunks]
+    stats.chunks = [
+        {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
+        for c in retrieval.chunks
+    ]
     if not retrieval.chunks:
         stats.fallback = "nothing_above_threshold"
         return None

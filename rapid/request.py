@@ -171,7 +171,8 @@ class Delta(NamedTuple):
     """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 
     The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
-    ``logprobs`` has an entry for each token whose text is out with this one. ``choice`` is which of n it is of.
+    ``chunks`` is `Statistics.chunks` as far as it is known. ``logprobs`` has an entry for each token whose text is out
+    with this one. ``choice`` is which of n it is of.
     """
 
     tokens: list[int]
@@ -180,6 +181,7 @@ class Delta(NamedTuple):
     num_accepted: int
     source: Source
     elapsed_ms: float
+    chunks: list[dict[str, float]]
     logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
     choice: int = 0
 

@@ -33,6 +33,8 @@ CASES: list[Case] = [
 class Chunk(NamedTuple):
     content: int
     text: str
+    start: int
+    end: int
     position: int = 0
     score: float = 1.0
 
@@ -46,7 +48,7 @@ class Retrieval(NamedTuple):
 def middle(contents: list[str], query: str, options: Any) -> Retrieval:
     """A retriever that keeps 600 characters from the middle."""
     start = len(contents[0]) // 2
-    return Retrieval([Chunk(0, contents[0][start : start + 600])])
+    return Retrieval([Chunk(0, contents[0][start : start + 600], start, start + 600)])
 
 
 @pytest.fixture(scope="module")

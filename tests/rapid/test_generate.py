@@ -217,7 +217,8 @@ def test_statistics_add_up(world: World, strategy: str) -> None:
         assert stats.rounds == 31
     if STRATEGIES[strategy].retrieves:
         assert (stats.context_tokens, stats.retrieved_tokens) == (18, 8)
-        assert stats.chunks == [{"position": 0, "score": 0.5}]
+        assert stats.chunks == [{"position": 0, "score": 0.5, "content": 0, "start": 0, "end": 8}]
+        assert completion.deltas[-1].chunks == stats.chunks
     assert all(ms >= 0 for ms in stats.timings_ms.values())
     parts = sum(stats.timings_ms[part] for part in ("drafting", "verification", "transport"))
     assert 0 < parts <= stats.timings_ms["total"]

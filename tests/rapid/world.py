@@ -20,6 +20,8 @@ class Chunk(NamedTuple):
     text: str
     position: int
     score: float
+    start: int
+    end: int
 
 
 class Retrieval(NamedTuple):
@@ -30,7 +32,7 @@ class Retrieval(NamedTuple):
 
 def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:
     """A retriever that keeps the first 8 letters of the first content."""
-    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5)], len(contents[0]), 8)
+    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8)
 
 
 class Completion(NamedTuple):
