@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served import MODEL, local_api
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deployments.cli import main
 from rapid.catalog import entries, local_path
 
 
@@ -48,3 +52,20 @@ def smollm_url() -> Iterator[str]:
     retriever = {"long_content_tokens": 256, "options": options}
     with local_api({"target": engine, "colocated": True, "retriever": retriever}) as url:
         yield url
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `rapid serve` sets it, and nothing else would take it back
+
+    def call(*args: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
