@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,8 @@ async def generate_choices(
     """
     if num_choices == 1:
         async with aclosing(generate(request, backend)) as only:
-            async for event in only:
-                yield event
+            async for delta in only:
+                yield delta
         return
     shared = _RetrieveOnce(backend)
     events: asyncio.Queue[Delta | Finish | Exception] = asyncio.Queue()
@@ -37,7 +37,7 @@ async def generate_choices(
         except Exception as error:
             events.put_nowait(error)
 
-    tasks = [asyncio.create_task(write(choice)) for choice in range(num_choices)]
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(write(choice)) for choice in range(num_choices)]
     try:
         num_left = num_choices
         while num_left:
@@ -47,10 +47,9 @@ async def generate_choices(
             num_left -= isinstance(event, Finish)
             yield event
     finally:
-        for task in [*tasks, *shared.tasks]:
+        for task in (tasks := [*tasks, *shared.tasks]):
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _seeded(request: GenerationRequest, choice: int) -> GenerationRequest:

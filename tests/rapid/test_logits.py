@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import GREEDY, logits_after
+from running import logits_after
 from test_distributions import assert_follows, many
 from transformers import (
     LogitsProcessorList,
@@ -111,7 +111,7 @@ def test_lossless_strategies_follow_the_adjusted_distribution(make_world: Callab
 
 
 def first_token(world: World, rule: str, params: LogitParams, sampling: SamplingParams) -> tuple[Any, Any, Any]:
-    """(the rule's law of the first token, p, a request for it) with η = 8 and a truncated q; the prompt is the world's."""
+    """(the rule's law of the first token, p, a request for it) with η = 8 and a truncated q."""
     eta, top_k = 8.0, 4
     prompt = world.prompt()
     short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
