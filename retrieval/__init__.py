@@ -12,13 +12,14 @@ plain data that can be pickled. Failures outside the caller's code are Retrieval
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.embedding import Embedder, load_embedder
 from retrieval.errors import RetrievalError
-from retrieval.retriever import Retrieval, RetrievalOptions, RetrievedChunk, Retriever
+from retrieval.retriever import Kept, Retrieval, RetrievalOptions, RetrievedChunk, Retriever
 from retrieval.store import ChunkStore
 
 __all__ = [
     "Chunk",
     "ChunkStore",
     "Embedder",
+    "Kept",
     "Retrieval",
     "RetrievalError",
     "RetrievalOptions",
