@@ -2,14 +2,15 @@
 
 The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, wherever it stands; so is a history
 of short messages that is longer than that together, exchange by exchange. The query is what the caller names, else the
-last user message, or its last paragraph when that message is itself long. The drafter reads the same messages with the
-context replaced by what was retrieved of it.
+last user message, or its last paragraph when that message is itself long; of a message with documents, what is beside
+these. The drafter reads the same messages with the context replaced by what was retrieved of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from jinja2 import TemplateError
@@ -21,10 +22,22 @@ LONG_CONTENT_TOKENS = 512
 
 
 class Message(NamedTuple):
-    """One turn of a chat; ``role`` is system, user, assistant or tool."""
+    """One turn of a chat; ``role`` is system, user, assistant or tool.
+
+    ``documents`` are the (start, end) of what in ``content`` is a document, in order: each is a content for itself when
+    the message is long, and the rest of the message is not.
+    """
 
     role: str
     content: str
+    documents: tuple[tuple[int, int], ...] = ()
+
+    def apart(self) -> tuple[list[str], str]:
+        """The documents, and the rest."""
+        edges = [0, *(edge for span in self.documents for edge in span), len(self.content)]
+        pieces = [self.content[start:end] for start, end in pairwise(edges)]
+        rest = [text.strip("\n") for text in pieces[::2]] if self.documents else pieces
+        return pieces[1::2], "\n\n".join(text for text in rest if text)
 
 
 class RetrievedText(Protocol):
@@ -38,18 +51,18 @@ class RetrievedText(Protocol):
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message taken apart: ``document`` is the part that retrieval may shorten, ``rest`` what always stays."""
+    """A message taken apart: ``contents`` are what retrieval may shorten, ``rest`` what always stays."""
 
     role: str
     rest: str
     exchange: int | None  # what it is kept or dropped with; None: it always stays
-    content: int | None = None  # which of the contents holds the document, or gathers this short message
+    contents: tuple[int, ...] = ()  # which of the contents are of this message, or gather it with other short ones
     is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
 
     def shortened(self, kept: dict[int, list[str]]) -> Message:
-        if self.content is None or self.is_short:
+        if self.is_short:
             return Message(self.role, self.rest)
-        return Message(self.role, "\n\n".join(kept.get(self.content, [])) + self.rest)
+        return Message(self.role, "\n\n".join(text for i in self.contents for text in kept.get(i, [])) + self.rest)
 
 
 @dataclass(frozen=True)
@@ -69,8 +82,8 @@ class Prompt:
         for chunk in chunks:
             kept.setdefault(chunk.content, []).append(chunk.text.strip())
         # Messages go by whole exchanges only: many templates insist that user and assistant take turns.
-        retrieved = {turn.exchange for turn in self._turns if turn.content in kept}
-        dropped = {turn.exchange for turn in self._turns if turn.content is not None} - retrieved - {None}
+        retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
+        dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
         return _encode(self.tokenizer, messages, is_chat=self._is_chat)
 
@@ -133,26 +146,33 @@ def _read(
     default_query = messages[last].content
     began = -1  # where the exchange being read began
     gathered: int | None = None  # the content that gathers its short messages
-    for i, (role, content) in enumerate(messages):
+    for i, (role, content, _) in enumerate(messages):
         if role == "user":
             began, gathered = i, None
         # A long system message goes alone.
         exchange = began if in_history(i) else i if role == "system" and is_long[i] else None
         if is_long[i]:
-            document, question = split_question(content) if i == last else (content, "")
-            if i == last and question and not _is_long(question, tokenizer, long_content_tokens):
+            documents, rest = messages[i].apart()
+            question = rest if documents else ""
+            if not documents or _is_long(rest, tokenizer, long_content_tokens):
+                document, question = split_question(rest) if i == last else (rest, "")
+                if question and _is_long(question, tokenizer, long_content_tokens):
+                    document, question = rest, ""
+                documents.append(document)
+            elif question:
+                question = "\n\n" + question
+            if i == last and question:
                 default_query = question.strip()
-            else:
-                document, question = content, ""
-            turns.append(_Turn(role, question, exchange, len(contents), is_short=False))
-            contents.append(document)
+            numbers = tuple(range(len(contents), len(contents) + len(documents)))
+            turns.append(_Turn(role, question, exchange, numbers, is_short=False))
+            contents += documents
         elif in_history(i) and history_is_long:
             if gathered is None:
                 gathered = len(contents)
                 contents.append(content)
             else:
                 contents[gathered] += "\n" + content
-            turns.append(_Turn(role, content, exchange, gathered))
+            turns.append(_Turn(role, content, exchange, (gathered,)))
         else:
             turns.append(_Turn(role, content, exchange))
     tokens = _encode(tokenizer, messages, is_chat=is_chat)
@@ -188,7 +208,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         )
     try:
         text = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages], tokenize=False, add_generation_prompt=True
+            [{"role": message.role, "content": message.content} for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except TemplateError as error:
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
