@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from deployments.http_errors import as_rapid_error, error_object
+from deployments.http_errors import server_sent_error
 from deployments.protocol import ChatRequest, Completion, rapid_object, usage
 from rapid.request import Delta, Finish
 
@@ -75,7 +75,7 @@ async def server_sent(
     except asyncio.CancelledError:
         raise
     except Exception as error:
-        yield f"event: error\n{sent(error_object(as_rapid_error(error)))}"
+        yield server_sent_error(error)
     yield "data: [DONE]\n\n"
 
 

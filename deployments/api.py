@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from deployments.access import Client, client_of, guard
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
+from deployments.files_api import add_file_routes
 from deployments.http_errors import handle_errors, parse
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
 from deployments.service import Service
@@ -21,15 +23,17 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     """The application that answers over HTTP."""
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
+    guard(app, config.access)
+    add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(ChatRequest, await request.body()))
+        return await _answer(service, model_name, parse(ChatRequest, await request.body()), client_of(request))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(TextRequest, await request.body()))
+        return await _answer(service, model_name, parse(TextRequest, await request.body()), client_of(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -43,10 +47,10 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     return app
 
 
-async def _answer(service: Service, model_name: str, completion: Completion) -> Response:
+async def _answer(service: Service, model_name: str, completion: Completion, client: Client) -> Response:
     if completion.model != model_name:
         raise ModelNotFound(f"the model {completion.model!r} is not served here; {model_name!r} is", param="model")
-    shape, events = Shape(completion), service.generate(completion)
+    shape, events = Shape(completion), client.counted(service.generate(completion, client.owner))
     # The first event comes before any header does, so that what is wrong with the request gets its own status.
     first = await anext(events)
     if completion.stream:

@@ -6,9 +6,9 @@ absent, since clients send those.
 
 from abc import abstractmethod
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
@@ -113,13 +113,59 @@ class TextPart(Body):
     text: str
 
 
+class FileReference(Body):
+    file_id: str | None = None
+    file_data: str | None = Field(None, description="base64, or a data URL of it")
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "FileReference":
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("give either file_id or file_data")
+        return self
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileReference
+
+
+class DocumentText(TextPart):
+    """What takes a file part's place once the file has been read (`deployments.files`)."""
+
+
+def _kind(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"Part:{kind}"
+
+
+# Told apart before they are read, so that an error names the field that is wrong and not every kind there is.
+Part = Annotated[
+    Annotated[TextPart, Tag("Part:text")] | Annotated[FilePart, Tag("Part:file")],
+    Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
+]
+Content = Annotated[
+    Annotated[str, Tag("Text")] | Annotated[list[Part], Tag("Parts")],
+    Discriminator(lambda content: "Parts" if isinstance(content, list) else "Text"),
+]
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Content
 
     def as_message(self) -> Message:
-        parts = self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, parts)
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return Message(role, self.content)
+        text, documents = "", []
+        for i, part in enumerate(self.content):
+            assert isinstance(part, TextPart)
+            text += "\n\n" if i else ""
+            if isinstance(part, DocumentText):
+                documents.append((len(text), len(text) + len(part.text)))
+            text += part.text
+        return Message(role, text, tuple(documents))
 
 
 class ChatRequest(Completion):
@@ -127,6 +173,11 @@ class ChatRequest(Completion):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def has_files(self) -> bool:
+        contents = [message.content for message in self.messages]
+        return any(isinstance(part, FilePart) for parts in contents for part in parts)
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
         messages = [message.as_message() for message in self.messages]

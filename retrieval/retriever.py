@@ -116,7 +116,7 @@ class Retriever:
     """
 
     def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
-        self._embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
         """Return the chunks of `contents` nearest to `query`, best first until the budget is spent, in document order.
@@ -167,7 +167,7 @@ class Retriever:
         if done < len(texts):
             vectors: list[NDArray[np.float32]] = []
             for first in range(0, len(texts), _BATCH):
-                vectors.append(self._embedder.embed(texts[first : first + _BATCH]))
+                vectors.append(self.embedder.embed(texts[first : first + _BATCH]))
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield Kept(owner, done, len(texts))
@@ -184,7 +184,7 @@ class Retriever:
         Each content has vectors of its own where these are kept, by `keep` or to be kept now; the others share an
         owner that is gone afterwards.
         """
-        vector = self._embedder.embed_query(query)
+        vector = self.embedder.embed_query(query)
         found: list[tuple[int, float]] = []
 
         def search(owner: str, among: list[RetrievedChunk]) -> None:
@@ -199,7 +199,7 @@ class Retriever:
             # A write that broke off halfway leaves fewer points than texts, and is done again.
             is_kept = self._store.count(owner) == len(group)
             if options.keep and not is_kept:
-                self._store.add(owner, self._embedder.embed(texts), keep=True)
+                self._store.add(owner, self.embedder.embed(texts), keep=True)
             if options.keep or is_kept:
                 search(owner, group)
             else:
@@ -207,7 +207,7 @@ class Retriever:
         if passing:
             owner = uuid.uuid4().hex
             try:
-                self._store.add(owner, self._embedder.embed([chunk.text for chunk in passing]))
+                self._store.add(owner, self.embedder.embed([chunk.text for chunk in passing]))
                 search(owner, passing)
             finally:
                 self._store.delete(owner)
@@ -216,5 +216,5 @@ class Retriever:
     def _kept_owner(self, texts: list[str]) -> str:
         # Named by exactly what its points hold, so that no change of contents, chunk size, tokenizer or embedder can
         # find another's vectors.
-        identity = json.dumps([self._embedder.name, self._embedder.dimension, self._embedder.max_tokens, texts])
+        identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
         return hashlib.sha256(identity.encode()).hexdigest()
