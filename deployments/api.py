@@ -9,8 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from deployments.access import Client, client_of, guard
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
+from deployments.files_api import add_file_routes
 from deployments.http_errors import handle_errors, parse
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
@@ -26,15 +28,17 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
     complete(app)
+    guard(app, config.access)
+    add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
 
     @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(ChatRequest, await request.body()))
+        return await _answer(service, model_name, parse(ChatRequest, await request.body()), client_of(request))
 
     @app.post("/v1/completions", **takes(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(TextRequest, await request.body()))
+        return await _answer(service, model_name, parse(TextRequest, await request.body()), client_of(request))
 
     async def model() -> dict[str, Any]:
         return {
@@ -45,7 +49,7 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
             "max_model_len": await service.window(),
         }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=ERRORS)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [await model()]}
 
@@ -66,7 +70,7 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
         _check_model(body.model or model_name, model_name)
         return await service.detokenize(body)
 
-    @app.get("/version")
+    @app.get("/version", responses=ERRORS)
     async def version() -> dict[str, str]:
         return {"version": metadata.version("rapid-serve")}
 
@@ -86,9 +90,9 @@ def _check_model(asked: str, served: str) -> None:
         raise ModelNotFound(f"the model {asked!r} is not served here; {served!r} is", param="model")
 
 
-async def _answer(service: Service, model_name: str, completion: Completion) -> Response:
+async def _answer(service: Service, model_name: str, completion: Completion, client: Client) -> Response:
     _check_model(completion.model, model_name)
-    shape, events = Shape(completion), service.generate(completion)
+    shape, events = Shape(completion), client.counted(service.generate(completion, client.owner))
     # The first event comes before any header does, so that what is wrong with the request gets its own status.
     first = await anext(events)
     if completion.stream:

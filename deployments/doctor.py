@@ -23,7 +23,8 @@ from rapid.errors import RapidError
 from rapid.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.model import default_device, default_dtype
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
-from retrieval import ChunkStore, RetrievalError
+from retrieval import RetrievalError
+from retrieval.store import ChunkStore
 
 PACKAGES = ("torch", "transformers", "ray", "qdrant-client", "llvmlite")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")

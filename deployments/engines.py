@@ -46,6 +46,11 @@ def document_of(prompt: list[int]) -> str:
     return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
 
 
+def engines_of(application: str) -> str:
+    """What the names of an application's engine actors begin with, by which all of them can be found."""
+    return f"rapid-engine-{application}-"
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A lease: sequence ``lease_id`` of the actor ``engine``, which answers at ``address``."""
@@ -103,6 +108,9 @@ class EngineActor(RankActor):
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    async def forget(self, tokens: list[int]) -> None:
+        await asyncio.wrap_future(self._engine.forget(tokens))
+
     async def open(self, lease_id: str, opening: Opening) -> None:
         opened = self._opening[lease_id] = self._engine.open(opening)
         try:
@@ -159,9 +167,12 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig) -> None:
         group = ray.util.get_current_placement_group()
 
+        name = f"{engines_of(serve.get_replica_context().app_name)}{uuid.uuid4().hex}"
+
         def start(kind: type[RankActor], rank: int) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
             options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
+            options["name"] = name if rank == 0 else None
             return ray.remote(kind).options(**options, scheduling_strategy=place).remote(config)
 
         self._engine = start(EngineActor, 0)

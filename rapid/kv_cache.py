@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rapid.memory import take_small_pages
 
@@ -59,6 +60,18 @@ class PoolStats(NamedTuple):
 
 _Key = tuple[int, tuple[int, ...]]
 _ROOT = 0
+_RUN = 8  # tokens in a row that tell one text from others
+_MIX = np.random.default_rng(0).integers(2**63, size=_RUN)
+
+
+def _runs(tokens: Sequence[int] | Sequence[Sequence[int]], run: int) -> NDArray[np.int64]:
+    """A hash of every ``run`` tokens in a row: [..., n] to [..., n - run + 1]."""
+    rows = np.array(tokens, dtype=np.int64)
+    last = max(0, rows.shape[-1] - run + 1)
+    hashes = np.zeros((*rows.shape[:-1], last), dtype=np.int64)
+    for i in range(run):
+        hashes += rows[..., i : i + last] * _MIX[i]
+    return hashes
 
 
 class KVPool:
@@ -156,6 +169,8 @@ class KVPool:
 
         They become read-only: the cache must not be truncated below them while they are shared.
         """
+        if cache.num_shared and self._keys_of[cache.pages[cache.num_shared - 1]] is None:
+            return  # it was dropped, and what is behind it could not be found
         parent = self._node_of[cache.pages[cache.num_shared - 1]] if cache.num_shared else _ROOT
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             key = (parent, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))
@@ -180,6 +195,28 @@ class KVPool:
         """Drops every page that no open sequence uses."""
         while self._unused:
             self._evict()
+
+    def drop(self, tokens: Sequence[int]) -> int:
+        """Forgets the pages with `_RUN` of ``tokens`` in a row in them, wherever that is, and every page behind one.
+
+        What an open sequence uses is found by nobody else from now on, and free once that is closed. Returns how many
+        pages were forgotten.
+        """
+        if not self._index:
+            return 0
+        keys, indexed = zip(*sorted(self._index.items(), key=lambda item: self._node_of[item[1]]), strict=True)
+        run = min(_RUN, self.page_size)
+        has_run = np.isin(_runs([tokens for _, tokens in keys], run), _runs(tokens, run))
+        gone: set[int] = set()
+        for key, page, hits in zip(keys, indexed, has_run, strict=True):  # parents first
+            if hits.any() or key[0] in gone:
+                gone.add(self._node_of[page])
+                del self._index[key]
+                self._keys_of[page] = None
+                if page in self._unused:
+                    del self._unused[page]
+                    self._free[page] = True
+        return len(gone)
 
     def _match(self, tokens: Sequence[int], first: int, parent: int) -> list[int]:
         """The indexed pages that continue ``parent`` with ``tokens`` from ``first`` on, the last token left out."""

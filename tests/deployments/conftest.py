@@ -18,6 +18,15 @@ from rapid.catalog import entries, local_path
 
 
 @pytest.fixture(scope="session", autouse=True)
+def files_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where what a test uploads goes, unless its configuration says otherwise."""
+    folder = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAPID_FILES", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
 def embedded_models() -> None:
     """Pulled before anything is said about what a command prints."""
     for entry in entries():

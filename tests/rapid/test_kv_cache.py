@@ -256,6 +256,29 @@ def test_forgetting_drops_what_nobody_uses() -> None:
     assert pool.stats()[1:3] == (2 * pool.page_bytes, 0)
 
 
+def test_dropping_a_text_forgets_it_wherever_it_stands_and_what_follows_it() -> None:
+    pool = pool_of(20)
+    head, question = [300, 301, 302, 303], [310, 311, 312, 313]
+    for tokens in (B, [*head, *A, *question], [*B, 77, 78, *A]):
+        pool.close(filled(pool, tokens))
+    assert pool.drop(A) == 3 + 1  # of the second text both pages and the question; of the third a page full of A
+    assert (num_known(pool, [*head, *A]), num_known(pool, [*B, 77, 78, *A])) == (4, 12)
+    assert pool.stats().bytes_cached == 4 * pool.page_bytes and pool.drop(A) == 0 == pool.drop(C)
+
+
+def test_a_text_dropped_while_it_is_read_goes_with_the_sequence() -> None:
+    pool = pool_of(10)
+    cache = opened(pool, [*A, *B], 20)
+    cache.advance(8)
+    pool.index(cache, [*A, *B], 8)
+    assert pool.drop(A) == 2
+    assert num_known(pool, A) == 0 and pool.stats().bytes_used == 5 * pool.page_bytes
+    cache.advance(8)
+    pool.index(cache, [*A, *B], 16)
+    pool.close(cache)
+    assert pool.stats().bytes_cached == 0 and num_known(pool, [*A, *B]) == 0
+
+
 # All of it at once
 
 

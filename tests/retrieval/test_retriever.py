@@ -177,8 +177,8 @@ def test_a_broken_write_does_not_poison_kept_contents(retriever, store, prose, m
     expected = retriever.retrieve([prose[:3000]], "the whale", SMALL)
     add = store.add
 
-    def break_off(owner, vectors):
-        add(owner, vectors[:2])
+    def break_off(owner, vectors, **how):
+        add(owner, vectors[:2], **how)
         raise RetrievalError("broken")
 
     with monkeypatch.context() as patch, pytest.raises(RetrievalError, match="broken"):
@@ -242,6 +242,7 @@ def test_public_names():
         "Chunk",
         "ChunkStore",
         "Embedder",
+        "Kept",
         "Retrieval",
         "RetrievalError",
         "RetrievalOptions",
