@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
 from deployments.http_errors import handle_errors, parse
+from deployments.observation import Middleware, Observer
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
 from deployments.service import Service
 from rapid.errors import ModelNotFound
@@ -21,15 +22,17 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     """The application that answers over HTTP."""
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
+    observer = Observer(config)
+    app.add_middleware(Middleware, observer=observer)
     model_name, started = config.model_name, int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(ChatRequest, await request.body()))
+        return await _answer(service, observer, model_name, parse(ChatRequest, await request.body()))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(TextRequest, await request.body()))
+        return await _answer(service, observer, model_name, parse(TextRequest, await request.body()))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -43,10 +46,10 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     return app
 
 
-async def _answer(service: Service, model_name: str, completion: Completion) -> Response:
+async def _answer(service: Service, observer: Observer, model_name: str, completion: Completion) -> Response:
     if completion.model != model_name:
         raise ModelNotFound(f"the model {completion.model!r} is not served here; {model_name!r} is", param="model")
-    shape, events = Shape(completion), service.generate(completion)
+    shape, events = Shape(completion), observer.generation(completion, service.generate(completion))
     # The first event comes before any header does, so that what is wrong with the request gets its own status.
     first = await anext(events)
     if completion.stream:

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.scaling import KV_SHARE
 from deployments.channel import Address, Listener
 from deployments.config import EngineConfig
+from deployments.metrics import EngineMetrics
 from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
@@ -158,6 +159,7 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig) -> None:
         group = ray.util.get_current_placement_group()
+        self._metrics = EngineMetrics()
 
         def start(kind: type[RankActor], rank: int) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
@@ -212,7 +214,7 @@ class EngineReplica:
         return self._info, self._engine
 
     async def check_health(self) -> None:
-        await self._engine.stats.remote()
+        self._metrics.update(await self._engine.stats.remote())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         stats: EngineStats = await self._engine.stats.remote()

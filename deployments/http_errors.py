@@ -37,7 +37,8 @@ def as_rapid_error(error: Exception) -> RapidError:
     return RapidError("internal error; the server's log has the details")
 
 
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    request.state.error = error  # for the log
     shown = as_rapid_error(error)
     headers = {"Retry-After": "1"} if shown.status in (429, 503) else None
     return JSONResponse(error_object(shown), status_code=shown.status, headers=headers)

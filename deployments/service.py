@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
 from deployments.protocol import Completion, Health
+from deployments.tracing import Trace
 from rapid.backend import Backend
 from rapid.generate import generate
 from rapid.request import Delta, Finish
@@ -35,9 +36,12 @@ class LocalService:
         """
         # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
         request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
-        async with aclosing(generate(request, self._backend)) as events:
-            async for event in events:
-                yield event
+        with Trace.start(request, self._backend) as trace:
+            async with aclosing(generate(request, trace.backend)) as events:
+                async for event in events:
+                    if isinstance(event, Finish):
+                        trace.finish(event)
+                    yield event
 
     async def health(self) -> Health:
         """What each engine holds that is there; raises when one does not answer."""

@@ -87,7 +87,9 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
             round_ms = (time.perf_counter() - round_started) * 1e3
             controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
             _count_round(stats, plan, verified, len(emitted), round_ms)
-            yield Delta(emitted, pieces, verified.num_drafted, verified.num_accepted, plan.source, round_ms)
+            drafted, accepted = verified.num_drafted, verified.num_accepted
+            times_ms = round_ms, verified.draft_ms, verified.verify_ms
+            yield Delta(emitted, pieces, drafted, accepted, plan.source, *times_ms)
     if by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3

@@ -94,6 +94,7 @@ class GenerationRequest:
 class Statistics:
     """What one request did; times in milliseconds. The README defines each field.
 
+    ``queueing`` is the time until the target had a place.
     ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
     ``resuming`` is the time it took to go on elsewhere, ``resumed`` times, after the target's engine was lost.
     """
@@ -118,6 +119,7 @@ class Statistics:
     timings_ms: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
             (
+                "queueing",
                 "retrieval",
                 "target_prefill",
                 "draft_prefill",
@@ -154,6 +156,8 @@ class Delta(NamedTuple):
     num_accepted: int
     source: Source
     elapsed_ms: float
+    draft_ms: float
+    verify_ms: float
 
     @property
     def text(self) -> str:
