@@ -114,7 +114,7 @@ class RequestMetrics:
         self._count("engines_lost", stats.drafters_lost, "drafter")
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
-        self._tally[(name, *labels)] += amount  # type: ignore[assignment]  # typeshed's Counter counts in whole numbers
+        self._tally[(name, *labels)] += amount
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
         self._histograms[name].observe(value, dict(zip(_HISTOGRAMS[name][1], labels, strict=True)))

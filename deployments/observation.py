@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AppConfig
@@ -36,7 +37,7 @@ class _Observed:
         self.started = time.perf_counter()
         self.fields: dict[str, Any] = {"request_id": request_id}
         self.status: int | None = None
-        self.error: Exception | None = None  # behind the first events, where no status can tell of it
+        self.error: Exception | None = None  # also behind the first tokens, where the status was sent long ago
         self.is_complete = False
 
     @property
@@ -117,6 +118,8 @@ class Middleware:
         self._metrics.began()
         try:
             await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            raise
         except Exception as error:
             observed.error = error
             raise

@@ -132,7 +132,7 @@ def test_spans_say_where_the_time_went(letters_url: str, spans: InMemorySpanExpo
         if span is not root:
             assert span.parent == root.get_span_context()
             assert root.start_time <= span.start_time <= span.end_time <= root.end_time  # type: ignore[operator]
-    assert LETTERS[:20] not in str([span.to_json() for span in ours])
+    assert LETTERS[:15] not in str([span.to_json() for span in ours])
 
 
 def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(letters_url: str) -> None:
