@@ -19,6 +19,7 @@ import httpx
 import promql_parser
 import pytest
 import ray
+import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +28,7 @@ from served import LETTERS, ON_RAY, complete, free_port, health, pieces, seconds
 
 pytestmark = ON_RAY
 
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "rapid.json"
+GRAFANA = Path(__file__).parents[2] / "docs" / "grafana"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 Sample = tuple[str, frozenset[tuple[str, str]]]  # a name and its labels
 
@@ -172,7 +173,7 @@ def test_a_request_is_a_line_of_json_under_its_own_name(cluster: Cluster) -> Non
         files = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve").glob("*Ingress*.log")
         text = "\n".join(file.read_text() for file in files)
         assert LETTERS[:15] not in text
-        found = [json.loads(line) for line in text.splitlines()]
+        found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         return [line for line in found if line.get("endpoint") and line["request_id"] == "mine"][-2:]
 
     finished, refused = until(lambda: len(found := lines()) == 2 and found)
@@ -218,9 +219,14 @@ def selectors(expr: Any, grouped_by: tuple[str, ...] = ()) -> Iterator[tuple[Any
 
 
 def queries() -> Iterator[str]:
-    for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+    for panel in json.loads((GRAFANA / "rapid.json").read_text(encoding="utf-8"))["panels"]:
         for target in panel.get("targets", []):
             yield target["expr"].replace("$__rate_interval", "5m")
+
+
+def alerts() -> Iterator[str]:
+    for group in yaml.safe_load((GRAFANA / "alerts.yaml").read_text(encoding="utf-8"))["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
 
 
 def lose_a_drafter(cluster: Cluster) -> None:
@@ -234,7 +240,10 @@ def lose_a_drafter(cluster: Cluster) -> None:
 
 
 def test_the_dashboard_asks_for_what_there_is(cluster: Cluster, answers: list[dict[str, Any]]) -> None:
-    """Every selector of every query finds samples that the application exports, with the labels it is grouped by."""
+    """Every selector of every query finds samples that the application exports, with the labels it is grouped by.
+
+    What alerts wait for has not happened, so of those only the names and labels are checked.
+    """
     cluster.post(max_tokens=-1)
     for letter in "abcd":  # more than the KV memory has room for
         assert cluster.post(prompt=letter * 1000).status_code == 200
@@ -251,3 +260,7 @@ def test_the_dashboard_asks_for_what_there_is(cluster: Cluster, answers: list[di
             found = [labels for labels in found if wanted.fullmatch(labels.get(matcher.name, ""))]
         assert found, f"nothing matches {selector}"
         assert all(set(grouped_by) <= labels.keys() for labels in found), f"{selector} is not told by {grouped_by}"
+    for selector, grouped_by in (pair for alert in alerts() for pair in selectors(promql_parser.parse(alert))):
+        found = [dict(labels) for name, labels in samples if name == selector.name]
+        named = {*grouped_by, *(matcher.name for matcher in selector.matchers.matchers)}
+        assert found and all(named <= labels.keys() for labels in found), f"no alert can come of {selector}"
