@@ -216,6 +216,7 @@ class _Exchange:
 
     async def end(self, scope: Scope, error: RapidError, headers: dict[str, str] | None = None) -> None:
         """Answers with ``error``; what has begun already ends with it where it is an event stream, and else is cut."""
+        scope.setdefault("state", {})["error"] = error  # for the log
         if self.started is None:
             return await error_response(error, headers)(scope, self._receive, self._send)
         if not Headers(raw=self.started["headers"]).get("content-type", "").startswith("text/event-stream"):

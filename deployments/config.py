@@ -145,6 +145,12 @@ class AccessConfig(Strict):
         return keys
 
 
+class ObservabilityConfig(Strict):
+    """What is told of requests besides numbers."""
+
+    log_prompts: bool = Field(False, description="write prompts and answers into the log's line of each request, too")
+
+
 class AppConfig(Strict):
     """Everything a running application can be told."""
 
@@ -163,6 +169,7 @@ class AppConfig(Strict):
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+    observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")
     def _one_drafter(self) -> "AppConfig":

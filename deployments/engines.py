@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.scaling import KV_SHARE
 from deployments.channel import Address, Listener
 from deployments.config import EngineConfig
+from deployments.metrics import EngineMetrics
 from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
@@ -166,6 +167,7 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig) -> None:
         group = ray.util.get_current_placement_group()
+        self._metrics = EngineMetrics()
 
         name = f"{engines_of(serve.get_replica_context().app_name)}{uuid.uuid4().hex}"
 
@@ -223,7 +225,7 @@ class EngineReplica:
         return self._info, self._engine
 
     async def check_health(self) -> None:
-        await self._engine.stats.remote()
+        self._metrics.update(await self._engine.stats.remote())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         stats: EngineStats = await self._engine.stats.remote()

@@ -51,7 +51,8 @@ def server_sent_error(error: Exception) -> str:
     return f"event: error\ndata: {json.dumps(error_object(as_rapid_error(error)), ensure_ascii=False)}\n\n"
 
 
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    request.state.error = error  # for the log
     return error_response(error)
 
 

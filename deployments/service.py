@@ -12,6 +12,7 @@ from deployments.config import AppConfig
 from deployments.files import Files, KeepingBackend, LocalFiles
 from deployments.protocol import Completion, Health
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.tracing import Trace
 from rapid.choices import generate_choices
 from rapid.request import Delta, Finish
 
@@ -46,9 +47,12 @@ class LocalService:
             request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
             if whole is not completion:  # its files are kept already, by themselves, and go when they are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
-            async with aclosing(generate_choices(request, completion.n, self._backend)) as events:
-                async for event in events:
-                    yield event
+            with Trace.start(request, self._backend) as trace:
+                async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
+                    async for event in events:
+                        if isinstance(event, Finish):
+                            trace.finish(event)
+                        yield event
 
     async def health(self) -> Health:
         """What each engine holds that is there; raises when one does not answer."""
