@@ -38,13 +38,14 @@ def chat_here(config: AppConfig, documents: list[str], **how: Any) -> bool:
     from rapid.tokenization import load_tokenizer
 
     disable_progress_bar()
-    status = Console(stderr=True).status("")
+    status = Console(stderr=True).status("loading the models")
 
     def on_prefill(role: str, done: int, total: int) -> None:
         status.update(f"{role} reads: {done:,} of {total:,} tokens")
 
-    with local_backend(config, on_prefill=on_prefill) as backend:
+    with status, local_backend(config, on_prefill=on_prefill) as backend:
         service = LocalService(config, backend, load_tokenizer(config.target.model))
+        status.stop()
         return Chat(LocalTalker(config.model_name, service), documents, status=status, **how).run()
 
 
