@@ -163,7 +163,7 @@ async def measure(url: str, process: psutil.Process, options: argparse.Namespace
     await checker.learn(KNOWN)
     alone_s = await _probes(url, 5)
     results["levels"] = []
-    for clients in CLIENTS:
+    for clients in options.clients:
         results["levels"].append(row(await crowd.run(clients, options.level_s), clients))
         print(json.dumps(results["levels"][-1]), flush=True)
     best = _capacity(results["levels"])
@@ -253,6 +253,7 @@ def draw(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="at capacity")
+    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="the numbers of them, in turn")
     parser.add_argument("--level-s", type=float, default=40, help="seconds for each number of clients")
     parser.add_argument("--documents-again", type=int, default=30, help="new documents asked about again, alone")
     parser.add_argument("--dtype", default="auto", help="of the target; float32 rounds nothing away")
