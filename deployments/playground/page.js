@@ -11,14 +11,21 @@ const STRATEGIES = {
 let running = null; // what stops the answer that is being written
 let model = null;
 
+/** The request but for its messages and strategy. A field that is left empty is the server's to choose. */
 function options() {
-  const rapid = { trace: true, num_draft_tokens: byId("gamma").value === "" ? "auto" : Number(byId("gamma").value) };
-  if (byId("verification").value) rapid.verification = byId("verification").value;
-  const body = { model, stream: true, rapid };
-  for (const [name, id] of [["temperature", "temperature"], ["max_tokens", "limit"]]) {
-    if (byId(id).value !== "") body[name] = Number(byId(id).value);
-  }
-  return body;
+  const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
+  return {
+    model,
+    stream: true,
+    temperature: number("temperature"),
+    max_tokens: number("limit"),
+    rapid: {
+      trace: true,
+      num_draft_tokens: number("gamma") ?? "auto",
+      verification: byId("verification").value || undefined,
+      retrieval: { max_tokens: number("budget"), chunk_tokens: number("chunk") },
+    },
+  };
 }
 
 async function ask() {
@@ -180,7 +187,9 @@ function begin() {
   byId("clear").onclick = () => useText("");
   byId("example").onclick = () => {
     useText(byId("example-text").content.textContent);
-    byId("question").value ||= "Why do the people at the ball come to dislike Mr. Darcy?";
+    byId("budget").value = 384; // the example is short: with more, hardly anything of it would be left out
+    byId("chunk").value = 96;
+    byId("question").value ||= "How does the station get its electricity?";
     byId("question").focus();
   };
   byId("file").onchange = () => {
