@@ -92,8 +92,8 @@ def peaks(device: torch.device) -> tuple[float, float]:
 def open_cache(model: Model, context: int) -> KVCache:
     """A cache of ``context`` tokens of noise, in a pool of its own."""
     pool = model.new_pool((context + 512) * model.layout.bytes_per_token + (1 << 20))
-    pool.keys.normal_()
-    pool.values.normal_()
+    for part in (*pool.keys, *pool.values):
+        part.normal_()
     cache = pool.open([0], context + 64)
     assert cache is not None
     return cache

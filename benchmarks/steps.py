@@ -65,8 +65,8 @@ def measure(contexts: list[int], repeats: int) -> dict[str, Any]:
     for name, model in models.items():
         for context in contexts if name in ("bfloat16", "float32") else [c for c in contexts if c <= 4096]:
             pool = model.new_pool((context + 64) * model.layout.bytes_per_token)
-            pool.keys.normal_()
-            pool.values.normal_()
+            for part in (*pool.keys, *pool.values):
+                part.normal_()
             cache = pool.open([0], context + 32)
             assert cache is not None
             row: dict[str, Any] = {"weights": name, "context": context}

@@ -36,7 +36,7 @@ class Device:
         The sum over the parts of max(bytes ÷ bandwidth, operations ÷ rate): the layers' products read every weight
         once; the head makes logits of ``rows`` tokens a sequence (all, when not given); attention reads each
         sequence's keys and values, and does 4 operations for each query, head, dimension and token seen. Two
-        all-reduces a layer join the ranks.
+        all-reduces a layer join the ranks. Stages work one after another, and hand on what a layer has made.
         """
         shape, ranks = model.shape, model.num_ranks
         rows = tokens if rows is None else rows
@@ -47,14 +47,16 @@ class Device:
             read_s = parameters * model.weight_bytes / (self.bandwidth * self.weights)
             return max(read_s, 2 * parameters * num_tokens / (rate * self.products)) / ranks if num_tokens else 0.0
 
-        cache_s = batch * (context + tokens) * model.kv_bytes_per_token / (self.bandwidth * self.cache)
+        cached = batch * (context + tokens) * shape.num_layers * model.kv_bytes_per_layer
+        cache_s = cached / (self.bandwidth * self.cache)
         seen = tokens * (context + (tokens + 1) / 2)  # query-key pairs of a sequence: causal
         operations = 4 * shape.num_layers * math.ceil(shape.num_heads / ranks) * shape.head_dim * seen * batch
         attention_s = max(cache_s, operations / (rate * self.attention))
         products_s = product_s(shape.layer_parameters, batch * tokens) + product_s(shape.head_parameters, batch * rows)
-        joining_s = (
-            2 * shape.num_layers * self._all_reduce_s(batch * tokens * shape.hidden_size * model.number_bytes, ranks)
-        )
+        made = batch * tokens * shape.hidden_size * model.number_bytes
+        joining_s = 2 * shape.num_layers * self._all_reduce_s(made, ranks)
+        if model.num_stages > 1:
+            joining_s += (model.num_stages - 1) * (self.link_latency_s + made / self.link)
         return products_s + attention_s + joining_s + shape.num_layers * self.layer_s
 
     def prefill_s(self, model: ServedModel, tokens: int, chunk: int) -> float:

@@ -206,6 +206,6 @@ class Planner:
         if round.gamma and self.drafter is not None:
             by_memory = num_targets * self.work.batch / max(1, self.drafter_seats)
             num_drafters = math.ceil(max(drafters, by_memory))
-        gpus = num_targets * self.target.num_ranks + num_drafters * (self.drafter or self.target).num_ranks
+        gpus = num_targets * self.target.num_devices + num_drafters * (self.drafter or self.target).num_devices
         cost = None if price is None else gpus * price / 3600 / tokens_per_second * 1e6
         return Fleet(num_targets, num_drafters, gpus, tokens_per_second, cost)

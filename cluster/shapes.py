@@ -69,7 +69,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A shape as an engine holds it, cut over ``num_ranks`` devices. The properties are bytes on each of those.
+    """A shape as an engine holds it, on ``num_devices``: each layer is cut over ``num_ranks`` devices that compute
+    together, or the layers are spread over ``num_stages`` that a pass goes through. The properties are bytes on each.
 
     ``weight_bytes`` is of one weight of a matrix product. ``number_bytes`` is of everything else: embeddings, keys,
     values and what flows between the layers.
@@ -79,6 +80,11 @@ class ServedModel:
     weight_bytes: float = 2.0
     number_bytes: int = 2
     num_ranks: int = 1
+    num_stages: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_ranks * self.num_stages
 
     @property
     def bytes_held(self) -> float:
@@ -86,13 +92,18 @@ class ServedModel:
         shape = self.shape
         product_bytes = (shape.layer_parameters + shape.head_parameters) * self.weight_bytes
         is_shared = shape.tied_embeddings and self.weight_bytes == self.number_bytes
-        return (product_bytes + (0 if is_shared else shape.head_parameters * self.number_bytes)) / self.num_ranks
+        return (product_bytes + (0 if is_shared else shape.head_parameters * self.number_bytes)) / self.num_devices
+
+    @property
+    def kv_bytes_per_layer(self) -> float:
+        """Of a token. A rank keeps whole KV heads, so more ranks than there are KV heads save nothing more."""
+        heads = math.ceil(self.shape.num_kv_heads / self.num_ranks)
+        return 2 * heads * self.shape.head_dim * self.number_bytes
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """A rank keeps whole KV heads, so more ranks than there are KV heads save nothing more."""
-        heads = math.ceil(self.shape.num_kv_heads / self.num_ranks)
-        return 2 * self.shape.num_layers * heads * self.shape.head_dim * self.number_bytes
+        """On the device with most layers."""
+        return math.ceil(self.shape.num_layers / self.num_stages) * self.kv_bytes_per_layer
 
     def sequences_that_fit(self, kv_bytes: float, tokens: int) -> int:
         """How many sequences of ``tokens`` find room in ``kv_bytes`` a device."""

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
 from deployments.http_errors import handle_errors, parse
+from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
 from deployments.service import Service
@@ -22,13 +23,14 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     """The application that answers over HTTP."""
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
+    complete(app)
     model_name, started = config.model_name, int(time.time())
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
         return await _answer(service, model_name, parse(ChatRequest, await request.body()))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **takes(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
         return await _answer(service, model_name, parse(TextRequest, await request.body()))
 
@@ -41,7 +43,7 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     async def playground() -> Response:
         return page()
 
-    @app.get("/health")
+    @app.get("/health", responses=ERRORS)
     async def health() -> Health:
         return await service.health()
 

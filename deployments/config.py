@@ -56,6 +56,9 @@ class EngineConfig(Strict):
     model: str = Field("smollm2-135m-instruct", description="embedded name, local folder, or Hugging Face hub id")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto spreads the layers over the num_gpus whole GPUs of one process"
+    )
     num_cpus: float = Field(0.5, gt=0, description="what Ray reserves for the engine; not a limit on threads")
     num_gpus: float = Field(0, ge=0)
     tensor_parallel: int = Field(
@@ -74,6 +77,23 @@ class EngineConfig(Strict):
     max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
     drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
+
+    @model_validator(mode="after")
+    def _one_way_to_share(self) -> "EngineConfig":
+        if self.device_map is None:
+            return self
+        if self.tensor_parallel > 1:
+            raise ValueError("device_map is for one process and tensor_parallel for several: set one of them")
+        if self.device != "auto":
+            raise ValueError(f"device_map chooses the devices: leave device at auto, got {self.device}")
+        if self.num_gpus % 1:
+            raise ValueError(f"with device_map num_gpus is a number of whole GPUs, got {self.num_gpus:g}")
+        return self
+
+    @property
+    def num_stages(self) -> int:
+        """How many devices a pass goes through, one after another."""
+        return max(1, int(self.num_gpus)) if self.device_map else 1
 
 
 class RetrieverConfig(Strict):

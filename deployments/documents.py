@@ -18,7 +18,7 @@ def read_content(documents: list[Path], question: str | None) -> str:
     """
     if question is not None and not question.strip():
         raise InvalidRequest("--question is empty")
-    texts = [_read(path) for path in documents]
+    texts = [read_document(path) for path in documents]
     if not documents and not sys.stdin.isatty() and (piped := sys.stdin.buffer.read()):
         texts = [_decode(piped, "stdin")]
     if question is None and (documents or not texts):
@@ -26,7 +26,8 @@ def read_content(documents: list[Path], question: str | None) -> str:
     return "\n\n".join([*texts, question] if question else texts)
 
 
-def _read(path: Path) -> str:
+def read_document(path: Path) -> str:
+    """Raises InvalidRequest when it cannot be read, or is no UTF-8 text."""
     if path == STDIN:
         return _decode(sys.stdin.buffer.read(), "stdin")
     try:

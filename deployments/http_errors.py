@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rapid.errors import InvalidRequest, RapidError
 
@@ -50,11 +51,17 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_object(shown), status_code=error.status_code, headers=error.headers)
 
 
+async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:
+    # Nobody reads it; but it is no error of ours, which would be logged.
+    return await _on_error(request, InvalidRequest("the connection ended before the body did"))
+
+
 def handle_errors(app: FastAPI) -> None:
     """Makes ``app`` answer every error in OpenAI's shape."""
     app.add_exception_handler(Exception, _on_error)
     app.add_exception_handler(RapidError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_half_a_body)
 
 
 def parse(kind: type[T], body: bytes) -> T:

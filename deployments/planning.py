@@ -85,11 +85,14 @@ def shape_of(model: str) -> ModelShape:
 def served(engine: EngineConfig) -> ServedModel:
     number_bytes = NUMBER_BYTES[engine.dtype]
     weight_bytes = WEIGHT_BYTES.get(engine.quantization, float(number_bytes))
-    return ServedModel(shape_of(engine.model), weight_bytes, number_bytes, engine.tensor_parallel)
+    return ServedModel(
+        shape_of(engine.model), weight_bytes, number_bytes, engine.tensor_parallel, num_stages=engine.num_stages
+    )
 
 
 def _kv_bytes(engine: EngineConfig) -> float | None:
-    return None if engine.kv_memory_gib is None else engine.kv_memory_gib * 2**30
+    """On each device: the ranks of a group have as much each, and the stages of one process share it."""
+    return None if engine.kv_memory_gib is None else engine.kv_memory_gib * 2**30 / engine.num_stages
 
 
 def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
@@ -142,11 +145,15 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
 
 def _seats(planner: Planner, config: AppConfig, gpu: str) -> int:
     usable = planner.device.memory * USABLE_MEMORY
-    for name, model in (("target", planner.target), ("drafter", planner.drafter)):
+    for name, engine, model in (
+        ("target", config.target, planner.target),
+        ("drafter", config.drafter, planner.drafter),
+    ):
         if model is not None and model.bytes_held > usable:
+            field = "num_gpus" if engine.device_map else "tensor_parallel"
             raise ConfigError(
                 f"{name}: {model.bytes_held / 1e9:.1f} GB of weights for each GPU, and {gpu} has {usable / 1e9:.1f} GB "
-                f"to use; tensor_parallel must be at least {math.ceil(model.bytes_held * model.num_ranks / usable)}"
+                f"to use; {field} must be at least {math.ceil(model.bytes_held * model.num_devices / usable)}"
             )
     if planner.target_seats < 1 or planner.drafter_seats < 1:
         raise ConfigError(
@@ -159,8 +166,8 @@ def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> li
     """Every R:S of the fleet's GPUs, at least one of each; nothing where the target drafts, or there are too many."""
     if planner.drafter is None:
         return []
-    ranks = planner.target.num_ranks, planner.drafter.num_ranks
-    gpus = max(fleet.gpus, sum(ranks))
+    sizes = planner.target.num_devices, planner.drafter.num_devices
+    gpus = max(fleet.gpus, sum(sizes))
     if gpus > MAX_SIMULATED_GPUS:
         return []
     given = config.speculation.fixed_draft_tokens
@@ -178,7 +185,7 @@ def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> li
         call_s=planner.call_s,
     )
     rounds, gammas = max(5, SIMULATED_ROUNDS // users), GAMMAS if given is None else (given,)
-    return every_ratio(setup, gpus, target_gpus=ranks[0], drafter_gpus=ranks[1], gammas=gammas, rounds=rounds)
+    return every_ratio(setup, gpus, target_gpus=sizes[0], drafter_gpus=sizes[1], gammas=gammas, rounds=rounds)
 
 
 def as_object(report: Report) -> dict[str, Any]:
@@ -193,7 +200,7 @@ def as_object(report: Report) -> dict[str, Any]:
             models[name] = {
                 "model": engine.model,
                 "parameters": model.shape.num_parameters,
-                "gpus": model.num_ranks,
+                "gpus": model.num_devices,
                 "weight_bytes_per_gpu": round(model.bytes_held),
                 "kv_bytes_per_token_per_gpu": round(model.kv_bytes_per_token),
                 "sequences_that_fit": seats,

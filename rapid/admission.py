@@ -14,6 +14,7 @@ import torch
 
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache import KVCache, KVPool
+from rapid.logits import LogitProcessor
 from rapid.sequence import Opening, Sequence
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 class _Arrival(NamedTuple):
     opening: Opening
+    logits: LogitProcessor | None
     future: Future[Sequence]
 
 
@@ -48,8 +50,8 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._arrivals)
 
-    def arrive(self, opening: Opening) -> Future[Sequence]:
-        """The sequence, once an `update` has let it in.
+    def arrive(self, opening: Opening, logits: LogitProcessor | None) -> Future[Sequence]:
+        """The sequence, once an `update` has let it in; ``logits`` applies what the opening asks of them.
 
         The future fails with `Overloaded` when there is no room and it may not wait, or too many do already. Cancelling
         it ends the wait.
@@ -65,7 +67,7 @@ class Admission:
                 f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory_gib",
                 code="kv_memory_exceeded",
             )
-        self._arrivals.append(_Arrival(opening, Future()))
+        self._arrivals.append(_Arrival(opening, logits, Future()))
         return self._arrivals[-1].future
 
     def get(self, sequence_id: int) -> Sequence:
@@ -98,7 +100,7 @@ class Admission:
             self._closing.remove(sequence)
         arrivals, self._arrivals = self._arrivals, deque()
         for arrival in arrivals:
-            opening, future = arrival
+            opening, _, future = arrival
             if future.cancelled():
                 continue
             cache = self._pool.open(opening.prompt, opening.capacity) if not self._arrivals else None
@@ -113,20 +115,29 @@ class Admission:
 
     def refuse(self, error: Exception) -> None:
         """Fails everyone who waits."""
-        for _, future in self._arrivals:
+        for _, _, future in self._arrivals:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
         self._arrivals.clear()
 
     def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
-        opening, future = arrival
+        opening, logits, future = arrival
         generator = torch.Generator(self._pool.layout.device)
         if opening.sampling.seed is None:
             generator.seed()
         else:
             generator.manual_seed(opening.sampling.seed)
-        sequence = Sequence(next(self._ids), cache, opening.sampling, generator, opening.prompt, opening.written)
-        sequence.cached_tokens = cache.length
+        sequence = Sequence(
+            next(self._ids),
+            cache,
+            opening.sampling,
+            generator,
+            opening.prompt,
+            opening.written,
+            logits,
+            opening.num_logprobs,
+            cached_tokens=cache.length,
+        )
         if not future.set_running_or_notify_cancel():
             self._pool.close(cache)
             return

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,6 +35,7 @@ class RMSNorm:
 
 
 class _Layer(NamedTuple):
+    device: torch.device
     attention_norm: RMSNorm
     qkv: Linear
     query_norm: RMSNorm | None
@@ -49,6 +51,8 @@ class Decoder:
 
     With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. What the
     ranks compute of an attention or an MLP is summed, the logits are joined; hidden states are the same on all.
+
+    Layers may lie on several ``devices``. A pass begins and ends on the first layer's, and goes from one to the next.
 
     Raises:
         ModelFileError: the architecture is not of the Llama family, or not with full attention in every layer, or its
@@ -77,16 +81,20 @@ class Decoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_layers = config.num_hidden_layers
         self._scaling = self.head_dim**-0.5
+        # accelerate's, which would move each module's input to its device: here that happens where the device changes.
+        remove_hook_from_module(network, recurse=True)
         body: Any = network.model
         self._embedding: Tensor = local(body.embed_tokens.weight)
         self._num_embeddings: int = body.embed_tokens.weight.shape[0]
-        self._rotary = body.rotary_emb
-        self._norm = self._take_norm(body.norm)
         self._layers = []
         for i, layer in enumerate(body.layers):
             self._layers.append(self._take_layer(layer, quantization))
             body.layers[i] = torch.nn.Identity()  # frees the originals as we go: at most one layer exists twice
         head: Any = network.get_output_embeddings()
+        self._head_device = head.weight.device
+        self._norm = self._take_norm(body.norm.to(self._head_device))
+        self.devices = tuple(layer.device for layer in self._layers)
+        self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
         self._head = make_linear(
             local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
@@ -111,6 +119,8 @@ class Decoder:
         for i, layer in enumerate(self._layers):
             if abandoned():
                 raise PassAbandoned
+            if layer.device != x.device:
+                x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
             heads = layer.qkv(layer.attention_norm(x)).view(total, -1, self.head_dim)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
@@ -120,14 +130,15 @@ class Decoder:
             x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
             x = x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
         if self._group is None:
-            return self._head(self._norm(x[rows]))
+            last = x[rows.to(x.device)].to(self._head_device)
+            return self._head(self._norm(last)).to(rows.device)
         # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
         logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
         return self._group.joined(logits, self._num_logits) if len(rows) else logits
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self._group is None:
-            return F.embedding(tokens, self._embedding)
+            return F.embedding(tokens.to(self._embedding.device), self._embedding).to(tokens.device)
         share = self._group.share(self._num_embeddings)
         ours = (tokens >= share.start) & (tokens < share.stop)
         rows = F.embedding((tokens - share.start).where(ours, 0), self._embedding)
@@ -151,6 +162,7 @@ class Decoder:
 
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return _Layer(
+            attention.o_proj.weight.device,
             self._take_norm(layer.input_layernorm),
             fused(attention.q_proj, attention.k_proj, attention.v_proj),
             self._take_norm(query_norm) if query_norm is not None else None,

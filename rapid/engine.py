@@ -22,6 +22,7 @@ from rapid.attention import Extension
 from rapid.compute import compute
 from rapid.errors import PassAbandoned, SequenceClosed
 from rapid.kv_cache import PoolStats
+from rapid.logits import LogitProcessor
 from rapid.schedule import Running, schedule, settle
 from rapid.sequence import Opening, Sequence, Task
 
@@ -81,8 +82,12 @@ class Engine:
         Raises:
             InvalidRequest: it needs more than the whole budget.
         """
+        logits = None
+        if opening.logits is not None:
+            model = self.model
+            logits = LogitProcessor(opening.logits, model.tokenizer, model.vocab_size, model.layout.device)
         with self._wake:
-            future = self._admission.arrive(opening)
+            future = self._admission.arrive(opening, logits)
             if self._stopping:
                 self._admission.refuse(_shutting_down())
             self._wake.notify()

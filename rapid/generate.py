@@ -18,11 +18,12 @@ from rapid.backend import Backend, DraftHandle, Role
 from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.leases import DrafterLease, TargetLease
+from rapid.logits import LogitParams
 from rapid.lookup import Lookup
 from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
 from rapid.sequence import Opening
 from rapid.tasks import Draft, Verified, certain_draft
-from rapid.tokenization import TextStream
+from rapid.writing import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
         if drafter is not None and not (by_the_clock and spec.num_draft_tokens == "auto"):
             await drafter.first_try()
         lookup = await asyncio.to_thread(Lookup, request.prompt.tokens) if strategy.looks_up else None
-        text = TextStream(request.prompt.tokenizer, request.stop)
-        reason = None
-        while reason is None:
+        eos = frozenset[int]() if request.ignore_eos else backend.info("target").eos_token_ids
+        writer = Writer(request, eos, max_tokens)
+        while writer.reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
             found = lookup.find(room) if lookup is not None and room > 0 else None
@@ -77,22 +78,20 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
                 logger.warning("going on without a drafter: %s", error.message)
                 await drafter.lost()
                 plan, verified = Plan("none"), await target.verify(Draft(len(output)), "lossless", 0.0)
-            emitted, reason = _cut(verified.tokens, backend.info("target").eos_token_ids, max_tokens - len(output))
+            emitted, pieces, logprobs = writer.write(verified.tokens, verified.logprobs)
             output += emitted
             if lookup is not None:
                 lookup.extend(emitted)
-            pieces = [text.push(token) for token in emitted]
-            if text.stopped:
-                reason = "stop"
             round_ms = (time.perf_counter() - round_started) * 1e3
             controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
             _count_round(stats, plan, verified, len(emitted), round_ms)
             counts = verified.num_drafted, verified.num_accepted
-            yield Delta(emitted, pieces, *counts, plan.source, round_ms, stats.chunks)
+            yield Delta(emitted, pieces, *counts, plan.source, round_ms, stats.chunks, logprobs)
     if by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
-    yield Finish(text.finish(), reason, stats)
+    _, (rest,), logprobs = writer.finish()
+    yield Finish(rest, writer.reason, stats, logprobs)
 
 
 async def _prepare(
@@ -113,18 +112,22 @@ async def _prepare(
             logger.warning("reading the whole context: %s", error.message)
             stats.fallback = error.code
     max_tokens = _fit(request, prompt, backend.info(reader).window)
+    logits = request.logits.on(request.prompt.tokens, backend.info("target"))
     room = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
     drafter = None
     if strategy.drafts:
-        drafter = DrafterLease(backend, partial(_read_short, request, backend, stats, room), output, stats)
+        drafter = DrafterLease(backend, partial(_read_short, request, backend, stats, room, logits), output, stats)
         leases.push_async_callback(drafter.close)
-    target = TargetLease(backend, reader, Opening(prompt, room, request.sampling), output, stats)
+    opening = Opening(prompt, room, request.sampling, logits=logits, num_logprobs=request.num_logprobs)
+    target = TargetLease(backend, reader, opening, output, stats)
     leases.push_async_callback(target.close)
     await target.open()
     return target, drafter, max_tokens
 
 
-async def _read_short(request: GenerationRequest, backend: Backend, stats: Statistics, room: int) -> Opening | None:
+async def _read_short(
+    request: GenerationRequest, backend: Backend, stats: Statistics, room: int, logits: LogitParams | None
+) -> Opening | None:
     """What the drafter is opened with; None, with the reason in ``stats.fallback``, where there is nothing to read."""
     short = await _retrieve(request, backend, stats)
     if short is None:
@@ -132,7 +135,7 @@ async def _read_short(request: GenerationRequest, backend: Backend, stats: Stati
     sampling = request.sampling
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-    opening = Opening(short, room, sampling)
+    opening = Opening(short, room, sampling, logits=logits)
     if opening.capacity - 1 > backend.info("drafter").window:  # the last token that it may write is never read
         stats.fallback = "drafter_window_exceeded"
         return None
@@ -165,14 +168,6 @@ def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:
     if fits < (wanted or 1):
         raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=wanted or 1, window=window)
     return wanted or min(request.default_max_tokens, fits)
-
-
-def _cut(tokens: list[int], eos: frozenset[int], room: int) -> tuple[list[int], str | None]:
-    """What of a round's tokens stands, up to an end of sequence or ``room``; and why generation ends, if it does."""
-    for i, token in enumerate(tokens[:room]):
-        if token in eos:
-            return tokens[: i + 1], "stop"
-    return tokens[:room], "length" if len(tokens) >= room else None
 
 
 def _count_round(stats: Statistics, plan: Plan, verified: Verified, num_emitted: int, elapsed_ms: float) -> None:

@@ -22,13 +22,21 @@ from rapid.memory import take_small_pages
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What one token occupies: ``num_layers`` × 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype``."""
+    """What one token occupies: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
 
-    num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    device: torch.device
+    devices: tuple[torch.device, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.devices)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pass begins and ends: tokens go in and logits come out there."""
+        return self.devices[0]
 
     @property
     def bytes_per_token(self) -> int:
@@ -56,9 +64,9 @@ _ROOT = 0
 class KVPool:
     """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: the engine's thread owns it.
 
-    ``keys`` and ``values`` are [layers, KV heads, slots, head size], or [layers, slots, KV heads, head size] when
-    ``slot_major`` (what paged kernels read); token ``i`` of a page is slot ``page · page_size + i``. On a CPU the
-    memory is only taken from the system as pages are written.
+    ``keys`` and ``values`` have for each layer, on its device, [KV heads, slots, head size], or [slots, KV heads, head
+    size] when ``slot_major`` (what paged kernels read); token ``i`` of a page is slot ``page · page_size + i``. On a
+    CPU the memory is only taken from the system as pages are written.
     """
 
     def __init__(self, layout: KVLayout, budget_bytes: int, *, page_size: int = 16, slot_major: bool = False) -> None:
@@ -66,11 +74,12 @@ class KVPool:
         self.num_pages = max(1, budget_bytes // (layout.bytes_per_token * page_size))
         slots = (self.num_pages + 1) * page_size  # and a spare page, which padding may write to
         heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
-        shape = (layout.num_layers, *heads_and_slots, layout.head_dim)
-        self.keys = torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        self.values = torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        take_small_pages(self.keys)
-        take_small_pages(self.values)
+        self.keys, self.values = (
+            [torch.empty(*heads_and_slots, layout.head_dim, dtype=layout.dtype, device=d) for d in layout.devices]
+            for _ in range(2)
+        )
+        for rows in (*self.keys, *self.values):
+            take_small_pages(rows)
         self._free = np.ones(self.num_pages, dtype=bool)
         self._users = [0] * self.num_pages
         self._index: dict[_Key, int] = {}

@@ -1,7 +1,7 @@
 """Linear layers as each device multiplies fastest, from plain weights: dense, or quantised for a cheap drafter.
 
 On a CPU weights are packed once, which is what makes a product with few rows cheap: for kernels of our own in bfloat16
-and below (`rapid.compiled_linear`), into oneDNN's layout in float32. `python -m benchmarks.products` says how cheap.
+and below (`rapid.compiled_linear`), into oneDNN's layout in float32.
 The quantised kernels on CUDA are torchao's.
 """
 

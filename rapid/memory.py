@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +30,12 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and limit.read_text().strip() != "max":
         available = min(available, int(limit.read_text()) - int(current.read_text()))
     return max(0, available)
+
+
+def kv_budget(devices: Sequence[torch.device]) -> int:
+    """Bytes for the keys and values of layers on these ``devices``: as much as the device with least room allows."""
+    layers = Counter(devices)
+    return int(min(FREE_MEMORY_SHARE * free_memory(d) * len(devices) / layers[d] for d in layers))
 
 
 def take_small_pages(tensor: Tensor) -> None:

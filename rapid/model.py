@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rapid import catalog
 from rapid.attention import Extension, Kernel, RunAttention, Tokens
 from rapid.decoder import Decoder
+from rapid.device_map import spread
 from rapid.errors import EngineLost, ModelFileError
 from rapid.graphs import GraphRunner
 from rapid.kv_cache import KVLayout, KVPool
@@ -53,16 +54,17 @@ class Model:
         self.tokenizer = tokenizer
         self.vocab_size = min(config.vocab_size, len(tokenizer)) if tokenizer is not None else config.vocab_size
         self.layout = KVLayout(
-            num_layers=self._decoder.num_layers,
             num_kv_heads=self._decoder.num_kv_heads,
             head_dim=self._decoder.head_dim,
             dtype=network.dtype,
-            device=network.device,
+            devices=self._decoder.devices,
         )
+        devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.kernel: Kernel = kernel or (RunAttention() if network.device.type == "cpu" else PagedAttention())
         self._group = group
         self._graphs = None
-        if isinstance(self.kernel, PagedAttention) and group is None:  # other ranks are told of each pass by the host
+        # A graph is of one device, and other ranks are told of each pass by the host.
+        if isinstance(self.kernel, PagedAttention) and group is None and len(devices) == 1:
             self._graphs = GraphRunner(self._decoder, self.kernel, network.device)
         self.info = ModelInfo(
             name=name,
@@ -71,7 +73,7 @@ class Model:
             eos_token_ids=eos,
             dtype=str(network.dtype).removeprefix("torch."),
             quantization=quantization,
-            device=str(network.device),
+            device=", ".join(map(str, devices)),
             weight_bytes=weight_bytes,
             kv_bytes_per_token=self.layout.bytes_per_token,
         )
@@ -83,15 +85,17 @@ class Model:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        device_map: str | None = None,
         quantization: str = "none",
         place: Place | None = None,
     ) -> Model:
         """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
 
-        With a ``place`` it meets the other ranks and loads this one's share of the weights, and no more.
+        With ``device_map`` "auto" its layers are spread over all GPUs there are. With a ``place`` it meets the other
+        ranks and loads this one's share of the weights, and no more.
 
         Raises:
-            ModelFileError: the files are missing, unreadable, or of an unsupported architecture.
+            ModelFileError: the files are missing, unreadable, or of an unsupported architecture, or find no room.
             EngineLost: the other ranks did not come.
         """
         device = default_device() if device == "auto" else device
@@ -101,9 +105,14 @@ class Model:
         torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
         tokenizer = load_tokenizer(ref)
         group = Group(place, device) if place is not None else None
-        where = {"device_map": device} if group is None else {"distributed_config": group.plan()}
         try:
-            network = AutoModelForCausalLM.from_pretrained(catalog.resolve(ref), dtype=torch_dtype, **where)
+            files = catalog.resolve(ref)
+            where: dict[str, Any] = {"device_map": device}
+            if group is not None:
+                where = {"distributed_config": group.plan()}
+            elif device_map == "auto":
+                where = {"device_map": spread(files, torch_dtype)}
+            network = AutoModelForCausalLM.from_pretrained(files, dtype=torch_dtype, **where)
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
         model = cls(network, tokenizer, ref, quantization=quantization, group=group)

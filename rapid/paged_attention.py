@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,22 @@ class PagedBatch:
         output = self.kernel(query, keys.view(pages), values.view(pages), self, scaling)
         return output.reshape(len(query), -1)
 
+    def on(self, device: torch.device) -> PagedBatch:
+        """The same for layers on ``device``."""
+        here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
+        return replace(self, **here)
+
+
+class _SpreadBatch:
+    """A batch over layers on several devices: each layer's reads what is on its own."""
+
+    def __init__(self, batch: PagedBatch, devices: Sequence[torch.device]) -> None:
+        on = {device: batch.on(device) for device in set(devices)}
+        self._of_layer = [on[device] for device in devices]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return self._of_layer[layer].attend(layer, query, key, value, scaling)
+
 
 # (query [T, heads, d], key pages [pages, page size, KV heads, d], value pages, batch, scaling) to [T, heads, d]
 PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
@@ -58,20 +75,20 @@ class PagedAttention:
 
     def batch(self, extensions: Sequence[Extension]) -> Batch:
         pool = extensions[0].cache.pool
-        device = pool.layout.device
+        device, devices = pool.layout.device, pool.layout.devices
         counts = [(cache, len(tokens)) for cache, tokens, _ in extensions]
         tables = [cache.pages[: pool.pages_for(cache.length + n)] for cache, n in counts]
         width = max(len(table) for table in tables)
-        new = torch.tensor([n for _, n in counts])
-        return PagedBatch(
+        batch = PagedBatch(
             pool=pool,
             slots=torch.tensor([slot for cache, n in counts for slot in cache.slots(n)], device=device),
             table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
             lengths=torch.tensor([cache.length + n for cache, n in counts], dtype=torch.int32).to(device),
-            starts=F.pad(new.cumsum(0), (1, 0)).int().to(device),
-            max_new=int(new.max()),
+            starts=torch.tensor([0, *accumulate(n for _, n in counts)], dtype=torch.int32).to(device),
+            max_new=max(n for _, n in counts),
             kernel=self._kernel,
         )
+        return batch if set(devices) == {device} else _SpreadBatch(batch, devices)
 
     def empty_batch(self, pool: KVPool, num_sequences: int, num_new: int, width: int) -> PagedBatch:
         """A batch of ``num_sequences`` × ``num_new`` tokens to be filled in place; it points at the spare page."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from rapid.control import Source
 from rapid.errors import InvalidRequest
+from rapid.logits import LogitParams
 from rapid.prompts import Prompt
 from rapid.sampling import SamplingParams
 from rapid.speculative import RULES
@@ -78,7 +79,9 @@ class SpeculationParams:
 class GenerationRequest:
     """One completion to write. ``max_tokens`` None means ``default_max_tokens``, or less where the window ends.
 
-    ``retrieval`` holds the retriever's options; they are passed on to the backend as they are.
+    ``retrieval`` holds the retriever's options; they are passed on to the backend as they are. With ``ignore_eos`` an
+    end of sequence is written like any other token. With ``num_logprobs`` each token comes with its log-probability,
+    and those of that many most likely ones.
     """
 
     prompt: Prompt
@@ -88,6 +91,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     default_max_tokens: int = 512
+    logits: LogitParams = field(default_factory=LogitParams)
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
 
 
 @dataclass
@@ -142,11 +148,31 @@ class Statistics:
         return self.emitted / self.rounds if self.rounds else None
 
 
+class NamedToken(NamedTuple):
+    """A token with the bytes that it stands for, and its natural log-probability."""
+
+    token: int
+    spelled: bytes
+    logprob: float
+
+
+class TokenLogprobs(NamedTuple):
+    """A token that was written, and the most likely ones in its place.
+
+    The logarithms are of the distribution that it was sampled from: after penalties, grammar and warping, and as the
+    verification rule shifts it. A greedy choice has those of the unwarped distribution.
+    """
+
+    chosen: NamedToken
+    top: list[NamedToken]
+
+
 class Delta(NamedTuple):
     """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 
     The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
-    ``chunks`` is `Statistics.chunks` as far as it is known.
+    ``chunks`` is `Statistics.chunks` as far as it is known. ``logprobs`` has an entry for each token whose text is out
+    with this one. ``choice`` is which of n it is of.
     """
 
     tokens: list[int]
@@ -156,6 +182,8 @@ class Delta(NamedTuple):
     source: Source
     elapsed_ms: float
     chunks: list[dict[str, float]]
+    logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
+    choice: int = 0
 
     @property
     def text(self) -> str:
@@ -168,3 +196,5 @@ class Finish(NamedTuple):
     text: str
     reason: str
     statistics: Statistics
+    logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
+    choice: int = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rapid.attention import Tokens
 from rapid.kv_cache import KVCache
+from rapid.logits import LogitParams, LogitProcessor
 from rapid.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Opening:
     """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
 
     The last ``written`` tokens of the prompt are output already, of a sequence elsewhere that this one goes on from.
-    One that may not wait for room gets it at once or not at all.
+    One that may not wait for room gets it at once or not at all. With ``num_logprobs`` each token that is written comes
+    with its log-probability, and those of that many most likely ones.
     """
 
     prompt: list[int]
@@ -34,6 +36,8 @@ class Opening:
     sampling: SamplingParams
     written: int = 0
     may_wait: bool = True
+    logits: LogitParams | None = None
+    num_logprobs: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -44,8 +48,13 @@ class Opening:
         sampling = self.sampling
         if sampling.seed is not None and output:
             sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
-        room = self.max_new_tokens - len(output)
-        return Opening(self.prompt + output, room, sampling, self.written + len(output), self.may_wait)
+        return replace(
+            self,
+            prompt=self.prompt + output,
+            max_new_tokens=self.max_new_tokens - len(output),
+            sampling=sampling,
+            written=self.written + len(output),
+        )
 
 
 @dataclass(eq=False)
@@ -62,6 +71,8 @@ class Sequence:
     generator: torch.Generator
     prompt: list[int]
     written: int = 0
+    logits: LogitProcessor | None = None
+    num_logprobs: int | None = None
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
@@ -73,6 +84,11 @@ class Sequence:
     def position(self) -> int:
         """How many tokens of output there are, here and elsewhere."""
         return self.written + len(self.output)
+
+    def emitted(self, position: int) -> list[int]:
+        """The output before ``position``, here and elsewhere."""
+        start = len(self.prompt) - self.written
+        return (self.prompt[start:] + self.output)[:position]
 
     def pending(self) -> list[int]:
         """The tokens that are not in the cache yet."""

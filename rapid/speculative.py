@@ -138,6 +138,20 @@ def verify(
     return Verdict(num_accepted, sample(next_probs, generator))
 
 
+def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: float) -> Tensor:
+    """What the tokens that `verify` gives out were sampled from, [..., γ+1, V]: ``out`` above, and p for the bonus.
+
+    Row i is the law of the token at position i, given that all before it are as drafted.
+    """
+    gamma = draft_probs.shape[-2]
+    scored, bonus = target_probs[..., :gamma, :], target_probs[..., gamma:, :]
+    augmented_probs = rule.augment(scored, draft_probs, transfer_strength)
+    accepted = torch.minimum(draft_probs, augmented_probs)
+    rejected = (1 - accepted.sum(-1, keepdim=True)).clamp_min(0)
+    residual = rule.residual(scored, draft_probs, augmented_probs)
+    return torch.cat([accepted + rejected * residual, bonus], -2)
+
+
 def verify_greedy(draft_tokens: Tensor, logits: Tensor) -> Verdict:
     """`verify` at temperature 0, where p and q are one-hot: under every rule a draft stands iff it is the argmax.
 

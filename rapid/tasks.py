@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from rapid.attention import Tokens
 from rapid.control import DraftLimits
 from rapid.sampling import SamplingParams, probabilities, sample
 from rapid.sequence import Deliver, Extend, Sequence, Task
-from rapid.speculative import RULES, verify, verify_greedy
+from rapid.speculative import RULES, output_law, verify, verify_greedy
 
 Pairs = tuple[np.ndarray, np.ndarray]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
@@ -52,6 +53,11 @@ class Draft:
         skip = offset - self.offset
         return Draft(offset, self.tokens[skip:], self.distributions[skip:], self.confidences[skip:])
 
+    def before(self, num_tokens: int) -> Draft:
+        """Its first ``num_tokens``."""
+        columns = self.tokens[:num_tokens], self.distributions[:num_tokens], self.confidences[:num_tokens]
+        return replace(self, tokens=columns[0], distributions=columns[1], confidences=columns[2])
+
     def dense(self, vocab_size: int, device: torch.device) -> Tensor:
         """q as a [γ, V] float32 tensor."""
         probs = torch.zeros(len(self.tokens), vocab_size)
@@ -66,9 +72,19 @@ def certain_draft(offset: int, tokens: list[int]) -> Draft:
     return Draft(offset, tokens, one_hot, [1.0] * len(tokens))
 
 
+class Logprobs(NamedTuple):
+    """Natural logarithms: of a written token, and (token, its own) of the most likely ones, the likeliest first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
 class Verified:
-    """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them."""
+    """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them.
+
+    ``logprobs`` has one for each token where the sequence was opened with ``num_logprobs``, else it is empty.
+    """
 
     tokens: list[int]
     num_drafted: int
@@ -78,6 +94,7 @@ class Verified:
     draft_ms: float
     draft_step_ms: float
     verify_ms: float
+    logprobs: list[Logprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,9 @@ def propose(
     num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
     first_ms = 0.0
     if not ended:
-        on_host = sequence.generator.device.type == "cpu"
-        first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=not on_host)
+        # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
+        at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
+        first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
     sequence.output[start - sequence.written :] = draft.tokens
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
@@ -170,6 +188,8 @@ def _draw_on(
     while not ended:
         logits = yield Extend(sequence, feed, 1)
         assert logits is not None
+        if sequence.logits is not None:
+            logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
         drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
         feed = drawn[-1][0].view(1)
         first_ms = first_ms or _ms_since(started)
@@ -209,24 +229,37 @@ def _append(draft: Draft, drafted: DraftedToken, limits: DraftLimits, eos: froze
 def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[Verified]:
     """One round on the target: scores [last token; draft] in one pass, accepts or recovers, rolls back (paper §3.3).
 
+    A draft that was looked up ends before the first token that breaks the request's grammar.
+
     Raises:
-        ValueError: the draft was made for another position of the output.
+        ValueError: the draft was made for another position of the output, or was drawn in spite of the grammar.
     """
     started = time.perf_counter()
     if draft.offset != sequence.position:
         raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
+    if sequence.logits is not None:
+        draft = _within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
     gamma = len(draft.tokens)
     logits = yield Extend(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
     assert logits is not None
+    if sequence.logits is not None:
+        logits = sequence.logits(logits, sequence.emitted(draft.offset), draft.tokens)
     drafted = torch.tensor(draft.tokens, dtype=torch.long).to(logits.device)
+    law = None
     if sequence.sampling.temperature == 0:
         verdict = verify_greedy(drafted, logits)
     else:
         target_probs = probabilities(logits, sequence.sampling)
         draft_probs = draft.dense(logits.shape[-1], logits.device)
         verdict = verify(RULES[rule], drafted, draft_probs, target_probs, transfer_strength, sequence.generator)
+        if sequence.num_logprobs is not None:
+            law = output_law(RULES[rule], draft_probs, target_probs, transfer_strength).log()
     num_accepted, next_token = torch.stack(verdict).tolist()  # the one copy to the host
     emitted = [*draft.tokens[:num_accepted], next_token]
+    logprobs = []
+    if sequence.num_logprobs is not None:
+        # A greedy choice is certain, which says nothing: there it is the unwarped distribution's.
+        logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, sequence.num_logprobs)
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     return Verified(
@@ -238,7 +271,28 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         draft.elapsed_ms,
         draft.step_ms,
         _ms_since(started),
+        logprobs,
     )
+
+
+def _within_grammar(draft: Draft, num_allowed: int) -> Draft:
+    """``draft`` up to the first token that breaks the grammar.
+
+    To cut a draft because of a token that was drawn would move the output's law. Of one that was looked up there was no
+    choice, and a drafter, which knows the grammar, draws none.
+    """
+    if num_allowed < len(draft.tokens) and len(draft.distributions[num_allowed][0]) > 1:
+        raise ValueError(f"the drafter drew token {draft.tokens[num_allowed]}, which breaks the grammar")
+    return draft.before(num_allowed)
+
+
+def _logprobs(log_probs: Tensor, tokens: list[int], num_top: int) -> list[Logprobs]:
+    """Of the first rows of ``log_probs`` [n, V], one for each of ``tokens``; what has no chance is left out."""
+    rows = log_probs[: len(tokens)]
+    own = rows.gather(-1, torch.tensor(tokens, device=rows.device).unsqueeze(-1)).squeeze(-1).tolist()
+    values, ids = (part.tolist() for part in rows.topk(min(num_top, rows.shape[-1])))
+    top = [[(i, v) for i, v in zip(*row, strict=True) if v > -torch.inf] for row in zip(ids, values, strict=True)]
+    return [Logprobs(*each) for each in zip(own, top, strict=True)]
 
 
 def _ms_since(started: float) -> float:

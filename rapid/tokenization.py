@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rapid import catalog
@@ -73,6 +76,30 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level tokenizers write for each byte: itself where it is printable, else from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    assert alphabet.keys() == set(ByteLevel.alphabet())
+    return alphabet
+
+
+_BYTES = _byte_alphabet()
+
+
+def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes that one token stands for, which need not be whole characters."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if token in tokenizer.added_tokens_decoder:
+        return name.encode()
+    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) and all(character in _BYTES for character in name):
+        return bytes(_BYTES[character] for character in name)
+    if hexadecimal := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(hexadecimal[1])
+    return name.replace("▁", " ").encode()
+
+
 class TextStream:
     """Turns tokens into text as they come: never half a character, never a part of a stop string.
 
@@ -85,6 +112,7 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._tokens: list[int] = []
+        self._starts: list[int] = []  # where in the text each token's begins
         self._decoded = ""  # all text so far
         self._shown = 0  # how much of it was returned
         self.stopped = False
@@ -94,11 +122,20 @@ class TextStream:
         """Everything returned so far."""
         return self._decoded[: self._shown]
 
+    @property
+    def num_shown(self) -> int:
+        """How many tokens' text was returned: in whole, or, once a stop string cut it, in part."""
+        if self.stopped:
+            return bisect_left(self._starts, self._shown)
+        all_out = self._shown == len(self._decoded)
+        return len(self._starts) if all_out else bisect_right(self._starts, self._shown) - 1
+
     def push(self, token: int) -> str:
         """Adds one token; returns the text that it completes, which may be empty."""
         if self.stopped:
             return ""
         self._tokens.append(token)
+        self._starts.append(len(self._decoded))
         self._decoded += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         return self._release(self._held_back())
 

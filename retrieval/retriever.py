@@ -9,10 +9,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from retrieval.chunking import Tokenizer, split
 from retrieval.embedding import Embedder
-from retrieval.store import ChunkStore
+
+if TYPE_CHECKING:
+    from retrieval.store import ChunkStore
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 
 CORE = {"torch", "transformers", "accelerate"}
 BROUGHT_BY_CORE = {"jinja2", "numpy", "tokenizers", "tqdm"}
-OPTIONAL = {"torchao", "llvmlite"}  # where one is needed and not installed, an error says so
+OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not installed, an error says so
 DOORS = {
     "qdrant_client": "retrieval/store.py",
     "FlagEmbedding": "retrieval/embedding.py",

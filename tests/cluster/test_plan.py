@@ -85,6 +85,17 @@ def test_ranks_divide_the_reading_and_pay_for_the_joining() -> None:
     assert eight - launching - joining == pytest.approx((one - launching) / 8)
 
 
+def test_stages_divide_the_memory_and_not_the_time() -> None:
+    device = GPUS["h100"]
+    one, four = ServedModel(LLAMA_70B.shape), ServedModel(LLAMA_70B.shape, num_stages=4)
+    assert four.bytes_held == one.bytes_held / 4 and four.kv_bytes_per_token == one.kv_bytes_per_token / 4
+    assert ServedModel(LLAMA_70B.shape, num_stages=3).kv_bytes_per_token == one.kv_bytes_per_token * 27 / 80
+    handing_on = 3 * (device.link_latency_s + 5 * 8192 * 2 / device.link)
+    assert device.pass_s(four, 1, 5, 1000) == pytest.approx(device.pass_s(one, 1, 5, 1000) + handing_on)
+    planner = Planner(device, four, LLAMA_8B, WORK)
+    assert planner.fleet_for_users(planner.round(0), users=8).gpus == 2 * 4
+
+
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9])
 def test_expected_tokens_are_the_geometric_sum(acceptance: float) -> None:
     assert expected_tokens(acceptance, 5) == pytest.approx((1 - acceptance**6) / (1 - acceptance))

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from served import MODEL, local_api
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from served import MODEL, chat, local_api
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rapid.catalog import entries, local_path
 
@@ -48,3 +49,16 @@ def smollm_url() -> Iterator[str]:
     retriever = {"long_content_tokens": 256, "options": options}
     with local_api({"target": engine, "colocated": True, "retriever": retriever}) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def expected() -> str:
+    """transformers' own greedy answer to `chat()`, with its stock attention."""
+    folder = local_path(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(chat(), tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    output = network.generate(**ids, max_new_tokens=24, do_sample=False)
+    answer: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer

@@ -13,13 +13,9 @@ from typing import Any
 import httpx
 import pytest
 import ray
-import torch
-from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
+from openai import OpenAI
 from ray import serve
 from served import MODEL, ON_RAY, QUESTION, chat, document, health, seconds_until_free, served
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from rapid.catalog import local_path
 
 pytestmark = ON_RAY
 
@@ -40,50 +36,17 @@ def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture(scope="module")
-def expected() -> str:
-    """transformers' own greedy answer to `chat()`, with its stock attention."""
-    folder = local_path(MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = tokenizer.apply_chat_template(chat(), tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    output = network.generate(**ids, max_new_tokens=24, do_sample=False)
-    answer: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer
-
-
-RULES = ["published", "reference", "augmented", "lossless"]
-
-
 @pytest.mark.parametrize(
-    "rapid",
-    [
-        {"strategy": "autoregressive"},
-        {"strategy": "lookup"},
-        {"strategy": "speculative", "num_draft_tokens": 4},
-        {"strategy": "rapid", "num_draft_tokens": "auto"},
-        *({"strategy": "rapid", "verification": rule, "num_draft_tokens": 10} for rule in RULES),
-        {"strategy": "rapid", "num_draft_tokens": 1},
-    ],
-    ids=lambda rapid: "-".join(str(value) for value in rapid.values()),
+    "rapid", [{"strategy": "autoregressive"}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 10}]
 )
-def test_greedy_over_http_is_transformers_greedy(client: OpenAI, expected: str, rapid: dict[str, Any]) -> None:
+def test_greedy_over_ray_is_transformers_greedy(client: OpenAI, expected: str, rapid: dict[str, Any]) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=chat(), max_tokens=24, temperature=0, extra_body={"rapid": rapid}
     )
     assert answer.choices[0].message.content == expected
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage is not None and answer.usage.completion_tokens == 24
     statistics = answer.model_extra["rapid"]  # type: ignore[index]
-    assert statistics["strategy"] == rapid["strategy"]
-    if rapid["strategy"] == "autoregressive":
-        assert statistics["rounds"] == 24 and statistics["drafted"] == 0
-    elif isinstance(rapid.get("num_draft_tokens"), int):  # then the first round waits for the drafter
-        assert statistics["rounds"] < 24 and 0 < statistics["accepted"] <= statistics["drafted"]
-        assert 0 < statistics["retrieved_tokens"] < statistics["context_tokens"]
-        assert all(chunk["score"] >= 0.1 for chunk in statistics["chunks"])
-        assert statistics["timings_ms"]["drafting"] > 0
+    if rapid.get("num_draft_tokens") == 10:  # then the first round waits for the drafter
+        assert statistics["rounds"] < 24 and statistics["accepted"] and statistics["timings_ms"]["drafting"]
 
 
 def test_a_stream_says_the_same_and_ends_as_openais_does(client: OpenAI, url: str, expected: str) -> None:
@@ -101,26 +64,6 @@ def test_a_stream_says_the_same_and_ends_as_openais_does(client: OpenAI, url: st
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert "rapid" in json.loads(lines[-2].removeprefix("data: "))
-
-
-def test_completions_and_stop_strings(client: OpenAI) -> None:
-    options: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "max_tokens": 24, "temperature": 0}
-    whole = client.completions.create(**options)
-    text = whole.choices[0].text
-    assert len(text) > 10 and whole.model_extra["rapid"]["fallback"] == "no_long_context"
-    stop = text[6:9]
-    stopped = client.completions.create(**options, stop=[stop])
-    assert stopped.choices[0].text == text[: text.index(stop)] and stopped.choices[0].finish_reason == "stop"
-    streamed = "".join(c.choices[0].text for c in client.completions.create(**options, stop=stop, stream=True))
-    assert streamed == text[: text.index(stop)]
-
-
-def test_a_seed_repeats_and_seeds_differ(client: OpenAI) -> None:
-    def answer(seed: int) -> str | None:
-        options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "seed": seed}
-        return client.chat.completions.create(model=MODEL, messages=chat(), **options).choices[0].message.content
-
-    assert answer(1) == answer(1) != answer(2)
 
 
 def test_the_next_question_about_a_document_finds_it_read(client: OpenAI) -> None:
@@ -193,66 +136,10 @@ def test_a_full_queue_is_answered_429_and_the_rest_are_served(url: str) -> None:
     assert seconds_until_free(url) < 1.0
 
 
-HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "says"),
-    [
-        ({"messages": []}, "messages", "at least one"),
-        ({"messages": None}, "messages", "required"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "assistant"),
-        ({"rapid": {"stratgy": "rapid"}}, "rapid.stratgy", "unknown field"),
-        ({"rapid": {"strategy": "magic"}}, "rapid.strategy", "autoregressive"),
-        ({"rapid": {"verification": "none"}}, "rapid.verification", "lossless"),
-        ({"rapid": {"num_draft_tokens": 1000}}, "rapid.num_draft_tokens", "64"),
-        ({"rapid": {"retrieval": {"threshold": 2}}}, "rapid.retrieval.threshold", "1"),
-        ({"temperature": "0.5"}, "temperature", "number"),
-        ({"temperature": -1}, "temperature", "between"),
-        ({"top_p": 0}, "top_p", "above 0"),
-        ({"max_tokens": 0}, "max_tokens", "greater"),
-        ({"max_tokens": True}, "max_tokens", "integer"),
-        ({"n": 2}, "n", "1"),
-        ({"stop": ["a"] * 5}, None, "stop"),
-        ({"no_such_field": 1}, "no_such_field", "unknown field"),
-    ],
-)
-def test_bad_fields_are_named(url: str, change: dict[str, Any], param: str | None, says: str) -> None:
-    response = httpx.post(f"{url}/v1/chat/completions", json=HELLO | change, timeout=30)
-    error = response.json()["error"]
-    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
-    assert says in error["message"]
-
-
-@pytest.mark.parametrize("body", [b"{", b"\xff\xfe\x00", b"[]", b'"x"', b"", b'{"model": "' + b"\\ud800" + b'"}'])
-def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
-    response = httpx.post(f"{url}/v1/chat/completions", content=body, timeout=30)
-    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_openai_client_raises_its_own_errors(client: OpenAI, url: str) -> None:
-    with pytest.raises(NotFoundError, match="gpt-9"):
-        client.chat.completions.create(model="gpt-9", messages=chat())
-    with pytest.raises(BadRequestError, match="8192 tokens, but") as caught:
-        client.completions.create(model=MODEL, prompt="word " * 9000, max_tokens=10, stream=True)
-    assert caught.value.code == "context_length_exceeded"
-    assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "there is no /nowhere"
-    assert RateLimitError.status_code == 429
-
-
 def test_models_and_health(client: OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     state = health(url)
     assert state["status"] == "ok" and state["models"] == {"target": MODEL, "drafter": MODEL}
-
-
-def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
-    rapid = {"strategy": "speculative", "num_draft_tokens": 4, "retrieval": {"threshold": 0.99}}
-    answer = client.chat.completions.create(
-        model=MODEL, messages=chat(), max_tokens=4, temperature=0, extra_body={"rapid": rapid}
-    )
-    statistics = answer.model_extra["rapid"]  # type: ignore[index]
-    assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
 
 
 def streamed(client: OpenAI, kill: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -42,7 +42,8 @@ def logits_after(model: Model, tokens: list[int]) -> Tensor:
 def contents(cache: KVCache) -> tuple[Tensor, Tensor]:
     """Copies of the keys and values that are filled, in order: [layers, KV heads, length, head size]."""
     slots = [slot for first, last in cache.runs(cache.length) for slot in range(first, last)]
-    return cache.pool.keys[:, :, slots], cache.pool.values[:, :, slots]
+    keys, values = (torch.stack([rows[:, slots] for rows in side]) for side in (cache.pool.keys, cache.pool.values))
+    return keys, values
 
 
 def assert_cache_is_fresh(sequence: Sequence, model: Model) -> None:

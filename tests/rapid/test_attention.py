@@ -55,7 +55,7 @@ def filled_cache(pool: KVPool, pages: list[int], rows: Tensor, slots_first: bool
     slots = cache.slots(rows.shape[2])
     for store, new in zip((pool.keys, pool.values), rows, strict=True):
         if slots_first:
-            store[0, slots] = new.transpose(0, 1)
+            store[0][slots] = new.transpose(0, 1)
         else:
             store[0][:, slots] = new
     cache.advance(rows.shape[2])
@@ -75,11 +75,11 @@ def assert_right(
     """A batch of sequences with (cached, new) tokens each gets what plain attention gives each alone."""
     generator = torch.Generator().manual_seed(1)
     num_kv_heads, group = heads
-    layout = KVLayout(1, num_kv_heads, d, dtype, torch.device("cpu"))
+    layout = KVLayout(num_kv_heads, d, dtype, devices=(torch.device("cpu"),))
     num_pages = [-(-(cached + new) // 16) for cached, new in shapes]
     pool = kernel.pool(layout, sum(num_pages) * 16 * layout.bytes_per_token)
-    pool.keys.fill_(garbage)
-    pool.values.fill_(garbage)
+    for rows in (*pool.keys, *pool.values):
+        rows.fill_(garbage)
     order = torch.randperm(pool.num_pages, generator=generator) if scattered else torch.arange(pool.num_pages)
     pages = [part.tolist() for part in order.split(num_pages)]
     sequences = [torch.randn(2, num_kv_heads, sum(shape), d, generator=generator).to(dtype) for shape in shapes]

@@ -81,10 +81,10 @@ def test_only_few_tokens_as_many_for_each_are_worth_a_graph(model: Model) -> Non
 def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[..., Model], model: Model) -> None:
     """Not that of the spare page either, which padding reads."""
     pool = model.new_pool(2**18)
-    pool.keys.fill_(torch.nan)
-    pool.values.fill_(torch.nan)
+    for rows in (*pool.keys, *pool.values):
+        rows.fill_(torch.nan)
     texts = [random_tokens(length, seed=length) for length in (3, 20, 50)]
     caches = [filled(model, pool, text[:-1]) for text in texts]
-    rows = model.forward([Extension(cache, text[-1:], 1) for cache, text in zip(caches, texts, strict=True)])
-    for logits, text in zip(rows, texts, strict=True):
+    outputs = model.forward([Extension(cache, text[-1:], 1) for cache, text in zip(caches, texts, strict=True)])
+    for logits, text in zip(outputs, texts, strict=True):
         torch.testing.assert_close(logits[0], logits_after(tiny_model(), text), **ROUNDING)

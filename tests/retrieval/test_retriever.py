@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 import retrieval
-from retrieval import ChunkStore, RetrievalError, RetrievalOptions, Retriever, load_embedder
+from retrieval import RetrievalError, RetrievalOptions, Retriever, load_embedder
+from retrieval.store import ChunkStore
 
 SMALL = RetrievalOptions(chunk_tokens=32, min_tokens=64, threshold=0.2)
 NEEDLE = "The password of the lighthouse is heliotrope. "

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from qdrant_double import FakeServer
 
-from retrieval import ChunkStore, RetrievalError
+from retrieval import RetrievalError
+from retrieval.store import ChunkStore
 
 
 @pytest.fixture

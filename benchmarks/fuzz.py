@@ -1,0 +1,172 @@
+"""The HTTP API against schemathesis, and against thousands of malformed requests: every one is answered, with no 5xx.
+
+Both read /openapi.json, so a route that is new is attacked as soon as it is described there. Nothing may be held
+afterwards. The model is one of random weights that writes letters: here only the way to it and back matters.
+"""
+
+from __future__ import annotations
+
+import rapid  # noqa: F401 (before torch)
+
+# isort: split
+import argparse
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.malformed import Attacker, logged_errors, strike
+from benchmarks.results import write
+from deployments.api import make_api
+from deployments.assembly import local_backend
+from deployments.config import parse_config
+from deployments.service import LocalService
+from rapid.tokenization import load_tokenizer
+
+MODEL = "letters"
+LETTERS = "\n abcdefghi?"
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+    "negative_data_rejection,unsupported_method,allow_header_conformance"
+)
+
+
+def make_model(folder: Path) -> None:
+    """A network of a few thousand random weights, and a tokenizer with a token for each letter."""
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(LETTERS),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template).save_pretrained(folder)
+
+
+@contextmanager
+def api() -> Iterator[str]:
+    """The API in this process, on a free port; yields its URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        engine = {"model": folder, "kv_memory_gib": 0.1, "threads": 1}
+        settings = parse_config({"served_model": MODEL, "target": engine, "drafter": engine, "default_max_tokens": 8})
+        with local_backend(settings) as backend, socket.create_server(("127.0.0.1", 0)) as listener:
+            service = LocalService(settings, backend, load_tokenizer(folder))
+            server = uvicorn.Server(uvicorn.Config(make_api(settings, service), log_level="error", lifespan="off"))
+            thread = threading.Thread(target=server.run, args=([listener],))
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join()
+
+
+def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
+    """A run of schemathesis: how many requests, and what failed. It is told the model's name, which no schema says."""
+    description = httpx.get(f"{url}/openapi.json").json()
+    for schema in _request_schemas(description):
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"const": MODEL}
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "openapi.json"
+        told.write_text(json.dumps(description))
+        options = f"--url {url} --checks {CHECKS} --seed {seed} --max-examples {examples} --request-timeout 30"
+        command = f"schemathesis.cli run {told} --no-shrink --continue-on-failure {options}"
+        run = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, cwd=folder)
+        found = re.search(r"([\d,]+) generated, (?:([\d,]+) passed)?", run.stdout)
+        if found is None:
+            raise SystemExit(f"schemathesis did not run:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+    generated, passed = (int((number or "0").replace(",", "")) for number in found.groups())
+    if run.returncode:
+        print(run.stdout)
+    return {"operations": sorted(description["paths"]), "requests": generated, "passed": passed, "exit": run.returncode}
+
+
+def _request_schemas(description: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                yield content["schema"]
+
+
+def malformed(url: str, count: int, seed: int) -> dict[str, Any]:
+    """``count`` malformed requests: what they were answered with, and what should not have been."""
+    attacker = Attacker(httpx.get(f"{url}/openapi.json").json(), MODEL, seed)
+    attacks = track(attacker.attacks(count), "malformed requests", total=count)
+    started = time.perf_counter()
+    with logged_errors() as logged:
+        outcome = asyncio.run(strike(url, attacks))
+    for problem in [*outcome.problems, *logged][:20]:
+        print(f"  {problem}")
+    return {
+        "requests": count,
+        "seconds": round(time.perf_counter() - started, 1),
+        "statuses": {kind: dict(sorted(statuses.items())) for kind, statuses in outcome.statuses.items()},
+        "unhandled": len(outcome.problems) + len(logged),
+        "problems": outcome.problems[:20] + logged[:20],
+    }
+
+
+def answer(url: str) -> str:
+    """To a request with nothing wrong."""
+    body = {"model": MODEL, "prompt": "abc ", "max_tokens": 16, "temperature": 0}
+    text: str = httpx.post(f"{url}/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
+    return text
+
+
+def held(url: str) -> dict[str, Any]:
+    """The sequences and bytes of KV that are not given back ten seconds after the last request."""
+    deadline = time.monotonic() + 10
+    while True:
+        health = httpx.get(f"{url}/health").json()
+        state = {"sequences": sum(health["sequences"].values()), "kv_bytes": sum(health["kv_bytes"].values())}
+        if not any(state.values()) or time.monotonic() > deadline:
+            return state
+        time.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bodies", type=int, default=10_000)
+    parser.add_argument("--examples", type=int, default=500, help="of schemathesis, for each operation and phase")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with api() as url:
+        before = answer(url)
+        results: dict[str, Any] = {"malformed": malformed(url, options.bodies, options.seed)}
+        results["schemathesis"] = schemathesis(url, options.examples, options.seed)
+        results |= {"held_afterwards": held(url), "answers_as_before": answer(url) == before}
+    print(json.dumps(results["schemathesis"]), json.dumps(results["held_afterwards"]))
+    write("fuzz", results)
+    if results["malformed"]["unhandled"] or results["schemathesis"]["exit"] or any(results["held_afterwards"].values()):
+        raise SystemExit("something was not handled; see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Requests that are wrong, made without end from an OpenAPI description, and what a server makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+DEADLINE_S = 30.0
+PAUSE_S = 0.05  # between the pieces of a slow body
+AT_ONCE = 16
+
+# JSON for one value. Some of it is no JSON, and some is right in one place or another.
+VALUES = (
+    *("null", "true", "-1", "0", "1e-320", "9223372036854775808", "1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity"),
+    *(
+        '""',
+        '"a"',
+        '"\\ud800"',
+        '"\\udc00\\ud800"',
+        '"\\u0000"',
+        '"👩‍🚀"',
+        '"' + "é" * 300 + '"',
+        "'a'",
+        "01",
+        "undefined",
+    ),
+    *("[]", "{}", "[[]]", "[null]", '{"a": 1}', '[{"role": "user"}]', '{"type": "image_url"}'),
+    *("[" * 100_000, "[" * 150 + "]" * 150, '{"a":' * 100_000, '{"a":' * 100 + "1" + "}" * 100),
+)
+CONTENT_TYPES = ("", "text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "a/b; charset=\x01")
+METHODS = ("GET", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "BREW")
+PATH_ENDS = ("/", "/x", "%00", "/../..", "%ff", "?model=%ud800", ";a", "//", "?" + "a" * 5000)
+BRACES = str.maketrans("", "", "{}")
+
+
+class Attack(NamedTuple):
+    """One malformed request. The body comes in ``pieces``, slowly; with ``cut`` the connection ends before it does."""
+
+    kind: str
+    method: str
+    path: str
+    content_type: str
+    pieces: list[bytes]
+    cut: bool = False
+
+
+class Attacker:
+    """Makes attacks on the operations that ``openapi`` describes; the same ``seed`` makes the same ones."""
+
+    def __init__(self, openapi: dict[str, Any], model: str, seed: int) -> None:
+        self._chance, self._model = random.Random(seed), model
+        self._schemas: dict[str, Any] = openapi.get("components", {}).get("schemas", {})
+        self._operations: list[tuple[str, str, dict[str, Any]]] = [
+            (
+                method.upper(),
+                path.replace("{", "").replace("}", ""),
+                operation.get("requestBody", {}).get("content", {}),
+            )
+            for path, methods in openapi["paths"].items()
+            for method, operation in methods.items()
+        ]
+        self._makers = {
+            "truncated": self._truncated,
+            "wrong value": self._wrong_value,
+            "unknown field": lambda body: (
+                b'{"%s": 1, ' % self._pick(b"", b"Model", "é".encode(), b"a" * 5000) + body[1:]
+            ),
+            "duplicated key": lambda body: body[:-1] + b", " + body[1:],
+            "nested deeply": lambda _: self._pick(b"[", b'{"a":', b'{"messages":[') * self._pick(200, 100_000),
+            "invalid UTF-8": lambda body: self._spliced(body, self._pick(b"\xff", b"\xc0\x80", b"\xed\xa0\x80")),
+            "flipped bytes": lambda body: self._spliced(body, self._chance.randbytes(3)),
+            "giant string": self._giant,
+            "no object": lambda _: self._pick(*VALUES).encode(),
+            "no JSON": lambda _: self._chance.randbytes(self._chance.randrange(200)),
+        }
+
+    def attacks(self, count: int) -> Iterator[Attack]:
+        """``count`` of them, of each kind as many."""
+        kinds = [*self._makers, "wrong content type", "unknown method", "unknown path", "cut off", "slow"]
+        return (self._attack(kinds[number % len(kinds)]) for number in range(count))
+
+    def _attack(self, kind: str) -> Attack:
+        method, path, contents = self._pick(*(operation for operation in self._operations if operation[2]))
+        content_type = self._pick(*contents)
+        if kind == "wrong content type":
+            content_type = self._pick(*CONTENT_TYPES)
+        elif kind == "unknown method":
+            method, path = self._pick(*METHODS), self._pick(*self._operations)[1]
+        elif kind == "unknown path":
+            path += self._pick(*PATH_ENDS)
+        body = self._body(contents)
+        made = self._makers.get(kind, self._truncated)(body)
+        step = max(1, len(made) // 4) if kind == "slow" else max(1, len(made))
+        pieces = [made[start : start + step] for start in range(0, len(made), step)]
+        return Attack(kind, method, path, content_type, pieces, cut=kind == "cut off")
+
+    def _pick(self, *choices: Any) -> Any:
+        return self._chance.choice(choices)
+
+    def _truncated(self, body: bytes) -> bytes:
+        return body[: self._chance.randrange(len(body))]
+
+    def _spliced(self, body: bytes, piece: bytes) -> bytes:
+        at = self._chance.randrange(len(body))
+        return body[:at] + piece + body[at + len(piece) :]
+
+    def _giant(self, body: bytes) -> bytes:
+        return self._wrong_value(body, '"' + "ab " * self._chance.randrange(1000, 50_000) + '"')
+
+    def _wrong_value(self, body: bytes, value: str | None = None) -> bytes:
+        """``body`` with one of its values, at any depth, replaced."""
+        try:
+            whole = json.loads(body)
+        except ValueError:
+            return body + (value or self._pick(*VALUES)).encode()
+        places = list(_places(whole))
+        container, key = self._pick(*places)
+        container[key] = "@here@"
+        return json.dumps(whole).replace('"@here@"', value or self._pick(*VALUES)).encode()
+
+    def _body(self, contents: dict[str, Any]) -> bytes:
+        described = contents.get("application/json")
+        if described is None:
+            return b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
+        return json.dumps(self._example(described["schema"])).encode()
+
+    def _example(self, schema: dict[str, Any]) -> Any:
+        """A value that ``schema`` allows; of the fields that may be left out, some are there."""
+        if "$ref" in schema:
+            return self._example(self._schemas[schema["$ref"].rpartition("/")[2]])
+        if "const" in schema or "enum" in schema:
+            return self._pick(*schema.get("enum", [schema.get("const")]))
+        if "anyOf" in schema:
+            return self._example(self._pick(*(it for it in schema["anyOf"] if it.get("type") != "null")))
+        kind = schema.get("type", "object")
+        if kind == "object":
+            fields = schema.get("properties", {})
+            wanted = [f for f in fields if f in schema.get("required", ()) or self._chance.random() < 0.3]
+            return {f: self._model if f == "model" else self._example(fields[f]) for f in wanted}
+        if kind == "array":
+            return [self._example(schema.get("items", {}))]
+        return {"string": "abc", "integer": 1, "number": 0.5, "boolean": self._pick(True, False)}.get(kind)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(inner)
+
+
+class Outcome:
+    """What came of attacks: how many were answered with what, and what should not have been."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, Counter[str]] = {}
+        self.problems: list[str] = []
+
+    def note(self, attack: Attack, answer: bytes | None) -> None:
+        """``answer`` None: it did not come in time."""
+        status, problem = _judge(attack, answer)
+        self.statuses.setdefault(attack.kind, Counter())[status] += 1
+        if problem:
+            body = b"".join(attack.pieces)
+            sent = f"{attack.method} {attack.path} [{attack.content_type}] {body[:200]!r} ({len(body)} bytes)"
+            self.problems.append(f"{attack.kind}: {problem}: {sent}")
+
+
+def _judge(attack: Attack, answer: bytes | None) -> tuple[str, str | None]:
+    """(the status, what is wrong with the answer). Whoever cuts the connection gets no answer."""
+    if attack.cut:
+        return "cut off", None
+    if not answer:
+        return "none", "no answer in time" if answer is None else "the connection was closed without an answer"
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = head.split(b" ", 2)[1].decode()
+    if status >= "500":
+        return status, f"{status} {body[:200]!r}"
+    if b"internal_error" in body:
+        return status, "an internal error in a stream"
+    below_the_application = body == b"Invalid HTTP request received."
+    if status >= "400" and attack.method != "HEAD" and not below_the_application:
+        try:
+            assert json.loads(body)["error"]["message"]
+        except (ValueError, KeyError, TypeError, AssertionError):
+            return status, f"not an error object: {body[:200]!r}"
+    return status, None
+
+
+async def strike(url: str, attacks: Iterable[Attack]) -> Outcome:
+    """Sends all ``attacks``, a few at a time, each on a connection of its own."""
+    outcome, left = Outcome(), iter(attacks)
+
+    async def worker() -> None:
+        for attack in left:
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    answer = await _send(url, attack)
+            except TimeoutError:
+                answer = None
+            outcome.note(attack, answer)
+
+    await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+    return outcome
+
+
+async def _send(url: str, attack: Attack) -> bytes:
+    """Everything that comes back; nothing when the server closes the connection. httpx would refuse to send some."""
+    where = urlsplit(url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    length = sum(map(len, attack.pieces)) + (10 if attack.cut else 0)
+    head = f"{attack.method} {attack.path} HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: {attack.content_type}\r\n" if attack.content_type else ""
+    answer = b""
+    try:
+        writer.write(f"{head}Content-Length: {length}\r\n\r\n".encode())
+        for piece in attack.pieces:
+            writer.write(piece)
+            await writer.drain()
+            if len(attack.pieces) > 1:
+                await asyncio.sleep(PAUSE_S)
+        while not attack.cut and (got := await reader.read(2**16)):
+            answer += got
+    except ConnectionError:  # a server may answer, and close, before it has read everything
+        pass
+    finally:
+        writer.close()
+    return answer
+
+
+@contextmanager
+def logged_errors() -> Iterator[list[str]]:
+    """What a server in this process logs as its own error: also where no client is left to be told."""
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(handler.format(record))  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    try:
+        yield errors
+    finally:
+        logging.getLogger("uvicorn.error").removeHandler(handler)

@@ -1,0 +1,120 @@
+"""Output that follows a grammar: which tokens may come next, as llguidance says.
+
+llguidance is imported only where a request asks for a grammar. It compiles one in milliseconds, while it is followed;
+the vocabulary takes it most of a second, and is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rapid.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+# White space between JSON's tokens is fixed as Python writes it: a small model would else go on with blank lines.
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+_vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]] = WeakKeyDictionary()
+_building = threading.Lock()
+
+
+def json_grammar(
+    schema: Mapping[str, Any], *, before: str = "", after: str = "", param: str = "response_format"
+) -> str:
+    """A grammar of JSON that ``schema`` allows, between two fixed texts.
+
+    Raises:
+        InvalidRequest: the schema is none, or has a keyword that cannot be enforced; ``param`` is the field it is of.
+    """
+    library = _library()
+    schema = {**schema, "x-guidance": _JSON_OPTIONS}
+    parts = [json.dumps(text) for text in (before, after) if text]
+    parts.insert(1 if before else 0, f"%json {json.dumps(schema)}")
+    grammar: str = library.LLMatcher.grammar_from_lark(f"start: {' '.join(parts)}")
+    wrong: str = library.LLMatcher.validate_grammar(grammar)
+    if wrong:
+        raise InvalidRequest(f"this JSON schema cannot be enforced: {wrong}", param=param)
+    return grammar
+
+
+class Grammar:
+    """One sequence's way through a grammar.
+
+    Every question names all of the output that it is about. What is remembered between two questions is cut back to
+    where the two outputs agree, so a rejected draft needs no message.
+
+    Raises:
+        InvalidRequest: the grammar, or the model's vocabulary, cannot be used.
+    """
+
+    def __init__(self, grammar: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos: Sequence[int]) -> None:
+        self._vocab_size, self._eos = vocab_size, frozenset(eos)
+        self._matcher = _library().LLMatcher(_vocabulary(tokenizer, vocab_size, eos), grammar, log_level=0)
+        self._read: list[int] = []
+        self._check()
+
+    def num_allowed(self, output: list[int], tokens: list[int]) -> int:
+        """How many of ``tokens`` may follow ``output`` before the first that breaks the grammar."""
+        self._go_to(output)
+        return int(self._matcher.validate_tokens(tokens))
+
+    def allowed(self, output: list[int]) -> Tensor:
+        """[V], True where a token may follow ``output``. Where the grammar is at its end, only an end of sequence."""
+        self._go_to(output)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        if not bits.any():
+            raise InvalidRequest("no token of this model can go on as the grammar asks", param="response_format")
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab_size]).bool()
+
+    def _go_to(self, output: list[int]) -> None:
+        # An end of sequence is no token of the grammar's, and llguidance would not take it back.
+        ended = next((i for i, token in enumerate(output) if token in self._eos), len(output))
+        agree = ended
+        if self._read[:ended] != output[: len(self._read)]:
+            agree = next(i for i, (ours, theirs) in enumerate(zip(self._read, output, strict=False)) if ours != theirs)
+        if agree < len(self._read):
+            self._matcher.rollback(len(self._read) - agree)
+            del self._read[agree:]
+        new = output[len(self._read) : ended]
+        self._matcher.consume_tokens(new)
+        self._read += new
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise InvalidRequest(f"the grammar cannot be followed: {reason}", param="response_format")
+
+
+def _vocabulary(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> LLTokenizer:
+    from llguidance.hf import from_tokenizer
+
+    with _building:
+        known = _vocabularies.setdefault(tokenizer, {})
+        key = (vocab_size, *eos)
+        if key not in known:
+            known[key] = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos))
+        return known[key]
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise InvalidRequest(
+            "structured output needs llguidance, which is not installed here: pip install llguidance",
+            param="response_format",
+        ) from error
+    return llguidance
