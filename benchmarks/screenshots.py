@@ -53,7 +53,7 @@ def main() -> None:
         page.get_by_role("article").scroll_into_view_if_needed()
         page.screenshot(path=DOCS / "playground-narrow.png", full_page=True)
         page.set_viewport_size({"width": 1280, "height": 960})
-        page.get_by_label("Compare with").check()
+        page.get_by_role("checkbox", name="Compare with").check()
         page.get_by_role("button", name="Ask").click()
         page.locator("#ask:enabled").wait_for(timeout=300_000)
         page.screenshot(path=DOCS / "playground-compare.png")

@@ -50,9 +50,7 @@ def test_the_places_of_the_chunks_come_with_the_first_round(smollm_url: str) -> 
     client = OpenAI(base_url=f"{smollm_url}/v1", api_key="none", max_retries=0)
     extra = {"rapid": {"trace": True, "num_draft_tokens": 2}}
     options: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "stream": True}
-    *_, last = chunks = list(
-        client.chat.completions.create(model=MODEL, messages=chat(), extra_body=extra, **options)
-    )
+    *_, last = chunks = list(client.chat.completions.create(model=MODEL, messages=chat(), extra_body=extra, **options))
     rounds = [chunk.model_extra["rapid_round"] for chunk in chunks if "rapid_round" in (chunk.model_extra or {})]
     told = [each["chunks"] for each in rounds if "chunks" in each]
     assert told == [rounds[0]["chunks"]] == [(last.model_extra or {})["rapid"]["chunks"]]
