@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,8 +14,9 @@ from deployments.config import AppConfig
 from deployments.http_errors import handle_errors, parse
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
-from deployments.protocol import ChatRequest, Completion, Health, TextRequest, rapid_object, usage
+from deployments.protocol import ChatRequest, Completion, Health, TextRequest, usage
 from deployments.service import Service
+from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
 from rapid.request import Delta, Finish
 
@@ -34,10 +36,39 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await _answer(service, model_name, parse(TextRequest, await request.body()))
 
+    async def model() -> dict[str, Any]:
+        return {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "rapid",
+            "max_model_len": await service.window(),
+        }
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "rapid"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [await model()]}
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def one_model(name: str) -> dict[str, Any]:
+        _check_model(name, model_name)
+        return await model()
+
+    @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
+    async def tokenize(request: Request) -> Tokenized:
+        body = parse(TokenizeRequest, await request.body())
+        _check_model(body.model or model_name, model_name)
+        return await service.tokenize(body)
+
+    @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
+    async def detokenize(request: Request) -> Detokenized:
+        body = parse(DetokenizeRequest, await request.body())
+        _check_model(body.model or model_name, model_name)
+        return await service.detokenize(body)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": metadata.version("rapid-serve")}
 
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
@@ -50,23 +81,23 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     return app
 
 
+def _check_model(asked: str, served: str) -> None:
+    if asked != served:
+        raise ModelNotFound(f"the model {asked!r} is not served here; {served!r} is", param="model")
+
+
 async def _answer(service: Service, model_name: str, completion: Completion) -> Response:
-    if completion.model != model_name:
-        raise ModelNotFound(f"the model {completion.model!r} is not served here; {model_name!r} is", param="model")
+    _check_model(completion.model, model_name)
     shape, events = Shape(completion), service.generate(completion)
     # The first event comes before any header does, so that what is wrong with the request gets its own status.
     first = await anext(events)
     if completion.stream:
-        stream = server_sent(completion, shape, first, events)
+        stream = server_sent(shape, first, events)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     return await _whole(shape, first, events)
 
 
 async def _whole(shape: Shape, first: Delta | Finish, events: AsyncGenerator[Delta | Finish, None]) -> Response:
-    text, event = first.text, first
     async with aclosing(events):
-        async for event in events:
-            text += event.text
-    assert isinstance(event, Finish)
-    body = shape.whole(text, event.reason)
-    return JSONResponse({**body, "usage": usage(event.statistics), "rapid": rapid_object(event.statistics)})
+        body = shape.whole([first, *[event async for event in events]])
+    return JSONResponse({**body, "usage": usage(*shape.statistics), **shape.summary()})

@@ -29,7 +29,7 @@ COMMANDS = {
     "/document FILE": "add a text to what the next question is about",
     "/strategy NAME": f"decode by {', '.join(STRATEGIES)}",
     "/stats": "how the last answer came about",
-    "/clear": "forget the conversation, and keep the documents",
+    "/clear": "forget the conversation and its documents",
     "/save FILE": "write the conversation as JSON that the API takes",
     "/quit": "leave; so does Ctrl-D",
 }
@@ -123,11 +123,13 @@ def _in_words(url: str) -> Iterator[None]:
 
 
 def _check(response: httpx.Response, body: bytes) -> None:
-    if response.is_error:
-        message = body.decode(errors="replace")[:300]
-        with suppress(ValueError, LookupError, TypeError):
-            message = json.loads(body)["error"]["message"]
-        raise RapidError(f"{response.status_code} from {response.url}: {message}")
+    if not response.is_error:
+        return
+    error: dict[str, Any] = {}
+    with suppress(ValueError, LookupError):
+        error = json.loads(body)["error"]
+    message = error.get("message") or body.decode(errors="replace")[:300]
+    raise RapidError(f"{response.status_code} from {response.url}: {message}", code=error.get("code"))
 
 
 def chat_here(config: AppConfig, documents: list[str], **how: Any) -> bool:
@@ -196,7 +198,7 @@ class Chat:
                         self._ask(runner, line)
                 except RapidError as error:
                     went_well = False
-                    hint = " /clear forgets the conversation." if error.code == "context_length_exceeded" else ""
+                    hint = " /clear forgets it all." if error.code == "context_length_exceeded" else ""
                     self._say(f"[red]error:[/red] {escape(error.message)}{hint}")
         if is_typed:
             print()
@@ -266,7 +268,7 @@ class Chat:
         self._stderr.print_json(json.dumps(self._last))
 
     def _clear(self) -> None:
-        self._messages, self._num_shown = [], 0
+        self._messages, self._documents, self._num_shown = [], [], 0
 
     def _save(self, path: str) -> None:
         try:

@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import make_api
 from deployments.config import AppConfig
 from deployments.protocol import Completion, Health
+from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import RapidError
 from rapid.request import Delta, Finish
 
@@ -33,6 +34,18 @@ class RemoteService:
     async def health(self) -> Health:
         health: Health = await self._call("health")
         return health
+
+    async def window(self) -> int:
+        window: int = await self._call("window")
+        return window
+
+    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
+        tokenized: Tokenized = await self._call("tokenize", body)
+        return tokenized
+
+    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
+        detokenized: Detokenized = await self._call("detokenize", body)
+        return detokenized
 
     async def _call(self, method: str, *args: Any) -> Any:
         result = await self._coordinator.call.remote(method, *args)

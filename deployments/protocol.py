@@ -5,31 +5,23 @@ absent, since clients send those.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from deployments.body import Body
 from deployments.config import AppConfig
+from deployments.response_format import ResponseFormat
+from deployments.tools import Tool, ToolCall, ToolChoice, call_format, check_calls_are_shown, forced_call
 from rapid.errors import InvalidRequest
-from rapid.prompts import Message, Prompt, read_chat, read_text
+from rapid.logits import LogitParams
+from rapid.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat, read_text
 from rapid.request import Delta, GenerationRequest, Statistics
 
-
-class Body(BaseModel):
-    """Base of everything a client sends."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the named fields that the client sent."""
-        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+MAX_LOGPROBS = 20
 
 
 class RetrievalFields(Body):
@@ -72,7 +64,13 @@ class Completion(Body):
     min_p: float | None = None
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
     user: str | None = None
     rapid: RapidFields = RapidFields()
 
@@ -84,17 +82,36 @@ class Completion(Body):
         return self
 
     @model_validator(mode="after")
-    def _trace_needs_a_stream(self) -> "Completion":
+    def _options_of_a_stream(self) -> "Completion":
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options says how to stream, and stream is false")
         if self.rapid.trace and not self.stream:
             raise InvalidRequest("rapid.trace tells of a stream's rounds: set stream to true", param="rapid.trace")
         return self
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        """What the model may call."""
+        return []
+
+    @property
+    def echoed(self) -> str:
+        """What of the prompt comes before the answer."""
+        return ""
 
     def read(self, tokenizer: PreTrainedTokenizerBase, config: AppConfig) -> GenerationRequest:
         """This request with the configured defaults filled in.
 
         Raises:
-            InvalidRequest: a value is out of range, or the prompt is empty or refused by the chat template.
+            InvalidRequest: a value is out of range, the prompt is empty or refused by the chat template, or a schema
+                cannot be enforced.
         """
+        if self.n > config.target.max_sequences:
+            raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
+        grammar = self._grammar(tokenizer)
+        if grammar and self.ignore_eos:
+            raise InvalidRequest("ignore_eos: JSON ends, and nothing may follow it", param="ignore_eos")
+        adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(
             "strategy", "num_draft_tokens", "transfer_strength", "verification", "draft_top_k", "rag_model"
         )
@@ -107,13 +124,22 @@ class Completion(Body):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             max_tokens=self._max_tokens(),
             default_max_tokens=config.default_max_tokens,
+            logits=LogitParams(**adjustments, grammar=grammar),
+            ignore_eos=self.ignore_eos,
+            num_logprobs=self._num_logprobs(),
         )
 
     @abstractmethod
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt: ...
 
+    @abstractmethod
+    def _num_logprobs(self) -> int | None: ...
+
     def _max_tokens(self) -> int | None:
         return self.max_tokens
+
+    def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return self.response_format.grammar() if self.response_format else None
 
 
 class TextPart(Body):
@@ -123,11 +149,51 @@ class TextPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] = ""
+    name: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content is required")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to role assistant")
+        return self
 
     def as_message(self) -> Message:
         parts = self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, parts)
+        more: dict[str, Any] = self.given("name", "tool_call_id")
+        if self.tool_calls:
+            more["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return Message("system" if self.role == "developer" else self.role, parts, more)
+
+
+def read_messages(
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    query: str | None = None,
+    long_content_tokens: int = LONG_CONTENT_TOKENS,
+) -> Prompt:
+    """The prompt of a chat.
+
+    Raises:
+        InvalidRequest: the chat template refuses it, or would leave out calls or tools.
+    """
+    if any(message.tool_calls for message in messages):
+        check_calls_are_shown(tokenizer)
+    if tools:
+        call_format(tokenizer)
+    return read_chat(
+        [message.as_message() for message in messages],
+        tokenizer,
+        query=query,
+        long_content_tokens=long_content_tokens,
+        tools=[tool.model_dump(exclude_unset=True) for tool in tools],
+    )
 
 
 class ChatRequest(Completion):
@@ -135,10 +201,43 @@ class ChatRequest(Completion):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if "tool_choice" in self.model_fields_set and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; send one")
+        if self.tools_in_use and self.response_format and self.response_format.type != "text":
+            raise ValueError("response_format cannot be had together with tools; set tool_choice to none")
+        return self
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
-        messages = [message.as_message() for message in self.messages]
-        return read_chat(messages, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+        return read_messages(
+            self.messages,
+            self.tools_in_use,
+            tokenizer,
+            query=self.rapid.query,
+            long_content_tokens=long_content_tokens,
+        )
+
+    def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        if self.tools_in_use:
+            return forced_call(self.tools, self.tool_choice, call_format(tokenizer))
+        return super()._grammar(tokenizer)
+
+    def _num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -148,16 +247,33 @@ class TextRequest(Completion):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] = Field(description="one prompt; a list may hold one")
-
-    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
-        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-        return read_text(prompt, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "TextRequest":
         if isinstance(self.prompt, list) and len(self.prompt) != 1:
             raise ValueError("prompt must be one string; send several prompts as several requests")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: the prompt's logprobs are not computed; leave echo or logprobs out")
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of must be n: all that is written is given out")
         return self
+
+    @property
+    def echoed(self) -> str:
+        return self._text if self.echo else ""
+
+    @property
+    def _text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
+        return read_text(self._text, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+
+    def _num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Health(BaseModel):
@@ -195,12 +311,12 @@ def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[st
     } | ({} if chunks is None else {"chunks": chunks})
 
 
-def usage(statistics: Statistics) -> dict[str, Any]:
+def usage(*choices: Statistics) -> dict[str, Any]:
     """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
-    prompt, written = statistics.prompt_tokens, statistics.emitted
+    prompt, written = choices[0].prompt_tokens, sum(choice.emitted for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": min(choice.cached_tokens for choice in choices)},
     }

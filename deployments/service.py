@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
 from deployments.protocol import Completion, Health
+from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.backend import Backend
-from rapid.generate import generate
+from rapid.choices import generate_choices
 from rapid.request import Delta, Finish
 
 
@@ -19,6 +20,9 @@ class Service(Protocol):
 
     def generate(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]: ...
     async def health(self) -> Health: ...
+    async def window(self) -> int: ...
+    async def tokenize(self, body: TokenizeRequest) -> Tokenized: ...
+    async def detokenize(self, body: DetokenizeRequest) -> Detokenized: ...
 
 
 class LocalService:
@@ -28,14 +32,14 @@ class LocalService:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
 
     async def generate(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]:
-        """Writes one completion, a `Delta` a round and a `Finish`; closing it frees everything that it holds.
+        """Writes the choices of one completion, a `Delta` a round and a `Finish` each; closing it frees all they hold.
 
         Raises:
             RapidError: what is wrong with the request, or with the engines.
         """
         # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
         request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
-        async with aclosing(generate(request, self._backend)) as events:
+        async with aclosing(generate_choices(request, completion.n, self._backend)) as events:
             async for event in events:
                 yield event
 
@@ -48,3 +52,21 @@ class LocalService:
             sequences={role: held.num_sequences for role, held in stats.items()},
             kv_bytes={role: held.kv_bytes for role, held in stats.items()},
         )
+
+    async def window(self) -> int:
+        """How many tokens the target can read and write."""
+        return self._backend.info("target").window
+
+    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
+        """
+        Raises:
+            InvalidRequest: the chat template refuses the messages.
+        """
+        return await asyncio.to_thread(body.answer, self._tokenizer, await self.window())
+
+    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
+        """
+        Raises:
+            InvalidRequest: there is no such token.
+        """
+        return await asyncio.to_thread(body.answer, self._tokenizer)

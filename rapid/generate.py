@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from rapid.backend import Backend, DraftHandle, Role
+from rapid.backend import Backend, DraftHandle, Retrieval, Role
 from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.leases import DrafterLease, TargetLease
@@ -27,12 +28,18 @@ from rapid.writing import Writer
 
 logger = logging.getLogger(__name__)
 
+Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
+
 # The drafter's random numbers must not be the target's: acceptance has to be independent of what was drafted.
 _DRAFTER_SEED = 0x5DEECE66D
 
 
-async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerator[Delta | Finish, None]:
+async def generate(
+    request: GenerationRequest, backend: Backend, retrieve: Retrieve | None = None
+) -> AsyncGenerator[Delta | Finish, None]:
     """Writes one completion. Yields a `Delta` a round, and a `Finish` at the end.
+
+    ``retrieve`` takes the place of the backend's, where several completions share what is retrieved.
 
     The first tokens do not wait for the drafter, unless γ is fixed or the request has a seed that must be honoured.
     A drafter that is lost is done without until there is another; a target that is lost is replaced, and the same text
@@ -51,7 +58,8 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
     controller = Controller(spec.fixed_draft_tokens, costs, timed=by_the_clock)
     output: list[int] = []
     async with AsyncExitStack() as leases:
-        target, drafter, max_tokens = await _prepare(request, backend, leases, output, stats)
+        retrieve = retrieve or backend.retrieve
+        target, drafter, max_tokens = await _prepare(request, backend, retrieve, leases, output, stats)
         if drafter is not None and not (by_the_clock and spec.num_draft_tokens == "auto"):
             await drafter.first_try()
         lookup = await asyncio.to_thread(Lookup, request.prompt.tokens) if strategy.looks_up else None
@@ -95,7 +103,12 @@ async def generate(request: GenerationRequest, backend: Backend) -> AsyncGenerat
 
 
 async def _prepare(
-    request: GenerationRequest, backend: Backend, leases: AsyncExitStack, output: list[int], stats: Statistics
+    request: GenerationRequest,
+    backend: Backend,
+    retrieve: Retrieve,
+    leases: AsyncExitStack,
+    output: list[int],
+    stats: Statistics,
 ) -> tuple[TargetLease, DrafterLease | None, int]:
     """Leases and prefills the target, and starts doing so for the drafter where the strategy has one.
 
@@ -107,7 +120,7 @@ async def _prepare(
     if strategy.retrieves and not strategy.drafts:  # "rag": one model, on the retrieved context
         reader = "drafter" if spec.rag_model == "drafter" else "target"
         try:
-            prompt = await _retrieve(request, backend, stats) or prompt
+            prompt = await _retrieve(request, retrieve, stats) or prompt
         except RetrievalFailed as error:
             logger.warning("reading the whole context: %s", error.message)
             stats.fallback = error.code
@@ -116,7 +129,8 @@ async def _prepare(
     room = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
     drafter = None
     if strategy.drafts:
-        drafter = DrafterLease(backend, partial(_read_short, request, backend, stats, room, logits), output, stats)
+        read = partial(_read_short, request, backend, retrieve, stats, room, logits)
+        drafter = DrafterLease(backend, read, output, stats)
         leases.push_async_callback(drafter.close)
     opening = Opening(prompt, room, request.sampling, logits=logits, num_logprobs=request.num_logprobs)
     target = TargetLease(backend, reader, opening, output, stats)
@@ -126,10 +140,15 @@ async def _prepare(
 
 
 async def _read_short(
-    request: GenerationRequest, backend: Backend, stats: Statistics, room: int, logits: LogitParams | None
+    request: GenerationRequest,
+    backend: Backend,
+    retrieve: Retrieve,
+    stats: Statistics,
+    room: int,
+    logits: LogitParams | None,
 ) -> Opening | None:
     """What the drafter is opened with; None, with the reason in ``stats.fallback``, where there is nothing to read."""
-    short = await _retrieve(request, backend, stats)
+    short = await _retrieve(request, retrieve, stats)
     if short is None:
         return None
     sampling = request.sampling
@@ -142,14 +161,14 @@ async def _read_short(
     return opening
 
 
-async def _retrieve(request: GenerationRequest, backend: Backend, stats: Statistics) -> list[int] | None:
+async def _retrieve(request: GenerationRequest, retrieve: Retrieve, stats: Statistics) -> list[int] | None:
     """The shortened prompt; None, with the reason in ``stats.fallback``, when there is none to be had."""
     prompt = request.prompt
     if not prompt.contents:
         stats.fallback = "no_long_context"
         return None
     started = time.perf_counter()
-    retrieval = await backend.retrieve(prompt.contents, prompt.query, request.retrieval)
+    retrieval = await retrieve(prompt.contents, prompt.query, request.retrieval)
     stats.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
     stats.context_tokens, stats.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
     stats.chunks = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,20 +29,27 @@ _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], 
 _building = threading.Lock()
 
 
-def json_grammar(
-    schema: Mapping[str, Any], *, before: str = "", after: str = "", param: str = "response_format"
-) -> str:
-    """A grammar of JSON that ``schema`` allows, between two fixed texts.
+class Framed(NamedTuple):
+    """JSON that ``schema`` allows, between two fixed texts."""
+
+    schema: Mapping[str, Any]
+    before: str = ""
+    after: str = ""
+
+
+def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
+    """A grammar of any one of ``alternatives``.
 
     Raises:
-        InvalidRequest: the schema is none, or has a keyword that cannot be enforced; ``param`` is the field it is of.
+        InvalidRequest: a schema is none, or has a keyword that cannot be enforced; ``param`` is the field it is of.
     """
-    library = _library()
-    schema = {**schema, "x-guidance": _JSON_OPTIONS}
-    parts = [json.dumps(text) for text in (before, after) if text]
-    parts.insert(1 if before else 0, f"%json {json.dumps(schema)}")
-    grammar: str = library.LLMatcher.grammar_from_lark(f"start: {' '.join(parts)}")
-    wrong: str = library.LLMatcher.validate_grammar(grammar)
+    rules = []
+    for schema, before, after in alternatives:
+        body = f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+        rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
+    matcher = _library().LLMatcher
+    grammar: str = matcher.grammar_from_lark(f"start: {' | '.join(rules)}")
+    wrong: str = matcher.validate_grammar(grammar)
     if wrong:
         raise InvalidRequest(f"this JSON schema cannot be enforced: {wrong}", param=param)
     return grammar

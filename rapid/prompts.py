@@ -8,9 +8,10 @@ context replaced by what was retrieved of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,11 +21,15 @@ from rapid.errors import InvalidRequest
 LONG_CONTENT_TOKENS = 512
 
 
+Tools = Sequence[dict[str, Any]]
+
+
 class Message(NamedTuple):
-    """One turn of a chat; ``role`` is system, user, assistant or tool."""
+    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` is what else the template is given."""
 
     role: str
     content: str
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 class RetrievedText(Protocol):
@@ -45,11 +50,12 @@ class _Turn:
     exchange: int | None  # what it is kept or dropped with; None: it always stays
     content: int | None = None  # which of the contents holds the document, or gathers this short message
     is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def shortened(self, kept: dict[int, list[str]]) -> Message:
         if self.content is None or self.is_short:
-            return Message(self.role, self.rest)
-        return Message(self.role, "\n\n".join(kept.get(self.content, [])) + self.rest)
+            return Message(self.role, self.rest, self.more)
+        return Message(self.role, "\n\n".join(kept.get(self.content, [])) + self.rest, self.more)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Prompt:
     _turns: list[_Turn] = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     _is_chat: bool = True
+    _tools: Tools = ()
 
     def shortened(self, chunks: Iterable[RetrievedText]) -> list[int]:
         """The tokens that the drafter reads: every long content replaced by its ``chunks`` (in document order)."""
@@ -72,7 +79,7 @@ class Prompt:
         retrieved = {turn.exchange for turn in self._turns if turn.content in kept}
         dropped = {turn.exchange for turn in self._turns if turn.content is not None} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
-        return _encode(self.tokenizer, messages, is_chat=self._is_chat)
+        return _encode(self.tokenizer, messages, self._tools, is_chat=self._is_chat)
 
 
 def read_chat(
@@ -81,15 +88,16 @@ def read_chat(
     *,
     query: str | None = None,
     long_content_tokens: int = LONG_CONTENT_TOKENS,
+    tools: Tools = (),
 ) -> Prompt:
-    """Applies the model's chat template and the context rule to ``messages``.
+    """Applies the model's chat template, with ``tools`` in OpenAI's form, and the context rule to ``messages``.
 
     Raises:
         InvalidRequest: there are no messages, or the chat template refuses them.
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
-    return _read(messages, tokenizer, query, long_content_tokens, is_chat=True)
+    return _read(messages, tokenizer, query, long_content_tokens, tools, is_chat=True)
 
 
 def read_text(
@@ -106,7 +114,7 @@ def read_text(
     """
     if not text:
         raise InvalidRequest("prompt must not be empty", param="prompt")
-    return _read([Message("user", text)], tokenizer, query, long_content_tokens, is_chat=False)
+    return _read([Message("user", text)], tokenizer, query, long_content_tokens, (), is_chat=False)
 
 
 def _read(
@@ -114,6 +122,7 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     query: str | None,
     long_content_tokens: int,
+    tools: Tools,
     *,
     is_chat: bool,
 ) -> Prompt:
@@ -133,7 +142,7 @@ def _read(
     default_query = messages[last].content
     began = -1  # where the exchange being read began
     gathered: int | None = None  # the content that gathers its short messages
-    for i, (role, content) in enumerate(messages):
+    for i, (role, content, more) in enumerate(messages):
         if role == "user":
             began, gathered = i, None
         # A long system message goes alone.
@@ -144,7 +153,7 @@ def _read(
                 default_query = question.strip()
             else:
                 document, question = content, ""
-            turns.append(_Turn(role, question, exchange, len(contents), is_short=False))
+            turns.append(_Turn(role, question, exchange, len(contents), is_short=False, more=more))
             contents.append(document)
         elif in_history(i) and history_is_long:
             if gathered is None:
@@ -152,11 +161,11 @@ def _read(
                 contents.append(content)
             else:
                 contents[gathered] += "\n" + content
-            turns.append(_Turn(role, content, exchange, gathered))
+            turns.append(_Turn(role, content, exchange, gathered, more=more))
         else:
-            turns.append(_Turn(role, content, exchange))
-    tokens = _encode(tokenizer, messages, is_chat=is_chat)
-    return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat)
+            turns.append(_Turn(role, content, exchange, more=more))
+    tokens = _encode(tokenizer, messages, tools, is_chat=is_chat)
+    return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat, tools)
 
 
 def split_question(text: str) -> tuple[str, str]:
@@ -179,7 +188,9 @@ def _is_long(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > limit
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, is_chat: bool) -> list[int]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, *, is_chat: bool
+) -> list[int]:
     if not is_chat:
         return list(tokenizer("".join(message.content for message in messages))["input_ids"])
     if not tokenizer.chat_template:
@@ -188,7 +199,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         )
     try:
         text = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages], tokenize=False, add_generation_prompt=True
+            [{"role": role, "content": content, **more} for role, content, more in messages],
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except TemplateError as error:
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,21 +30,6 @@ BRIEF = ["--max-tokens", "16", "--temperature", "0"]
 DRAFTING = ["--num-draft-tokens", "4", *BRIEF]  # every round, from the first
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `rapid serve` sets it, and nothing else would take it back
-
-    def call(*args: Any, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as end:
-            main([str(arg) for arg in args])
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -217,6 +200,15 @@ def test_models_list_names_each_and_its_folder(run: Run, monkeypatch: pytest.Mon
         assert line.split() == [
             entry.name, entry.kind, f"{entry.wheel.num_bytes / 1e6:.0f}", "MB", "no", str(tmp_path / entry.name)
         ]  # fmt: skip
+
+
+def test_models_list_as_json_says_the_same(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAPID_CACHE", str(tmp_path))
+    code, out, _ = run("models", "list", "--json")
+    assert code == 0
+    assert [(row["name"], row["ready"], row["folder"]) for row in json.loads(out)] == [
+        (entry.name, False, str(tmp_path / entry.name)) for entry in catalog.entries()
+    ]
 
 
 def test_an_unknown_model_is_not_pulled(run: Run) -> None:

@@ -17,6 +17,7 @@ from rapid.backend import DraftHandle, Lease, Role
 from rapid.control import DraftLimits
 from rapid.errors import DraftLost, EngineLost, Overloaded
 from rapid.local import LocalBackend
+from rapid.logits import LogitParams
 from rapid.request import STRATEGIES
 from rapid.sampling import SamplingParams
 from rapid.sequence import Opening
@@ -105,6 +106,15 @@ def test_a_target_that_dies_in_any_round_changes_nothing(world: World, strategy:
         assert resumed.tokens == expected.tokens
         assert resumed.statistics.resumed == 1
         assert resumed.statistics.emitted == len(expected.tokens)
+
+
+def test_penalties_go_on_counting_where_the_target_died(world: World) -> None:
+    """What was written before is part of the next engine's prompt, and still counts as written."""
+    params = LogitParams(frequency_penalty=1.5, repetition_penalty=1.4)
+    expected = asyncio.run(complete(world.request(logits=params), world.backend()))
+    assert expected.tokens != asyncio.run(complete(world.request(), world.backend())).tokens
+    for n in range(expected.statistics.rounds):
+        assert answer(world, nth("target", "after", n), logits=params).tokens == expected.tokens
 
 
 @pytest.mark.parametrize("when", ["opening", "prefill"])

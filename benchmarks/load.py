@@ -1,0 +1,263 @@
+"""The embedded default under load, through `rapid serve`: more and more clients, ten minutes at capacity, a burst.
+
+Clients mix short chats, documents that are new and that were asked about before, answers given up midway, and slow
+readers. Every answer is compared with the one that a client alone got. Only the memory for keys and values is bounded,
+so that it is full after the first minutes, and what the processes take from then on should stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from benchmarks.clients import KNOWN, Asked, Checker, Crowd, Question, ask, documents, new_client
+from benchmarks.results import FOLDER, write
+from deployments.config import read_config
+
+CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
+CLIENTS = (1, 4, 16, 64)
+KV_GIB = 0.25  # of each engine
+START_S = 300
+SAMPLE_S = 5.0
+PROBE = Question(None, "Name a colour.")
+
+
+@contextmanager
+def service(dtype: str) -> Iterator[tuple[str, psutil.Process]]:
+    """`rapid serve` of serve_config.yaml as a child on a free port, with a Ray of its own: (URL, process)."""
+    document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    document["http_options"]["port"] = port
+    args = document["applications"][0]["args"]
+    args["target"] |= {"kv_memory_gib": KV_GIB, "dtype": dtype}
+    args["drafter"] |= {"kv_memory_gib": KV_GIB}
+    with tempfile.TemporaryDirectory(prefix="rapid-load-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(document))
+        command = [sys.executable, "-c", "from deployments.cli import main; main()", "serve", str(path)]
+        environment = os.environ | {"RAY_TMPDIR": folder}
+        serving = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await_health(url, serving)
+            yield url, psutil.Process(serving.pid)
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.wait(timeout=60)
+
+
+def _await_health(url: str, serving: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if serving.poll() is not None:
+            raise SystemExit(f"rapid serve ended with {serving.returncode}")
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise SystemExit(f"rapid serve was not ready after {START_S} s")
+
+
+@dataclass
+class Memory:
+    """The resident size of the service's processes, and what sequences hold of the engines' KV memory, over time."""
+
+    url: str
+    process: psutil.Process
+    samples: list[dict[str, float]] = field(default_factory=list)
+
+    async def watch(self) -> None:
+        started = time.perf_counter()
+        async with new_client() as http:
+            while True:
+                resident = await asyncio.to_thread(self._resident)
+                with suppress(httpx.HTTPError, KeyError, ValueError):
+                    health = (await http.get(f"{self.url}/health")).json()
+                    held = sum(health["kv_bytes"].values())
+                    at = round(time.perf_counter() - started, 1)
+                    self.samples.append(
+                        {"s": at, "rss_mib": round(resident / 2**20, 1), "kv_mib": round(held / 2**20, 1)}
+                    )
+                await asyncio.sleep(SAMPLE_S)
+
+    def _resident(self) -> int:
+        total = 0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    def report(self) -> dict[str, Any]:
+        """The second half beside the first: what still grows when the KV memory is full is a leak."""
+        resident = [sample["rss_mib"] for sample in self.samples]
+        thirds = [resident[i * len(resident) // 3 : (i + 1) * len(resident) // 3] for i in range(3)]
+        means = [round(statistics.mean(third), 1) for third in thirds if third]
+        settled = self.samples[len(self.samples) // 3 :]
+        slope = statistics.linear_regression([s["s"] / 60 for s in settled], [s["rss_mib"] for s in settled]).slope
+        return {"rss_mib_by_thirds": means, "rss_mib_a_minute_settled": round(slope, 2), "samples": self.samples}
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+        for name, share in (("p50", 0.5), ("p95", 0.95))
+    }
+
+
+def fairness(asked: list[Asked]) -> dict[str, float]:
+    """Of the answers that each client got: Jain's index (1: all the same), the fewest and the most."""
+    answers = Counter({one.client: 0 for one in asked}) + Counter(one.client for one in asked if one.status == 200)
+    counts = [answers[client] for client in {one.client for one in asked}]
+    jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
+    return {"jain": round(jain, 3), "fewest": min(counts), "most": max(counts)}
+
+
+def row(asked: list[Asked], clients: int) -> dict[str, Any]:
+    """What ``clients`` saw."""
+    ended = max(one.started + (one.last_s or 0) for one in asked)
+    seconds = ended - min(one.started for one in asked)
+    read_at_once = [one for one in asked if one.kind != "slow"]
+    return {
+        "clients": clients,
+        "seconds": round(seconds, 1),
+        "requests": len(asked),
+        "statuses": dict(Counter(str(one.status) for one in asked)),
+        "errors": [one.error for one in asked if one.error and one.status in (0, 200)][:5],
+        "tokens_per_second": round(sum(one.tokens for one in asked) / seconds, 1),
+        "first_token_s": percentiles([one.first_s for one in read_at_once if one.first_s]),
+        "first_token_s_of_short": percentiles([one.first_s for one in asked if one.first_s and one.kind == "short"]),
+        "per_token_s": percentiles([one.per_token_s for one in read_at_once if one.per_token_s is not None]),
+        "fairness": fairness(asked),
+    }
+
+
+async def measure(url: str, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
+    checker, crowd, results = Checker(url), Crowd(url, options.seed), {}
+    engine = read_config(CONFIG).target
+    places = engine.max_sequences + engine.max_queued
+    print(f"each of {len(KNOWN)} questions alone", flush=True)
+    await checker.learn(KNOWN)
+    alone_s = await _probes(url, 5)
+    results["levels"] = []
+    for clients in CLIENTS:
+        results["levels"].append(row(await crowd.run(clients, options.level_s), clients))
+        print(json.dumps(results["levels"][-1]), flush=True)
+    best = max(results["levels"], key=lambda level: level["tokens_per_second"])["clients"]
+    memory = Memory(url, process)
+    watching = asyncio.create_task(memory.watch())
+    print(f"{options.minutes:g} minutes with {best} clients", flush=True)
+    results["sustained"] = row(await crowd.run(best, options.minutes * 60), best)
+    watching.cancel()
+    results["sustained"]["memory"] = memory.report()
+    print(json.dumps(results["sustained"] | {"memory": memory.report()["rss_mib_by_thirds"]}), flush=True)
+    results["burst"] = await _burst(url, crowd, 3 * places, alone_s) | {"places": places}
+    print(json.dumps(results["burst"]), flush=True)
+    again = list(dict.fromkeys(documents(crowd.asked)))
+    await checker.learn(again[:: max(1, len(again) // options.documents_again)][: options.documents_again])
+    results["answers"] = {"asked": len(crowd.asked)} | checker.judge(crowd.asked)
+    results["held_afterwards"] = await _held(url)
+    return results
+
+
+async def _probes(url: str, number: int) -> float:
+    """The median time to the first token of a short chat when nobody else asks."""
+    async with new_client() as http:
+        times = [(await ask(http, url, PROBE, "short")).first_s for _ in range(number)]
+    return statistics.median(time for time in times if time)
+
+
+async def _burst(url: str, crowd: Crowd, requests: int, alone_s: float) -> dict[str, Any]:
+    """More requests at one moment than there are places; then how long until one is served as quickly as before."""
+    print(f"a burst of {requests}", flush=True)
+    started = time.perf_counter()
+    asked = await crowd.burst(requests)
+    ended = time.perf_counter()
+    refused = [one for one in asked if one.status in (429, 503)]
+    while (first_s := await _probes(url, 1)) > 1.5 * alone_s + 0.05 and time.perf_counter() < ended + 60:
+        await asyncio.sleep(0.1)
+    return {
+        "requests": requests,
+        "statuses": dict(Counter(str(one.status) for one in asked)),
+        "other_errors": [one.error for one in asked if one.error and one not in refused][:5],
+        "all_ended_after_s": round(ended - started, 1),
+        "first_token_s": percentiles([one.first_s for one in asked if one.first_s]),
+        "recovered_s_after_the_last": round(time.perf_counter() - ended, 2),
+        "probe_first_token_s": {"before": round(alone_s, 3), "after": round(first_s, 3)},
+    }
+
+
+async def _held(url: str) -> dict[str, int]:
+    """Ten seconds after the last request at most, nothing should be."""
+    async with new_client() as http:
+        for _ in range(20):
+            health = (await http.get(f"{url}/health")).json()
+            held = {name: sum(health[name].values()) for name in ("sequences", "kv_bytes")}
+            if not any(held.values()):
+                break
+            await asyncio.sleep(0.5)
+    return held
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Time to the first token by clients, and memory over time: benchmarks/results/load.svg."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    levels = [level for level in results["levels"] if level["first_token_s"]]
+    clients = [level["clients"] for level in levels]
+    for name, style in (("p50", "-"), ("p95", "--")):
+        left.plot(clients, [level["first_token_s"][name] for level in levels], style, marker="o", label=f"{name}, all")
+        short = [(level["first_token_s_of_short"] or {}).get(name) for level in levels]
+        left.plot(clients, short, style, marker=".", color="grey", label=f"{name}, short chats")
+    left.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds to the first token", xticks=clients)
+    left.set_xticklabels(clients)
+    left.legend()
+    samples = results["sustained"]["memory"]["samples"]
+    right.plot([s["s"] / 60 for s in samples], [s["rss_mib"] for s in samples], label="resident, all processes")
+    right.plot([s["s"] / 60 for s in samples], [s["kv_mib"] for s in samples], label="keys and values of live requests")
+    right.set(xlabel="minutes at capacity", ylabel="MiB", ylim=(0, None))
+    right.legend()
+    figure.savefig(FOLDER / "load.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="at capacity")
+    parser.add_argument("--level-s", type=float, default=40, help="seconds for each number of clients")
+    parser.add_argument("--documents-again", type=int, default=30, help="new documents asked about again, alone")
+    parser.add_argument("--dtype", default="auto", help="of the target; float32 rounds nothing away")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with service(options.dtype) as (url, process):
+        results = asyncio.run(measure(url, process, options))
+    print(json.dumps(results["answers"]), json.dumps(results["held_afterwards"]))
+    write("load", results)
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What every body that a client sends has in common: it is strict, and null counts as absent."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Body(BaseModel):
+    """Base of everything a client sends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named fields that the client sent."""
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}

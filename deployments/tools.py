@@ -1,0 +1,164 @@
+"""Tools: OpenAI's fields, how a model's chat template has calls written, and how they are read from what it writes."""
+
+import json
+import re
+import uuid
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from deployments.body import Body
+from rapid.errors import InvalidRequest
+from rapid.grammar import Framed, json_grammar
+
+
+class Function(Body):
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call in an earlier message."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they are given the object."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except ValueError as error:
+            raise InvalidRequest(f"messages: the arguments of {self.id} are no JSON", param="messages") from error
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class CallFormat(NamedTuple):
+    """``before`` {"name": …, ``arguments``: {…}} ``after``."""
+
+    before: str
+    arguments: str
+    after: str
+
+
+_HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>")  # Qwen2.5, Hermes
+_LLAMA = CallFormat("", "parameters", "")  # Llama 3.1
+
+
+def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
+    """How calls are written for this model, as its chat template says.
+
+    Raises:
+        InvalidRequest: the template takes no tools, or has calls written in a way that is not known here.
+    """
+    template = _template(tokenizer)
+    if "tools" not in template:
+        raise InvalidRequest("tools: this model's chat template takes none", param="tools")
+    if "<tool_call>" in template and "<function=" not in template:
+        return _HERMES
+    if '"parameters": ' in template:
+        return _LLAMA
+    raise InvalidRequest("tools: this model's chat template has calls written in an unknown way", param="tools")
+
+
+def check_calls_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        InvalidRequest: the chat template would leave out the calls of earlier messages.
+    """
+    if "tool_calls" not in _template(tokenizer):
+        raise InvalidRequest("messages: this model's chat template has no place for tool_calls", param="messages")
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.get_chat_template(tools=[{}])) if tokenizer.chat_template else ""
+
+
+def forced_call(tools: list[Tool], choice: ToolChoice, form: CallFormat) -> str | None:
+    """The grammar of one call, where ``choice`` asks for one: of the named tool, or of any.
+
+    Raises:
+        InvalidRequest: no such tool is there, or a tool's parameters cannot be enforced.
+    """
+    if choice in ("auto", "none"):
+        if any(tool.function.strict for tool in tools):
+            raise InvalidRequest("tools: strict needs tool_choice `required` or a function", param="tools")
+        return None
+    wanted = None if choice == "required" else choice.function.name
+    functions = [tool.function for tool in tools if wanted in (None, tool.function.name)]
+    if not functions:
+        raise InvalidRequest(f"tool_choice: there is no tool {wanted!r}", param="tool_choice")
+    head = form.before + '{{"name": "{}", "' + form.arguments + '": '
+    calls = [Framed(function.parameters, head.format(function.name), "}" + form.after) for function in functions]
+    return json_grammar(*calls, param="tools")
+
+
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_OPENING = "<tool_call>"
+
+
+class CallReader:
+    """Tells calls of ``tools`` from text, as it comes. A call is given out whole, once the text is at its end."""
+
+    def __init__(self, tools: list[Tool]) -> None:
+        self._names = {tool.function.name for tool in tools}
+        self._text, self._shown = "", 0
+
+    def push(self, text: str) -> str:
+        """What is no part of a call, of all that came so far."""
+        self._text += text
+        begins = self._text.lstrip()
+        if begins == "" or begins.startswith("{"):
+            return ""
+        end = self._text.find(_OPENING)
+        if end < 0:
+            held = (n for n in range(len(_OPENING) - 1, 0, -1) if self._text.endswith(_OPENING[:n]))
+            end = len(self._text) - next(held, 0)
+        shown, self._shown = self._text[self._shown : end], end
+        return shown
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """(the rest of the text, the calls in OpenAI's form); what only looks like a call is text."""
+        rest = self._text[self._shown :]
+        bodies = _CALL.findall(rest)
+        calls = [self._read(body) for body in bodies or [rest]]
+        if not all(calls):
+            return rest, []
+        return _CALL.sub("", rest).strip() if bodies else "", [call for call in calls if call]
+
+    def _read(self, body: str) -> dict[str, Any] | None:
+        try:
+            call = json.loads(body)
+        except ValueError:
+            return None
+        arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or call.get("name") not in self._names:
+            return None
+        function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

@@ -1,0 +1,49 @@
+"""Thousands of requests that are wrong are for `make fuzz`; a few hundred of the same are here."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from served import seconds_until_free
+
+from benchmarks.malformed import Attack, Attacker, Outcome, logged_errors, strike
+
+
+def test_malformed_requests_are_refused_in_words_and_leave_nothing_behind(letters_url: str) -> None:
+    attacker = Attacker(httpx.get(f"{letters_url}/openapi.json").json(), "letters", seed=7)
+    with logged_errors() as logged:
+        outcome = asyncio.run(strike(letters_url, attacker.attacks(450)))
+        seconds_until_free(letters_url)
+    assert (outcome.problems, logged) == ([], [])
+    assert sum(statuses.total() for statuses in outcome.statuses.values()) == 450
+    assert {status for statuses in outcome.statuses.values() for status in statuses} >= {"200", "400", "404", "405"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (None, "no answer in time"),
+        (b"", "closed without an answer"),
+        (b"HTTP/1.1 500 Oh\r\n\r\n", "500"),
+        (b"HTTP/1.1 503 Oh\r\n\r\n", "503"),
+        (b'HTTP/1.1 422 No\r\n\r\n{"detail": []}', "not an error object"),
+        (b"HTTP/1.1 200 OK\r\n\r\nevent: error\ndata: {code: internal_error}", "internal error"),
+    ],
+)
+def test_what_should_not_have_been_is_noticed(answer: bytes | None, problem: str) -> None:
+    outcome = Outcome()
+    outcome.note(Attack("truncated", "POST", "/", "application/json", [b"{"]), answer)
+    assert [problem in found for found in outcome.problems] == [True]
+
+
+def test_every_body_and_error_is_described(letters_url: str) -> None:
+    described = httpx.get(f"{letters_url}/openapi.json").json()
+    chat = described["paths"]["/v1/chat/completions"]["post"]
+    body = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "model", "rapid", "stream"} <= body["properties"].keys()
+    assert chat["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+    assert chat["responses"].keys() >= {"4XX", "503"}
+    names = set(str(described).split("#/components/schemas/")[1:])
+    assert {name.partition("'")[0] for name in names} <= described["components"]["schemas"].keys()
