@@ -1,11 +1,11 @@
 // One answer: its tokens as they come, its rounds, and what it took.
 
 const ORIGINS = {
-  accepted: "accepted draft: drafted from the passages, and it stood",
-  lookup: "lookup: found earlier in the text, and it stood",
-  recovered: "recovered: the target’s, in place of a draft token that fell",
-  bonus: "bonus: the target’s, behind a draft that stood whole",
-  plain: "plain: the target’s, in a round without a draft",
+  accepted: "accepted draft: the drafter’s, kept by the target",
+  lookup: "lookup: found earlier in the text, kept by the target",
+  recovered: "recovered: the target’s, for a draft token it refused",
+  bonus: "bonus: the target’s, after a draft kept whole",
+  plain: "plain: the target’s, with nothing drafted",
 };
 
 const FALLBACKS = {
@@ -87,15 +87,15 @@ class Answer {
     this.figure("gamma", this.rounds.at(-1).drafted);
     this.figure("rounds", this.rounds.length);
     this.part(".caption").textContent =
-      "A column a round: " + (drafted ? accepted + " of " + drafted + " draft tokens stood (filled)" : "nothing drafted yet") +
-      "; the square is the target’s own token.";
+      "A column a round: " + (drafted ? accepted + " of " + drafted + " draft tokens kept (filled)" : "nothing drafted yet") +
+      "; the foot is the target’s own token.";
   }
 
   /** A column a round: its outline is what was drafted, its fill what stood, its foot the target’s own token. */
   draw() {
     const svg = this.part(".rounds");
     const highest = Math.max(4, ...this.rounds.map((round) => round.drafted));
-    const columns = Math.max(24, this.rounds.length);
+    const columns = Math.max(40, this.rounds.length);
     svg.setAttribute("viewBox", "0 0 " + columns + " " + (highest + 1));
     svg.setAttribute("aria-label", "Drafted and accepted tokens in each of " + this.rounds.length + " rounds");
     const bars = this.rounds.flatMap((round, i) => [
@@ -148,7 +148,7 @@ class Answer {
     this.element.querySelectorAll(".same-round").forEach((other) => other.classList.remove("same-round"));
     this.element.querySelectorAll("[data-round='" + index + "']").forEach((other) => other.classList.add("same-round"));
     token.classList.add("current");
-    const drafted = round.drafted ? round.accepted + " of " + round.drafted + " drafted stood, " : "";
+    const drafted = round.drafted ? round.accepted + " of " + round.drafted + " draft tokens kept, " : "";
     this.part(".detail").textContent =
       "“" + token.textContent + "” " + token.title + " · round " + (index + 1) + ": " + drafted + round.ms.toFixed(0) + " ms";
   }

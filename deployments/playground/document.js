@@ -21,6 +21,11 @@ function useText(text) {
   documentChanged();
 }
 
+function passageSizes(budget, longest) {
+  byId("budget").value = budget;
+  byId("chunk").value = longest;
+}
+
 function documentChanged() {
   showPassages([]);
   const { length } = sourceText();
@@ -69,6 +74,7 @@ async function useUpload(file) {
   say("The server is reading " + file.name + " …");
   const known = await upload(file);
   useText("");
+  passageSizes("", ""); // the server embedded it in passages of its own size
   source.file = known;
   const tokens = known.rapid?.tokens;
   byId("uploaded").textContent = known.filename + (tokens ? " · " + count(tokens) + " tokens" : "") + " · read by the server";
@@ -92,18 +98,21 @@ function showPassages(chunks) {
   const strengths = scores.map((score) => Math.max(0.15, score / Math.max(best, 0.01)));
   byId("map").hidden = byId("views").hidden = !pieces.length;
   if (source.file) byId("views").hidden = true;
-  drawStrip(pieces, strengths, text.length || Math.max(...pieces.map((piece) => piece.end)));
+  drawStrip(pieces, strengths, text.length);
   byId("chunks").replaceChildren(...pieces.map((piece, i) => listed(piece, i, text)));
   markText(pieces, strengths, text);
   view(pieces.length && !source.file ? "read" : "edit");
   if (!byId("passages").hidden) reveal(scores.indexOf(best));
 }
 
+/** The document as a bar. Of a file that the server read it is known how many passages there are, not how long. */
 function drawStrip(pieces, strengths, length) {
+  const passages = Math.max(source.file?.rapid?.chunks ?? 0, ...pieces.map((piece) => piece.position + 1));
   const blocks = pieces.map((piece, i) => {
     const block = element("span", { title: "Passage " + (piece.position + 1) + ", score " + piece.score.toFixed(2) });
-    block.style.left = (100 * piece.start) / length + "%";
-    block.style.width = (100 * (piece.end - piece.start)) / length + "%";
+    const [start, end] = length ? [piece.start / length, piece.end / length] : [piece.position / passages, (piece.position + 1) / passages];
+    block.style.left = 100 * start + "%";
+    block.style.width = 100 * (end - start) + "%";
     block.style.setProperty("--strength", strengths[i]);
     block.onclick = () => goTo(i);
     return block;
@@ -120,7 +129,7 @@ function listed(piece, i, text) {
     element("span", { className: "number", textContent: "Passage " + (piece.position + 1) }),
     meter,
     element("span", { className: "score", textContent: piece.score.toFixed(2) }),
-    element("span", { className: "start", textContent: start && start + " …" }),
+    element("span", { className: "start", textContent: start ? start + " …" : "characters " + count(piece.start) + " to " + count(piece.end) }),
   );
   button.onclick = () => goTo(i);
   const item = element("li");

@@ -1,24 +1,31 @@
 // The page: asks, stops, compares, and says how it goes.
 
 const STRATEGIES = {
-  rapid: "a drafter that reads the passages drafts, or a lookup; the target has read all and verifies, its law shifted towards the drafter’s",
-  speculative: "a drafter that reads the passages drafts; the target’s law stays as it is",
-  lookup: "no drafter: drafts are what followed earlier where the text went like this",
-  autoregressive: "no drafts: the target reads all and writes a token a round",
+  rapid: "the drafter reads the passages and drafts, or a lookup does; the target has read all, and verifies",
+  speculative: "as rapid, but lossless: the target is not swayed by the drafter, and nothing is looked up",
+  lookup: "no drafter: drafts are what followed earlier in the text where it went like this",
+  autoregressive: "no drafts: the target reads all, and writes a token a round",
   rag: "no drafts: the model reads the passages alone",
 };
 
 let running = null; // what stops the answer that is being written
 let model = null;
 
+/** The request but for its messages and strategy. A field that is left empty is the server's to choose. */
 function options() {
-  const rapid = { trace: true, num_draft_tokens: byId("gamma").value === "" ? "auto" : Number(byId("gamma").value) };
-  if (byId("verification").value) rapid.verification = byId("verification").value;
-  const body = { model, stream: true, rapid };
-  for (const [name, id] of [["temperature", "temperature"], ["max_tokens", "limit"]]) {
-    if (byId(id).value !== "") body[name] = Number(byId(id).value);
-  }
-  return body;
+  const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
+  return {
+    model,
+    stream: true,
+    temperature: number("temperature"),
+    max_tokens: number("limit"),
+    rapid: {
+      trace: true,
+      num_draft_tokens: number("gamma") ?? "auto",
+      verification: byId("verification").value || undefined,
+      retrieval: { max_tokens: number("budget"), chunk_tokens: number("chunk") },
+    },
+  };
 }
 
 async function ask() {
@@ -69,7 +76,7 @@ async function write(answer, body, signal) {
 
 function told(answer) {
   const { emitted, acceptance_rate: rate } = answer.statistics;
-  const drafts = rate === null ? "no drafts" : Math.round(100 * rate) + "% of its draft tokens stood";
+  const drafts = rate === null ? "no drafts" : Math.round(100 * rate) + "% of its draft tokens kept";
   return answer.strategy + ": " + count(emitted) + " tokens in " + seconds(answer.seconds) + ", " + drafts + ".";
 }
 
@@ -177,10 +184,14 @@ function begin() {
   byId("document").oninput = documentChanged;
   byId("edit").onclick = () => view("edit");
   byId("read").onclick = () => view("read");
-  byId("clear").onclick = () => useText("");
+  byId("clear").onclick = () => {
+    useText("");
+    passageSizes("", "");
+  };
   byId("example").onclick = () => {
     useText(byId("example-text").content.textContent);
-    byId("question").value ||= "Why do the people at the ball come to dislike Mr. Darcy?";
+    passageSizes(384, 96); // the example is short: with more, hardly anything of it would be left out
+    byId("question").value ||= "How does the station get its electricity?";
     byId("question").focus();
   };
   byId("file").onchange = () => {

@@ -82,6 +82,8 @@ async function* serverSent(body) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem("The connection to the server was lost.", "See that it is running, then ask again.");
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }
 
@@ -94,6 +96,7 @@ async function upload(file, signal) {
   try {
     known = await (await request("v1/files", { method: "POST", body: form, signal })).json();
     while (known.status !== "processed" && known.status !== "error") {
+      if (known.rapid) say("The server is embedding " + file.name + ", " + Math.round(100 * known.rapid.progress) + "% done …");
       await new Promise((resolve) => setTimeout(resolve, 300));
       known = await (await request("v1/files/" + encodeURIComponent(known.id), { signal })).json();
     }
