@@ -64,6 +64,7 @@ def local_api(config: dict[str, Any]) -> Iterator[str]:
         )
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
+            listener.listen()  # whoever comes before the server does waits
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()
             try:
