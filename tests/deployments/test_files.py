@@ -73,8 +73,8 @@ def config(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def client(config: dict[str, Any]) -> Iterator[OpenAI]:
-    with local_api(config) as url:
-        yield client_at(url)
+    with local_api(config) as url, client_at(url) as client:
+        yield client
 
 
 def num_embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -94,8 +94,7 @@ def test_a_file_answers_like_the_same_text_and_is_embedded_once_across_restarts(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = num_embedded(monkeypatch)
-    with local_api(config) as url:
-        client = client_at(url)
+    with local_api(config) as url, client_at(url) as client:
         file = embedded(client, upload(client, TEXT))
         assert (file.status, file.bytes, rapid(file)["progress"]) == ("processed", len(TEXT.encode()), 1.0)
         assert len(texts) == rapid(file)["chunks"] > 4
@@ -108,8 +107,7 @@ def test_a_file_answers_like_the_same_text_and_is_embedded_once_across_restarts(
         assert referred.usage.prompt_tokens == pasted.usage.prompt_tokens
 
     texts.clear()
-    with local_api(config) as url:
-        client = client_at(url)
+    with local_api(config) as url, client_at(url) as client:
         assert client.files.retrieve(file.id) == file
         after = ask(client, about({"file_id": file.id}), strategy="rag")
         assert texts == [] and after.choices[0].message == before.choices[0].message
@@ -240,8 +238,12 @@ def test_what_cannot_be_read_is_refused_with_the_reason(client: OpenAI, folder: 
 
 def test_a_file_that_takes_too_long_to_read_is_given_up(config: dict[str, Any]) -> None:
     config["files"]["read_timeout_s"] = 0.01
-    with local_api(config) as url, pytest.raises(openai.BadRequestError, match="longer than"):
-        upload(client_at(url), HTML)
+    with (
+        local_api(config) as url,
+        client_at(url) as client,
+        pytest.raises(openai.BadRequestError, match="longer than"),
+    ):
+        upload(client, HTML)
 
 
 def test_requests_that_make_no_sense_name_the_field(client: OpenAI) -> None:
@@ -283,10 +285,9 @@ def test_lists_are_paged(client: OpenAI) -> None:
 
 def test_a_key_has_only_so_much_room(config: dict[str, Any]) -> None:
     config["files"]["max_stored_mb"] = 2 * len(TEXT) / 1e6
-    with local_api(config) as url:
-        client = client_at(url)
+    with local_api(config) as url, client_at(url) as client:
         upload(client, TEXT)
         with pytest.raises(openai.APIStatusError) as caught:
             upload(client, TEXT + "x" * len(TEXT))
         assert (caught.value.status_code, caught.value.code) == (413, "storage_limit_exceeded")
-        upload(client_at(url, "theirs"), TEXT)
+        upload(client.with_options(api_key="theirs"), TEXT)
