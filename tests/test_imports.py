@@ -15,12 +15,13 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 
 CORE = {"torch", "transformers", "accelerate"}
 BROUGHT_BY_CORE = {"jinja2", "numpy", "tokenizers", "tqdm"}
-OPTIONAL = {"torchao", "llvmlite"}  # where one is needed and not installed, an error says so
+OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not installed, an error says so
 DOORS = {
     "qdrant_client": "retrieval/store.py",
     "FlagEmbedding": "retrieval/embedding.py",
     "torchao": "rapid/linear.py",
     "llvmlite": "rapid/jit.py",
+    "llguidance": "rapid/grammar.py",
 }
 
 
@@ -79,4 +80,4 @@ def test_importing_all_of_the_core_loads_nothing_of_the_rest() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {module.partition(".")[0] for module in result.stdout.split()}
     assert "rapid" in loaded
-    assert not loaded & {"torchao", "ray", "FlagEmbedding", "qdrant_client", "fastapi", *PACKAGES[1:]}
+    assert not loaded & {"torchao", "llguidance", "ray", "FlagEmbedding", "qdrant_client", "fastapi", *PACKAGES[1:]}
