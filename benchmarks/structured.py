@@ -1,7 +1,7 @@
 """Random JSON schemas, answered by the embedded model while a drafter drafts: how many answers are valid.
 
-Schemas are bounded (strings, arrays, digits), so that an answer ends before its max_tokens; a small model would else fill
-a string until then. Validity is jsonschema's word, apart from the library that masks.
+Schemas are bounded (strings, arrays, digits), so that an answer ends before its max_tokens: a small model would else
+fill a string until then. Validity is jsonschema's word, apart from the library that masks.
 """
 
 from __future__ import annotations
