@@ -65,7 +65,8 @@ class Completion(Body):
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
     n: int = Field(1, ge=1)
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    # JSON's keys are strings.
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
