@@ -1,6 +1,7 @@
 """Sampled outputs come as often as the strategy and its rule say, counted over many requests."""
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -126,23 +127,29 @@ def test_drafting_ahead_changes_no_rule_s_law(make_world: Callable[..., World], 
     prompt = world.prompt("abcabbcacbaabcabca\n\nab")
     short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
 
-    def p_of(written: list[int]) -> torch.Tensor:
-        return next_probs(world.target.model, prompt.tokens + written, sampling).double()
+    @functools.cache
+    def p_and_z_of(*written: int) -> tuple[torch.Tensor, Array]:
+        logits = logits_after(world.target.model, prompt.tokens + list(written))
+        return probabilities(logits, sampling).double(), logits.double().numpy()
+
+    @functools.cache
+    def q_of(*written: int) -> torch.Tensor:
+        q = torch.zeros(4, dtype=torch.float64)
+        weights, indices = next_probs(world.drafter.model, short + list(written), sampling).double().topk(top_k)
+        q[indices] = weights / weights.sum()
+        return q
 
     def continuations(written: list[int], chance: float) -> None:
         """Adds up the chances of all outputs that go on from ``written``, where a round begins."""
         if len(written) >= 4:
             exact[tuple(written[:4])] += chance
             return
-        p, q = p_of(written), torch.zeros(4, dtype=torch.float64)
-        weights, indices = next_probs(world.drafter.model, short + written, sampling).double().topk(top_k)
-        q[indices] = weights / weights.sum()
+        (p, z), q = p_and_z_of(*written), q_of(*written)
         accepted = torch.minimum(q, RULES[rule].augment(p, q, eta))
-        z = logits_after(world.target.model, prompt.tokens + written).double().numpy()
         all_of_it = torch.from_numpy(law(rule, z, q.numpy(), eta, sampling.temperature))
         for token in range(4):
             continuations([*written, token], chance * float(all_of_it[token] - accepted[token]))
-            bonus = p_of([*written, token])
+            bonus, _ = p_and_z_of(*written, token)
             for after in range(4):
                 continuations([*written, token, after], chance * float(accepted[token] * bonus[after]))
 
