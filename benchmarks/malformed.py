@@ -123,7 +123,8 @@ class Attacker:
             whole = json.loads(body)
         except ValueError:
             return body + (value or self._pick(*VALUES)).encode()
-        places = list(_places(whole))
+        if not (places := list(_places(whole))):
+            return (value or self._pick(*VALUES)).encode()
         container, key = self._pick(*places)
         container[key] = "@here@"
         return json.dumps(whole).replace('"@here@"', value or self._pick(*VALUES)).encode()
