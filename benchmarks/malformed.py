@@ -123,7 +123,8 @@ class Attacker:
             whole = json.loads(body)
         except ValueError:
             return body + (value or self._pick(*VALUES)).encode()
-        places = list(_places(whole))
+        if not (places := list(_places(whole))):
+            return (value or self._pick(*VALUES)).encode()
         container, key = self._pick(*places)
         container[key] = "@here@"
         return json.dumps(whole).replace('"@here@"', value or self._pick(*VALUES)).encode()
@@ -145,7 +146,8 @@ class Attacker:
         kind = schema.get("type", "object")
         if kind == "object":
             fields = schema.get("properties", {})
-            wanted = [f for f in fields if f in schema.get("required", ()) or self._chance.random() < 0.3]
+            always = {*schema.get("required", ()), "max_tokens"}  # what turns out to be right should write little
+            wanted = [f for f in fields if f in always or self._chance.random() < 0.3]
             return {f: self._model if f == "model" else self._example(fields[f]) for f in wanted}
         if kind == "array":
             return [self._example(schema.get("items", {}))]

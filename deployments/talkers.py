@@ -34,11 +34,12 @@ class LocalTalker:
         self.model, self._service = model, service
 
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        from deployments.access import PUBLIC
         from deployments.http_errors import parse
         from deployments.protocol import ChatRequest, rapid_object, usage
         from rapid.request import Finish
 
-        async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()))) as events:
+        async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:
             async for event in events:
                 yield event.text
                 if isinstance(event, Finish):
