@@ -134,7 +134,8 @@ def test_metrics_add_up_to_what_the_answers_say(cluster: Cluster, answers: list[
     for part, timing in {"draft": "drafting", "verify": "verification", "transport": "transport"}.items():
         seconds = sum(answer["timings_ms"][timing] for answer in answers) / 1e3
         assert total(samples, "ray_rapid_round_seconds_total", part=part) == pytest.approx(seconds, rel=1e-3, abs=1e-4)
-    for metric, count in {"time_to_first_token": 3, "time_per_output_token": 3, "retrieval": 2}.items():
+    retrievals = sum(1 for answer in answers if answer["timings_ms"]["retrieval"])  # an answer may end before
+    for metric, count in {"time_to_first_token": 3, "time_per_output_token": 3, "retrieval": retrievals}.items():
         assert total(samples, f"ray_rapid_{metric}_seconds_count") == count
     assert total(samples, "ray_rapid_requests_total", endpoint="/v1/completions", status="200") == len(answers)
     assert total(samples, "ray_rapid_kv_bytes", deployment="Target", state="used") == 0
