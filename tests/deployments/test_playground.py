@@ -18,6 +18,8 @@ from benchmarks.screenshots import chromium
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 TEXT = document(0, characters=1200)
+PATIENCE_MS = 120_000
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,14 @@ def prepare(page: Page, *, tokens: int = 12, gamma: int | None = 3) -> None:
 
 def ask(page: Page) -> None:
     page.get_by_role("button", name="Ask").click()
-    expect(page.locator("#ask")).to_be_enabled(timeout=60_000)
+    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
 
 
 def answer_of_the_api(url: str, text: str) -> dict[str, Any]:
     """What the page asked as `prepare` left it, whole."""
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "rapid": {"num_draft_tokens": 3}}
     body = {"model": MODEL, "messages": [{"role": "user", "content": f"{text}\n\n{QUESTION}"}], **options}
-    answer: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    answer: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE_MS / 1e3).json()
     return answer
 
 
@@ -127,7 +129,7 @@ def test_the_map_shows_where_the_retrieved_passages_are(page: Page, smollm_url: 
 def test_stop_frees_the_engines(page: Page, smollm_url: str) -> None:
     prepare(page, tokens=2000)
     page.get_by_role("button", name="Ask").click()
-    page.locator(".text .token").first.wait_for(timeout=60_000)
+    page.locator(".text .token").first.wait_for(timeout=PATIENCE_MS)
     assert health(smollm_url)["sequences"]["target"] > 0
     page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Stopped.")
@@ -230,7 +232,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     page.get_by_label("Question", exact=True).focus()
     page.keyboard.press("Control+Enter")
     expect(page.locator("#ask")).to_be_disabled()
-    expect(page.locator("#ask")).to_be_enabled(timeout=60_000)
+    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
     for _ in range(30):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('text')"):
@@ -285,6 +287,6 @@ def test_a_key_is_sent_and_stays_in_the_tab(page: Page) -> None:
     with page.expect_request("**/v1/chat/completions") as sent:
         page.get_by_role("button", name="Ask").click()
     assert sent.value.headers["authorization"] == "Bearer secret"
-    expect(page.locator("#ask")).to_be_enabled(timeout=60_000)
+    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
     assert "secret" not in str(page.evaluate("JSON.stringify(localStorage)"))
     assert not page.context.cookies()
