@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test check bench chaos lock clean
+.PHONY: help install models serve test check bench chaos load fuzz lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -33,6 +33,12 @@ bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fi
 
 chaos: .venv/bench.stamp ## kill processes, remove a node, scale, all under load (about forty minutes)
 	$(BIN)/python -m benchmarks.chaos
+
+load: .venv/bench.stamp ## clients, ten minutes at capacity, a burst (about twenty minutes)
+	$(BIN)/python -m benchmarks.load
+
+fuzz: .venv/bench.stamp ## malformed requests and schemathesis against the HTTP API (about five minutes)
+	$(BIN)/python -m benchmarks.fuzz
 
 check: .venv/dev.stamp ## lint and type-check
 	$(BIN)/ruff check .

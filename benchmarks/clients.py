@@ -197,24 +197,24 @@ class Checker:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._alone: dict[Question, str] = {}
+        self.alone: dict[Question, str] = {}
 
     async def learn(self, questions: list[Question]) -> None:
         """Asks each alone, one after the other."""
         async with new_client() as http:
             for question in questions:
-                if question not in self._alone:
+                if question not in self.alone:
                     asked = await ask(http, self._url, question, "short")
                     if not asked.is_complete:
                         raise RuntimeError(f"{question.text!r} asked alone: {asked.status} {asked.error}")
-                    self._alone[question] = asked.text
+                    self.alone[question] = asked.text
 
     def judge(self, answers: list[Asked]) -> dict[str, Any]:
         """How many were as alone, diverged, mixed up, lost, or not compared (documents that were not asked again)."""
         counts = dict.fromkeys(("checked", "identical", "diverged", "mixed_up", "lost", "not_compared"), 0)
         examples = []
         for asked in answers:
-            alone = self._alone.get(asked.question)
+            alone = self.alone.get(asked.question)
             counts["lost"] += asked.is_lost
             if not asked.is_complete and asked.kind != "cancelled":
                 continue
@@ -232,7 +232,7 @@ class Checker:
         if asked.text == alone or (asked.kind == "cancelled" and alone.startswith(asked.text)):
             return "identical"
         own = _common(asked.text, alone)
-        others = (text for question, text in self._alone.items() if question != asked.question and text != alone)
+        others = (text for question, text in self.alone.items() if question != asked.question and text != alone)
         return (
             "mixed_up"
             if max((_common(asked.text, other) for other in others), default=0) > max(own, 20)

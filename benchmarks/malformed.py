@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ VALUES = (
 CONTENT_TYPES = ("", "text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "a/b; charset=\x01")
 METHODS = ("GET", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "BREW")
 PATH_ENDS = ("/", "/x", "%00", "/../..", "%ff", "?model=%ud800", ";a", "//", "?" + "a" * 5000)
-BRACES = str.maketrans("", "", "{}")
+PATH_VALUES = ("a", "-1", "%00", "..%2f..%2fetc%2fpasswd", "%ed%a0%80", "a" * 3000)
 
 
 class Attack(NamedTuple):
@@ -94,7 +95,9 @@ class Attacker:
         elif kind == "unknown method":
             method, path = self._pick(*METHODS), self._pick(*self._operations)[1]
         elif kind == "unknown path":
-            path += self._pick(*PATH_ENDS)
+            method, path, contents = self._pick(*self._operations)
+            path += self._pick("", *PATH_ENDS) if "{" in path else self._pick(*PATH_ENDS)
+        path = re.sub(r"\{\w+\}", lambda _: self._pick(*PATH_VALUES), path)
         body = self._body(contents)
         made = self._makers.get(kind, self._truncated)(body)
         step = max(1, len(made) // 4) if kind == "slow" else max(1, len(made))

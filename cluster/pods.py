@@ -46,9 +46,9 @@ def pod_security(user: int = USER) -> Json:
     }
 
 
-def secret(name: str, key: str) -> Json:
-    """An environment variable's value from a Secret."""
-    return {"secretKeyRef": {"name": name, "key": key}}
+def secret(name: str, key: str, *, optional: bool = False) -> Json:
+    """An environment variable's value from a Secret; an optional one may be missing, and the variable is then."""
+    return {"secretKeyRef": {"name": name, "key": key} | ({"optional": True} if optional else {})}
 
 
 def head_template(service: Service) -> Json:
@@ -76,6 +76,8 @@ def worker_template(service: Service, group: Group) -> Json:
     container["env"] += [
         {"name": "RAPID_CACHE", "value": f"{MODELS}/rapid"},
         {"name": "HF_HOME", "value": f"{MODELS}/huggingface"},
+        # Without that Secret nobody needs a key.
+        {"name": "RAPID_API_KEYS", "valueFrom": secret(f"{service.name}-api-keys", "keys", optional=True)},
     ]
     if service.needs_hub_token:
         container["env"].append({"name": "HF_TOKEN", "valueFrom": secret("huggingface", "token")})

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from deployments.http_errors import as_rapid_error, error_object
+from deployments.http_errors import server_sent_error
 from deployments.protocol import ChatRequest, Completion, rapid_object, round_object, usage
 from deployments.tools import CallReader
 from rapid.request import Delta, Finish, NamedToken, Statistics, TokenLogprobs
@@ -196,7 +196,7 @@ async def server_sent(shape: Shape, first: Delta | Finish, events: Events) -> As
     except asyncio.CancelledError:
         raise
     except Exception as error:
-        yield f"event: error\n{sent(error_object(as_rapid_error(error)))}"
+        yield server_sent_error(error)
     yield "data: [DONE]\n\n"
 
 

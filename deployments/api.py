@@ -9,9 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from deployments.answer_shapes import Shape, server_sent
+from deployments.access import Client, client_of, guard
+from deployments.answer_shapes import Events, Shape, server_sent
 from deployments.config import AppConfig
+from deployments.files_api import add_file_routes
 from deployments.http_errors import handle_errors, parse
+from deployments.observation import Middleware, Observer
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
 from deployments.protocol import ChatRequest, Completion, Health, TextRequest, usage
@@ -26,15 +29,30 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
     complete(app)
+    guard(app, config.access)
+    observer = Observer(config)
+    app.add_middleware(Middleware, observer=observer)  # around the guard, so that it counts whom that turns away
+    add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
+
+    def check_model(asked: str) -> None:
+        if asked != model_name:
+            raise ModelNotFound(f"the model {asked!r} is not served here; {model_name!r} is", param="model")
+
+    async def answer(completion: Completion, client: Client) -> Response:
+        check_model(completion.model)
+        events = client.counted(service.generate(completion, client.owner))
+        return await _answer(completion, observer.generation(completion, events))
 
     @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(ChatRequest, await request.body()))
+        completion = parse(ChatRequest, await request.body())
+        return await answer(completion, client_of(request))
 
     @app.post("/v1/completions", **takes(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
-        return await _answer(service, model_name, parse(TextRequest, await request.body()))
+        completion = parse(TextRequest, await request.body())
+        return await answer(completion, client_of(request))
 
     async def model() -> dict[str, Any]:
         return {
@@ -45,28 +63,28 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
             "max_model_len": await service.window(),
         }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=ERRORS)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [await model()]}
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def one_model(name: str) -> dict[str, Any]:
-        _check_model(name, model_name)
+        check_model(name)
         return await model()
 
     @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
     async def tokenize(request: Request) -> Tokenized:
         body = parse(TokenizeRequest, await request.body())
-        _check_model(body.model or model_name, model_name)
+        check_model(body.model or model_name)
         return await service.tokenize(body)
 
     @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
         body = parse(DetokenizeRequest, await request.body())
-        _check_model(body.model or model_name, model_name)
+        check_model(body.model or model_name)
         return await service.detokenize(body)
 
-    @app.get("/version")
+    @app.get("/version", responses=ERRORS)
     async def version() -> dict[str, str]:
         return {"version": metadata.version("rapid-serve")}
 
@@ -83,14 +101,8 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     return app
 
 
-def _check_model(asked: str, served: str) -> None:
-    if asked != served:
-        raise ModelNotFound(f"the model {asked!r} is not served here; {served!r} is", param="model")
-
-
-async def _answer(service: Service, model_name: str, completion: Completion) -> Response:
-    _check_model(completion.model, model_name)
-    shape, events = Shape(completion), service.generate(completion)
+async def _answer(completion: Completion, events: Events) -> Response:
+    shape = Shape(completion)
     # The first event comes before any header does, so that what is wrong with the request gets its own status.
     first = await anext(events)
     if completion.stream:

@@ -27,7 +27,7 @@ def build(config: AppConfig) -> Application:
         name="Retriever",
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": config.retriever.num_cpus, "num_gpus": config.retriever.num_gpus},
-    ).bind(config.retriever, config.target.model)
+    ).bind(config.retriever, config.files, config.target.model)
     coordinator = _light(Coordinator, "Coordinator").bind(config, target, drafter, retriever)
     return _light(Ingress, "Ingress").bind(config, coordinator)
 

@@ -1,49 +1,82 @@
 """Puts a retriever and a one-process backend together from the configuration. Nothing here loads Ray."""
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
-from deployments.config import AppConfig, EngineConfig, RetrieverConfig
+from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig
 from rapid import catalog
 from rapid.compute import compute
 from rapid.engine import Engine
+from rapid.errors import RetrievalFailed
 from rapid.local import LocalBackend, OnPrefill
 from rapid.memory import kv_budget
 from rapid.model import Model
 from rapid.parallel import Place
 from rapid.tokenization import load_tokenizer
-from retrieval import Retriever, load_embedder
+from retrieval import Kept, RetrievalError, Retriever, load_embedder
+
+T = TypeVar("T")
 
 
-def build_retriever(config: RetrieverConfig, target_model: str) -> Retriever:
+def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
     """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
     from retrieval.store import ChunkStore
 
     embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
     configured = config.qdrant_api_key
     key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
-    store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension)
+    folder = files.path / "vectors"
+    store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
     return Retriever(embedder, store, load_tokenizer(target_model))
 
 
+async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
+    """What ``steps`` gives, each step taken in a thread."""
+    end = object()
+    while (step := await asyncio.to_thread(next, steps, end)) is not end:
+        yield step
+
+
+class LocalKeepingBackend(LocalBackend):
+    """One whose retriever also keeps documents (`deployments.files.KeepingBackend`)."""
+
+    def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
+        super().__init__(target, drafter, retriever.retrieve, **how)
+        self._retriever = retriever
+
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+        try:
+            async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
+                yield kept
+        except RetrievalError as error:
+            raise RetrievalFailed(f"retrieval failed: {error}") from error
+
+    async def drop(self, vectors: str) -> None:
+        try:
+            await asyncio.to_thread(self._retriever.drop, vectors)
+        except RetrievalError as error:
+            raise RetrievalFailed(f"retrieval failed: {error}") from error
+
+
 @contextmanager
-def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None) -> Iterator[LocalBackend]:
+def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None) -> Iterator[LocalKeepingBackend]:
     """The models and the retriever of ``config`` in this process; leaving it ends the engines' threads.
 
     One engine plays both roles where the configuration says so, or where the two would be the same.
     """
-    retriever = compute(build_retriever, config.retriever, config.target.model)
+    retriever = compute(build_retriever, config.retriever, config.files, config.target.model)
+    retriever.embedder.run = compute  # pass by pass, so that the engines' come in between
     engines: list[Engine] = []
     try:
         engines.append(build_engine(config.target))
         if config.drafting_engine != config.target:
             engines.append(build_engine(config.drafter))
-        retrieve = partial(compute, retriever.retrieve)
-        yield LocalBackend(engines[0], engines[-1], retrieve, overlap=config.overlaps, on_prefill=on_prefill)
+        yield LocalKeepingBackend(engines[0], engines[-1], retriever, overlap=config.overlaps, on_prefill=on_prefill)
     finally:
         for engine in engines:
             engine.shutdown()

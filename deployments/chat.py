@@ -2,27 +2,21 @@
 
 import asyncio
 import json
-import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
 from deployments.config import AppConfig
 from deployments.documents import read_document
+from deployments.talkers import LocalTalker, RemoteTalker, Talker
 from rapid.errors import InvalidRequest, RapidError
 from rapid.request import STRATEGIES
-
-if TYPE_CHECKING:
-    from deployments.service import Service
 
 PROMPT = "\001\033[1;36m\002›\001\033[0m\002 "  # \001 and \002 tell readline what takes no room
 COMMANDS = {
@@ -35,103 +29,6 @@ COMMANDS = {
 }
 
 
-Event = str | dict[str, Any]  # a piece of text; at the end one object with `usage` and, from RAPID, `rapid`
-
-
-class Talker(Protocol):
-    """Whatever answers; ``extra`` goes with every request."""
-
-    model: str
-    extra: dict[str, Any]
-
-    def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
-
-
-class LocalTalker:
-    """Models in this process."""
-
-    # The next question is likely about the same documents, and this process's store goes with it.
-    extra = {"rapid": {"retrieval": {"keep": True}}}  # noqa: RUF012
-
-    def __init__(self, model: str, service: "Service") -> None:
-        self.model, self._service = model, service
-
-    async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        from deployments.http_errors import parse
-        from deployments.protocol import ChatRequest, rapid_object, usage
-        from rapid.request import Finish
-
-        async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()))) as events:
-            async for event in events:
-                yield event.text
-                if isinstance(event, Finish):
-                    yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
-
-
-class RemoteTalker:
-    """A server. Its key is $RAPID_API_KEY, or $OPENAI_API_KEY."""
-
-    extra: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, url: str, model: str | None) -> None:
-        key = os.environ.get("RAPID_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        self._options: dict[str, Any] = {
-            "base_url": url.rstrip("/"),
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(10, read=None),  # a long document is read for minutes
-            # What the environment names as a proxy does not lead to this machine.
-            "trust_env": urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
-        }
-        self.model = model or self._first_model()
-
-    def _first_model(self) -> str:
-        with _in_words(self._options["base_url"]), httpx.Client(**self._options) as client:
-            response = client.get("/models")
-            _check(response, response.content)
-            name: str = response.json()["data"][0]["id"]
-            return name
-
-    async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        body = body | {"stream": True, "stream_options": {"include_usage": True}}
-        last: dict[str, Any] = {}
-        with _in_words(self._options["base_url"]):
-            async with (
-                httpx.AsyncClient(**self._options) as client,
-                client.stream("POST", "/chat/completions", json=body) as response,
-            ):
-                _check(response, await response.aread() if response.is_error else b"")
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    data = json.loads(line.removeprefix("data: "))
-                    if "error" in data:
-                        raise RapidError(data["error"]["message"])
-                    last |= {name: data[name] for name in ("usage", "rapid") if data.get(name)}
-                    for choice in data["choices"]:
-                        yield choice["delta"].get("content") or ""
-        yield last
-
-
-@contextmanager
-def _in_words(url: str) -> Iterator[None]:
-    try:
-        yield
-    except httpx.HTTPError as error:
-        raise RapidError(f"{url} cannot be asked: {error or type(error).__name__}", status=503) from error
-    except (ValueError, LookupError) as error:
-        raise RapidError(f"what answers at {url} does not speak OpenAI's API: {error!r}") from error
-
-
-def _check(response: httpx.Response, body: bytes) -> None:
-    if not response.is_error:
-        return
-    error: dict[str, Any] = {}
-    with suppress(ValueError, LookupError):
-        error = json.loads(body)["error"]
-    message = error.get("message") or body.decode(errors="replace")[:300]
-    raise RapidError(f"{response.status_code} from {response.url}: {message}", code=error.get("code"))
-
-
 def chat_here(config: AppConfig, documents: list[str], **how: Any) -> bool:
     """A conversation with the models of ``config``, loaded into this process; ``how`` is `Chat`'s."""
     from transformers.utils.logging import disable_progress_bar
@@ -141,13 +38,14 @@ def chat_here(config: AppConfig, documents: list[str], **how: Any) -> bool:
     from rapid.tokenization import load_tokenizer
 
     disable_progress_bar()
-    status = Console(stderr=True).status("")
+    status = Console(stderr=True).status("loading the models")
 
     def on_prefill(role: str, done: int, total: int) -> None:
         status.update(f"{role} reads: {done:,} of {total:,} tokens")
 
-    with local_backend(config, on_prefill=on_prefill) as backend:
+    with status, local_backend(config, on_prefill=on_prefill) as backend:
         service = LocalService(config, backend, load_tokenizer(config.target.model))
+        status.stop()
         return Chat(LocalTalker(config.model_name, service), documents, status=status, **how).run()
 
 

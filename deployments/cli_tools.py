@@ -62,9 +62,12 @@ def doctor(
 
     Exits with 1 when there is a problem; warnings do not count.
     """
-    from deployments.doctor import examine, show
+    from rich.console import Console
 
-    findings = examine(config)
+    with Console(stderr=True).status("looking"):
+        from deployments.doctor import examine, show
+
+        findings = examine(config)
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:

@@ -5,12 +5,14 @@ A field that `rapid` or `retrieval` already has is declared there, with its defa
 
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from rapid.catalog import cache_dir
 from rapid.errors import InvalidRequest, RapidError
 from rapid.memory import FREE_MEMORY_SHARE
 from rapid.prompts import LONG_CONTENT_TOKENS
@@ -109,6 +111,46 @@ class RetrieverConfig(Strict):
     options: RetrievalOptions = RetrievalOptions()
 
 
+class FilesConfig(Strict):
+    """Uploaded files, and the vectors that are kept of them."""
+
+    folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
+    max_stored_mb: float = Field(1024, gt=0, description="what one key's files may take together; more is a 413")
+    read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
+
+    @property
+    def path(self) -> Path:
+        """Of the process that asks."""
+        named = self.folder or os.environ.get("RAPID_FILES")
+        return Path(named).expanduser() if named else cache_dir() / "files"
+
+
+class AccessConfig(Strict):
+    """Who may ask, and for how much. Without keys everyone may, and limits hold for each client address."""
+
+    api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
+    requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
+    tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
+    max_body_mb: float = Field(64, gt=0, description="a larger request is a 413")
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
+    )
+    cors_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask; * is all")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _are_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key is empty")
+        return keys
+
+
+class ObservabilityConfig(Strict):
+    """What is told of requests besides numbers."""
+
+    log_prompts: bool = Field(False, description="write prompts and answers into the log's line of each request, too")
+
+
 class AppConfig(Strict):
     """Everything a running application can be told."""
 
@@ -122,9 +164,12 @@ class AppConfig(Strict):
         False, description="the target's engine also drafts, with the same weights; no drafter then"
     )
     retriever: RetrieverConfig = RetrieverConfig()
+    files: FilesConfig = FilesConfig()
+    access: AccessConfig = AccessConfig()
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+    observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")
     def _one_drafter(self) -> "AppConfig":

@@ -1,10 +1,12 @@
 """The Coordinator: the service over engines that are leased from Serve's replicas, and streams what comes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from operator import attrgetter
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError
@@ -12,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.channel import Channel
 from deployments.config import AppConfig
-from deployments.engines import Ticket, document_of
+from deployments.engines import Ticket, document_of, engines_of
 from deployments.protocol import Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
@@ -24,7 +26,7 @@ from rapid.request import Delta, Finish
 from rapid.sequence import Opening
 from rapid.tasks import Draft, Prefilled, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
-from retrieval import RetrievalError
+from retrieval import Kept, RetrievalError
 
 _PATIENCE_FOR_ANOTHER_S = 180.0  # engine, when one is lost: a new replica has to load its model
 _PATIENCE_S = 5.0  # with Serve, for what a request can do without
@@ -79,21 +81,34 @@ class RayBackend:
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                await anext(stream)
-            retrieval: Retrieval = await anext(stream)
+            with _retrieving():
+                async with asyncio.timeout(_PATIENCE_S):
+                    await anext(stream)
+                retrieval: Retrieval = await anext(stream)
         except asyncio.CancelledError:
             stream.cancel()
             raise
         except TimeoutError as error:
             stream.cancel()
             raise RetrievalFailed(f"no retriever answered within {_PATIENCE_S} s") from error
-        except RetrievalError as error:
-            # Across processes str() is the remote traceback; the first argument is still the message.
-            raise RetrievalFailed(f"retrieval failed: {error.cause}") from error
-        except RayError as error:
-            raise RetrievalFailed("the retriever is gone") from error
         return retrieval
+
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+        with _retrieving():
+            async for kept in self._retriever.options(stream=True).keep.remote(text, chunk_tokens):
+                yield kept
+
+    async def drop(self, vectors: str) -> None:
+        with _retrieving():
+            await self._retriever.drop.remote(vectors)
+
+    async def forget(self, tokens: list[int]) -> None:
+        """Every engine of the application, whoever has asked it for something."""
+        mine = engines_of(serve.get_replica_context().app_name)
+        for name in ray.util.list_named_actors():
+            if name.startswith(mine):
+                with suppress(ValueError, RayActorError):  # gone since, and what it held with it
+                    await ray.get_actor(name).forget.remote(tokens)
 
     @asynccontextmanager
     async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
@@ -145,6 +160,18 @@ class RayBackend:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+@contextmanager
+def _retrieving() -> Iterator[None]:
+    """What goes wrong with the retriever, as one error."""
+    try:
+        yield
+    except RetrievalError as error:
+        # Across processes str() is the remote traceback; the first argument is still the message.
+        raise RetrievalFailed(f"retrieval failed: {getattr(error, 'cause', error)}") from error
+    except RayError as error:
+        raise RetrievalFailed("the retriever is gone") from error
 
 
 async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
@@ -203,10 +230,10 @@ class Coordinator:
         await backend.connect()
         self._service = LocalService(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion) -> AsyncIterator[Delta | Finish | RapidError]:
+    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Delta | Finish | RapidError]:
         """`LocalService.generate`, with what is wrong with the request as its last item."""
         try:
-            async with aclosing(self._service.generate(completion)) as events:
+            async with aclosing(self._service.generate(completion, owner)) as events:
                 async for event in events:
                     yield event
         except RapidError as error:
@@ -215,9 +242,9 @@ class Coordinator:
             yield error
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Any other method of `LocalService`."""
+        """Any other method of `LocalService`, or, as "files.<method>", of its files."""
         try:
-            return await getattr(self._service, method)(*args)
+            return await attrgetter(method)(self._service)(*args)
         except RapidError as error:
             if error.status >= 500:
                 raise

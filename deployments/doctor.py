@@ -23,7 +23,8 @@ from rapid.errors import RapidError
 from rapid.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.model import default_device, default_dtype
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
-from retrieval import ChunkStore, RetrievalError
+from retrieval import RetrievalError
+from retrieval.store import ChunkStore
 
 PACKAGES = ("torch", "transformers", "ray", "qdrant-client", "llvmlite")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
@@ -180,28 +181,34 @@ def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:
             yield Finding(role, "problem", f"device {device}: there is none", "Set device to auto or cpu.")
             continue
         try:
-            dtype = str(default_dtype(device)).removeprefix("torch.") if engine.dtype == "auto" else engine.dtype
-            model = served(engine.model_copy(update={"dtype": dtype}))
+            model = served(engine.model_copy(update={"dtype": _dtype(engine, device)}))
         except RapidError as error:
             yield Finding(role, "warning", f"what it needs cannot be told: {error.message}")
             continue
-        ranks = engine.tensor_parallel if device == "cpu" else 1  # on GPUs each rank has its own
-        copies = ranks * engine.replicas.min if device == "cpu" else 1
+        # On a CPU all ranks and replicas share its memory; on GPUs each has its own, or what others leave of one.
+        copies = engine.tensor_parallel * engine.replicas.min if device == "cpu" else 1
+        where = role if engine.num_gpus >= 1 else device
         weights = model.bytes_held * copies
-        left.setdefault(device, free_memory(torch.device(device)))
-        after = left[device] - weights
+        after = left.setdefault(where, free_memory(torch.device(device))) - weights
         room = engine.kv_memory_gib * 2**30 if engine.kv_memory_gib else FREE_MEMORY_SHARE * max(0.0, after)
-        tokens = int(room * (engine.tensor_parallel if device == "cpu" else 1) / model.kv_bytes_per_token / ranks)
+        tokens = int(room / model.kv_bytes_per_token)
         said = f"{engine.model} on {device}: {_gb(weights)} of weights, {_gb(room * copies)} for {tokens:,} tokens"
-        left[device] = after - room * copies
-        if left[device] < 0:
+        left[where] = after - room * copies
+        if left[where] < 0:
             advice = "Set a smaller kv_memory_gib, a quantization or model, or fewer replicas."
-            yield Finding(role, "problem", f"{said}; {_gb(-left[device])} more than is free", advice)
+            yield Finding(role, "problem", f"{said}; {_gb(-left[where])} more than is free", advice)
         elif (window := _window(engine.model)) and tokens < window:
             advice = "Longer prompts are refused. Raise kv_memory_gib."
             yield Finding(role, "warning", f"{said}, less than its window of {window:,}", advice)
         else:
-            yield Finding(role, "ok", f"{said}, {_gb(left[device])} left")
+            yield Finding(role, "ok", f"{said}, {_gb(left[where])} left")
+
+
+def _dtype(engine: EngineConfig, device: str) -> str:
+    if engine.dtype != "auto":
+        return engine.dtype
+    few_bits = engine.quantization != "none" and device == "cpu"  # always with bfloat16 beside them
+    return "bfloat16" if few_bits else str(default_dtype(device)).removeprefix("torch.")
 
 
 def _window(name: str) -> int | None:

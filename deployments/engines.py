@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.scaling import KV_SHARE
 from deployments.channel import Address, Listener
 from deployments.config import EngineConfig
+from deployments.metrics import EngineMetrics
 from rapid.control import DraftLimits
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
@@ -44,6 +45,11 @@ def document_of(prompt: list[int]) -> str:
     if len(prompt) < _BEGINNING:
         return ""
     return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
+
+
+def engines_of(application: str) -> str:
+    """What the names of an application's engine actors begin with, by which all of them can be found."""
+    return f"rapid-engine-{application}-"
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class EngineActor(RankActor):
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    async def forget(self, tokens: list[int]) -> None:
+        await asyncio.wrap_future(self._engine.forget(tokens))
+
     async def open(self, lease_id: str, opening: Opening) -> None:
         opened = self._opening[lease_id] = self._engine.open(opening)
         try:
@@ -158,10 +167,14 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig) -> None:
         group = ray.util.get_current_placement_group()
+        self._metrics = EngineMetrics()
+
+        name = f"{engines_of(serve.get_replica_context().app_name)}{uuid.uuid4().hex}"
 
         def start(kind: type[RankActor], rank: int) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
             options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
+            options["name"] = name if rank == 0 else None
             return ray.remote(kind).options(**options, scheduling_strategy=place).remote(config)
 
         self._engine = start(EngineActor, 0)
@@ -212,7 +225,7 @@ class EngineReplica:
         return self._info, self._engine
 
     async def check_health(self) -> None:
-        await self._engine.stats.remote()
+        self._metrics.update(await self._engine.stats.remote())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         stats: EngineStats = await self._engine.stats.remote()

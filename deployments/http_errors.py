@@ -1,5 +1,6 @@
 """What goes wrong, as a client sees it: OpenAI's error object with the status that belongs to it."""
 
+import json
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -38,10 +39,21 @@ def as_rapid_error(error: Exception) -> RapidError:
     return RapidError("internal error; the server's log has the details")
 
 
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
+def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
-    headers = {"Retry-After": "1"} if shown.status in (429, 503) else None
-    return JSONResponse(error_object(shown), status_code=shown.status, headers=headers)
+    retry = {"Retry-After": "1"} if shown.status in (429, 503) else {}
+    return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
+
+
+def server_sent_error(error: Exception) -> str:
+    """The end of an event stream that failed."""
+    return f"event: error\ndata: {json.dumps(error_object(as_rapid_error(error)), ensure_ascii=False)}\n\n"
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    request.state.error = error  # for the log
+    return error_response(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -74,7 +86,8 @@ def parse(kind: type[T], body: bytes) -> T:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
+        # A kind of message or part, which pydantic adds to the path, has a capital; no field does.
+        field = ".".join(str(part) for part in first["loc"] if not str(part)[0].isupper()) or None
         words = {"extra_forbidden": "unknown field", "missing": "is required"}
         message = words.get(first["type"], first["msg"])
         if first["type"] == "json_invalid":

@@ -1,6 +1,7 @@
 """The deployment that listens: the API in its process, everything behind it asked of the Coordinator."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,14 +16,25 @@ from rapid.errors import RapidError
 from rapid.request import Delta, Finish
 
 
+class RemoteFiles:
+    """`deployments.files.Files`, each method asked for with ``call``."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        names = ("upload", "listed", "get", "content", "delete", "warm")
+        self.upload, self.listed, self.get, self.content, self.delete, self.warm = (
+            partial(call, f"files.{name}") for name in names
+        )
+
+
 class RemoteService:
     """The Coordinator's `LocalService`, from another process. What is wrong with a request comes back as a value."""
 
     def __init__(self, coordinator: DeploymentHandle) -> None:
         self._coordinator = coordinator
+        self.files = RemoteFiles(self._call)
 
-    async def generate(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]:
-        events = self._coordinator.options(stream=True).generate.remote(completion)
+    async def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]:
+        events = self._coordinator.options(stream=True).generate.remote(completion, owner)
         try:
             async for event in events:
                 if isinstance(event, RapidError):

@@ -7,9 +7,9 @@ absent, since clients send those.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.body import Body
@@ -65,7 +65,8 @@ class Completion(Body):
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
     n: int = Field(1, ge=1)
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    # JSON's keys are strings.
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -147,9 +148,46 @@ class TextPart(Body):
     text: str
 
 
+class FileReference(Body):
+    file_id: str | None = None
+    file_data: str | None = Field(None, description="base64, or a data URL of it")
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "FileReference":
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("give either file_id or file_data")
+        return self
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileReference
+
+
+class DocumentText(TextPart):
+    """What takes a file part's place once the file has been read (`deployments.files`)."""
+
+
+def _kind(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"Part:{kind}"
+
+
+# Told apart before they are read, so that an error names the field that is wrong and not every kind there is.
+Part = Annotated[
+    Annotated[TextPart, Tag("Part:text")] | Annotated[FilePart, Tag("Part:file")],
+    Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
+]
+Content = Annotated[
+    Annotated[str, Tag("Text")] | Annotated[list[Part], Tag("Parts")],
+    Discriminator(lambda content: "Parts" if isinstance(content, list) else "Text"),
+]
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: Content = ""
     name: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
@@ -163,11 +201,21 @@ class ChatMessage(Body):
         return self
 
     def as_message(self) -> Message:
-        parts = self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
         more: dict[str, Any] = self.given("name", "tool_call_id")
         if self.tool_calls:
             more["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return Message("system" if self.role == "developer" else self.role, parts, more)
+        if isinstance(self.content, str):
+            return Message(role, self.content, more)
+        text, documents = "", []
+        for i, part in enumerate(self.content):
+            if isinstance(part, FilePart):
+                raise InvalidRequest("files are read in chats, and not here", param="messages")
+            text += "\n\n" if i else ""
+            if isinstance(part, DocumentText):
+                documents.append((len(text), len(text) + len(part.text)))
+            text += part.text
+        return Message(role, text, more, tuple(documents))
 
 
 def read_messages(
@@ -221,6 +269,11 @@ class ChatRequest(Completion):
     @property
     def tools_in_use(self) -> list[Tool]:
         return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def has_files(self) -> bool:
+        contents = [message.content for message in self.messages]
+        return any(isinstance(part, FilePart) for parts in contents for part in parts)
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
         return read_messages(

@@ -3,22 +3,26 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
+from deployments.files import Files, KeepingBackend, LocalFiles
 from deployments.protocol import Completion, Health
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from rapid.backend import Backend
+from deployments.tracing import Trace
 from rapid.choices import generate_choices
 from rapid.request import Delta, Finish
 
 
 class Service(Protocol):
-    """`LocalService`, or one that is asked over Ray (`deployments.ingress`)."""
+    """`LocalService`, or one that is asked over Ray (`deployments.ingress`). ``owner`` is who asks."""
 
-    def generate(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]: ...
+    files: Files
+
+    def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]: ...
     async def health(self) -> Health: ...
     async def window(self) -> int: ...
     async def tokenize(self, body: TokenizeRequest) -> Tokenized: ...
@@ -28,20 +32,27 @@ class Service(Protocol):
 class LocalService:
     """Over engines that ``backend`` reaches from this process."""
 
-    def __init__(self, config: AppConfig, backend: Backend, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: AppConfig, backend: KeepingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
+        self.files = LocalFiles(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion) -> AsyncGenerator[Delta | Finish, None]:
+    async def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]:
         """Writes the choices of one completion, a `Delta` a round and a `Finish` each; closing it frees all they hold.
 
         Raises:
             RapidError: what is wrong with the request, or with the engines.
         """
-        # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
-        request = await asyncio.to_thread(completion.read, self._tokenizer, self._config)
-        async with aclosing(generate_choices(request, completion.n, self._backend)) as events:
-            async for event in events:
-                yield event
+        async with self.files.read(completion, owner) as whole:
+            # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
+            request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
+            if whole is not completion:  # its files are kept already, by themselves, and go when they are deleted
+                request = replace(request, retrieval=replace(request.retrieval, keep=False))
+            with Trace.start(request, self._backend) as trace:
+                async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
+                    async for event in events:
+                        if isinstance(event, Finish):
+                            trace.finish(event)
+                        yield event
 
     async def health(self) -> Health:
         """What each engine holds that is there; raises when one does not answer."""

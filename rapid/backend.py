@@ -83,6 +83,10 @@ class Backend(Protocol):
         """
         ...
 
+    async def forget(self, tokens: list[int]) -> None:
+        """Drops what the engines have cached of a text of these ``tokens``."""
+        ...
+
     def lease(self, role: Role, opening: Opening) -> AbstractAsyncContextManager[Lease]:
         """A sequence on one of the engines.
 

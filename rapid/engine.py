@@ -132,6 +132,15 @@ class Engine:
                 self._wake.notify()
         return future
 
+    def forget(self, tokens: list[int]) -> Future[int]:
+        """Drops what is cached of a text of these ``tokens`` (`KVPool.drop`); how many pages that were."""
+
+        def task() -> Task[int]:
+            return self._pool.drop(tokens)
+            yield
+
+        return self.submit(task())
+
     def stats(self) -> EngineStats:
         """What the engine holds and has done so far."""
         with self._wake:

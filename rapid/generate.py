@@ -94,7 +94,8 @@ async def generate(
             controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
             _count_round(stats, plan, verified, len(emitted), round_ms)
             counts = verified.num_drafted, verified.num_accepted
-            yield Delta(emitted, pieces, *counts, plan.source, round_ms, stats.chunks, logprobs)
+            times_ms = round_ms, verified.draft_ms, verified.verify_ms
+            yield Delta(emitted, pieces, *counts, plan.source, *times_ms, stats.chunks, logprobs)
     if by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3

@@ -51,7 +51,8 @@ def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
     grammar: str = matcher.grammar_from_lark(f"start: {' | '.join(rules)}")
     wrong: str = matcher.validate_grammar(grammar)
     if wrong:
-        raise InvalidRequest(f"this JSON schema cannot be enforced: {wrong}", param=param)
+        reason = wrong.partition("\n")[0].partition("failed to compile JSON schema: ")
+        raise InvalidRequest(f"{param}: this JSON schema cannot be enforced: {reason[2] or reason[0]}", param=param)
     return grammar
 
 
@@ -102,7 +103,7 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]
-            raise InvalidRequest(f"the grammar cannot be followed: {reason}", param="response_format")
+            raise InvalidRequest(f"response_format: the grammar cannot be followed: {reason}", param="response_format")
 
 
 def _vocabulary(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> LLTokenizer:

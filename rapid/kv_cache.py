@@ -1,15 +1,11 @@
 """Keys and values of all sequences of one model: a pool of pages under a fixed budget, with shared prefixes.
 
-A page holds the keys and values of ``page_size`` consecutive tokens in every layer. A page that is full is indexed by
-its tokens and by the page before it, so that a later prompt with the same beginning finds it, also while the sequence
-that computed it is still running. Shared pages are never written again: a sequence only ever writes behind what it
-shares. A page that nobody uses any more keeps its content until its room is needed, least recently used first.
+A page holds the keys and values of ``page_size`` consecutive tokens in every layer. Sequences that begin alike share
+pages (`rapid.pages`). Shared pages are never written again: a sequence only ever writes behind what it shares.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +14,7 @@ import numpy as np
 import torch
 
 from rapid.memory import take_small_pages
+from rapid.pages import Pages
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,6 @@ class PoolStats(NamedTuple):
     evicted_pages: int
 
 
-_Key = tuple[int, tuple[int, ...]]
-_ROOT = 0
-
-
 class KVPool:
     """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: the engine's thread owns it.
 
@@ -80,14 +73,8 @@ class KVPool:
         )
         for rows in (*self.keys, *self.values):
             take_small_pages(rows)
-        self._free = np.ones(self.num_pages, dtype=bool)
-        self._users = [0] * self.num_pages
-        self._index: dict[_Key, int] = {}
-        self._keys_of: list[_Key | None] = [None] * self.num_pages
-        self._node_of: list[int] = [_ROOT] * self.num_pages  # a serial number, so that a reused page is another parent
-        self._serials = itertools.count(_ROOT + 1)
-        self._unused: OrderedDict[int, None] = OrderedDict()  # indexed pages without users, the least recent first
-        self._hits = self._misses = self._evicted = 0
+        self._pages = Pages(self.num_pages, page_size)
+        self._hits = self._misses = 0
 
     @property
     def spare_slot(self) -> int:
@@ -103,15 +90,15 @@ class KVPool:
         return -(-num_tokens // self.page_size)
 
     def stats(self) -> PoolStats:
-        cached, free = len(self._unused), int(self._free.sum())
-        used = self.num_pages - cached - free
+        cached = self._pages.num_kept
+        used = self.num_pages - cached - self._pages.num_free
         return PoolStats(
             bytes_total=self.num_pages * self.page_bytes,
             bytes_used=used * self.page_bytes,
             bytes_cached=cached * self.page_bytes,
             hit_tokens=self._hits,
             miss_tokens=self._misses,
-            evicted_pages=self._evicted,
+            evicted_pages=self._pages.num_evicted,
         )
 
     def open(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
@@ -120,12 +107,10 @@ class KVPool:
         The prompt's last token is never taken from the index: feeding it is what gives the first logits. Returns None
         when there is no room now.
         """
-        shared = self._match(prompt, 0, parent=_ROOT)
-        for page in shared:
-            self._retain(page)
-        own = self._allocate(self.pages_for(capacity) - len(shared))
+        shared = self._pages.find(prompt, 0, before=None)
+        own = self._pages.take(self.pages_for(capacity) - len(shared))
         if own is None:
-            self._release(shared)
+            self._pages.release(shared)
             return None
         cached = len(shared) * self.page_size
         self._hits += cached
@@ -137,15 +122,13 @@ class KVPool:
         first = cache.length // self.page_size
         if cache.length % self.page_size or first >= len(cache.pages):
             return
-        # The parent is known only if the page before is indexed, and then it is the same as the other sequence's.
-        if first and self._keys_of[cache.pages[first - 1]] is None:
+        before = cache.pages[first - 1] if first else None
+        # What is behind a page is known only if that is indexed, and then it is the same as the other sequence's.
+        if before is not None and not self._pages.is_indexed(before):
             return
-        parent = self._node_of[cache.pages[first - 1]] if first else _ROOT
-        found = self._match(tokens, cache.length, parent)
+        found = self._pages.find(tokens, cache.length, before)
         if found:
-            for page in found:
-                self._retain(page)
-            self._release(cache.pages[first : first + len(found)])
+            self._pages.release(cache.pages[first : first + len(found)])
             cache.pages[first : first + len(found)] = found
             cache.moved(shared_until=first + len(found))
             gained = len(found) * self.page_size
@@ -156,89 +139,27 @@ class KVPool:
 
         They become read-only: the cache must not be truncated below them while they are shared.
         """
-        parent = self._node_of[cache.pages[cache.num_shared - 1]] if cache.num_shared else _ROOT
+        last_shared = cache.pages[cache.num_shared - 1] if cache.num_shared else None
+        if last_shared is not None and not self._pages.is_indexed(last_shared):
+            return  # it was dropped, and what is behind it could not be found
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
-            key = (parent, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))
-            known = self._index.get(key)
-            if known is None:
-                page = cache.pages[i]
-                self._index[key], self._keys_of[page], self._node_of[page] = page, key, next(self._serials)
-            elif known != cache.pages[i]:  # computed twice at the same time: go on with the copy that can be found
-                self._retain(known)
-                self._release([cache.pages[i]])
-                cache.pages[i] = known
-            parent = self._node_of[cache.pages[i]]
+            own = tokens[i * self.page_size : (i + 1) * self.page_size]
+            cache.pages[i] = self._pages.index(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
             cache.moved(shared_until=i + 1)
 
     def close(self, cache: KVCache) -> None:
         """Gives the pages back; indexed ones stay until their room is needed."""
-        self._release(cache.pages)
+        self._pages.release(cache.pages)
         cache.pages = []
         cache.moved(shared_until=0)
 
     def forget(self) -> None:
         """Drops every page that no open sequence uses."""
-        while self._unused:
-            self._evict()
+        self._pages.forget()
 
-    def _match(self, tokens: Sequence[int], first: int, parent: int) -> list[int]:
-        """The indexed pages that continue ``parent`` with ``tokens`` from ``first`` on, the last token left out."""
-        pages = []
-        for start in range(first, len(tokens) - self.page_size, self.page_size):
-            page = self._index.get((parent, tuple(tokens[start : start + self.page_size])))
-            if page is None:
-                break
-            pages.append(page)
-            parent = self._node_of[page]
-        return pages
-
-    def _allocate(self, count: int) -> list[int] | None:
-        """``count`` pages, side by side wherever possible: attention reads neighbours as one."""
-        if count <= 0:
-            return []
-        if int(self._free.sum()) + len(self._unused) < count:
-            return None
-        start = self._gap(count)
-        while start is None and self._unused:
-            for _ in range(min(count, len(self._unused))):
-                self._evict()
-            start = self._gap(count)
-        chosen = np.flatnonzero(self._free)[:count] if start is None else np.arange(start, start + count)
-        self._free[chosen] = False
-        pages: list[int] = chosen.tolist()
-        for page in pages:
-            self._users[page] = 1
-        return pages
-
-    def _gap(self, count: int) -> int | None:
-        """Where the first ``count`` free pages in a row begin."""
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], self._free, [False]))))
-        starts, ends = edges[::2], edges[1::2]
-        long_enough = np.flatnonzero(ends - starts >= count)
-        return int(starts[long_enough[0]]) if len(long_enough) else None
-
-    def _retain(self, page: int) -> None:
-        self._users[page] += 1
-        self._unused.pop(page, None)
-
-    def _release(self, pages: list[int]) -> None:
-        # Backwards, so that of one sequence the end is evicted before the beginning it cannot be found without.
-        for page in reversed(pages):
-            self._users[page] -= 1
-            if self._users[page] == 0:
-                if self._keys_of[page] is None:
-                    self._free[page] = True
-                else:
-                    self._unused[page] = None
-
-    def _evict(self) -> None:
-        page, _ = self._unused.popitem(last=False)
-        key = self._keys_of[page]
-        assert key is not None
-        del self._index[key]
-        self._keys_of[page] = None
-        self._free[page] = True
-        self._evicted += 1
+    def drop(self, tokens: Sequence[int]) -> int:
+        """Forgets what was computed of a text, wherever in a prompt it stood (`rapid.pages.Pages.drop`)."""
+        return self._pages.drop(tokens)
 
 
 class KVCache:

@@ -40,7 +40,9 @@ class TargetLease:
 
     async def _open(self) -> None:
         opening = self._opening.after(self._output)
+        asked = time.monotonic()
         lease = await self._stack.enter_async_context(self._backend.lease(self._role, opening))
+        self._stats.timings_ms["queueing"] += (time.monotonic() - asked) * 1e3
         prefilled = await lease.prefill()
         self._lease = lease
         if not opening.written:

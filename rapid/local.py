@@ -59,6 +59,10 @@ class LocalBackend:
         except Exception as error:  # the retriever has errors of its own
             raise RetrievalFailed(f"retrieval failed: {error}") from error
 
+    async def forget(self, tokens: list[int]) -> None:
+        for engine in set(self._engines.values()):
+            await asyncio.wrap_future(engine.forget(tokens))
+
     @asynccontextmanager
     async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
         engine = self._engines[role]

@@ -72,7 +72,8 @@ class LogitParams:
         if beyond:
             raise InvalidRequest(f"logit_bias: there is no token {beyond[0]} in {target.name}", param="logit_bias")
         if self.grammar is not None and not target.eos_token_ids:
-            raise InvalidRequest(f"{target.name} has no end of sequence to end a grammar with", param="response_format")
+            what = f"response_format: {target.name} has no end of sequence to end a grammar with"
+            raise InvalidRequest(what, param="response_format")
         counted = tuple(sorted(set(prompt))) if self.repetition_penalty != 1 else ()
         return replace(self, prompt=counted, eos=tuple(sorted(target.eos_token_ids)))
 

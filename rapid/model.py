@@ -99,7 +99,7 @@ class Model:
             EngineLost: the other ranks did not come.
         """
         device = default_device() if device == "auto" else device
-        # PyTorch's kernels for few bits on a CPU are made for bfloat16 rows, and many times slower with others.
+        # Products with few bits on a CPU take bfloat16 rows, also where dense ones are quicker in float32.
         few_bits = quantization != "none" and device == "cpu"
         automatic = torch.bfloat16 if few_bits else default_dtype(device)
         torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))

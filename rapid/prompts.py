@@ -2,14 +2,15 @@
 
 The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, wherever it stands; so is a history
 of short messages that is longer than that together, exchange by exchange. The query is what the caller names, else the
-last user message, or its last paragraph when that message is itself long. The drafter reads the same messages with the
-context replaced by what was retrieved of it.
+last user message, or its last paragraph when that message is itself long; of a message with documents, what is beside
+these. The drafter reads the same messages with the context replaced by what was retrieved of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -25,11 +26,23 @@ Tools = Sequence[dict[str, Any]]
 
 
 class Message(NamedTuple):
-    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` is what else the template is given."""
+    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` is what else the template is given.
+
+    ``documents`` are the (start, end) of what in ``content`` is a document, in order: each is a content for itself when
+    the message is long, and the rest of the message is not.
+    """
 
     role: str
     content: str
     more: Mapping[str, Any] = MappingProxyType({})
+    documents: tuple[tuple[int, int], ...] = ()
+
+    def apart(self) -> tuple[list[str], str]:
+        """The documents, and the rest."""
+        edges = [0, *(edge for span in self.documents for edge in span), len(self.content)]
+        pieces = [self.content[start:end] for start, end in pairwise(edges)]
+        rest = [text.strip("\n") for text in pieces[::2]] if self.documents else pieces
+        return pieces[1::2], "\n\n".join(text for text in rest if text)
 
 
 class RetrievedText(Protocol):
@@ -43,19 +56,20 @@ class RetrievedText(Protocol):
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message taken apart: ``document`` is the part that retrieval may shorten, ``rest`` what always stays."""
+    """A message taken apart: ``contents`` are what retrieval may shorten, ``rest`` what always stays."""
 
     role: str
     rest: str
     exchange: int | None  # what it is kept or dropped with; None: it always stays
-    content: int | None = None  # which of the contents holds the document, or gathers this short message
+    contents: tuple[int, ...] = ()  # which of the contents are of this message, or gather it with other short ones
     is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def shortened(self, kept: dict[int, list[str]]) -> Message:
-        if self.content is None or self.is_short:
+        if self.is_short:
             return Message(self.role, self.rest, self.more)
-        return Message(self.role, "\n\n".join(kept.get(self.content, [])) + self.rest, self.more)
+        kept_texts = [text for i in self.contents for text in kept.get(i, [])]
+        return Message(self.role, "\n\n".join(kept_texts) + self.rest, self.more)
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,8 @@ class Prompt:
         for chunk in chunks:
             kept.setdefault(chunk.content, []).append(chunk.text.strip())
         # Messages go by whole exchanges only: many templates insist that user and assistant take turns.
-        retrieved = {turn.exchange for turn in self._turns if turn.content in kept}
-        dropped = {turn.exchange for turn in self._turns if turn.content is not None} - retrieved - {None}
+        retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
+        dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
         return _encode(self.tokenizer, messages, self._tools, is_chat=self._is_chat)
 
@@ -142,26 +156,33 @@ def _read(
     default_query = messages[last].content
     began = -1  # where the exchange being read began
     gathered: int | None = None  # the content that gathers its short messages
-    for i, (role, content, more) in enumerate(messages):
+    for i, (role, content, more, _) in enumerate(messages):
         if role == "user":
             began, gathered = i, None
         # A long system message goes alone.
         exchange = began if in_history(i) else i if role == "system" and is_long[i] else None
         if is_long[i]:
-            document, question = split_question(content) if i == last else (content, "")
-            if i == last and question and not _is_long(question, tokenizer, long_content_tokens):
+            documents, rest = messages[i].apart()
+            question = rest if documents else ""
+            if not documents or _is_long(rest, tokenizer, long_content_tokens):
+                document, question = split_question(rest) if i == last else (rest, "")
+                if question and _is_long(question, tokenizer, long_content_tokens):
+                    document, question = rest, ""
+                documents.append(document)
+            elif question:
+                question = "\n\n" + question
+            if i == last and question:
                 default_query = question.strip()
-            else:
-                document, question = content, ""
-            turns.append(_Turn(role, question, exchange, len(contents), is_short=False, more=more))
-            contents.append(document)
+            numbers = tuple(range(len(contents), len(contents) + len(documents)))
+            turns.append(_Turn(role, question, exchange, numbers, is_short=False, more=more))
+            contents += documents
         elif in_history(i) and history_is_long:
             if gathered is None:
                 gathered = len(contents)
                 contents.append(content)
             else:
                 contents[gathered] += "\n" + content
-            turns.append(_Turn(role, content, exchange, gathered, more=more))
+            turns.append(_Turn(role, content, exchange, (gathered,), more=more))
         else:
             turns.append(_Turn(role, content, exchange, more=more))
     tokens = _encode(tokenizer, messages, tools, is_chat=is_chat)
@@ -199,7 +220,7 @@ def _encode(
         )
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": role, "content": content, **more} for role, content, more in messages],
+            [{"role": message.role, "content": message.content, **message.more} for message in messages],
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=True,

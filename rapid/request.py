@@ -100,6 +100,7 @@ class GenerationRequest:
 class Statistics:
     """What one request did; times in milliseconds. The README defines each field.
 
+    ``queueing`` is the time until the target had a place.
     ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
     ``resuming`` is the time it took to go on elsewhere, ``resumed`` times, after the target's engine was lost.
     """
@@ -124,6 +125,7 @@ class Statistics:
     timings_ms: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
             (
+                "queueing",
                 "retrieval",
                 "target_prefill",
                 "draft_prefill",
@@ -181,6 +183,8 @@ class Delta(NamedTuple):
     num_accepted: int
     source: Source
     elapsed_ms: float
+    draft_ms: float
+    verify_ms: float
     chunks: list[dict[str, float]]
     logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
     choice: int = 0

@@ -7,15 +7,21 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from retrieval.chunking import Tokenizer, split
 from retrieval.embedding import Embedder
 
 if TYPE_CHECKING:
     from retrieval.store import ChunkStore
+
+_BATCH = 8  # chunks between two words about how far `keep` is
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class RetrievalOptions:
         fraction: share of the context that is kept where that is more.
         max_tokens: a budget that replaces the rule, never exceeded.
         keep: leave the vectors in the store, so that the same contents need no embedding the next time. Nothing removes
-            them again.
+            them again but `Retriever.drop`.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -97,6 +103,15 @@ class Retrieval:
     elapsed_ms: float
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How far a text's vectors are: `num_embedded` of `num_chunks`. `owner` is whose they are in the store."""
+
+    owner: str
+    num_embedded: int
+    num_chunks: int
+
+
 class Retriever:
     """Chunks, embeds, stores, searches and forgets, in one call. May be called from several threads.
 
@@ -104,7 +119,7 @@ class Retriever:
     """
 
     def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
-        self._embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
         """Return the chunks of `contents` nearest to `query`, best first until the budget is spent, in document order.
@@ -128,7 +143,7 @@ class Retriever:
         kept: list[RetrievedChunk] = []
         left = options.budget(context_tokens)
         if chunks and query.strip():
-            for position, score in self._search([chunk.text for chunk in chunks], query, options):
+            for position, score in self._search(chunks, query, options):
                 if chunks[position].num_tokens <= left:
                     left -= chunks[position].num_tokens
                     kept.append(replace(chunks[position], score=score))
@@ -140,21 +155,69 @@ class Retriever:
             elapsed_ms=(time.perf_counter() - began) * 1000,
         )
 
-    def _search(self, texts: list[str], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
-        """Return (index into `texts`, score) of all texts that reach the threshold, best first."""
-        owner = self._kept_owner(texts) if options.keep else uuid.uuid4().hex
-        try:
+    def keep(self, text: str, chunk_tokens: int) -> Iterator[Kept]:
+        """Embed `text` and leave its vectors in the store, for every later `retrieve` with a content of that text.
+
+        Yields how far it is, first with nothing done and then after each small batch; what is kept already is not
+        embedded again. Blank chunks count for nothing.
+
+        Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
+        """
+        texts = [c.text for c in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer) if c.text.strip()]
+        owner = self._kept_owner(texts)
+        done = len(texts) if self._store.count(owner) == len(texts) else 0
+        yield Kept(owner, done, len(texts))
+        if done < len(texts):
+            vectors: list[NDArray[np.float32]] = []
+            for first in range(0, len(texts), _BATCH):
+                vectors.append(self.embedder.embed(texts[first : first + _BATCH]))
+                done += len(vectors[-1])
+                if done < len(texts):
+                    yield Kept(owner, done, len(texts))
+            self._store.add(owner, np.concatenate(vectors), keep=True)
+            yield Kept(owner, done, len(texts))
+
+    def drop(self, owner: str) -> None:
+        """Remove kept vectors. Raises RetrievalError when the store fails."""
+        self._store.delete(owner)
+
+    def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
+        """Return (position, score) of all `chunks` that reach the threshold, best first.
+
+        Each content has vectors of its own where these are kept, by `keep` or to be kept now; the others share an
+        owner that is gone afterwards.
+        """
+        vector = self.embedder.embed_query(query)
+        found: list[tuple[int, float]] = []
+
+        def search(owner: str, among: list[RetrievedChunk]) -> None:
+            hits = self._store.search(owner, vector, limit=len(among), threshold=options.threshold)
+            found.extend((among[i].position, score) for i, score in hits)
+
+        passing: list[RetrievedChunk] = []
+        for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
+            group = list(of_content)
+            texts = [chunk.text for chunk in group]
+            owner = self._kept_owner(texts)
             # A write that broke off halfway leaves fewer points than texts, and is done again.
-            if not options.keep or self._store.count(owner) != len(texts):
-                self._store.add(owner, self._embedder.embed(texts))
-            vector = self._embedder.embed_query(query)
-            return self._store.search(owner, vector, limit=len(texts), threshold=options.threshold)
-        finally:
-            if not options.keep:
+            is_kept = self._store.count(owner) == len(group)
+            if options.keep and not is_kept:
+                self._store.add(owner, self.embedder.embed(texts), keep=True)
+            if options.keep or is_kept:
+                search(owner, group)
+            else:
+                passing += group
+        if passing:
+            owner = uuid.uuid4().hex
+            try:
+                self._store.add(owner, self.embedder.embed([chunk.text for chunk in passing]))
+                search(owner, passing)
+            finally:
                 self._store.delete(owner)
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def _kept_owner(self, texts: list[str]) -> str:
         # Named by exactly what its points hold, so that no change of contents, chunk size, tokenizer or embedder can
         # find another's vectors.
-        identity = json.dumps([self._embedder.name, self._embedder.dimension, self._embedder.max_tokens, texts])
+        identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
         return hashlib.sha256(identity.encode()).hexdigest()

@@ -1,14 +1,18 @@
 """Vectors in Qdrant: in this process, or on a server. The only module that knows Qdrant.
 
-Every point belongs to an owner (one request, or one kept document) and is invisible to all others.
+Every point belongs to an owner (one request, or one kept document) and is invisible to all others. In-process Qdrant
+forgets when the process ends; what is to be kept then lies in a folder too, a file of numbers for each owner, from
+which it is put back when it is first asked for. (Qdrant's own folder admits one process, and reads all of it to start.)
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +34,7 @@ class ChunkStore:
         url: a Qdrant server, such as "http://qdrant:6333"; None keeps everything in this process's memory.
         api_key: the server's key, when it asks for one.
         collection: where the points live; it is created when missing.
+        folder: where kept vectors outlive this process, without a server; None: they do not.
         dimension: length of the vectors.
 
     May be called from several threads. Every method, and the constructor, raises RetrievalError when the server cannot
@@ -37,9 +42,16 @@ class ChunkStore:
     """
 
     def __init__(
-        self, url: str | None = None, *, api_key: str | None = None, collection: str = "rapid_chunks", dimension: int
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        collection: str = "rapid_chunks",
+        dimension: int,
+        folder: Path | None = None,
     ) -> None:
         self._url, self._collection, self._dimension = url, collection, dimension
+        self._folder = folder if url is None else None
         # In-process Qdrant has no locks of its own. A server's client needs none.
         self._lock = threading.Lock() if url is None else nullcontext()
         if url is None:
@@ -52,22 +64,18 @@ class ChunkStore:
         with self._calling():
             self._ensure(collection)
 
-    def add(self, owner: str, vectors: NDArray[np.float32]) -> None:
-        """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing."""
-        collection = self._collection_of(owner)
+    def add(self, owner: str, vectors: NDArray[np.float32], *, keep: bool = False) -> None:
+        """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing.
+
+        With `keep` they outlive this process, where there is a folder or a server.
+        """
         with self._calling():
-            if self._is_missing(collection):  # also of a server that lost what it had
-                self._ensure(collection)
-            for begin in range(0, len(vectors), _BATCH):
-                points = [
-                    models.PointStruct(
-                        id=str(uuid.uuid5(_POINT_IDS, f"{owner}/{position}")),
-                        vector=vectors[position].tolist(),
-                        payload={"owner": owner, "position": position},
-                    )
-                    for position in range(begin, min(begin + _BATCH, len(vectors)))
-                ]
-                self._client.upsert(collection, points, wait=True)
+            self._upsert(owner, vectors)
+            if keep and self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                unfinished = self._folder / f".{uuid.uuid4().hex}.npy"
+                np.save(unfinished, vectors)
+                os.replace(unfinished, self._folder / f"{owner}.npy")
 
     def search(
         self, owner: str, vector: NDArray[np.float32], *, limit: int, threshold: float
@@ -92,11 +100,17 @@ class ChunkStore:
         return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
 
     def count(self, owner: str) -> int:
-        """Return how many vectors the owner has."""
+        """Return how many vectors the owner has, kept ones included."""
         collection = self._collection_of(owner)
         with self._calling():
             if self._is_missing(collection):
-                return 0
+                kept = self._folder / f"{owner}.npy" if self._folder else None
+                if kept is None or not kept.is_file():
+                    return 0
+                try:
+                    self._upsert(owner, np.load(kept, allow_pickle=False))
+                except (ValueError, EOFError):  # cut short when the machine went down: as good as none
+                    return 0
             return self._client.count(collection, count_filter=_of(owner), exact=True).count
 
     def delete(self, owner: str) -> None:
@@ -105,6 +119,8 @@ class ChunkStore:
         with self._calling():
             if self._url is None:
                 self._client.delete_collection(collection)
+                if self._folder:
+                    (self._folder / f"{owner}.npy").unlink(missing_ok=True)
             else:
                 self._client.delete(collection, models.FilterSelector(filter=_of(owner)), wait=True)
 
@@ -117,6 +133,21 @@ class ChunkStore:
         # In-process Qdrant never frees a deleted point and compares every query with it for ever: there each owner has
         # a collection to itself, which goes as a whole. A server wants few collections and many tenants.
         return f"{self._collection}-{owner}" if self._url is None else self._collection
+
+    def _upsert(self, owner: str, vectors: NDArray[np.float32]) -> None:
+        collection = self._collection_of(owner)
+        if self._is_missing(collection):  # also of a server that lost what it had
+            self._ensure(collection)
+        for begin in range(0, len(vectors), _BATCH):
+            points = [
+                models.PointStruct(
+                    id=str(uuid.uuid5(_POINT_IDS, f"{owner}/{position}")),
+                    vector=vectors[position].tolist(),
+                    payload={"owner": owner, "position": position},
+                )
+                for position in range(begin, min(begin + _BATCH, len(vectors)))
+            ]
+            self._client.upsert(collection, points, wait=True)
 
     def _is_missing(self, collection: str) -> bool:
         return not self._client.collection_exists(collection)
@@ -152,6 +183,8 @@ class ChunkStore:
         try:
             with self._lock:
                 yield
+        except OSError as error:
+            raise RetrievalError(f"kept vectors cannot be used: {error}. Check the folder and its disk.") from error
         except (ApiException, QdrantException) as error:
             raise RetrievalError(
                 f"Qdrant at {self._url} cannot be used: {error}. Check the URL, that the "

@@ -21,6 +21,7 @@ DOORS = {
     "FlagEmbedding": "retrieval/embedding.py",
     "torchao": "rapid/linear.py",
     "llvmlite": "rapid/jit.py",
+    "llguidance": "rapid/grammar.py",
 }
 
 
@@ -79,4 +80,4 @@ def test_importing_all_of_the_core_loads_nothing_of_the_rest() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {module.partition(".")[0] for module in result.stdout.split()}
     assert "rapid" in loaded
-    assert not loaded & {"torchao", "ray", "FlagEmbedding", "qdrant_client", "fastapi", *PACKAGES[1:]}
+    assert not loaded & {"torchao", "llguidance", "ray", "FlagEmbedding", "qdrant_client", "fastapi", *PACKAGES[1:]}

@@ -11,10 +11,22 @@ from typing import Any
 import pytest
 import torch
 from served import MODEL, chat, local_api
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from deployments.cli import main
 from rapid.catalog import entries, local_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where what a test uploads goes, unless its configuration says otherwise."""
+    folder = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAPID_FILES", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +54,37 @@ def letters_url(tiny_folder: Path) -> Iterator[str]:
     """The API over a model of letters in this process; it answers in milliseconds, and means nothing by it."""
     engine = {"model": str(tiny_folder), "kv_memory_gib": 0.1, "threads": 1}
     with local_api({"served_model": "letters", "target": engine, "drafter": engine}) as url:
+        yield url
+
+
+QWEN_LIKE = """{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
+{% endif %}{% for message in messages %}[{{ message.role }}]{{ message.content -}}
+{% for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def bytes_folder(tmp_path_factory: pytest.TempPathFactory, tiny_network: Callable[..., PreTrainedModel]) -> Path:
+    """A random model that reads and writes any text, a byte a token, with a chat template that takes tools."""
+    folder = tmp_path_factory.mktemp("bytes")
+    vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=QWEN_LIKE)
+    tiny_network(257, layers=1, window=8192, eos=256).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bytes_url(bytes_folder: Path) -> Iterator[str]:
+    """The API over that model."""
+    engine = {"model": str(bytes_folder), "kv_memory_gib": 0.1, "threads": 1}
+    retriever = {"long_content_tokens": 100, "options": {"chunk_tokens": 64, "min_tokens": 64, "threshold": -1}}
+    with local_api({"served_model": "bytes", "target": engine, "drafter": engine, "retriever": retriever}) as url:
         yield url
 
 

@@ -36,16 +36,23 @@ ON_RAY = [
 ]
 
 
-@contextmanager
-def served(config: dict[str, Any]) -> Iterator[str]:
-    """The application of ``config`` on a Ray of its own; yields its URL."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def served(
+    config: dict[str, Any], *, logging_config: dict[str, Any] | None = None, **ray_options: Any
+) -> Iterator[str]:
+    """The application of ``config`` on a Ray of its own; yields its URL."""
+    port = free_port()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, **ray_options)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(parse_config(config)), name="rapid", route_prefix="/")
+        serve.run(build(parse_config(config)), name="rapid", route_prefix="/", logging_config=logging_config)
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()

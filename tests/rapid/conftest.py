@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from gate import Gate
 from transformers import PreTrainedTokenizerFast
 from world import World
 
+from rapid.compute import compute
 from rapid.engine import Engine
 from rapid.model import Model
 
@@ -26,7 +28,17 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Model], Gate]]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks whose operators end sooner than a second thread begins."""
+    before = torch.get_num_threads()
+    compute(torch.set_num_threads, 1)
+    yield
+    compute(torch.set_num_threads, before)
+
+
+@pytest.fixture
 def make_world(
+    one_thread: None,
     tiny_model: Callable[..., Model],
     letter_tokenizer: Callable[[int], PreTrainedTokenizerFast],
     engine: Callable[..., Engine],

@@ -1,29 +1,14 @@
 """The pool of pages: what is known is found, shared pages are never written, and no room is lost."""
 
-import random
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from pools import LAYOUT, PAGE, opened, pool_of, write
 from running import contents
 from torch import Tensor
 
-from rapid.attention import Extension, RunAttention
-from rapid.kv_cache import KVCache, KVLayout, KVPool
+from rapid.kv_cache import KVCache, KVPool
 
-LAYOUT = KVLayout(num_kv_heads=3, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
-PAGE = 4
 A, B, C = (list(range(start, start + 2 * PAGE)) for start in (0, 100, 200))  # two pages each
-
-
-def pool_of(num_pages: int) -> KVPool:
-    return KVPool(LAYOUT, num_pages * PAGE * LAYOUT.bytes_per_token, page_size=PAGE)
-
-
-def opened(pool: KVPool, prompt: list[int], capacity: int | None = None) -> KVCache:
-    cache = pool.open(prompt, len(prompt) if capacity is None else capacity)
-    assert cache is not None
-    return cache
 
 
 def filled(pool: KVPool, tokens: list[int]) -> KVCache:
@@ -45,14 +30,6 @@ def num_known(pool: KVPool, tokens: list[int]) -> int:
 def rows(start: int, n: int) -> Tensor:
     """``n`` rows that tell their position: [KV heads, n, head size]."""
     return torch.arange(start, start + n, dtype=torch.float32)[None, :, None].expand(3, n, 4)
-
-
-def write(cache: KVCache, keys: Tensor) -> None:
-    """Writes ``keys`` and their negatives behind what is filled, in every layer, as a forward pass does."""
-    new = keys.transpose(0, 1)
-    batch = RunAttention().batch([Extension(cache, [0] * len(new), 0)])
-    for layer in range(LAYOUT.num_layers):
-        batch.attend(layer, new, new, -new, 1.0)
 
 
 # One sequence
@@ -256,79 +233,24 @@ def test_forgetting_drops_what_nobody_uses() -> None:
     assert pool.stats()[1:3] == (2 * pool.page_bytes, 0)
 
 
-# All of it at once
+def test_dropping_a_text_forgets_it_wherever_it_stands_and_what_follows_it() -> None:
+    pool = pool_of(20)
+    head, question = [300, 301, 302, 303], [310, 311, 312, 313]
+    for tokens in (B, [*head, *A, *question], [*B, 77, 78, *A]):
+        pool.close(filled(pool, tokens))
+    assert pool.drop(A) == 3 + 1  # of the second text both pages and the question; of the third a page full of A
+    assert (num_known(pool, [*head, *A]), num_known(pool, [*B, 77, 78, *A])) == (4, 12)
+    assert pool.stats().bytes_cached == 4 * pool.page_bytes and pool.drop(A) == 0 == pool.drop(C)
 
 
-def markers(tokens: list[int]) -> Tensor:
-    """A row for each token that depends on all tokens up to it, as keys do: [KV heads, n, head size]."""
-    marks = [hash(tuple(tokens[: i + 1])) % 2**20 for i in range(len(tokens))]
-    return torch.tensor(marks, dtype=torch.float32)[None, :, None].expand(3, len(marks), 4)
-
-
-@dataclass
-class User:
-    """A sequence as an engine runs it: the prompt in chunks, then output that may be rolled back."""
-
-    cache: KVCache
-    prompt: list[int]
-    output: list[int] = field(default_factory=list)
-
-    def check(self) -> None:
-        expected = markers((self.prompt + self.output)[: self.cache.length])
-        assert torch.equal(contents(self.cache)[0][1], expected)
-
-    def extend(self, tokens: list[int]) -> None:
-        write(self.cache, markers([*(self.prompt + self.output)[: self.cache.length], *tokens])[:, -len(tokens) :])
-        self.cache.advance(len(tokens))
-
-    def step(self, rng: random.Random) -> None:
-        length, pool, last = self.cache.length, self.cache.pool, len(self.prompt) - 1
-        if length < last:
-            pool.adopt(self.cache, self.prompt)
-            length = self.cache.length
-            if length < last:
-                self.extend(self.prompt[length : min(last, length + rng.randint(1, 9))])
-                pool.index(self.cache, self.prompt, self.cache.length)
-            return
-        if self.output and rng.random() < 0.3:
-            del self.output[rng.randrange(len(self.output)) :]
-            self.cache.truncate(len(self.prompt) + len(self.output))
-        new = ([self.prompt[-1]] if self.cache.length == last else []) + [rng.randint(0, 1) for _ in range(3)]
-        if self.cache.length + len(new) <= self.cache.capacity:
-            self.output += new[-3:]
-            self.extend(new)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_happens_nobody_s_past_changes_and_no_page_is_lost(seed: int) -> None:
-    """Sequences over two letters share, adopt, roll back and evict; each keeps reading what it wrote."""
-    rng, pool = random.Random(seed), pool_of(24)
-    users: list[User] = []
-    for _ in range(400):
-        action = rng.random()
-        if action < 0.25:
-            prompt = [0] * rng.randint(0, 12) + [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
-            cache = pool.open(prompt, len(prompt) + rng.randint(4, 16))
-            users += [User(cache, prompt)] if cache else []
-        elif action < 0.9 and users:
-            rng.choice(users).step(rng)
-        elif action < 0.98 and users:
-            user = users.pop(rng.randrange(len(users)))
-            pool.index(user.cache, user.prompt + user.output, user.cache.length)
-            pool.close(user.cache)
-        elif action >= 0.98:
-            pool.forget()
-        for user in users:
-            user.check()
-        own = [page for user in users for page in user.cache.pages[user.cache.num_shared :]]
-        shared = {page for user in users for page in user.cache.pages[: user.cache.num_shared]}
-        assert len(own) == len(set(own))
-        assert not shared & set(own)
-        assert pool.stats().bytes_used == (len(own) + len(shared)) * pool.page_bytes
-    for user in users:
-        pool.close(user.cache)
-    pool.forget()
-    assert pool.stats()[1:3] == (0, 0)
-    assert pool.stats().hit_tokens > 100
-    assert pool.stats().evicted_pages > 20
-    opened(pool, [7], pool.num_pages * PAGE)
+def test_a_text_dropped_while_it_is_read_goes_with_the_sequence() -> None:
+    pool = pool_of(10)
+    cache = opened(pool, [*A, *B], 20)
+    cache.advance(8)
+    pool.index(cache, [*A, *B], 8)
+    assert pool.drop(A) == 2
+    assert num_known(pool, A) == 0 and pool.stats().bytes_used == 5 * pool.page_bytes
+    cache.advance(8)
+    pool.index(cache, [*A, *B], 16)
+    pool.close(cache)
+    assert pool.stats().bytes_cached == 0 and num_known(pool, [*A, *B]) == 0

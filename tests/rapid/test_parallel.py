@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,12 @@ import torch.multiprocessing as multiprocessing
 from running import GREEDY, ROUNDING, begun, done, new_cache, random_tokens
 from transformers import PreTrainedModel
 
-from rapid import parallel
 from rapid.attention import Extension
 from rapid.control import DraftLimits
 from rapid.engine import Engine
 from rapid.errors import EngineLost, ModelFileError
 from rapid.model import Model
-from rapid.parallel import Group, Place
+from rapid.parallel import Place
 from rapid.tasks import Draft, prefill, propose, verify_draft
 from rapid.tokenization import load_tokenizer
 
@@ -45,12 +45,6 @@ def follow(rank: int, address: str, folder: str) -> None:
     model = Model.load(folder, dtype="float32", place=Place(rank + 1, RANKS, address))
     with pytest.raises(EngineLost):  # the first rank has left
         model.follow()
-
-
-def never_meet(_: int) -> None:
-    parallel._MEETING = timedelta(seconds=1)
-    with pytest.raises(EngineLost, match="rank 1 did not meet the others"):
-        Group(Place(1, 2, free_address()), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,14 @@ def test_the_engine_drafts_verifies_and_rolls_back_alike(shared: Model, whole: M
 
 def test_ranks_that_never_meet_are_an_error() -> None:
     # In a process of its own: torch counts the groups of a process, also those that never came about.
-    multiprocessing.spawn(never_meet, nprocs=1)
+    meet = f"""
+from datetime import timedelta
+from rapid import parallel
+parallel._MEETING = timedelta(milliseconds=200)
+parallel.Group(parallel.Place(1, 2, "{free_address()}"), "cpu")
+"""
+    ended = subprocess.run([sys.executable, "-c", meet], capture_output=True, text=True)
+    assert "EngineLost: rank 1 did not meet the others" in ended.stderr
 
 
 def test_heads_that_cannot_be_shared_are_refused(shared: Model, tiny_network: Callable[..., PreTrainedModel]) -> None:

@@ -101,6 +101,34 @@ def test_a_document_of_one_line_has_no_question(tokenizer: PreTrainedTokenizerFa
     assert read_back(prompt, [Chunk(0, CHUNKS[0])]) == render([user(CHUNKS[0])])
 
 
+@pytest.mark.parametrize("order", ["question last", "question first", "question between"])
+def test_documents_in_a_message_are_contents_of_their_own(
+    tokenizer: PreTrainedTokenizerFast, render: Render, order: str
+) -> None:
+    """What is beside them asks, wherever it stands and however many paragraphs it has."""
+    question = f"Two things.\n\n{QUESTION}"
+    parts = {
+        "question last": [DOCUMENT, DOCUMENT[:99], question],
+        "question first": [question, DOCUMENT, DOCUMENT[:99]],
+        "question between": [DOCUMENT, question, DOCUMENT[:99]],
+    }[order]
+    content, spans = "\n\n".join(parts), []
+    for part in (DOCUMENT, DOCUMENT[:99]):
+        start = content.index(part, spans[-1][1] if spans else 0)
+        spans.append((start, start + len(part)))
+    prompt = read_chat([Message("user", content, tuple(spans))], tokenizer)
+    assert (prompt.contents, prompt.query) == ([DOCUMENT, DOCUMENT[:99]], question)
+    assert tokenizer.decode(prompt.tokens) == render([user(content)])
+    short = read_back(prompt, [Chunk(0, CHUNKS[0]), Chunk(1, CHUNKS[1])])
+    assert short == render([user(f"{CHUNKS[0]}\n\n{CHUNKS[1]}\n\n{question}")])
+
+
+def test_long_text_beside_a_document_is_context_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    content = f"{DOCUMENT}\n\n{DOCUMENT}\n\n{QUESTION}"
+    prompt = read_chat([Message("user", content, ((0, len(DOCUMENT)),))], tokenizer)
+    assert (prompt.contents, prompt.query) == ([DOCUMENT, DOCUMENT], QUESTION)
+
+
 def test_a_last_paragraph_that_is_itself_long_is_no_question(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "Summarise this:\n\n" + DOCUMENT.replace("\n\n", " ")
     assert read_chat([user(text)], tokenizer).contents == [text]

@@ -172,13 +172,49 @@ def test_kept_contents_are_found_only_by_what_was_embedded(retriever, embedder, 
         assert embedder.embedded or another.embedded
 
 
+def test_a_kept_text_is_embedded_once_across_restarts(retriever, embedder, store, prose, tokenizer, tmp_path):
+    def made() -> Retriever:
+        return Retriever(embedder, ChunkStore(dimension=embedder.dimension, folder=tmp_path), tokenizer)
+
+    steps = list(made().keep(prose[:3000], SMALL.chunk_tokens))
+    assert [step.num_embedded for step in steps] == sorted({step.num_embedded for step in steps})
+    assert (steps[0].num_embedded, steps[-1].num_embedded) == (0, steps[0].num_chunks) and len(steps) > 3
+    assert len(embedder.embedded) == steps[0].num_chunks
+
+    embedder.embedded.clear()
+    later, contents = made(), [prose[:3000], prose[3000:4000]]
+    assert list(later.keep(prose[:3000], SMALL.chunk_tokens)) == [steps[-1]]
+    assert embedder.embedded == []
+    found = later.retrieve(contents, "the whale", SMALL)
+    assert "".join(embedder.embedded) == contents[1]  # beside another content, too
+    expected = retriever.retrieve(contents, "the whale", SMALL)
+    assert [chunk.position for chunk in found.chunks] == [chunk.position for chunk in expected.chunks] != []
+
+    later.drop(steps[-1].owner)
+    embedder.embedded.clear()
+    assert list(tmp_path.iterdir()) == []
+    made().retrieve(contents[:1], "the whale", SMALL)
+    assert embedder.embedded
+
+
+def test_kept_vectors_that_are_cut_short_are_made_again(embedder, prose, tokenizer, tmp_path):
+    def keep() -> int:
+        store = ChunkStore(dimension=embedder.dimension, folder=tmp_path)
+        return len(list(Retriever(embedder, store, tokenizer).keep(prose[:3000], 64)))
+
+    assert keep() > 1 and keep() == 1
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert keep() > 1 and keep() == 1
+
+
 def test_a_broken_write_does_not_poison_kept_contents(retriever, store, prose, monkeypatch):
     keep = replace(SMALL, keep=True)
     expected = retriever.retrieve([prose[:3000]], "the whale", SMALL)
     add = store.add
 
-    def break_off(owner, vectors):
-        add(owner, vectors[:2])
+    def break_off(owner, vectors, **how):
+        add(owner, vectors[:2], **how)
         raise RetrievalError("broken")
 
     with monkeypatch.context() as patch, pytest.raises(RetrievalError, match="broken"):
@@ -242,6 +278,7 @@ def test_public_names():
         "Chunk",
         "ChunkStore",
         "Embedder",
+        "Kept",
         "Retrieval",
         "RetrievalError",
         "RetrievalOptions",

@@ -1,0 +1,228 @@
+"""Who may ask, how often, how much at once and for how long: before a request reaches a route.
+
+A key is never kept as it is, shown or logged: what is known of it here is its SHA-256, and the beginning of that is the
+`owner` that files belong to.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.config import AccessConfig
+from deployments.http_errors import error_response, server_sent_error
+from rapid.errors import InvalidRequest, RapidError
+from rapid.request import Delta, Finish
+
+PUBLIC = "public"  # whose the files are where there are no keys
+_OPEN = {"/", "/favicon.ico", "/health", "/metrics", "/version"}  # what probes, scrapers and browsers ask first
+_CLIENTS = 10_000  # whose rates are remembered
+
+
+class InvalidKey(RapidError):
+    """There is no key, or one that is not known."""
+
+    _code = "invalid_api_key"
+    _status = 401
+
+
+class RateLimited(RapidError):
+    """One key's requests or tokens of a minute are used up for ``retry_after`` seconds."""
+
+    _code = "rate_limit_exceeded"
+    _status = 429
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TimedOut(RapidError):
+    """The request took longer than it may."""
+
+    _code = "request_timeout"
+    _status = 504
+
+
+class _Bucket:
+    """A minute's allowance, refilled steadily. It may be overdrawn, since what a request costs is known afterwards."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute, self._left, self._at = per_minute, float(per_minute), time.monotonic()
+
+    def seconds_until(self, amount: int) -> float:
+        """How long until ``amount`` is there."""
+        now = time.monotonic()
+        self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
+        self._at = now
+        return max(0.0, (amount - self._left) * 60 / self.per_minute)
+
+    def take(self, amount: int) -> None:
+        self._left -= amount
+
+
+@dataclass
+class Client:
+    """Who a request is from; ``owner`` is whose files it sees. Its limits are None where there are none."""
+
+    owner: str = PUBLIC
+    requests: _Bucket | None = None
+    tokens: _Bucket | None = None
+
+    def admit(self) -> None:
+        """Counts a request.
+
+        Raises:
+            RateLimited: there were too many, or too many tokens.
+        """
+        for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+            if bucket is not None and (wait := bucket.seconds_until(1)) > 0:
+                retry_after = math.ceil(wait)
+                raise RateLimited(f"more than {bucket.per_minute} {what} a minute: wait {retry_after} s", retry_after)
+        if self.requests is not None:
+            self.requests.take(1)
+
+    def spend(self, num_tokens: int) -> None:
+        if self.tokens is not None:
+            self.tokens.take(num_tokens)
+
+    async def counted(self, events: AsyncGenerator[Delta | Finish, None]) -> AsyncGenerator[Delta | Finish, None]:
+        """``events``, whose tokens count for this client: the prompt's at the end, and what is written at once."""
+        async with aclosing(events):
+            async for event in events:
+                self.spend(event.statistics.prompt_tokens if isinstance(event, Finish) else len(event.tokens))
+                yield event
+
+
+def client_of(request: Request) -> Client:
+    """Who ``request`` is from."""
+    client: Client = request.scope["rapid.client"]
+    return client
+
+
+def guard(app: FastAPI, config: AccessConfig) -> None:
+    """Holds every request to ``app`` to ``config``; pages of other origins may ask where it names them."""
+    app.add_middleware(_Guard, config=config)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+
+
+class _Guard:
+    def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
+        self._app, self._config = app, config
+        named = [key.get_secret_value() for key in config.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
+        self._keys = [hashlib.sha256(key.strip().encode()).digest() for key in named if key.strip()]
+        self._clients: OrderedDict[str, Client] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        exchange = _Exchange(receive, send, int(self._config.max_body_mb * 1e6))
+        try:
+            scope["rapid.client"] = Client()
+            if scope["path"] not in _OPEN:
+                scope["rapid.client"] = self._client(scope)
+                scope["rapid.client"].admit()
+            exchange.check_length(Headers(scope=scope))
+            async with asyncio.timeout(self._config.request_timeout_s) as limit:
+                await self._app(scope, exchange.receive, exchange.send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            await exchange.end(scope, self._timed_out(exchange.has_body))
+        except InvalidKey as error:
+            await exchange.end(scope, error, {"WWW-Authenticate": "Bearer"})
+        except RateLimited as error:
+            await exchange.end(scope, error, {"Retry-After": str(error.retry_after)})
+        except RapidError as error:
+            await exchange.end(scope, error)
+
+    def _client(self, scope: Scope) -> Client:
+        """Raises InvalidKey."""
+        owner, name = PUBLIC, scope["client"][0] if scope.get("client") else ""
+        if self._keys:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            digest = hashlib.sha256(key.strip().encode()).digest()
+            # All of them, always: how long it takes says nothing about which one is nearly right.
+            is_known = [hmac.compare_digest(digest, known) for known in self._keys]
+            if scheme.lower() != "bearer" or not any(is_known):
+                how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
+                raise InvalidKey(f"an API key is needed: {how}")
+            owner = name = digest.hex()[:32]
+        if name not in self._clients:
+            of_requests, of_tokens = self._config.requests_per_minute, self._config.tokens_per_minute
+            self._clients[name] = Client(
+                owner, _Bucket(of_requests) if of_requests else None, _Bucket(of_tokens) if of_tokens else None
+            )
+        self._clients.move_to_end(name)
+        if len(self._clients) > _CLIENTS:
+            self._clients.popitem(last=False)
+        return self._clients[name]
+
+    def _timed_out(self, has_body: bool) -> TimedOut:
+        limit = f"{self._config.request_timeout_s:g} s"
+        if has_body:
+            return TimedOut(f"the answer was not finished within {limit}")
+        return TimedOut(f"the request's body did not come within {limit}", status=408)
+
+
+@dataclass
+class _Exchange:
+    """A request's messages: how much has come, and what has been sent."""
+
+    _receive: Receive
+    _send: Send
+    max_bytes: int
+    num_bytes: int = 0
+    has_body: bool = False
+    started: Message | None = field(default=None)
+
+    def check_length(self, headers: Headers) -> None:
+        """Raises InvalidRequest when more is announced than may come."""
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.num_bytes += len(message.get("body", b""))
+            self.has_body = not message.get("more_body", False)
+            if self.num_bytes > self.max_bytes:
+                raise self._too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = message
+        await self._send(message)
+
+    async def end(self, scope: Scope, error: RapidError, headers: dict[str, str] | None = None) -> None:
+        """Answers with ``error``; what has begun already ends with it where it is an event stream, and else is cut."""
+        scope.setdefault("state", {})["error"] = error  # for the log
+        if self.started is None:
+            return await error_response(error, headers)(scope, self._receive, self._send)
+        if not Headers(raw=self.started["headers"]).get("content-type", "").startswith("text/event-stream"):
+            raise error
+        end = f"{server_sent_error(error)}data: [DONE]\n\n"
+        await self._send({"type": "http.response.body", "body": end.encode(), "more_body": False})
+
+    def _too_large(self) -> InvalidRequest:
+        return InvalidRequest(f"a request may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413)

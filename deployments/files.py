@@ -1,0 +1,271 @@
+"""Files that chats refer to: read and embedded once for each content, and what stands in a prompt in their place."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from deployments.config import AppConfig
+from deployments.extraction import Unreadable, extract
+from deployments.file_store import Content, FileNotStored, FileStore, Upload
+from deployments.protocol import ChatMessage, ChatRequest, Completion, DocumentText, FilePart
+from rapid.backend import Backend
+from rapid.errors import ContextLengthExceeded, InvalidRequest, RapidError, RetrievalFailed
+from rapid.prompts import Message, read_chat
+from rapid.sequence import Opening
+from retrieval import Kept
+
+logger = logging.getLogger(__name__)
+
+PURPOSES = ("user_data", "assistants")
+
+
+class KeepingBackend(Backend, Protocol):
+    """A backend whose retriever keeps documents' vectors."""
+
+    def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+        """Embeds ``text`` for later requests, and tells how far it is.
+
+        Raises:
+            RetrievalFailed: the retriever or its store cannot be had.
+        """
+        ...
+
+    async def drop(self, vectors: str) -> None:
+        """Removes what was kept. Raises RetrievalFailed likewise."""
+        ...
+
+
+class Files(Protocol):
+    """`LocalFiles`, or those of another process. A file is nobody's but its owner's: others get FileNotStored."""
+
+    async def upload(self, owner: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]: ...
+    async def listed(self, owner: str) -> list[dict[str, Any]]: ...
+    async def get(self, owner: str, file_id: str) -> dict[str, Any]: ...
+    async def content(self, owner: str, file_id: str) -> tuple[str, bytes]: ...
+    async def delete(self, owner: str, file_id: str) -> None: ...
+    async def warm(self, owner: str, file_id: str) -> dict[str, Any]: ...
+
+
+class LocalFiles:
+    """The files in the configured folder, over engines and a retriever that ``backend`` reaches.
+
+    What is written here is whole at any moment, so it may die anywhere: whoever next asks about a file whose vectors
+    are not finished sees to it that they will be.
+    """
+
+    def __init__(self, config: AppConfig, backend: KeepingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._backend, self._tokenizer = config, backend, tokenizer
+        self._store = FileStore(config.files.path)
+        self._chunk_tokens = config.retriever.options.chunk_tokens
+        self._made_with = f"{config.retriever.embedder}, {self._chunk_tokens} tokens of {config.target.model}"
+        self._embedding: dict[str, asyncio.Task[None]] = {}  # by content
+
+    async def upload(self, owner: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
+        """Reads a file and begins to embed it; bytes that were read before are not read again.
+
+        Raises:
+            InvalidRequest: there is no text in it, or no room for it.
+        """
+        if purpose not in PURPOSES:
+            raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
+        stored = await asyncio.to_thread(self._store.uploads, owner)
+        limit = self._config.files.max_stored_mb
+        if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
+            message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
+            raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
+        name = hashlib.sha256(data).hexdigest()
+        try:
+            text, content = self._store.text(name), self._store.content(name)
+        except FileNotStored:
+            text, kind = await self._extract(data, filename, param="file")
+            tokens = await asyncio.to_thread(self._count, text)
+            content = Content(kind, hashlib.sha256(text.encode()).hexdigest(), tokens)
+        upload = await asyncio.to_thread(self._store.put, owner, filename, purpose, data, text, content)
+        return self._object(upload, retry=True)
+
+    async def listed(self, owner: str) -> list[dict[str, Any]]:
+        """OpenAI's file objects, the oldest first."""
+        return [self._object(upload) for upload in await asyncio.to_thread(self._store.uploads, owner)]
+
+    async def get(self, owner: str, file_id: str) -> dict[str, Any]:
+        return self._object(self._store.upload(owner, file_id))
+
+    async def content(self, owner: str, file_id: str) -> tuple[str, bytes]:
+        """(filename, the bytes as they came)."""
+        upload = self._store.upload(owner, file_id)
+        return upload.filename, await asyncio.to_thread(self._store.original, upload.content)
+
+    async def delete(self, owner: str, file_id: str) -> None:
+        """Removes the file and, where no other has its text, the text, its vectors, and its keys and values."""
+        name = self._store.upload(owner, file_id).content
+        removed = await asyncio.to_thread(self._store.delete, owner, file_id)
+        if not self._store.has(name) and name in self._embedding:
+            await asyncio.wait([self._embedding[name]])  # which finds that out after its next batch
+        if removed is not None:
+            text, content = removed
+            await self._forget(text)
+            if content.vectors:
+                await self._backend.drop(content.vectors)
+
+    async def warm(self, owner: str, file_id: str) -> dict[str, Any]:
+        """Reads what every chat begins with whose first message begins with the file, so that the engine has it.
+
+        Raises:
+            ContextLengthExceeded: it does not fit the target's window.
+        """
+        name = self._store.upload(owner, file_id).content
+        prompt = await asyncio.to_thread(self._beginning, self._store.text(name))
+        window = self._backend.info("target").window
+        if len(prompt) >= window:
+            raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=1, window=window, param="file_id")
+        async with self._backend.lease("target", Opening(prompt, 1, self._config.sampling)) as lease:
+            prefilled = await lease.prefill()
+        return {
+            "id": file_id,
+            "object": "file.warmed",
+            "prompt_tokens": len(prompt),
+            "cached_tokens": prefilled.cached_tokens,
+            "elapsed_ms": round(prefilled.elapsed_ms, 2),
+        }
+
+    @asynccontextmanager
+    async def read(self, completion: Completion, owner: str) -> AsyncIterator[Completion]:
+        """``completion`` with the text of its file parts in their place, for as long as it is being answered.
+
+        Raises:
+            FileNotStored, InvalidRequest: ``param`` names the part.
+        """
+        if not isinstance(completion, ChatRequest) or not completion.has_files:
+            yield completion
+            return
+        used: dict[str, str] = {}  # content to text
+        messages = [await self._read_message(i, message, owner, used) for i, message in enumerate(completion.messages)]
+        try:
+            yield completion.model_copy(update={"messages": messages})
+        finally:
+            # What was deleted meanwhile has been read by this request since.
+            for text in [text for name, text in used.items() if not self._store.has(name)]:
+                await self._forget(text)
+
+    async def _read_message(self, i: int, message: ChatMessage, owner: str, used: dict[str, str]) -> ChatMessage:
+        if not isinstance(message.content, list):
+            return message
+        parts: list[Any] = []
+        for j, part in enumerate(message.content):
+            if isinstance(part, FilePart):
+                where = f"messages.{i}.content.{j}.file"
+                if message.role not in ("user", "system", "developer"):
+                    raise InvalidRequest(f"a {message.role} message cannot hold a file", param=where)
+                part = DocumentText(type="text", text=await self._text(part, owner, where, used))
+            parts.append(part)
+        return message.model_copy(update={"content": parts})
+
+    async def _text(self, part: FilePart, owner: str, where: str, used: dict[str, str]) -> str:
+        if part.file.file_id is None:
+            data = _decoded(part.file.file_data or "", f"{where}.file_data")
+            return (await self._extract(data, part.file.filename or "", param=f"{where}.file_data"))[0]
+        try:
+            name = self._store.upload(owner, part.file.file_id).content
+            text = used[name] = await asyncio.to_thread(self._store.text, name)
+        except RapidError as error:
+            error.param = f"{where}.file_id"
+            raise
+        self._see_to_embedding(name)
+        return text
+
+    async def _extract(self, data: bytes, filename: str, *, param: str) -> tuple[str, str]:
+        try:
+            return await extract(data, filename=filename, timeout_s=self._config.files.read_timeout_s)
+        except Unreadable as error:
+            code = "unsupported_file" if error.status == 415 else "unreadable_file"
+            raise InvalidRequest(error.message, code=code, status=error.status, param=param) from error
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _beginning(self, text: str) -> list[int]:
+        """What the prompts of two chats about ``text`` have in common, however the template puts them."""
+        chats = [[Message("user", f"{text}\n\n{question}")] for question in ("Why?", "?")]
+        prompts = zip(*(read_chat(chat, self._tokenizer).tokens for chat in chats), strict=False)
+        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], prompts)]
+
+    async def _forget(self, text: str) -> None:
+        tokens = await asyncio.to_thread(self._tokenizer, text, add_special_tokens=False, verbose=False)
+        await self._backend.forget(list(tokens["input_ids"]))
+
+    def _object(self, upload: Upload, *, retry: bool = False) -> dict[str, Any]:
+        content = self._see_to_embedding(upload.content, retry=retry)
+        is_done = content.is_embedded(self._made_with)
+        return {
+            "id": upload.id,
+            "object": "file",
+            "bytes": upload.bytes,
+            "created_at": upload.created_at,
+            "expires_at": None,
+            "filename": upload.filename,
+            "purpose": upload.purpose,
+            "status": "processed" if is_done else "error" if content.error else "processing",
+            "status_details": content.error,
+            "rapid": {
+                "media_type": content.media_type,
+                "tokens": content.tokens,
+                "chunks": content.chunks,
+                "progress": 1.0 if is_done else round(content.embedded / max(1, content.chunks), 3),
+            },
+        }
+
+    def _see_to_embedding(self, name: str, *, retry: bool = False) -> Content:
+        content = self._store.content(name)
+        if name not in self._embedding and not content.is_embedded(self._made_with) and (retry or not content.error):
+            task = self._embedding[name] = asyncio.create_task(self._embed(name))
+            task.add_done_callback(lambda _: self._embedding.pop(name))
+        return content
+
+    async def _embed(self, name: str) -> None:
+        """Keeps the vectors of a content, unless another process is at it; chats go on without them meanwhile."""
+        vectors = ""
+        try:
+            with self._store.claimed(name) as is_ours:
+                if not is_ours:
+                    return
+                content = replace(self._store.content(name), error=None)
+                outdated = content.vectors if content.made_with != self._made_with else ""
+                async for kept in self._backend.keep(self._store.text(name), self._chunk_tokens):
+                    vectors = kept.owner
+                    content = replace(
+                        content,
+                        made_with=self._made_with,
+                        vectors=vectors,
+                        chunks=kept.num_chunks,
+                        embedded=kept.num_embedded,
+                    )
+                    self._store.update(name, content)
+                if outdated and outdated != vectors:
+                    await self._backend.drop(outdated)
+        except RapidError as error:
+            if not self._store.has(name):
+                await self._backend.drop(vectors)
+                return
+            logger.warning("a file was not embedded: %s", error.message)
+            why = error.message if isinstance(error, RetrievalFailed) else "internal error"
+            self._store.update(name, replace(self._store.content(name), error=why))
+
+
+def _decoded(file_data: str, param: str) -> bytes:
+    """The bytes of a data URL, or of base64 alone."""
+    head, comma, tail = file_data.partition(",")
+    if head.startswith("data:") and not (comma and head.endswith(";base64")):
+        raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
+    try:
+        return base64.b64decode(tail if comma else head, validate=True)
+    except binascii.Error as error:
+        raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error

@@ -1,0 +1,89 @@
+"""OpenAI's routes for files, and `warm`, which is ours."""
+
+from typing import Any, Literal
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.datastructures import UploadFile
+
+from deployments.access import client_of
+from deployments.files import PURPOSES, Files
+from deployments.openapi import ERRORS
+from rapid.errors import InvalidRequest
+
+
+def add_file_routes(app: FastAPI, files: Files) -> None:
+    """`/v1/files`: every answer is about the asking key's own files."""
+
+    @app.post("/v1/files", responses=ERRORS)
+    async def upload(request: Request) -> dict[str, Any]:
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
+            raise InvalidRequest(message, code="unsupported_media_type", status=415)
+        async with request.form(max_files=1, max_fields=8) as form:
+            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
+            if not isinstance(file, UploadFile):
+                raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
+            return await files.upload(
+                client_of(request).owner, file.filename or "file", str(purpose), await file.read()
+            )
+
+    @app.get("/v1/files", responses=ERRORS)
+    async def listed(request: Request) -> dict[str, Any]:
+        query = request.query_params
+        found = [
+            file
+            for file in await files.listed(client_of(request).owner)
+            if query.get("purpose") in (None, file["purpose"])
+        ]
+        if _order(query.get("order", "desc")) == "desc":
+            found.reverse()
+        ids = [file["id"] for file in found]
+        if after := query.get("after"):
+            if after not in ids:
+                raise InvalidRequest(f"there is no file {after!r} in this list", param="after")
+            found = found[ids.index(after) + 1 :]
+        page = found[: _limit(query.get("limit", "10000"))]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": page, **ends, "has_more": len(page) < len(found)}
+
+    @app.get("/v1/files/{file_id}", responses=ERRORS)
+    async def get(request: Request, file_id: str) -> dict[str, Any]:
+        return await files.get(client_of(request).owner, file_id)
+
+    @app.get("/v1/files/{file_id}/content", responses=ERRORS)
+    async def content(request: Request, file_id: str) -> Response:
+        filename, data = await files.content(client_of(request).owner, file_id)
+        # Whatever is in it, a browser is to save it and not to show it as a page of this site.
+        headers = {
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return Response(data, media_type="application/octet-stream", headers=headers)
+
+    @app.delete("/v1/files/{file_id}", responses=ERRORS)
+    async def delete(request: Request, file_id: str) -> dict[str, Any]:
+        await files.delete(client_of(request).owner, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    @app.post("/v1/files/{file_id}/warm", responses=ERRORS)
+    async def warm(request: Request, file_id: str) -> dict[str, Any]:
+        client = client_of(request)
+        warmed = await files.warm(client.owner, file_id)
+        client.spend(warmed["prompt_tokens"])
+        return warmed
+
+
+def _order(given: str) -> Literal["asc", "desc"]:
+    if given == "asc":
+        return "asc"
+    if given == "desc":
+        return "desc"
+    raise InvalidRequest("order must be asc or desc", param="order")
+
+
+def _limit(given: str) -> int:
+    if not given.isdecimal() or not 1 <= int(given) <= 10_000:
+        raise InvalidRequest("limit must be between 1 and 10000", param="limit")
+    return int(given)
