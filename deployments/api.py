@@ -88,9 +88,11 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
     async def version() -> dict[str, str]:
         return {"version": metadata.version("rapid-serve")}
 
+    shown = page()
+
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
-        return page()
+        return shown
 
     @app.get("/health", responses=ERRORS)
     async def health() -> Health:

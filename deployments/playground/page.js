@@ -83,7 +83,9 @@ function told(answer) {
 function verdict(first, second) {
   const [fast, slow] = first.speed >= second.speed ? [first, second] : [second, first];
   const times = (fast.speed / slow.speed).toFixed(2);
-  const same = first.text === second.text ? "Both wrote the same text. " : "Their texts differ. ";
+  const greedy = byId("temperature").value === "0";
+  const why = greedy ? "Their texts differ: in half precision a near tie can fall either way. " : "Their texts differ. ";
+  const same = first.text === second.text ? "Both wrote the same text. " : why;
   const known = second.statistics.cached_tokens;
   return (
     "While decoding, " + fast.strategy + " wrote " + times + " times as fast as " + slow.strategy + ". " + same +
@@ -101,7 +103,7 @@ function busy(isBusy) {
   byId("stop").disabled = !isBusy;
   byId("conversation").setAttribute("aria-busy", String(isBusy));
   if (!isBusy) {
-    if (document.activeElement === document.body) byId("question").focus();
+    if (document.activeElement === document.body) byId("ask").focus(); // a button that was disabled lost it
     return;
   }
   byId("error").replaceChildren();
