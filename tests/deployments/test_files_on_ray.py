@@ -61,6 +61,8 @@ def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None
     assert caught.value.param == "messages.0.content.0.file.file_id"
     assert client.files.delete(file.id).deleted
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    page = client.files.create(file=("a.html", b"<html><p>abc"), purpose="user_data")  # read in a process of its own
+    assert client.files.delete(page.id).deleted
     again = client.files.create(file=("letters.txt", LETTERS.encode()), purpose="user_data")
     warmed = client.post(f"/files/{again.id}/warm", cast_to=dict)
     assert warmed["cached_tokens"] == 0  # the engine had forgotten it
