@@ -26,7 +26,7 @@ from rapid.tokenization import load_tokenizer
 MODEL = "smollm2-135m-instruct"
 NAMES = ("name", "age", "place", "mood", "tags", "ship", "count", "day", "is_old", "captain", "weather", "items")
 WORDS = ("sea", "whale", "harpoon", "captain", "storm", "harbour", "crew", "anchor")
-AT_ONCE = 4
+AT_ONCE = 8
 
 
 def leaf(chance: random.Random) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def leaf(chance: random.Random) -> dict[str, Any]:
             {"type": "null"},
             {"type": "string", "minLength": chance.randrange(0, 4), "maxLength": chance.randrange(4, 24)},
             {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
-            {"type": "string", "format": "date"},
+            {"type": "string", "pattern": "^20[0-9]{2}-0[1-9]-[12][0-9]$"},
             {"enum": chance.sample(WORDS, 3)},
             {"const": chance.choice(WORDS)},
             {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"enum": chance.sample(WORDS, 2)}]},
@@ -109,6 +109,8 @@ async def run(num: int, strategy: str) -> list[dict[str, Any]]:
             wanted = request.response_format.json_schema.json_schema
             numbers = {name: getattr(statistics, name) for name in ("emitted", "drafted", "accepted", "fallback")}
             rows.append({"seed": request.seed, "valid": valid(text, wanted), "ended": reason, **numbers, "text": text})
+            if not rows[-1]["valid"]:
+                print(f"  not valid: {rows[-1]}, {wanted}", flush=True)
             if len(rows) % 20 == 0:
                 print(f"  {len(rows)} of {num}, {sum(row['valid'] for row in rows)} valid", flush=True)
 

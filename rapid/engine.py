@@ -221,12 +221,15 @@ class Engine:
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
         if future.cancelled():
             return
+        running = Running(task, future)
         try:
-            self._running.append(Running(task, future))
+            running.resume(None)
         except StopIteration as stop:
-            settle(future, stop.value)
+            settle(running.future, stop.value)  # not `future`, where the task has delivered already
         except Exception as error:
-            settle(future, error)
+            settle(running.future, error)
+        else:
+            self._running.append(running)
 
     def _resume(self, running: Running, logits: Tensor | None) -> None:
         try:

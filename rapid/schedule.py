@@ -12,11 +12,10 @@ from rapid.sequence import Deliver, Task
 
 
 class Running:
-    """A task between two steps: what it asks for, and how much of that has been done."""
+    """A task between two steps: what it asks for, once it was resumed, and how much of that has been done."""
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self.task, self.future = task, future
-        self.resume(None)
 
     def resume(self, logits: Tensor | None) -> None:
         """To the next pass that the task asks for; raises what ends it."""

@@ -101,7 +101,7 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         ({"top_p": 0}, "top_p", "above 0"),
         ({"max_tokens": 0}, "max_tokens", "greater"),
         ({"max_tokens": True}, "max_tokens", "integer"),
-        ({"n": 2}, "n", "1"),
+        ({"n": 0}, "n", "greater"),
         ({"stop": ["a"] * 5}, None, "stop"),
         ({"no_such_field": 1}, "no_such_field", "unknown field"),
     ],
