@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from deployments.config import AppConfig
 from deployments.extraction import Unreadable, extract
 from deployments.file_store import Content, FileNotStored, FileStore, Upload
-from deployments.protocol import ChatMessage, ChatRequest, Completion, DocumentText, FilePart
+from deployments.messages import ChatMessage, DocumentText, FilePart
+from deployments.protocol import ChatRequest, Completion
 from rapid.backend import Backend
 from rapid.errors import ContextLengthExceeded, InvalidRequest, RapidError, RetrievalFailed
 from rapid.prompts import Message, read_chat

@@ -5,20 +5,20 @@ absent, since clients send those.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.body import Body
 from deployments.config import AppConfig
+from deployments.messages import ChatMessage, FilePart, read_messages
 from deployments.response_format import ResponseFormat
-from deployments.tools import Tool, ToolCall, ToolChoice, call_format, check_calls_are_shown, forced_call
+from deployments.tools import Tool, ToolChoice, call_format, forced_call
 from rapid.errors import InvalidRequest
 from rapid.logits import LogitParams
-from rapid.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat, read_text
+from rapid.prompts import Prompt, read_text
 from rapid.request import Delta, GenerationRequest, Statistics
 
 MAX_LOGPROBS = 20
@@ -141,107 +141,6 @@ class Completion(Body):
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return self.response_format.grammar() if self.response_format else None
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class FileReference(Body):
-    file_id: str | None = None
-    file_data: str | None = Field(None, description="base64, or a data URL of it")
-    filename: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "FileReference":
-        if (self.file_id is None) == (self.file_data is None):
-            raise ValueError("give either file_id or file_data")
-        return self
-
-
-class FilePart(Body):
-    type: Literal["file"]
-    file: FileReference
-
-
-class DocumentText(TextPart):
-    """What takes a file part's place once the file has been read (`deployments.files`)."""
-
-
-def _kind(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"Part:{kind}"
-
-
-# Told apart before they are read, so that an error names the field that is wrong and not every kind there is.
-Part = Annotated[
-    Annotated[TextPart, Tag("Part:text")] | Annotated[FilePart, Tag("Part:file")],
-    Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
-]
-Content = Annotated[
-    Annotated[str, Tag("Text")] | Annotated[list[Part], Tag("Parts")],
-    Discriminator(lambda content: "Parts" if isinstance(content, list) else "Text"),
-]
-
-
-class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = ""
-    name: str | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "ChatMessage":
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content is required")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls belong to role assistant")
-        return self
-
-    def as_message(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        more: dict[str, Any] = self.given("name", "tool_call_id")
-        if self.tool_calls:
-            more["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if isinstance(self.content, str):
-            return Message(role, self.content, more)
-        text, documents = "", []
-        for i, part in enumerate(self.content):
-            if isinstance(part, FilePart):
-                raise InvalidRequest("files are read in chats, and not here", param="messages")
-            text += "\n\n" if i else ""
-            if isinstance(part, DocumentText):
-                documents.append((len(text), len(text) + len(part.text)))
-            text += part.text
-        return Message(role, text, more, tuple(documents))
-
-
-def read_messages(
-    messages: Sequence[ChatMessage],
-    tools: Sequence[Tool],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    query: str | None = None,
-    long_content_tokens: int = LONG_CONTENT_TOKENS,
-) -> Prompt:
-    """The prompt of a chat.
-
-    Raises:
-        InvalidRequest: the chat template refuses it, or would leave out calls or tools.
-    """
-    if any(message.tool_calls for message in messages):
-        check_calls_are_shown(tokenizer)
-    if tools:
-        call_format(tokenizer)
-    return read_chat(
-        [message.as_message() for message in messages],
-        tokenizer,
-        query=query,
-        long_content_tokens=long_content_tokens,
-        tools=[tool.model_dump(exclude_unset=True) for tool in tools],
-    )
 
 
 class ChatRequest(Completion):

@@ -4,7 +4,7 @@ from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from deployments.body import Body
-from deployments.protocol import ChatMessage, read_messages
+from deployments.messages import ChatMessage, read_messages
 from deployments.tools import Tool
 from rapid.errors import InvalidRequest
 
