@@ -90,7 +90,7 @@ function verdict(first, second) {
   return (
     "While decoding, " + fast.strategy + " wrote " + times + " times as fast as " + slow.strategy + ". " + same +
     "They ran one after the other, so that neither took the other’s memory bandwidth" +
-    (known ? "; the second found " + count(known) + " tokens of the prompt read already, so its first token came sooner." : ".")
+    (known ? "; the second found " + count(known) + " tokens of the prompt read already, the first " + count(first.statistics.cached_tokens) + "." : ".")
   );
 }
 
