@@ -51,9 +51,8 @@ DRAFT_CONTEXT, GAMMA, ACCEPTANCE, CHUNK = 4096, 4, 0.77, 2048
 
 def network(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """A model of ``shape`` with random weights, made on the device."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     return made.eval()
 
 

@@ -77,7 +77,7 @@ def test_a_nameless_request_is_given_a_name(letters_url: str, lines: Lines) -> N
 @pytest.mark.parametrize(
     ("fields", "status", "error"),
     [
-        ({"n": 3}, 400, "invalid_request"),
+        ({"n": 0}, 400, "invalid_request"),
         ({"model": "other"}, 404, "model_not_found"),
         ({"max_tokens": 9000}, 400, "context_length_exceeded"),
         ({"temperature": -1}, 400, "invalid_request"),

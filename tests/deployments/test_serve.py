@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,18 +17,25 @@ import ray
 from openai import OpenAI
 from ray import serve
 from served import MODEL, ON_RAY, QUESTION, chat, document, health, seconds_until_free, served
+from test_files import embedded
 
 pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served") / "files"
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
     # A float32 pass takes twice as long as the default bfloat16 one, so it is given half as many tokens.
     engine = {"model": MODEL, "dtype": "float32", "max_batch_tokens": 64, "kv_memory_gib": 1}
     engine |= {"max_sequences": 4, "max_queued": 4}
     options = {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1}
     retriever = {"long_content_tokens": 256, "options": options}
-    with served({"target": engine, "drafter": engine, "retriever": retriever}) as url:
+    files = {"folder": str(folder)}
+    with served({"target": engine, "drafter": engine, "retriever": retriever, "files": files}) as url:
         yield url
 
 
@@ -134,6 +142,38 @@ def test_a_full_queue_is_answered_429_and_the_rest_are_served(url: str) -> None:
         answers = [future.result().status_code for future in waiting]
     assert set(answers) == {200, 429}
     assert seconds_until_free(url) < 1.0
+
+
+def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None:
+    text = document(7).encode()
+
+    def uploaded() -> str:
+        file = client.files.create(file=("passage.txt", text), purpose="user_data")
+        assert embedded(client, file.id).status == "processed"
+        return file.id
+
+    def warmed(file_id: str) -> dict[str, int]:
+        return client.post(f"/files/{file_id}/warm", cast_to=dict)
+
+    file_id = uploaded()
+    assert list(folder.glob("vectors/*.npy")) and client.files.content(file_id).read() == text
+    num_warmed = warmed(file_id)["prompt_tokens"]
+    parts: list[Any] = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": QUESTION}]
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": parts}],
+        max_tokens=2,
+        extra_body={"rapid": {"strategy": "autoregressive"}},
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= num_warmed - 16 > 200
+    assert client.files.delete(file_id).deleted
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    page = client.files.create(file=("a.html", b"<html><p>abc"), purpose="user_data")  # read in a process of its own
+    assert client.files.delete(page.id).deleted
+    again = uploaded()
+    assert warmed(again)["cached_tokens"] < 64  # the engine had forgotten all but the template's beginning
+    client.files.delete(again)
 
 
 def test_models_and_health(client: OpenAI, url: str) -> None:
