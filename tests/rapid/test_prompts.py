@@ -116,7 +116,7 @@ def test_documents_in_a_message_are_contents_of_their_own(
     for part in (DOCUMENT, DOCUMENT[:99]):
         start = content.index(part, spans[-1][1] if spans else 0)
         spans.append((start, start + len(part)))
-    prompt = read_chat([Message("user", content, tuple(spans))], tokenizer)
+    prompt = read_chat([Message("user", content, documents=tuple(spans))], tokenizer)
     assert (prompt.contents, prompt.query) == ([DOCUMENT, DOCUMENT[:99]], question)
     assert tokenizer.decode(prompt.tokens) == render([user(content)])
     short = read_back(prompt, [Chunk(0, CHUNKS[0]), Chunk(1, CHUNKS[1])])
@@ -125,7 +125,7 @@ def test_documents_in_a_message_are_contents_of_their_own(
 
 def test_long_text_beside_a_document_is_context_too(tokenizer: PreTrainedTokenizerFast) -> None:
     content = f"{DOCUMENT}\n\n{DOCUMENT}\n\n{QUESTION}"
-    prompt = read_chat([Message("user", content, ((0, len(DOCUMENT)),))], tokenizer)
+    prompt = read_chat([Message("user", content, documents=((0, len(DOCUMENT)),))], tokenizer)
     assert (prompt.contents, prompt.query) == ([DOCUMENT, DOCUMENT], QUESTION)
 
 

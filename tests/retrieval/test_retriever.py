@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-import retrieval
 from retrieval import RetrievalError, RetrievalOptions, Retriever, load_embedder
 from retrieval.store import ChunkStore
 
@@ -271,24 +270,6 @@ def test_results_and_options_travel_between_processes(retriever, prose):
 def test_an_option_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         RetrievalOptions(**{field: value})
-
-
-def test_public_names():
-    assert sorted(retrieval.__all__) == [
-        "Chunk",
-        "ChunkStore",
-        "Embedder",
-        "Kept",
-        "Retrieval",
-        "RetrievalError",
-        "RetrievalOptions",
-        "RetrievedChunk",
-        "Retriever",
-        "Tokenizer",
-        "load_embedder",
-        "split",
-    ]
-    assert all(hasattr(retrieval, name) for name in retrieval.__all__)
 
 
 def test_a_real_embedder_finds_the_answer_in_a_novel(minilm, prose, tokenizer):
