@@ -86,8 +86,12 @@ def parse(kind: type[T], body: bytes) -> T:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        # A kind of message or part, which pydantic adds to the path, has a capital; no field does.
-        field = ".".join(str(part) for part in first["loc"] if not str(part)[0].isupper()) or None
+        # A kind of message or part, which pydantic adds to the path, has a capital; no field of ours does.
+        *path, last = [str(part) for part in first["loc"]] or [""]
+        path = [part for part in path if not part[:1].isupper()]
+        if first["type"] == "extra_forbidden" or not last[:1].isupper():
+            path.append(last)
+        field = ".".join(path) or None
         words = {"extra_forbidden": "unknown field", "missing": "is required"}
         message = words.get(first["type"], first["msg"])
         if first["type"] == "json_invalid":

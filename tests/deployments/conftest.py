@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,13 @@ def files_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAPID_FILES", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage() -> Iterator[None]:
+    """Models that a module has loaded go with it: they are in reference cycles that the collector hardly looks at."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

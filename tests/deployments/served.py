@@ -117,7 +117,7 @@ def complete(url: str, rapid: dict[str, Any], num_tokens: int = 24) -> tuple[str
 
 def health(url: str) -> dict[str, Any]:
     time.sleep(0.02)  # asking without a pause takes the cores from what is asked about
-    body: dict[str, Any] = httpx.get(f"{url}/health", timeout=30).json()
+    body: dict[str, Any] = httpx.get(f"{url}/health", timeout=120).json()
     return body
 
 

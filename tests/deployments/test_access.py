@@ -137,7 +137,8 @@ def test_a_queue_that_is_full_says_when_to_come_back(serve: Serve) -> None:
     room_for_one = 7_100 * 128  # bytes of a token in float32
     url = serve({"kv_memory_gib": room_for_one / 2**30, "max_queued": 1, "dtype": "float32"})
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as running:
-        next(running.iter_text())
+        texts = running.iter_text()  # the response lives as long as this
+        next(texts)
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(complete, url, **LONG | {"max_tokens": 200}) for _ in range(3)]
             while sum(answer.done() for answer in asked) < 2:

@@ -104,6 +104,8 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         ({"n": 0}, "n", "greater"),
         ({"stop": ["a"] * 5}, None, "stop"),
         ({"no_such_field": 1}, "no_such_field", "unknown field"),
+        ({"NoSuchField": 1}, "NoSuchField", "unknown field"),
+        ({"": 1}, None, "unknown field"),
     ],
 )
 def test_bad_fields_are_named(url: str, change: dict[str, Any], param: str | None, says: str) -> None:
