@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from rapid.errors import InvalidRequest, RapidError
 
@@ -60,7 +61,14 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
     shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
-    return JSONResponse(error_object(shown), status_code=error.status_code, headers=error.headers)
+    headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
+    return JSONResponse(error_object(shown), status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> str:
+    """What the path of ``request`` takes: each method has a route of its own, and Starlette names the first's alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
 async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:

@@ -87,7 +87,9 @@ def _allow_null(schema: dict[str, Any]) -> None:
     """A field that is null counts as absent, which no model's schema says."""
     for model in (schema, *schema.get("$defs", {}).values()):
         for name in set(model.get("properties", {})) - set(model.get("required", ())):
-            model["properties"][name] = {"anyOf": [model["properties"][name], {"type": "null"}]}
+            allowed = model["properties"][name]
+            if {"type": "null"} not in allowed.get("anyOf", []):
+                model["properties"][name] = {"anyOf": [allowed, {"type": "null"}]}
 
 
 def complete(app: FastAPI) -> None:

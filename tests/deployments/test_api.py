@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
-from served import MODEL, chat, health
+from served import MODEL, chat, health, seconds_until_free
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,22 @@ def test_openai_client_raises_its_own_errors(client: OpenAI, url: str) -> None:
         client.completions.create(model=MODEL, prompt="word " * 9000, max_tokens=10, stream=True)
     assert caught.value.code == "context_length_exceeded"
     assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "there is no /nowhere"
+    assert httpx.put(f"{url}/v1/files/x").headers["Allow"] == "DELETE, GET"
     assert RateLimitError.status_code == 429
 
 
 def test_health_says_what_is_held(letters_url: str) -> None:
     state = health(letters_url)
     assert state["status"] == "ok" and state["sequences"] == state["kv_bytes"] == {"target": 0, "drafter": 0}
+
+
+def test_leaving_several_choices_frees_them_all(letters_url: str) -> None:
+    client = OpenAI(base_url=f"{letters_url}/v1", api_key="none", max_retries=0)
+    rapid = {"strategy": "autoregressive"}
+    stream = client.completions.create(
+        model="letters", prompt="abc", n=3, max_tokens=4000, stream=True, extra_body={"rapid": rapid}
+    )
+    next(iter(stream))
+    assert health(letters_url)["sequences"]["target"] == 3
+    stream.close()
+    seconds_until_free(letters_url)
