@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 
 from benchmarks.results import DATA, write
+from deployments.access import PUBLIC
 from deployments.assembly import local_backend
 from deployments.config import parse_config
 from deployments.protocol import ChatRequest
@@ -86,7 +87,7 @@ def requests(num: int, strategy: str) -> Iterator[ChatRequest]:
 async def answer(service: LocalService, request: ChatRequest) -> tuple[str, str, Statistics]:
     """(text, why it ended, what it took)."""
     text = ""
-    async for event in service.generate(request):
+    async for event in service.generate(request, PUBLIC):
         text += event.text
         if isinstance(event, Finish):
             return text, event.reason, event.statistics
