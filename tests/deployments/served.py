@@ -79,6 +79,8 @@ def local_api(config: dict[str, Any]) -> Iterator[str]:
             finally:
                 server.should_exit = True
                 thread.join()
+                # FastAPI remembers the routes of every application for ever, and with them what they close over.
+                backend._engines.clear()
 
 
 def document(index: int, characters: int = 1600) -> str:
