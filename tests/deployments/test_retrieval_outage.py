@@ -20,7 +20,7 @@ DOUBLE = Path(__file__).parents[1] / "retrieval" / "qdrant_double.py"
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "speculative", "num_draft_tokens": 3},
     {"strategy": "speculative", "num_draft_tokens": 3, "retrieval": {"keep": True}},
-    {"strategy": "rapid"},
+    {"strategy": "rapid", "num_draft_tokens": 3},  # a γ that is chosen would not wait for the drafter
     {"strategy": "rag"},
 ]
 
@@ -110,7 +110,7 @@ def test_requests_go_on_while_the_retriever_is_dead(url: str) -> None:
     assert text == before[0][0]
     assert (statistics["fallback"], statistics["drafted"]) == ("retrieval_failed", 0)
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while complete(url, STRATEGIES[0])[1]["fallback"]:
         assert time.monotonic() < deadline
     assert [text for text, _ in answers(url)] == [text for text, _ in before]
