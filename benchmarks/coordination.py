@@ -30,10 +30,10 @@ from deployments.channel import Address, Channel, Listener
 from deployments.config import parse_config
 from deployments.coordinator import RayBackend, _RayLease
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, Verified
 from rapid.request import SpeculationParams
 from rapid.sampling import SamplingParams
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Verified
 
 GAMMA, VOCAB = 10, 128_256
 

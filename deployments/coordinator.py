@@ -1,7 +1,7 @@
 """The Coordinator: the service over engines that are leased from Serve's replicas, and streams what comes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from operator import attrgetter
 from typing import Any
@@ -19,12 +19,12 @@ from deployments.protocol import Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.engine import EngineStats
 from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.model_info import ModelInfo
 from rapid.request import Delta, Finish
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Prefilled, Verified
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import Kept, RetrievalError
 
@@ -194,6 +194,9 @@ class _RayLease:
 
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
         return self._channel.call("propose", self._id, offset, tokens, limits, draft_top_k)
+
+    def ahead(self) -> Awaitable[Draft | None]:
+        return self._channel.call("ahead", self._id)
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         try:

@@ -26,12 +26,13 @@ from deployments.channel import Address, Listener
 from deployments.config import EngineConfig
 from deployments.metrics import EngineMetrics
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.engine import Engine, EngineStats
 from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
 from rapid.parallel import Place
 from rapid.sequence import Opening, Sequence
-from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
+from rapid.tasks import drafted_ahead, prefill, propose, verify_draft
 
 logger = logging.getLogger("ray.serve")
 
@@ -102,7 +103,7 @@ class EngineActor(RankActor):
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, place)
-        methods = {"prefill": self.prefill, "propose": self.propose, "verify": self.verify}
+        methods = {name: getattr(self, name) for name in ("prefill", "propose", "ahead", "verify")}
         self._listener = await Listener.start(ray.util.get_node_ip_address(), methods)
         return self._engine.model.info, self._listener.address
 
@@ -130,6 +131,9 @@ class EngineActor(RankActor):
     ) -> Draft:
         eos = self._engine.model.info.eos_token_ids
         return await self._run(propose(self._sequence(lease_id), offset, tokens, limits, draft_top_k, eos))
+
+    async def ahead(self, lease_id: str) -> Draft | None:
+        return await drafted_ahead(self._sequence(lease_id).drafting_ahead)
 
     async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
         return await self._run(verify_draft(self._sequence(lease_id), draft, rule, transfer_strength))

@@ -6,7 +6,7 @@ nothing is recorded, and nothing is in the way of a round.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -18,12 +18,12 @@ from opentelemetry.trace import Span, Status, StatusCode
 
 from rapid.backend import Backend, DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.engine import EngineStats
 from rapid.errors import RapidError
 from rapid.model_info import ModelInfo
 from rapid.request import Finish, GenerationRequest
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Prefilled, Verified
 
 _tracer = trace.get_tracer("rapid")
 
@@ -135,6 +135,9 @@ class _TracedLease:
         handle = asyncio.ensure_future(self._lease.propose(offset, tokens, limits, draft_top_k))
         handle.add_done_callback(drafted)
         return handle
+
+    def ahead(self) -> Awaitable[Draft | None]:
+        return self._lease.ahead()
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         if isinstance(draft, asyncio.Future):

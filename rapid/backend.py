@@ -7,11 +7,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from rapid.control import Costs, DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.engine import EngineStats
 from rapid.model_info import ModelInfo
 from rapid.prompts import RetrievedText
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Prefilled, Verified
 
 Role = Literal["target", "drafter"]
 DraftHandle = Awaitable[Draft]
@@ -49,6 +49,10 @@ class Lease(Protocol):
 
     async def prefill(self) -> Prefilled: ...
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle: ...
+    def ahead(self) -> Awaitable[Draft | None]:
+        """What the latest `propose` drafts ahead (`rapid.tasks.drafted_ahead`)."""
+        ...
+
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         """One round (`rapid.tasks.verify_draft`).
 

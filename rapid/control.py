@@ -8,11 +8,11 @@ looked-up continuation is followed, and whether the drafter is asked at all.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from rapid.tasks import Verified
+    from rapid.drafts import Verified
 
 MAX_DRAFT_TOKENS = 16
 
@@ -70,6 +70,10 @@ class DraftLimits:
     floor: float = 0.0
     acceptance: tuple[float, ...] = ()
     ahead: bool = False
+
+    def longer(self, num_tokens: int) -> DraftLimits:
+        """The same with room for ``num_tokens`` more."""
+        return replace(self, max_tokens=self.max_tokens + num_tokens)
 
     def stop_after(self, confidences: list[float]) -> bool:
         """Whether the draft ends behind the token of the last of ``confidences``."""

@@ -17,13 +17,13 @@ from typing import Any
 
 from rapid.backend import Backend, DraftHandle, Retrieval, Role
 from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
+from rapid.drafts import Draft, Verified, certain_draft
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.leases import DrafterLease, TargetLease
 from rapid.logits import LogitParams
 from rapid.lookup import Lookup
 from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Verified, certain_draft
 from rapid.writing import Writer
 
 logger = logging.getLogger(__name__)

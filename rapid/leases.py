@@ -12,14 +12,16 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import TypeVar
 
 from rapid.backend import Backend, DraftHandle, Lease, Role
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, Verified
 from rapid.errors import DraftLost, EngineLost, RapidError
 from rapid.request import Statistics
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Verified
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0  # between two tries to lease
@@ -107,6 +109,8 @@ class DrafterLease:
         self._backend, self._read, self._output, self._stats = backend, read, output, stats
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
+        self._eos = backend.info("drafter").eos_token_ids
+        self._ahead: asyncio.Future[Draft | None] | None = None
         self._knows = 0  # how much of the output the drafter has seen
         self._opening: Opening | None = None  # once it is read
         self._tried = asyncio.Event()
@@ -120,16 +124,34 @@ class DrafterLease:
         """Until it is clear whether there is a drafter now."""
         await self._tried.wait()
 
-    def propose(self, limits: DraftLimits, draft_top_k: int) -> DraftHandle:
+    def propose(self, limits: DraftLimits, draft_top_k: int) -> DraftHandle | Draft:
+        """The next draft: at once where it was drafted ahead and is here already, else once the drafter sends it."""
         assert self._lease is not None
-        draft = self._lease.propose(self._knows, self._output[self._knows :], limits, draft_top_k)
-        self._knows = len(self._output)
-        return draft
+        sent = self._lease.propose(self._knows, self._output[self._knows :], limits, draft_top_k)
+        draft = self._drafted_ahead(limits)
+        if draft is not None:
+            _unwatched(sent)  # it is the same
+        self._knows, self._ahead = len(self._output), None
+        if limits.ahead:
+            self._ahead = _unwatched(self._lease.ahead())
+        return draft or sent
+
+    def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
+        """The draft that was made in case the output would go on as it did; None where it did not, or is not here."""
+        if self._ahead is None or not self._ahead.done() or self._ahead.cancelled() or self._ahead.exception():
+            return None
+        drafted = self._ahead.result()
+        if drafted is None:
+            return None
+        written = self._output[drafted.offset :]
+        guessed = len(drafted.tokens) - drafted.num_ahead < len(written) and drafted.tokens[: len(written)] == written
+        draft, ended = drafted.after(len(self._output)).within(limits, self._eos)
+        return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
 
     async def lost(self) -> None:
         """Its draft did not come: another lease, when there is one, goes on from the output so far."""
         self._stats.drafters_lost += 1
-        self._lease = None
+        self._lease = self._ahead = None
         await self._stack.aclose()
         self._stats.fallback = DraftLost("").code
         if self._backend.patience_s:
@@ -167,6 +189,13 @@ class DrafterLease:
         lease = await self._stack.enter_async_context(self._backend.lease("drafter", opening))
         self._stats.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
         self._knows, self._lease = opening.written, lease
+
+
+def _unwatched(sent: Awaitable[T]) -> asyncio.Future[T]:
+    """``sent`` as a future of which nobody may ever ask what became of it, as asyncio would complain of a failure."""
+    future = asyncio.ensure_future(sent)
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
 
 
 def _may_pass(error: Exception) -> bool:

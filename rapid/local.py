@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.engine import Engine, EngineStats
 from rapid.errors import DraftLost, RetrievalFailed
 from rapid.model_info import ModelInfo
 from rapid.sequence import Opening, Sequence
-from rapid.tasks import Draft, Prefilled, Verified, prefill, propose, verify_draft
+from rapid.tasks import drafted_ahead, prefill, propose, verify_draft
 from rapid.tokenization import check_same_tokenizer
 
 Retrieve = Callable[[list[str], str, Any], Retrieval]
@@ -96,6 +97,9 @@ class _LocalLease:
         eos = self._engine.model.info.eos_token_ids
         task = propose(self._sequence, offset, tokens, limits, draft_top_k, eos)
         return asyncio.wrap_future(self._engine.submit(task))
+
+    def ahead(self) -> Awaitable[Draft | None]:
+        return asyncio.ensure_future(drafted_ahead(self._sequence.drafting_ahead))
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         try:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from rapid.logits import LogitParams, LogitProcessor
 from rapid.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from rapid.tasks import Draft
+    from rapid.drafts import Draft
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Sequence:
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
     ahead: Draft | None = None  # what is being drafted behind the output
-    drafting_ahead: Future[object] | None = None
+    drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it ends that
     last_used: float = field(default_factory=time.monotonic)
 
     @property

@@ -6,103 +6,25 @@ that the caller has, so that a lost or doubled token is an error and never a wro
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rapid.attention import Tokens
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, DraftedToken, Logprobs, Prefilled, Verified
 from rapid.sampling import SamplingParams, probabilities, sample
 from rapid.sequence import Deliver, Extend, Sequence, Task
 from rapid.speculative import RULES, output_law, verify, verify_greedy
 
-Pairs = tuple[np.ndarray, np.ndarray]
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
-DraftedToken = tuple[int, Pairs, float]
 Drafting = Generator[Extend | Deliver, Tensor | None, float]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """γ tokens from output position ``offset`` on, and the truncated q each was sampled from.
-
-    ``distributions[i]`` is (token ids int32 [k], probabilities float32 [k]) with k ≤ draft_top_k, summing to 1. This is
-    all of q that exists, so a few hundred bytes a token travel instead of a whole vocabulary row.
-    ``confidences[i]`` is how sure the drafter was of the token (its probability at temperature 1).
-    """
-
-    offset: int
-    tokens: list[int] = field(default_factory=list)
-    distributions: list[Pairs] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-    elapsed_ms: float = 0.0
-    step_ms: float = 0.0  # of a pass that had nothing else to read; 0 where there was none
-    num_ahead: int = 0  # of the tokens, drafted while the target verified those before
-
-    def each(self) -> Iterator[DraftedToken]:
-        return zip(self.tokens, self.distributions, self.confidences, strict=True)
-
-    def after(self, offset: int) -> Draft:
-        """What of it lies at ``offset`` and behind."""
-        skip = offset - self.offset
-        return Draft(offset, self.tokens[skip:], self.distributions[skip:], self.confidences[skip:])
-
-    def before(self, num_tokens: int) -> Draft:
-        """Its first ``num_tokens``."""
-        columns = self.tokens[:num_tokens], self.distributions[:num_tokens], self.confidences[:num_tokens]
-        return replace(self, tokens=columns[0], distributions=columns[1], confidences=columns[2])
-
-    def dense(self, vocab_size: int, device: torch.device) -> Tensor:
-        """q as a [γ, V] float32 tensor."""
-        probs = torch.zeros(len(self.tokens), vocab_size)
-        for row, (ids, weights) in zip(probs, self.distributions, strict=True):
-            row[torch.from_numpy(ids.astype(np.int64))] = torch.from_numpy(weights.copy())
-        return probs.to(device)
-
-
-def certain_draft(offset: int, tokens: list[int]) -> Draft:
-    """A draft that was looked up and not sampled: each q is one-hot."""
-    one_hot = [(np.array([token], np.int32), np.ones(1, np.float32)) for token in tokens]
-    return Draft(offset, tokens, one_hot, [1.0] * len(tokens))
-
-
-class Logprobs(NamedTuple):
-    """Natural logarithms: of a written token, and (token, its own) of the most likely ones, the likeliest first."""
-
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Verified:
-    """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them.
-
-    ``logprobs`` has one for each token where the sequence was opened with ``num_logprobs``, else it is empty.
-    """
-
-    tokens: list[int]
-    num_drafted: int
-    num_accepted: int
-    num_ahead: int
-    confidences: list[float]
-    draft_ms: float
-    draft_step_ms: float
-    verify_ms: float
-    logprobs: list[Logprobs] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """``cached_tokens`` of the prompt were found in the engine's memory; the rest took ``elapsed_ms``."""
-
-    cached_tokens: int
-    elapsed_ms: float
 
 
 def prefill(sequence: Sequence) -> Task[Prefilled]:
@@ -121,53 +43,82 @@ def propose(
     Whatever was drafted before and does not agree with ``tokens`` is rolled back; what it drafted ahead behind
     them, if they came as it guessed, is the beginning of this draft. The draft ends at an end of sequence, or where
     ``limits`` say that its next token would hardly stand.
+
+    This much is done by whoever asks, while the engine may be in a pass: one that follows a wrong guess ends early.
     """
+    before, rest = sequence.drafting_ahead, Future[Any]() if limits.ahead else None
+    if before is not None and sequence.ahead is not None and sequence.position >= offset:
+        drafted = sequence.output[offset - sequence.written :] + sequence.ahead.tokens
+        if any(ours != theirs for ours, theirs in zip(drafted, tokens, strict=False)):
+            before.cancel()
+    sequence.drafting_ahead = rest
+    return _propose(sequence, offset, tokens, limits, draft_top_k, eos, before, rest)
+
+
+def _propose(
+    sequence: Sequence,
+    offset: int,
+    tokens: list[int],
+    limits: DraftLimits,
+    draft_top_k: int,
+    eos: frozenset[int],
+    before: Future[Any] | None,
+    rest: Future[Any] | None,
+) -> Task[Draft]:
+    """``before`` is what the last one still drafts ahead, ``rest`` what this one is to."""
     started = time.perf_counter()
-    ahead = _stop_drafting_ahead(sequence)
-    start = offset + len(tokens)
-    # Its first token is a guess of the one that follows an accepted draft. Only past that was anything drafted.
-    guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
-    known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
-    sequence.rebase(offset, tokens, len(known.tokens))
-    draft = Draft(start)
-    ended = limits.max_tokens == 0 or any(_append(draft, token, limits, eos) for token in known.each())
-    num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
-    first_ms = 0.0
-    if not ended:
-        # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
-        at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
-        first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
-    sequence.output[start - sequence.written :] = draft.tokens
-    sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-    elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
-    step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
-    draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
-    if limits.ahead:
-        sequence.drafting_ahead = Future()
-        yield Deliver(draft, sequence.drafting_ahead)
-        yield from _draft_ahead(sequence, limits, draft_top_k, eos)
-    return draft
+    try:
+        ahead = _stop_drafting_ahead(sequence, before)
+        start = offset + len(tokens)
+        # Its first token is a guess of the one that follows an accepted draft. Only past that was anything drafted.
+        guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
+        known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
+        sequence.rebase(offset, tokens, len(known.tokens))
+        draft, ended = known.within(limits, eos)
+        num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
+        first_ms = 0.0
+        if not ended:
+            # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
+            at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
+            first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
+        sequence.output[start - sequence.written :] = draft.tokens
+        sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
+        elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
+        step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
+        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
+        if rest is None:
+            return draft
+        ahead = sequence.ahead = Draft(sequence.position)
+        yield Deliver(draft, rest)
+        if not eos & set(draft.tokens[-1:]):
+            yield from _draw_on(sequence, ahead, limits.longer(1), draft_top_k, eos, at_once=False)
+        return draft.followed_by(ahead)
+    except BaseException:
+        if rest is not None:
+            rest.cancel()
+        raise
 
 
-def _draft_ahead(
-    sequence: Sequence, limits: DraftLimits, draft_top_k: int, eos: frozenset[int]
-) -> Generator[Extend | Deliver, Tensor | None, None]:
-    """Goes on after the latest draft as if all of it stood: a guess of the token that follows, and a draft behind that.
+async def drafted_ahead(drafting: Future[Draft] | None) -> Draft | None:
+    """Of a sequence's `drafting_ahead`, once it is done; None where it was stopped.
 
-    The guess is only compared with what the target sampled without knowing it, and what is drafted behind it comes from
-    the same q as if it were drafted later. So which tokens are written is as likely as without, under every rule.
+    This is the latest draft, and behind it, as if all of it stood, ``num_ahead`` tokens: a guess of the next one and
+    a draft behind that. The guess is only compared with what the target sampled without knowing it, and what is
+    drafted behind it comes from the same q as if it were drafted later. So which tokens are written is as likely as
+    without, under every rule.
     """
-    draft = sequence.ahead = Draft(sequence.position)
-    if not eos & set(sequence.output[-1:]):
-        longer = replace(limits, max_tokens=limits.max_tokens + 1)
-        yield from _draw_on(sequence, draft, longer, draft_top_k, eos, at_once=False)
+    if drafting is None:
+        return None
+    waiting = asyncio.wrap_future(drafting)
+    await asyncio.wait([waiting])
+    return None if waiting.cancelled() else waiting.result()
 
 
-def _stop_drafting_ahead(sequence: Sequence) -> Draft | None:
+def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Draft | None:
     """What was drafted ahead so far, now part of the sequence's output."""
-    if sequence.drafting_ahead is not None:
-        sequence.drafting_ahead.cancel()
-    ahead, sequence.ahead, sequence.drafting_ahead = sequence.ahead, None, None
+    if drafting is not None:
+        drafting.cancel()
+    ahead, sequence.ahead = sequence.ahead, None
     if ahead is not None:
         sequence.output += ahead.tokens
     return ahead
@@ -194,7 +145,7 @@ def _draw_on(
         feed = drawn[-1][0].view(1)
         first_ms = first_ms or _ms_since(started)
         if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
-            ended = any(_append(draft, token, limits, eos) for token in _bring(drawn))
+            ended = any(draft.append(token, limits, eos) for token in _bring(drawn))
             drawn = []
     return first_ms
 
@@ -217,13 +168,6 @@ def _bring(drawn: list[Drawn]) -> Iterator[DraftedToken]:
     for token, ids, weights, confidence in zip(*columns, strict=True):
         inside = weights > 0
         yield int(token), (ids[inside].int().numpy(), weights[inside].numpy()), float(confidence)
-
-
-def _append(draft: Draft, drafted: DraftedToken, limits: DraftLimits, eos: frozenset[int]) -> bool:
-    """Appends one token to ``draft``; True where the draft ends."""
-    for column, value in zip((draft.tokens, draft.distributions, draft.confidences), drafted, strict=True):
-        column.append(value)  # type: ignore[attr-defined]
-    return len(draft.tokens) == limits.max_tokens or drafted[0] in eos or limits.stop_after(draft.confidences)
 
 
 def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[Verified]:

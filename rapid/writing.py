@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rapid.drafts import Logprobs
 from rapid.request import GenerationRequest, NamedToken, TokenLogprobs
-from rapid.tasks import Logprobs
 from rapid.tokenization import TextStream, spell
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from rapid.attention import Extension
+from rapid.drafts import Draft
 from rapid.engine import Engine
 from rapid.kv_cache import KVCache
 from rapid.model import Model
 from rapid.sampling import SamplingParams
 from rapid.sequence import Opening, Sequence
-from rapid.tasks import Draft, prefill, verify_draft
+from rapid.tasks import prefill, verify_draft
 
 GREEDY = SamplingParams(temperature=0)
 VOCAB = 32

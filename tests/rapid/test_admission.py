@@ -18,11 +18,12 @@ from running import (
     random_tokens,
 )
 
+from rapid.drafts import certain_draft
 from rapid.engine import Engine
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.model import Model
 from rapid.sequence import Opening
-from rapid.tasks import certain_draft, prefill, verify_draft
+from rapid.tasks import prefill, verify_draft
 
 MakeEngine = Callable[..., Engine]
 PAGE = 16

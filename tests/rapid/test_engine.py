@@ -21,12 +21,13 @@ from running import (
     random_tokens,
 )
 
+from rapid.drafts import Draft, Verified, certain_draft
 from rapid.engine import Engine
 from rapid.errors import SequenceClosed
 from rapid.model import Model
 from rapid.sampling import SamplingParams
 from rapid.sequence import Extend, Opening, Sequence, Task
-from rapid.tasks import Draft, Verified, certain_draft, prefill, verify_draft
+from rapid.tasks import prefill, verify_draft
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]

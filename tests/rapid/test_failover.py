@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,13 +15,13 @@ from world import Retrieval, World, complete, first_eight
 from rapid import leases
 from rapid.backend import DraftHandle, Lease, Role
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, Prefilled, Verified
 from rapid.errors import DraftLost, EngineLost, Overloaded
 from rapid.local import LocalBackend
 from rapid.logits import LogitParams
 from rapid.request import STRATEGIES
 from rapid.sampling import SamplingParams
 from rapid.sequence import Opening
-from rapid.tasks import Draft, Prefilled, Verified
 
 Fault = Callable[[Role, str], bool]
 
@@ -69,6 +69,9 @@ class _FaultyLease:
             failed.set_exception(error)
             return failed
         return self._lease.propose(offset, tokens, limits, draft_top_k)
+
+    def ahead(self) -> Awaitable[Draft | None]:
+        return self._lease.ahead()
 
     async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
         self._check("before")

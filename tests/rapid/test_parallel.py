@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from rapid.attention import Extension
 from rapid.control import DraftLimits
+from rapid.drafts import Draft
 from rapid.engine import Engine
 from rapid.errors import EngineLost, ModelFileError
 from rapid.model import Model
 from rapid.parallel import Place
-from rapid.tasks import Draft, prefill, propose, verify_draft
+from rapid.tasks import prefill, propose, verify_draft
 from rapid.tokenization import load_tokenizer
 
 pytestmark = [

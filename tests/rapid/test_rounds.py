@@ -8,11 +8,12 @@ from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opene
 
 from rapid.attention import Extension
 from rapid.control import DraftLimits
+from rapid.drafts import Draft, Verified, certain_draft
 from rapid.engine import Engine
 from rapid.model import Model
 from rapid.sampling import SamplingParams, probabilities
 from rapid.speculative import RULES
-from rapid.tasks import Draft, Verified, certain_draft, propose, verify_draft
+from rapid.tasks import propose, verify_draft
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
