@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def drafts(model: Model) -> list[list[int]]:
 def test_the_engine_drafts_verifies_and_rolls_back_alike(shared: Model, whole: Model) -> None:
     assert GREEDY.temperature == 0
     assert drafts(shared) == drafts(whole)
+
+
+@pytest.mark.parametrize("use", [lambda model: model.new_pool(1), lambda model: model.forward([])])
+def test_a_rank_that_hears_nothing_is_an_engine_that_is_lost(
+    shared: Model, monkeypatch: pytest.MonkeyPatch, use: Callable[[Model], Any]
+) -> None:
+    def say(message: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    assert shared._group is not None
+    monkeypatch.setattr(shared._group, "say", say)
+    with pytest.raises(EngineLost, match="closed by peer"):
+        use(shared)
 
 
 def test_ranks_that_never_meet_are_an_error() -> None:
