@@ -97,7 +97,7 @@ class Model:
 
         Raises:
             ModelFileError: the files are missing, unreadable, or of an unsupported architecture, or find no room.
-            EngineLost: the other ranks did not come.
+            EngineLost: the other ranks did not come, or one is gone.
         """
         device = default_device() if device == "auto" else device
         # Products with few bits on a CPU take bfloat16 rows, also where dense ones are quicker in float32.
@@ -117,6 +117,9 @@ class Model:
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
         model = cls(network, tokenizer, ref, quantization=quantization, group=group)
+        if group is not None:
+            with model._together():
+                group.wait()  # a disk is slower for one than for another, and a pass has no patience for that
         if group is None or group.place.rank == 0:
             model._warm_up()
         return model
@@ -179,7 +182,7 @@ class Model:
         # gloo and NCCL say in many words that a rank is gone; and after any error the others are in another place.
         try:
             yield
-        except RuntimeError as error:
+        except Exception as error:
             raise EngineLost(f"{self.info.name}: what several ranks do together failed: {error}") from error
 
     def _warm_up(self) -> None:
