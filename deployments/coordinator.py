@@ -133,7 +133,7 @@ class RayBackend:
         self._actors[role] = ticket.engine
         try:
             try:
-                channel = await Channel.connect(ticket.address)
+                channel = await Channel.connect(ticket.address, ticket.lease_id)
             except OSError as error:
                 raise EngineLost(f"the {role}'s engine cannot be reached: {error}") from error
             self._keep(_close_with(stream, channel))
