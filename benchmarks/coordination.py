@@ -60,8 +60,11 @@ class EmptyEngine:
 
     async def listen(self) -> Address:
         methods = {"propose": self.propose, "verify": self.verify}
-        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods)
+        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods, ended=self.ended)
         return self._listener.address
+
+    async def ended(self, lease_id: str) -> None:
+        pass
 
     async def propose(self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, top_k: int) -> Draft:
         pairs = [(np.arange(i, i + top_k, dtype=np.int32), np.full(top_k, 1 / top_k, np.float32)) for i in range(GAMMA)]
@@ -73,7 +76,8 @@ class EmptyEngine:
 
 async def empty_rounds(num: int) -> dict[str, Any]:
     actors = [ray.remote(EmptyEngine).remote() for _ in range(2)]
-    target, drafter = [_RayLease(await Channel.connect(await actor.listen.remote()), "lease") for actor in actors]
+    channels = [await Channel.connect(await actor.listen.remote(), "lease") for actor in actors]
+    target, drafter = (_RayLease(channel, "lease") for channel in channels)
     top_k, times = SpeculationParams().draft_top_k, []
     for i in range(num):
         started = time.perf_counter()

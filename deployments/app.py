@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -28,12 +27,15 @@ def build(config: AppConfig) -> Application:
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": config.retriever.num_cpus, "num_gpus": config.retriever.num_gpus},
     ).bind(config.retriever, config.files, config.target.model)
-    coordinator = _light(Coordinator, "Coordinator").bind(config, target, drafter, retriever)
-    return _light(Ingress, "Ingress").bind(config, coordinator)
-
-
-def _light(deployment: serve.Deployment, name: str) -> serve.Deployment:
-    return deployment.options(name=name, max_ongoing_requests=_UNBOUNDED, ray_actor_options={"num_cpus": 0})
+    # A stream goes through these two: they wait for its end as long as the engines do.
+    drain_timeout_s = max(config.target.drain_timeout_s, config.drafting_engine.drain_timeout_s)
+    light = {
+        "max_ongoing_requests": _UNBOUNDED,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": drain_timeout_s,
+    }
+    coordinator = Coordinator.options(name="Coordinator", **light).bind(config, target, drafter, retriever)
+    return Ingress.options(name="Ingress", **light).bind(config, coordinator)
 
 
 def _engine(name: str, config: EngineConfig) -> Application:

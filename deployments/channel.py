@@ -3,6 +3,8 @@
 A Ray actor call goes through several threads and two event loops on either side, and a round would make two; here a
 call is a message there and a message back. Ray starts the processes, says where they listen, and when one has died.
 
+A channel has a name, so that whoever listens knows whose end it was when it ends.
+
 A message is a pickle behind its length. Unpickling can run anything, so nobody is read who does not know the secret.
 """
 
@@ -21,6 +23,7 @@ from rapid.errors import RapidError
 logger = logging.getLogger("ray.serve")
 
 Method = Callable[..., Awaitable[Any]]
+Ended = Callable[[str], Awaitable[None]]
 
 _SECRET_BYTES, _LENGTH_BYTES = 32, 8
 _GONE = (asyncio.IncompleteReadError, OSError)  # what reading raises when the other process is
@@ -40,14 +43,17 @@ class Listener:
 
     address: Address
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
-        self._methods = methods
+    def __init__(self, methods: Mapping[str, Method], ended: Ended) -> None:
+        self._methods, self._ended = methods, ended
         self._answering: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
     @classmethod
-    async def start(cls, host: str, methods: Mapping[str, Method]) -> "Listener":
-        """Listens on a free port of ``host``, for calls of ``methods`` by name."""
-        listener = cls(methods)
+    async def start(cls, host: str, methods: Mapping[str, Method], *, ended: Ended) -> "Listener":
+        """Listens on a free port of ``host``, for calls of ``methods`` by name.
+
+        When a channel ends, for whatever reason, ``ended`` is called with its name.
+        """
+        listener = cls(methods, ended)
         listener._server = await asyncio.start_server(listener._converse, host, 0)
         port = listener._server.sockets[0].getsockname()[1]
         listener.address = Address(host, port, secrets.token_bytes(_SECRET_BYTES))
@@ -58,9 +64,11 @@ class Listener:
         self._server.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name: str | None = None
         try:
             if not hmac.compare_digest(await reader.readexactly(_SECRET_BYTES), self.address.secret):
                 return
+            name = await _read(reader)
             while True:
                 task = asyncio.create_task(self._answer(writer, *await _read(reader)))
                 self._answering.add(task)
@@ -69,6 +77,8 @@ class Listener:
             pass
         finally:
             writer.close()
+            if name is not None:
+                await self._ended(name)
 
     async def _answer(self, writer: asyncio.StreamWriter, number: int, name: str, args: tuple[Any, ...]) -> None:
         failed, outcome = False, None
@@ -95,13 +105,13 @@ class Channel:
         self._listening.add_done_callback(self._end)
 
     @classmethod
-    async def connect(cls, address: Address) -> "Channel":
+    async def connect(cls, address: Address, name: str) -> "Channel":
         """
         Raises:
             OSError: nobody listens there.
         """
         reader, writer = await asyncio.open_connection(address.host, address.port)
-        writer.write(address.secret)
+        writer.write(address.secret + _message(name))
         return cls(reader, writer)
 
     def call(self, method: str, *args: Any) -> asyncio.Future[Any]:

@@ -28,7 +28,8 @@ from rapid.sequence import Opening
 from rapid.tokenization import check_same_tokenizer, load_tokenizer
 from retrieval import Kept, RetrievalError
 
-_PATIENCE_FOR_ANOTHER_S = 180.0  # engine, when one is lost: a new replica has to load its model
+_PATIENCE_FOR_ANOTHER_S = 300.0  # engine, when one is lost: a new replica has to load its model
+_A_TRY_S = 20.0  # at one: what was asked of a node that is gone is answered by nobody, and Ray notices late
 _PATIENCE_S = 5.0  # with Serve, for what a request can do without
 _ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
 
@@ -116,16 +117,19 @@ class RayBackend:
         stream = handle.lease.remote(opening)
         first = asyncio.ensure_future(anext(stream))
         try:
-            async with asyncio.timeout(None if opening.may_wait else _PATIENCE_S):
-                ticket: Ticket | RapidError = await asyncio.shield(first)
-        except TimeoutError as error:
-            self._abandon(stream, first)
-            raise Overloaded(f"no {role} had a place within {_PATIENCE_S} s") from error
+            patience_s = _A_TRY_S if opening.may_wait else _PATIENCE_S
+            while not (await asyncio.wait([first], timeout=patience_s))[0]:
+                if opening.written or not opening.may_wait:
+                    raise Overloaded(f"no {role} had a place within {patience_s:g} s")
+                if not await self._is_there(role):
+                    raise EngineLost(f"there is no {role}")
+                # Busy replicas are waited for in their queue.
+            ticket: Ticket | RapidError = first.result()
         except BackPressureError as error:
             raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
         except RayError as error:
             raise EngineLost(f"no {role} answers") from error
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, RapidError):
             self._abandon(stream, first)
             raise
         if isinstance(ticket, RapidError):
@@ -133,7 +137,7 @@ class RayBackend:
         self._actors[role] = ticket.engine
         try:
             try:
-                channel = await Channel.connect(ticket.address)
+                channel = await Channel.connect(ticket.address, ticket.lease_id)
             except OSError as error:
                 raise EngineLost(f"the {role}'s engine cannot be reached: {error}") from error
             self._keep(_close_with(stream, channel))
@@ -143,6 +147,13 @@ class RayBackend:
                 channel.close()
         finally:
             ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
+
+    async def _is_there(self, role: Role) -> bool:
+        """Whether any replica runs, busy as it may be. Serve itself would wait for one for ever."""
+        handle = self._engines[role]
+        status = await asyncio.to_thread(serve.status)
+        found = status.applications[handle.app_name].deployments[handle.deployment_name]
+        return found.replica_states.get("RUNNING", 0) > 0
 
     def _abandon(self, stream: Any, first: asyncio.Future[Any]) -> None:
         """Ends a lease whose ticket nobody waits for; one that is on its way already is given back by name."""

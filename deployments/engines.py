@@ -88,7 +88,8 @@ class RankActor:
 class EngineActor(RankActor):
     """One model, its engine and the open sequences. All calls but the first ones name a lease.
 
-    What a request does again and again goes over a channel, without Ray.
+    What a request does again and again goes over a channel of the lease's own, without Ray; the sequence is closed when
+    the channel ends, whatever became of its owner. The process ends when its engine can do nothing any more.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -104,7 +105,8 @@ class EngineActor(RankActor):
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, place)
         methods = {name: getattr(self, name) for name in ("prefill", "propose", "ahead", "verify")}
-        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods)
+        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods, ended=self.close)
+        self._engine.ended.add_done_callback(lambda _: os._exit(1))
         return self._engine.model.info, self._listener.address
 
     async def stats(self) -> EngineStats:
@@ -116,7 +118,8 @@ class EngineActor(RankActor):
     async def open(self, lease_id: str, opening: Opening) -> None:
         opened = self._opening[lease_id] = self._engine.open(opening)
         try:
-            self._leases[lease_id] = await asyncio.wrap_future(opened)
+            sequence = self._leases[lease_id] = await asyncio.wrap_future(opened)
+            sequence.ended.add_done_callback(lambda _: self._leases.pop(lease_id, None))  # it may have ended already
         except asyncio.CancelledError:
             self._engine.abandon(opened)
             raise
@@ -142,7 +145,7 @@ class EngineActor(RankActor):
         """Frees the sequence, or ends its wait for room; harmless when it is already gone."""
         if lease_id in self._opening:
             self._engine.abandon(self._opening[lease_id])
-        sequence = self._leases.pop(lease_id, None)
+        sequence = self._leases.get(lease_id)
         if sequence is not None:
             self._engine.close(sequence)
 
@@ -151,7 +154,6 @@ class EngineActor(RankActor):
         sequence = self._leases.get(lease_id)
         if sequence is not None:
             await asyncio.wrap_future(sequence.ended)
-            self._leases.pop(lease_id, None)
 
     def _sequence(self, lease_id: str) -> Sequence:
         sequence = self._leases.get(lease_id)
@@ -165,8 +167,9 @@ class EngineActor(RankActor):
 class EngineReplica:
     """Starts one engine in its own placement group and leases its sequences. Target and Drafter are both this.
 
-    An engine is one actor, or one for each rank that shares the model. When one of them dies this process ends too,
-    which ends the others: Ray starts a whole new replica at once, instead of after a few failed health checks.
+    An engine is one actor, or one for each rank that shares the model. When one of them dies, or stops to follow, this
+    process ends too, which ends the others: Ray starts a whole new replica at once, instead of after a few failed
+    health checks.
     """
 
     async def __init__(self, config: EngineConfig) -> None:
@@ -183,20 +186,21 @@ class EngineReplica:
 
         self._engine = start(EngineActor, 0)
         followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
-        self._watching = asyncio.create_task(self._end_with_first_of([self._engine, *followers]))
+        watched = [rank.alive.remote() for rank in (self._engine, *followers)]
         place = None
         if followers:
             place = Place(0, config.tensor_parallel, await self._engine.address.remote())
-            self._following = [f.follow.remote(replace(place, rank=i)) for i, f in enumerate(followers, 1)]
+            watched += [f.follow.remote(replace(place, rank=i)) for i, f in enumerate(followers, 1)]
+        self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
         self._info, self._address = await self._engine.load.remote(place)
         logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
 
-    async def _end_with_first_of(self, ranks: list[Any]) -> None:
-        await asyncio.wait(
-            [asyncio.ensure_future(r.alive.remote()) for r in ranks], return_when=asyncio.FIRST_COMPLETED
-        )
-        logger.error("a process of the engine died, and the replica goes with it")
+    async def _end_with_first_of(self, calls: list[Any]) -> None:
+        """None of the ``calls`` returns while all is well."""
+        watched = [asyncio.ensure_future(call) for call in calls]
+        ended, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        logger.error("a part of the engine is gone, and the replica goes with it: %s", ended.pop().exception())
         os._exit(1)
 
     @serve.multiplexed(max_num_models_per_replica=_DOCUMENTS)

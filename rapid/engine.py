@@ -8,9 +8,11 @@ pass, and hands the rows back. Target and drafter are the same class.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from rapid.admission import Admission
 from rapid.attention import Extension
 from rapid.compute import compute
-from rapid.errors import PassAbandoned, SequenceClosed
+from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kv_cache import PoolStats
 from rapid.logits import LogitProcessor
 from rapid.schedule import Running, schedule, settle
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+# After these no pass will ever do: a rank is gone, or the device's context is broken. (Memory that ran out is neither.)
+_BREAKING = (EngineLost, torch.AcceleratorError)
 
 
 class EngineStats(NamedTuple):
@@ -50,6 +55,9 @@ class Engine:
     ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the others nor delays a
     cancellation. A sequence is admitted when there is room for all it can ever need; up to ``max_queued`` wait for that
     in order of arrival. One that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
+
+    ``ended`` is done when the thread is: after `shutdown`, or because something broke that no task is to blame for.
+    Everything that was asked of it, or is asked later, then fails with EngineLost.
     """
 
     def __init__(
@@ -65,11 +73,12 @@ class Engine:
         self._pool = model.new_pool(kv_bytes)
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
         self._max_batch_tokens = max_batch_tokens
-        self._submitted: list[tuple[Task[Any], Future[Any]]] = []
+        self.ended: Future[None] = Future()
+        self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[Running] = []
         self._forward_passes = self._tokens_processed = 0
         self._wake = threading.Condition()
-        self._stopping = False
+        self._ending: EngineLost | None = None  # why nothing is taken any more
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
@@ -88,8 +97,8 @@ class Engine:
             logits = LogitProcessor(opening.logits, model.tokenizer, model.vocab_size, model.layout.device)
         with self._wake:
             future = self._admission.arrive(opening, logits)
-            if self._stopping:
-                self._admission.refuse(_shutting_down())
+            if self._ending:
+                self._admission.refuse(copy.copy(self._ending))  # whoever raises an error leaves a trace in it
             self._wake.notify()
         return future
 
@@ -125,8 +134,8 @@ class Engine:
         """
         future: Future[T] = Future()
         with self._wake:
-            if self._stopping:
-                future.set_exception(_shutting_down())
+            if self._ending:
+                future.set_exception(copy.copy(self._ending))
             else:
                 self._submitted.append((task, future))
                 self._wake.notify()
@@ -156,27 +165,32 @@ class Engine:
     def shutdown(self) -> None:
         """Ends the thread; whatever is still running fails with SequenceClosed."""
         with self._wake:
-            self._stopping = True
+            self._ending = self._ending or SequenceClosed("the engine is shutting down")
             self._wake.notify()
         self._thread.join()
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._update_admission()
-                while not (self._submitted or self._running or self._stopping):
-                    self._wake.wait(timeout=1.0)
+        try:
+            while self._ending is None:
+                with self._wake:
                     self._update_admission()
-                if self._stopping:
-                    self._fail_everything()
-                    return
-                submitted, self._submitted = self._submitted, []
-            compute(self._work, submitted)
+                    while not (self._submitted or self._running or self._ending):
+                        self._wake.wait(timeout=1.0)
+                        self._update_admission()
+                if self._ending is None:
+                    compute(self._work)
+        except Exception as error:
+            logger.exception("the engine of %s is broken", self.model.info.name)
+            with self._wake:
+                self._ending = EngineLost(f"{self.model.info.name}: its engine is broken: {error}")
+        with self._wake:
+            self._fail_everything()
+        self.ended.set_result(None)
 
     @torch.inference_mode()
-    def _work(self, submitted: list[tuple[Task[Any], Future[Any]]]) -> None:
-        for task, future in submitted:
-            self._start(task, future)
+    def _work(self) -> None:
+        while self._submitted:
+            self._start(*self._submitted.popleft())
         self._drop_unwanted()
         if self._running:
             self._step()
@@ -202,6 +216,8 @@ class Engine:
             rows = self.model.forward(extensions, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
         except PassAbandoned:
             return
+        except _BREAKING:
+            raise
         except Exception as error:
             logger.exception("a forward pass over %d sequences failed", len(extensions))
             for running, _ in scheduled:
@@ -219,23 +235,17 @@ class Engine:
                 self._resume(running, logits)
 
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
-        if future.cancelled():
-            return
-        running = Running(task, future)
-        try:
-            running.resume(None)
-        except StopIteration as stop:
-            settle(running.future, stop.value)  # not `future`, where the task has delivered already
-        except Exception as error:
-            settle(running.future, error)
-        else:
-            self._running.append(running)
+        if not future.cancelled():
+            self._running.append(Running(task, future))
+            self._resume(self._running[-1], None)
 
     def _resume(self, running: Running, logits: Tensor | None) -> None:
         try:
             running.resume(logits)
         except StopIteration as stop:
             self._finish(running, stop.value)
+        except _BREAKING:
+            raise
         except Exception as error:
             self._finish(running, error)
 
@@ -249,10 +259,7 @@ class Engine:
             self._finish(running, SequenceClosed("the request was cancelled"))
 
     def _fail_everything(self) -> None:
-        self._admission.refuse(_shutting_down())
+        assert self._ending is not None
+        self._admission.refuse(self._ending)
         for future in [future for _, future in self._submitted] + [running.future for running in self._running]:
-            settle(future, _shutting_down())
-
-
-def _shutting_down() -> SequenceClosed:
-    return SequenceClosed("the engine is shutting down")
+            settle(future, copy.copy(self._ending))

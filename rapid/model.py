@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -96,7 +97,7 @@ class Model:
 
         Raises:
             ModelFileError: the files are missing, unreadable, or of an unsupported architecture, or find no room.
-            EngineLost: the other ranks did not come.
+            EngineLost: the other ranks did not come, or one is gone.
         """
         device = default_device() if device == "auto" else device
         # Products with few bits on a CPU take bfloat16 rows, also where dense ones are quicker in float32.
@@ -116,6 +117,9 @@ class Model:
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
         model = cls(network, tokenizer, ref, quantization=quantization, group=group)
+        if group is not None:
+            with model._together():
+                group.wait()  # a disk is slower for one than for another, and a pass has no patience for that
         if group is None or group.place.rank == 0:
             model._warm_up()
         return model
@@ -129,17 +133,23 @@ class Model:
         assert self._group is not None
         pool: KVPool | None = None
         while True:
-            heard = self._group.hear()
-            if isinstance(heard, NewPool):
-                pool = self.kernel.pool(self.layout, heard.budget_bytes)
-            else:
-                assert pool is not None
-                self._together(heard.extensions(pool))
+            with self._together():
+                heard = self._group.hear()
+                if isinstance(heard, NewPool):
+                    pool = self.kernel.pool(self.layout, heard.budget_bytes)
+                else:
+                    assert pool is not None
+                    self._eager(heard.extensions(pool))
 
     def new_pool(self, budget_bytes: int) -> KVPool:
-        """Room for keys and values, in the kernel's layout."""
+        """Room for keys and values, in the kernel's layout.
+
+        Raises:
+            EngineLost: the model is shared by several ranks, and one is gone.
+        """
         if self._group is not None:
-            self._group.say(NewPool(budget_bytes))
+            with self._together():
+                self._group.say(NewPool(budget_bytes))
         return self.kernel.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
@@ -156,8 +166,9 @@ class Model:
             EngineLost: the model is shared by several ranks, and one is gone.
         """
         if self._group is not None:
-            self._group.say(Pass.of(extensions))
-            logits = self._together(extensions)
+            with self._together():
+                self._group.say(Pass.of(extensions))
+                logits = self._eager(extensions)
         elif self._graphs is not None and self._graphs.takes(extensions):
             logits = self._graphs.run(extensions)
         else:
@@ -166,11 +177,13 @@ class Model:
             cache.advance(len(tokens))
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
 
-    def _together(self, extensions: Sequence[Extension]) -> Tensor:
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        # gloo and NCCL say in many words that a rank is gone; and after any error the others are in another place.
         try:
-            return self._eager(extensions)
-        except RuntimeError as error:
-            raise EngineLost(f"{self.info.name}: a pass over several ranks failed: {error}") from error
+            yield
+        except Exception as error:
+            raise EngineLost(f"{self.info.name}: what several ranks do together failed: {error}") from error
 
     def _warm_up(self) -> None:
         # The first pass builds kernels and brings the weights into memory, up to a second that no request should pay.

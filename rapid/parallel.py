@@ -69,6 +69,10 @@ class Group:
 
         return DistributedConfig(tp_size=self.place.num_ranks, tp_plan="auto")
 
+    def wait(self) -> None:
+        """Until all ranks are here, however long that takes them."""
+        dist.barrier(group=self._control)
+
     def say(self, message: object) -> None:
         """From the first rank to all others."""
         dist.broadcast_object_list([message], src=0, group=self._control)

@@ -27,6 +27,7 @@ class Engine:
     def __init__(self) -> None:
         self.may_go_on = asyncio.Event()
         self.entered = asyncio.Event()
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
 
     async def echo(self, *args: Any) -> Any:
         return args
@@ -42,7 +43,8 @@ class Engine:
 
 @asynccontextmanager
 async def listening(engine: Engine) -> AsyncIterator[Address]:
-    listener = await Listener.start(HOST, {"echo": engine.echo, "wait": engine.wait, "fail": engine.fail})
+    methods = {"echo": engine.echo, "wait": engine.wait, "fail": engine.fail}
+    listener = await Listener.start(HOST, methods, ended=engine.ended.put)
     try:
         yield listener.address
     finally:
@@ -55,7 +57,7 @@ def conversation(body: Callable[[Channel, Engine], Coroutine[Any, Any, None]]) -
     async def main() -> None:
         engine = Engine()
         async with listening(engine) as address:
-            channel = await Channel.connect(address)
+            channel = await Channel.connect(address, "a")
             await body(channel, engine)
             channel.close()
             engine.may_go_on.set()
@@ -116,6 +118,25 @@ def test_closing_fails_what_is_under_way_and_what_comes_later(started: bool) -> 
     conversation(body)
 
 
+def test_whoever_listens_is_told_which_channel_ended() -> None:
+    async def main() -> None:
+        engine = Engine()
+        async with listening(engine) as address:
+            lost, closed = [await Channel.connect(address, name) for name in ("lost", "closed")]
+            waiting = lost.call("wait")
+            await engine.entered.wait()
+            assert engine.ended.empty()
+            lost._writer.transport.abort()  # as when its process dies
+            assert await asyncio.wait_for(engine.ended.get(), 10) == "lost"
+            with pytest.raises(ConnectionError):
+                await waiting
+            closed.close()
+            assert await asyncio.wait_for(engine.ended.get(), 10) == "closed"
+            engine.may_go_on.set()
+
+    asyncio.run(main())
+
+
 def test_a_stream_that_fails_ends_the_calls_that_no_connection_would_end() -> None:
     """A node that is gone sends nothing any more; Ray notices, and the lease's stream fails."""
 
@@ -156,7 +177,7 @@ def test_a_process_that_is_killed_fails_every_call() -> None:
 
     async def main() -> None:
         address = await asyncio.to_thread(ours.recv)
-        channel = await Channel.connect(address)
+        channel = await Channel.connect(address, "a")
         assert await channel.call("echo", 1) == (1,)
         waiting = [channel.call("wait") for _ in range(3)]
         assert process.pid is not None
@@ -168,7 +189,7 @@ def test_a_process_that_is_killed_fails_every_call() -> None:
             await channel.call("echo", 1)
         await asyncio.to_thread(process.join)
         with pytest.raises(OSError):
-            await Channel.connect(address)
+            await Channel.connect(address, "a")
 
     asyncio.run(main())
     process.close()
@@ -195,7 +216,7 @@ def test_only_who_knows_the_secret_is_read(tmp_path: Path, knows_the_secret: boo
             assert repr(address.secret) not in repr(address)
             if not knows_the_secret:
                 address = replace(address, secret=bytes(len(address.secret)))
-            channel = await Channel.connect(address)
+            channel = await Channel.connect(address, "a")
             if knows_the_secret:
                 await channel.call("echo", Bomb(exploded))
             else:

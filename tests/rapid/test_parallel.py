@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from rapid.drafts import Draft
 from rapid.engine import Engine
 from rapid.errors import EngineLost, ModelFileError
 from rapid.model import Model
-from rapid.parallel import Place
+from rapid.parallel import Group, Place
 from rapid.tasks import prefill, propose, verify_draft
 from rapid.tokenization import load_tokenizer
 
@@ -117,6 +118,41 @@ def drafts(model: Model) -> list[list[int]]:
 def test_the_engine_drafts_verifies_and_rolls_back_alike(shared: Model, whole: Model) -> None:
     assert GREEDY.temperature == 0
     assert drafts(shared) == drafts(whole)
+
+
+@pytest.mark.parametrize("use", [lambda model: model.new_pool(1), lambda model: model.forward([])])
+def test_a_rank_that_hears_nothing_is_an_engine_that_is_lost(
+    shared: Model, monkeypatch: pytest.MonkeyPatch, use: Callable[[Model], Any]
+) -> None:
+    def say(message: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    assert shared._group is not None
+    monkeypatch.setattr(shared._group, "say", say)
+    with pytest.raises(EngineLost, match="closed by peer"):
+        use(shared)
+
+
+def test_the_first_pass_waits_until_all_ranks_have_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass gives the others minutes; a large model may load for longer than that on one rank than on another."""
+    called: list[str] = []
+
+    class Alone(Group):
+        def __init__(self, place: Place, device: str) -> None:
+            self.place = place
+
+        def __getattribute__(self, name: str) -> Any:
+            if name not in ("say", "wait", "summed", "joined"):
+                return object.__getattribute__(self, name)
+            called.append(name)
+            return lambda x=None, *_: x
+
+        def plan(self) -> None:
+            return None
+
+    monkeypatch.setattr("rapid.model.Group", Alone)
+    Model.load(str(folder), dtype="float32", place=Place(0, 1, ""))
+    assert called[:2] == ["wait", "say"]
 
 
 def test_ranks_that_never_meet_are_an_error() -> None:
