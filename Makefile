@@ -48,7 +48,7 @@ check: .venv/dev.stamp ## lint and type-check
 
 # Resolves from nothing, so that no version lingers only because it was pinned before.
 lock: install ## pin every dependency anew in constraints.txt
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev,bench,quantized-cuda]'
 	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 

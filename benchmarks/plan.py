@@ -1,8 +1,9 @@
 """`rapid plan`'s arithmetic held against what was measured here: single passes, whole prefills, and decoding.
 
-Five constants of this machine are fitted to the passes of steps.json at every other context, and predict the rest. The
-picture is the simulation's: tokens a second over the ratio of targets to drafters. `python -m benchmarks.rounds` tests
-the round model.
+This machine's constants are fitted to the passes of steps.json at every other context, and predict the rest: once for
+the kernels that are compiled here and once for PyTorch's in float32, which are different machines. The picture is the
+simulation's: tokens a second over the ratio of targets to drafters. `python -m benchmarks.rounds` tests the round model
+with costs of the same run; here it is tried with costs of another, and on drafting ahead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import rapid  # noqa: F401 (before torch)
 from benchmarks.local import config
 from benchmarks.results import FOLDER, write
 from cluster.devices import GPUS, Device
-from cluster.plan import Planner, Workload
+from cluster.plan import Planner, Round, Workload
 from cluster.shapes import SHAPES, ServedModel
 from cluster.simulation import Setup, every_ratio
 
@@ -34,7 +35,9 @@ SERVED = {
     "int4": ServedModel(SMOL, 0.625),
 }
 PASSES = {"plain step": 1, "verify 5": 5, "verify 11": 11}
+COMPILED = ("bfloat16", "int8", "int4")
 FITTED = ("flops", "weights", "cache", "attention", "layer_s")  # `products` stays 1: flops is what products reach
+SHARES = ("weights", "cache")  # of the bandwidth, so at most 1
 HELD_OUT = (1024, 7000, 32768)
 RATIO_ROUNDS = 20
 
@@ -56,17 +59,19 @@ def read(name: str) -> dict[str, Any]:
     return results
 
 
-def fit(device: Device, passes: Sequence[Pass]) -> Device:
-    """The constants with the least mean squared logarithm of predicted ÷ measured, each moved in turn."""
+def fit(device: Device, passes: Sequence[Pass], constants: Sequence[str] = FITTED) -> Device:
+    """The ``constants`` with the least mean squared logarithm of predicted ÷ measured, each moved in turn."""
 
     def loss(candidate: Device) -> float:
         return statistics.mean(math.log1p(one.error(candidate)) ** 2 for one in passes)
 
+    def moved(name: str, factor: float) -> Device:
+        value = getattr(device, name) * factor
+        return replace(device, **{name: min(1.0, value) if name in SHARES else value})
+
     step = 2.0
     while step > 1.001:
-        tried = [
-            replace(device, **{name: getattr(device, name) * factor}) for name in FITTED for factor in (step, 1 / step)
-        ]
+        tried = [moved(name, factor) for name in constants for factor in (step, 1 / step)]
         better = min(tried, key=loss)
         if loss(better) < loss(device):
             device = better
@@ -85,8 +90,20 @@ def summary(errors: Sequence[float]) -> dict[str, float]:
     }
 
 
-def check_passes() -> tuple[Device, dict[str, Any]]:
-    """This machine as a device, and how well it predicts the contexts it was not fitted to."""
+def fit_kernels(guess: Device, passes: Sequence[Pass]) -> dict[str, Device]:
+    """This machine as it is for each weight format.
+
+    What a layer costs on top is found with the compiled kernels, whose formats differ in the bytes they read. Passes in
+    float32 alone could not tell it from the reading of the weights, so they take it over.
+    """
+    compiled = fit(guess, [one for one in passes if one.weights in COMPILED])
+    others = [name for name in FITTED if name != "layer_s"]
+    float32 = fit(replace(guess, layer_s=compiled.layer_s), [one for one in passes if one.weights == "float32"], others)
+    return dict.fromkeys(COMPILED, compiled) | {"float32": float32}
+
+
+def check_passes() -> tuple[dict[str, Device], dict[str, Any]]:
+    """This machine for each weight format, and how well it predicts the contexts it was not fitted to."""
     steps = read("steps")
     passes = [
         Pass(row["weights"], row["context"], tokens, row[name] / 1e3)
@@ -98,36 +115,44 @@ def check_passes() -> tuple[Device, dict[str, Any]]:
     guess = Device(memory, steps["bandwidth_gb_per_s"] * 1e9, 1e11, weights=0.5, cache=0.2, products=1.0, attention=0.5)
     fitted_to = [one for one in passes if one.context not in HELD_OUT]
     held_out = [one for one in passes if one.context in HELD_OUT]
-    device = fit(replace(guess, layer_s=5e-4), fitted_to)
-    results = {
-        "fitted_to": summary([one.error(device) for one in fitted_to]),
-        "held_out": summary([one.error(device) for one in held_out]),
-        "rows": [asdict(one) | {"error": round(one.error(device), 4)} for one in held_out],
+    devices = fit_kernels(replace(guess, layer_s=3e-4), fitted_to)
+
+    def errors(passes: Sequence[Pass]) -> dict[str, float]:
+        return summary([one.error(devices[one.weights]) for one in passes])
+
+    results: dict[str, Any] = {
+        "fitted_to": errors(fitted_to),
+        "held_out": errors(held_out),
+        "held_out compiled": errors([one for one in held_out if one.weights in COMPILED]),
+        "held_out float32": errors([one for one in held_out if one.weights == "float32"]),
+        "rows": [asdict(one) | {"error": round(one.error(devices[one.weights]), 4)} for one in held_out],
     }
     for kind, tokens in PASSES.items():
-        results[f"held_out {kind}"] = summary([one.error(device) for one in held_out if one.tokens == tokens])
-    return device, results
+        results[f"held_out {kind}"] = errors([one for one in held_out if one.tokens == tokens])
+    return devices, results
 
 
 def check_prefill(device: Device) -> dict[str, Any]:
-    """Whole prefills, of which none was fitted to; retrieval and the drafter's prefill ran beside the measured ones."""
-    rows = read("serving")["shared_prefix"]["rows"]
-    tokens, chunk = 6948, config().target.max_batch_tokens
-    predicted = tokens / device.prefill_s(SERVED["bfloat16"], tokens, chunk)
-    measured = [row["prefill_tokens_per_second"] for row in rows]
-    return {
-        "predicted_tokens_per_second": round(predicted, 1),
-        "measured_tokens_per_second": measured,
-        **summary([predicted / one - 1 for one in measured]),
-    }
+    """Whole prefills, none of them fitted to; beside those of serving.json retrieval and a drafter's prefill ran."""
+    measured = [(6948, "serving", row["prefill_tokens_per_second"]) for row in read("serving")["shared_prefix"]["rows"]]
+    for name in ("decode", "decode_450"):
+        read_s = [row for row in read(name)["rows"] if "prefill_tokens_per_second" in row]
+        measured += [(read_s[0]["prompt_tokens"], name, read_s[0]["prefill_tokens_per_second"])]
+    rows = []
+    for tokens, name, speed in measured:
+        predicted = tokens / device.prefill_s(SERVED["bfloat16"], tokens, config().target.max_batch_tokens)
+        rows.append({"tokens": tokens, "from": name, "predicted": round(predicted, 1), "measured": speed})
+    return summary([row["predicted"] / row["measured"] - 1 for row in rows]) | {"rows": rows}
 
 
-def check_decoding() -> dict[str, Any]:
-    """The chosen γ of decode.json: its rounds and drafts, at what plain decoding cost there and steps.json's ratios."""
-    rows = {(row["weights"], row["context"]): row for row in read("steps")["rows"]}
-    target = rows["bfloat16", 7000]
-    draft = rows["int4", 1024]["plain step"] / target["plain step"]
-    extra = (target["verify 5"] / target["plain step"] - 1) / 4  # of one more token to verify
+def check_decoding(device: Device) -> dict[str, Any]:
+    """The chosen γ of decode.json: its rounds and drafts, at what plain decoding cost there and ``device``'s ratios.
+
+    The costs are another run's, on a machine whose speed moves, and of passes alone.
+    """
+    plain = device.pass_s(SERVED["bfloat16"], 1, 1, 7000)
+    draft = device.pass_s(SERVED["int4"], 1, 1, 1024) / plain
+    extra = (device.pass_s(SERVED["bfloat16"], 1, 5, 7000) / plain - 1) / 4  # of one more token to verify
     errors: dict[str, list[float]] = {"lookup": [], "rapid": []}
     for row in read("decode")["rows"]:
         for strategy, found in errors.items():
@@ -137,6 +162,33 @@ def check_decoding() -> dict[str, Any]:
             predicted = seen["emitted"] / plain_steps * row["autoregressive"]["tokens_per_second"]
             found.append(predicted / seen["tokens_per_second"] - 1)
     return {strategy: summary(found) for strategy, found in errors.items()}
+
+
+def check_overlap(overlap: dict[str, Any]) -> dict[str, float]:
+    """Drafting ahead, on ÷ off: what the round model makes of both runs' costs, against what was measured.
+
+    Of each side there are the means of a round's parts: ``mean_draft_ms`` (all of its draft), ``mean_verify_ms`` and
+    ``mean_transport_ms``; and of the one that is on, ``hit_rate``. A draft costs what it does with the drafter alone,
+    which is on the side that is off. A verification that is drafted beside costs what that does to it, as here both
+    engines read the same memory; ``predicted_apart`` is for engines that do not feel each other.
+    """
+    gamma, on, off = overlap["draft_tokens"], overlap["on"], overlap["off"]
+    acceptance = overlap["hit_rate"] ** (1 / (gamma + 1))
+
+    def speed(ahead: bool, verify: dict[str, float], side: dict[str, float]) -> float:
+        draft_s = off["mean_draft_ms"] / gamma / 1e3
+        call_s = side["mean_transport_ms"] / 2e3
+        modelled = Round(gamma, acceptance, draft_s, verify["mean_verify_ms"] / 1e3, overlap=ahead, call_s=call_s)
+        return modelled.tokens_per_second
+
+    in_turn = speed(False, off, off)
+    predicted, measured = speed(True, on, on) / in_turn, overlap["median_ratio"]
+    return {
+        "measured": measured,
+        "predicted": round(predicted, 3),
+        "error": round(abs(predicted / measured - 1), 4),
+        "predicted_apart": round(speed(True, off, off) / in_turn, 3),
+    }
 
 
 def simulate_ratios(num_gpus: int, num_users: int) -> list[dict[str, Any]]:
@@ -196,17 +248,22 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--users", type=int, default=32)
     options = parser.parse_args()
-    device, passes = check_passes()
+    devices, passes = check_passes()
+    device = devices["bfloat16"]
     outcomes = simulate_ratios(options.gpus, options.users)
     results = {
         "device": asdict(device),
+        "float32": asdict(devices["float32"]),
         "passes": passes,
         "prefill": check_prefill(device),
-        "decoding": check_decoding(),
+        "decoding": check_decoding(device),
         "ratios": {"gpus": options.gpus, "users": options.users, "rows": outcomes},
     }
-    for name in ("passes", "prefill", "decoding"):
-        print(name, {key: value for key, value in results[name].items() if key != "rows"})
+    overlap = read("overlap")
+    if "hit_rate" in overlap:
+        results["overlap"] = check_overlap(overlap)
+    for name in ("passes", "prefill", "decoding", "overlap"):
+        print(name, {key: value for key, value in results.get(name, {}).items() if key != "rows"})
     write("plan", results)
     draw(outcomes, options.gpus, options.users)
 

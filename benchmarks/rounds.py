@@ -1,13 +1,14 @@
-"""The round model of `rapid plan` against real rounds: what they cost and bring at one γ predicts another γ."""
+"""The round model of `rapid plan` against real rounds: what they cost and bring at one γ predicts others."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import rapid  # noqa: F401 (before torch)
 
@@ -18,17 +19,19 @@ from benchmarks.questions import Question, questions
 from benchmarks.results import write
 from cluster.plan import Round, per_token_acceptance
 from deployments.assembly import local_backend
+from rapid.control import MAX_DRAFT_TOKENS
 from rapid.generate import generate
 from rapid.request import Delta, GenerationRequest, SpeculationParams
 from rapid.sampling import SamplingParams
 from rapid.tokenization import load_tokenizer
 
 GAMMAS = (0, 2, 4)
+Gamma = int | Literal["auto"]
 UNCOUNTED = 2  # rounds at the start: the first one waits for the drafter
 
 
 async def measure_rounds(asked: Sequence[Question], num_rounds: int) -> list[dict[str, Any]]:
-    """Real rounds at every γ of GAMMAS, greedy. The γs of a question take turns, round by round.
+    """Real rounds at every γ of GAMMAS and at those that are chosen, greedy. They take turns, round by round.
 
     This machine's speed changes within seconds, so runs one after another would be at different speeds.
     """
@@ -36,9 +39,10 @@ async def measure_rounds(asked: Sequence[Question], num_rounds: int) -> list[dic
     options = replace(settings.retriever.options, threshold=-1.0)  # whatever is retrieved: there has to be a drafter
     with local_backend(settings) as backend:
         for question in asked:
-            requests = {gamma: _request(question, gamma, num_rounds, options) for gamma in GAMMAS}
+            gammas: tuple[Gamma, ...] = (*GAMMAS, "auto")
+            requests = {gamma: _request(question, gamma, num_rounds, options) for gamma in gammas}
             streams = {gamma: generate(request, backend) for gamma, request in requests.items()}
-            seen: dict[int, list[tuple[float, int, int]]] = {gamma: [] for gamma in GAMMAS}
+            seen: dict[Gamma, list[tuple[float, int, int]]] = {gamma: [] for gamma in gammas}
             for _ in range(num_rounds):
                 for gamma, stream in streams.items():
                     started = time.perf_counter()
@@ -52,18 +56,18 @@ async def measure_rounds(asked: Sequence[Question], num_rounds: int) -> list[dic
     return rows
 
 
-def _request(question: Question, gamma: int, num_rounds: int, options: Any) -> GenerationRequest:
+def _request(question: Question, gamma: Gamma, num_rounds: int, options: Any) -> GenerationRequest:
     strategy = "speculative" if gamma else "autoregressive"
     return GenerationRequest(
         prompt=question.prompt,
         sampling=SamplingParams(temperature=0),
         speculation=SpeculationParams(strategy=strategy, num_draft_tokens=gamma),
         retrieval=options,
-        max_tokens=(gamma + 1) * (num_rounds + 1),
+        max_tokens=((MAX_DRAFT_TOKENS if gamma == "auto" else gamma) + 1) * (num_rounds + 1),
     )
 
 
-def _row(question: str, gamma: int, seen: Sequence[tuple[float, int, int]]) -> dict[str, Any]:
+def _row(question: str, gamma: Gamma, seen: Sequence[tuple[float, int, int]]) -> dict[str, Any]:
     seconds, drafted, accepted = (sum(column) for column in zip(*seen, strict=True))
     return {
         "question": question,
@@ -79,32 +83,40 @@ def _row(question: str, gamma: int, seen: Sequence[tuple[float, int, int]]) -> d
 def check_rounds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Predicts the speed at each γ from the same question's rounds at the other, and from its plain rounds.
 
-    ``cost_and_acceptance``: nothing of the predicted run is used. ``cost``: its own acceptance is.
+    ``cost_and_acceptance``: nothing of the predicted run is used. ``cost``: its own acceptance is. ``chosen``: γ is
+    chosen each round; what was drafted and accepted is its own, and a drafted token costs the mean of the others.
     """
-    errors: dict[str, list[float]] = {"cost_and_acceptance": [], "cost": []}
+    errors: dict[str, list[float]] = {"cost_and_acceptance": [], "cost": [], "chosen": []}
     predictions = []
     by_run = {(row["question"], row["gamma"]): row for row in rows}
     for (question, gamma), row in by_run.items():
         if gamma == 0:
             continue
-        plain = by_run[question, 0]
-        other = next(by_run[question, g] for g in GAMMAS if g not in (0, gamma))
-        draft_ms = (other["round_ms"] - plain["round_ms"]) / other["gamma"]  # with what it adds to the verification
+        plain_ms = by_run[question, 0]["round_ms"]
+        others = [by_run[question, g] for g in GAMMAS if g not in (0, gamma)]
+        # Of one token, with what it adds to the verification.
+        draft_ms = statistics.mean((other["round_ms"] - plain_ms) / other["gamma"] for other in others)
+        predicted: dict[str, float] = {}
+        if gamma == "auto":
+            took_ms = row["rounds"] * plain_ms + row["drafted"] * draft_ms
+            predicted["chosen"] = (row["rounds"] + row["accepted"]) / took_ms * 1e3
+        else:
+            for name, seen in (("cost_and_acceptance", others[0]), ("cost", row)):
+                acceptance = per_token_acceptance(seen["accepted"] / seen["drafted"], seen["gamma"])
+                modelled = Round(gamma, acceptance, draft_ms / 1e3, plain_ms / 1e3, call_s=0.0)
+                predicted[name] = modelled.tokens_per_second
+        for name, speed in predicted.items():
+            errors[name].append(speed / row["tokens_per_second"] - 1)
         measured = {key: row[key] for key in ("question", "gamma", "tokens_per_second")}
-        for name, seen in (("cost_and_acceptance", other), ("cost", row)):
-            acceptance = per_token_acceptance(seen["accepted"] / seen["drafted"], seen["gamma"])
-            modelled = Round(gamma, acceptance, draft_ms / 1e3, plain["round_ms"] / 1e3, call_s=0.0)
-            measured[name] = round(modelled.tokens_per_second, 2)
-            errors[name].append(measured[name] / row["tokens_per_second"] - 1)
-        predictions.append(measured)
+        predictions.append(measured | {name: round(speed, 2) for name, speed in predicted.items()})
     return {name: summary(values) for name, values in errors.items()} | {"predictions": predictions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
-    parser.add_argument("--questions", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     asked = list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]
     rows = asyncio.run(measure_rounds(asked, options.rounds))

@@ -17,6 +17,9 @@ class Device:
     reads weights, or keys and values; ``products`` and ``attention`` of the FLOP/s; ``layer_s`` is what a layer costs
     on top. The defaults are assumptions for good GPU kernels under CUDA graphs, not measurements of this project; for
     a machine that was measured, `python -m benchmarks.plan` finds them.
+
+    A pass over several devices is not captured as a graph, so a host launches each layer's kernels one by one, which
+    takes ``eager_layer_s``: assumed to be about 25 of them at 6 µs. The device works behind that, and can be no faster.
     """
 
     memory: float
@@ -29,6 +32,7 @@ class Device:
     products: float = 0.6
     attention: float = 0.4
     layer_s: float = 10e-6
+    eager_layer_s: float = 150e-6
 
     def pass_s(self, model: ServedModel, batch: int, tokens: int, context: int, *, rows: int | None = None) -> float:
         """Seconds for one pass: ``batch`` sequences that hold ``context`` tokens are each extended by ``tokens``.
@@ -57,7 +61,8 @@ class Device:
         joining_s = 2 * shape.num_layers * self._all_reduce_s(made, ranks)
         if model.num_stages > 1:
             joining_s += (model.num_stages - 1) * (self.link_latency_s + made / self.link)
-        return products_s + attention_s + joining_s + shape.num_layers * self.layer_s
+        working_s = products_s + attention_s + joining_s + shape.num_layers * self.layer_s
+        return max(working_s, shape.num_layers * self.eager_layer_s) if model.num_devices > 1 else working_s
 
     def prefill_s(self, model: ServedModel, tokens: int, chunk: int) -> float:
         """Seconds to read ``tokens`` in passes of ``chunk``; only the last token needs logits."""

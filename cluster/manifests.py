@@ -30,13 +30,14 @@ _UPGRADE_PERCENT, _UPGRADE_INTERVAL_S = 25, 60
 def manifests(service: Service) -> list[Json]:
     """All objects of ``service``, those that others refer to first. Their namespace is kubectl's to choose.
 
-    Two Secrets are referred to and not in here: ``huggingface`` (token) and ``<name>-redis`` (password).
+    Four Secrets are referred to and not in here: ``<name>-redis`` (password), ``huggingface`` (token), and two that may
+    be missing, ``<name>-api-keys`` (keys) and ``registry``.
     """
     return [
         _model_cache(service),
         *qdrant(service.name),
         *redis(service.name),
-        *policies(service.name, [HEAD, *(group.name for group in service.groups)]),
+        *policies(service.name, [HEAD, *(group.name for group in service.groups)], service.group_of("Retriever")),
         *_disruption_budgets(service),
         _pod_monitor(service),
         ray_service(service),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.pods import AGENT_PORT, DASHBOARD_PORT, METRICS_PORTS, Json, labels
+from cluster.pods import AGENT_PORT, DASHBOARD_PORT, HEAD, METRICS_PORTS, Json, labels
 from cluster.service import SERVE_PORT
 from cluster.stores import QDRANT, QDRANT_PORT, REDIS, REDIS_PORT
 
@@ -12,15 +12,17 @@ OPERATOR_NAMESPACE, MONITORING_NAMESPACE = "kuberay-system", "monitoring"
 # A namespace whose pods may send requests carries this label.
 CLIENTS_LABEL = {"rapid/clients": "true"}
 
-_DNS, _HTTPS, _KUBERNETES_API = 53, 443, 6443
+_DNS, _HTTPS = 53, 443
+_KUBERNETES_API = (6443, 8443)  # behind its Service, whose port is 443; the second is minikube's
 
 
-def policies(service: str, ray_components: Sequence[str]) -> list[Json]:
-    """The network policies of a service.
+def policies(service: str, ray_components: Sequence[str], retriever: str) -> list[Json]:
+    """The network policies of a service; ``retriever`` is the component whose pods hold one.
 
     Ray pods talk to each other on any port, since Ray picks them. Requests come from labelled namespaces and from the
     service's own gateway, the operator to the dashboard, Prometheus to the metrics. Out go DNS, the two stores,
-    Kubernetes' API (the autoscaler), and HTTPS (model files); only Ray pods reach the stores.
+    Kubernetes' API (the autoscaler), and HTTPS (model files). The head alone reaches Redis, as does KubeRay's job that
+    cleans up after it and carries its labels; and the retriever alone Qdrant.
     """
     ray = {
         "matchLabels": labels(service),
@@ -39,7 +41,7 @@ def policies(service: str, ray_components: Sequence[str]) -> list[Json]:
         {"to": [_pods(service, QDRANT)], "ports": _tcp(QDRANT_PORT)},
         {"to": [_pods(service, REDIS)], "ports": _tcp(REDIS_PORT)},
         {"to": [_namespace("kube-system")], "ports": [{"protocol": "UDP", "port": _DNS}, *_tcp(_DNS)]},
-        {"ports": _tcp(_HTTPS, _KUBERNETES_API)},
+        {"ports": _tcp(_HTTPS, *_KUBERNETES_API)},
     ]
     return [
         _policy(f"{service}-default-deny", service, {"matchLabels": labels(service)}, [], []),
@@ -49,10 +51,10 @@ def policies(service: str, ray_components: Sequence[str]) -> list[Json]:
                 f"{service}-{component}",
                 service,
                 {"matchLabels": labels(service, component)},
-                [{"from": [ray_pods], "ports": _tcp(port)}],
+                [{"from": [_pods(service, user)], "ports": _tcp(port)}],
                 [],
             )
-            for component, port in ((QDRANT, QDRANT_PORT), (REDIS, REDIS_PORT))
+            for component, port, user in ((QDRANT, QDRANT_PORT, retriever), (REDIS, REDIS_PORT, HEAD))
         ),
     ]
 

@@ -14,7 +14,9 @@ from cluster.shapes import ServedModel
 
 MAX_GAMMA = 16
 USABLE_MEMORY = 0.9  # of a device: the rest is activations, graphs and the allocator's
-CALL_S = 1.4e-3  # one call between actors of Ray 2.60 on one machine
+# Half of what a round's messages take around engines that sample, and sleep in between, on two cores: 3.5 ms in
+# benchmarks/results/coordination.json. Around engines that compute nothing it is 0.8 ms.
+CALL_S = 1.75e-3
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:
@@ -124,6 +126,7 @@ class Planner:
     target_kv_bytes: float | None = None  # a device's; all that is left beside the weights when None
     drafter_kv_bytes: float | None = None
     call_s: float = CALL_S
+    other_gpus: int = 0  # beside the engines', whatever the load: the embedder's
 
     def draft_s(self, batch: int) -> float:
         """One draft step of ``batch`` sequences, half of their output written."""
@@ -198,6 +201,16 @@ class Planner:
         drafters = requests_per_second * (self.draft_prefill_s + writing_s * round.drafter_share)
         return self._fleet(round, targets, drafters, requests_per_second * self.work.new_tokens, price)
 
+    def users_carried(self, round: Round, targets: int, drafters: int) -> int:
+        """Answers that so many replicas can write at the same moment."""
+        users = float(targets * self.work.batch)
+        if round.gamma and self.drafter is not None:
+            users = min(users, drafters * self.drafter_seats, drafters / round.drafter_share * self.work.batch)
+        return math.floor(users)
+
+    def engine_gpus(self, targets: int, drafters: int) -> int:
+        return targets * self.target.num_devices + drafters * (self.drafter or self.target).num_devices
+
     def _fleet(
         self, round: Round, targets: float, drafters: float, tokens_per_second: float, price: float | None
     ) -> Fleet:
@@ -206,6 +219,6 @@ class Planner:
         if round.gamma and self.drafter is not None:
             by_memory = num_targets * self.work.batch / max(1, self.drafter_seats)
             num_drafters = math.ceil(max(drafters, by_memory))
-        gpus = num_targets * self.target.num_devices + num_drafters * (self.drafter or self.target).num_devices
+        gpus = self.engine_gpus(num_targets, num_drafters) + self.other_gpus
         cost = None if price is None else gpus * price / 3600 / tokens_per_second * 1e6
         return Fleet(num_targets, num_drafters, gpus, tokens_per_second, cost)

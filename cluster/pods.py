@@ -12,6 +12,7 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
 METRICS_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
 HEAD = "head"
 MODELS = "/models"
+REGISTRY_SECRET = "registry"  # for an image that is not public; where it is, the Secret may be missing
 
 _GIB_PER_CPU, _GIB_PER_GPU = 4, 48  # weights pass through host memory on their way to a GPU
 _OBJECT_STORE_BYTES = 10**9  # prompts and drafts are small; a third of the pod's memory, Ray's default, is not needed
@@ -154,6 +155,8 @@ def _template(service: Service, component: str, container: Json, *, grace_s: int
             "restartPolicy": "Never",  # the autoscaler replaces pods; a container that restarts in place confuses it
             "terminationGracePeriodSeconds": grace_s,
             "securityContext": pod_security(),
+            # Not at a service account, because the head's is KubeRay's own.
+            "imagePullSecrets": [{"name": REGISTRY_SECRET}],
             "containers": [container],
             "volumes": [
                 {"name": "tmp", "emptyDir": {}},

@@ -83,6 +83,10 @@ class Service:
         """Whether there is a smaller service of the kind: with one replica of each, half of it is all of it."""
         return any(group.max_pods > group.min_pods for group in self.groups)
 
+    def group_of(self, deployment: str) -> str:
+        """The name of the group whose pods hold a replica of ``deployment``."""
+        return next(group.name for group in self.groups for it in group.replicas if it.deployment == deployment)
+
     def placed_config(self, qdrant_url: str) -> dict[str, Any]:
         """The Serve config for a cluster of these groups; what it serves stays as it is.
 

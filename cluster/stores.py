@@ -50,7 +50,12 @@ def redis(service: str) -> list[Json]:
         "env": [{"name": "REDIS_PASSWORD", **password}, {"name": "REDISCLI_AUTH", **password}],
         "ports": [{"name": "redis", "containerPort": REDIS_PORT}],
         "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "512Mi"}},
-        "readinessProbe": {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 5, "timeoutSeconds": 3},
+        # redis-cli exits 0 also when Redis asks for another password, or is still loading.
+        "readinessProbe": {
+            "exec": {"command": ["/bin/sh", "-c", "redis-cli ping | grep -qx PONG"]},
+            "periodSeconds": 5,
+            "timeoutSeconds": 3,
+        },
         "livenessProbe": {"tcpSocket": {"port": "redis"}, "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "tmp", "mountPath": "/tmp"}],
     }

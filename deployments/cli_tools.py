@@ -105,7 +105,8 @@ def plan(
     from rich.console import Console
 
     from deployments.config import read_config
-    from deployments.planning import Demand, as_object, make_report, show
+    from deployments.plan_tables import show
+    from deployments.planning import Demand, as_object, make_report
 
     if users is not None and load is not None:
         raise InvalidRequest("--users and --load say the same thing in two ways: give one")

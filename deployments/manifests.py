@@ -11,7 +11,7 @@ from cluster.manifests import manifests, to_yaml
 from cluster.placement import engine_bundles
 from cluster.rules import violations
 from cluster.service import LIGHT_CPUS, Group, Replica, Service
-from deployments.config import AppConfig, EngineConfig, read_config
+from deployments.config import AppConfig, ConfigError, EngineConfig, read_config
 from rapid import catalog
 from rapid.errors import RapidError
 
@@ -28,9 +28,15 @@ def read_service(path: Path, *, cpu_image: str, gpu_image: str) -> Service:
     """The service that a Serve config file describes, named after the file.
 
     Raises:
-        ConfigError: the file cannot be read or is wrong.
+        ConfigError: the file cannot be read or is wrong, or lets an answer take longer than its pod is given to end.
     """
     config = read_config(path)
+    longest, drain_s = config.access.request_timeout_s, config.target.drain_timeout_s
+    if longest is None or longest > drain_s:
+        raise ConfigError(
+            f"{path}: access.request_timeout_s must be at most target.drain_timeout_s, {drain_s:g}, got {longest}: "
+            "an answer that takes longer would be cut off when its pod ends"
+        )
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     groups = _groups(config, document["applications"][0].get("deployments", []))
     models = (config.target.model, config.drafting_engine.model, config.retriever.embedder)

@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from cluster.devices import GPUS, Device
 from cluster.plan import USABLE_MEMORY, Fleet, Planner, Round, Workload
 from cluster.shapes import ModelShape, ServedModel, known_shape
@@ -42,7 +39,9 @@ class Demand:
 
 @dataclass(frozen=True)
 class Report:
-    """A plan: each way of decoding with its fleet, and the simulated ratios of that many GPUs."""
+    """A plan: each way of decoding with the fleet that the load takes, and the simulated ratios of R targets to S
+    drafters.
+    """
 
     gpu: str
     config: AppConfig
@@ -51,6 +50,12 @@ class Report:
     ways: dict[str, tuple[Round, Fleet]]
     users: int
     ratios: list[Outcome]
+    notes: list[str]  # what the configuration does not allow, and what is left out
+
+    @property
+    def allowed(self) -> tuple[int, int]:
+        """Targets and drafters that replicas.max allows."""
+        return self.config.target.replicas.max, self.config.drafter.replicas.max
 
 
 def device_of(gpu: str) -> Device:
@@ -115,6 +120,7 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
         chunk=config.target.max_batch_tokens,
         target_kv_bytes=_kv_bytes(config.target),
         drafter_kv_bytes=_kv_bytes(config.drafter),
+        other_gpus=math.ceil(config.retriever.num_gpus),
     )
     seats = _seats(planner, config, gpu)
     if demand.batch and demand.batch > seats:
@@ -140,7 +146,10 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
     best = max(ways.values(), key=lambda way: way[0].tokens_per_second)
     if demand.load is not None:  # those that write at the same moment
         users = max(1, best[1].targets * planner.work.batch)
-    return Report(gpu, config, demand, planner, ways, users, _ratios(planner, config, best[1], users))
+    report = Report(gpu, config, demand, planner, ways, users, [], [])
+    _note_limits(report)
+    _simulate_ratios(report, best[1])
+    return report
 
 
 def _seats(planner: Planner, config: AppConfig, gpu: str) -> int:
@@ -162,17 +171,40 @@ def _seats(planner: Planner, config: AppConfig, gpu: str) -> int:
     return planner.target_seats
 
 
-def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> list[Outcome]:
-    """Every R:S of the fleet's GPUs, at least one of each; nothing where the target drafts, or there are too many."""
+def _note_limits(report: Report) -> None:
+    """Says of each way of decoding what replicas.max does not allow, and what would be carried with it."""
+    planner, (targets, drafters) = report.planner, report.allowed
+    for name, (round, fleet) in report.ways.items():
+        if fleet.targets <= targets and fleet.drafters <= drafters:
+            continue
+        takes, allows = f"{fleet.targets} + {fleet.drafters}", f"{targets} + {drafters if fleet.drafters else 0}"
+        carried = planner.users_carried(round, targets, drafters)
+        report.notes.append(
+            f"{name}: this takes {takes} replicas; replicas.max allows {allows}, which carry {carried} users at a time"
+        )
+
+
+def _simulate_ratios(report: Report, fleet: Fleet) -> None:
+    """Every R:S, at least one of each, of the fleet's GPUs; or of those that the configuration allows, if fewer."""
+    planner, config = report.planner, report.config
     if planner.drafter is None:
-        return []
+        report.notes.append("no ratio of targets to drafters: the target drafts for itself")
+        return
     sizes = planner.target.num_devices, planner.drafter.num_devices
-    gpus = max(fleet.gpus, sum(sizes))
-    if gpus > MAX_SIMULATED_GPUS:
-        return []
+    needed = max(fleet.gpus - planner.other_gpus, sum(sizes))
+    allowed = planner.engine_gpus(*report.allowed)
+    gpus = min(needed, MAX_SIMULATED_GPUS)
+    if sum(sizes) < allowed < gpus:
+        gpus = allowed
+    if gpus < sum(sizes):
+        report.notes.append(f"no ratio is simulated: one target and one drafter take more than {gpus} GPUs")
+        return
+    if gpus < needed:
+        why = "replicas.max allows" if gpus == allowed else "are simulated at most"
+        report.notes.append(f"ratios are of the {gpus} GPUs that {why}, and not of {needed}")
     given = config.speculation.fixed_draft_tokens
     setup = Setup(
-        num_users=users,
+        num_users=report.users,
         num_targets=1,
         num_drafters=1,
         gamma=1,
@@ -184,8 +216,10 @@ def _ratios(planner: Planner, config: AppConfig, fleet: Fleet, users: int) -> li
         drafter_seats=planner.drafter_seats,
         call_s=planner.call_s,
     )
-    rounds, gammas = max(5, SIMULATED_ROUNDS // users), GAMMAS if given is None else (given,)
-    return every_ratio(setup, gpus, target_gpus=sizes[0], drafter_gpus=sizes[1], gammas=gammas, rounds=rounds)
+    rounds, gammas = max(5, SIMULATED_ROUNDS // report.users), GAMMAS if given is None else (given,)
+    report.ratios.extend(
+        every_ratio(setup, gpus, target_gpus=sizes[0], drafter_gpus=sizes[1], gammas=gammas, rounds=rounds)
+    )
 
 
 def as_object(report: Report) -> dict[str, Any]:
@@ -226,76 +260,5 @@ def as_object(report: Report) -> dict[str, Any]:
         "models": models,
         "ways": ways,
         "ratios": [asdict(outcome) for outcome in report.ratios],
+        "notes": report.notes,
     }
-
-
-def show(report: Report, console: Console) -> None:
-    """The report as tables."""
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    made, work = as_object(report), report.planner.work
-    models = Table(title=f"On {report.gpu}: {work.context:,} tokens of context", title_justify="left")
-    for column in ("", "model", "GPUs", "weights GB a GPU", "KV KiB a token", "sequences that fit", "prefill s"):
-        models.add_column(column, justify="left" if column in ("", "model") else "right")
-    for name, model in made["models"].items():
-        models.add_row(
-            name,
-            model["model"],
-            str(model["gpus"]),
-            f"{model['weight_bytes_per_gpu'] / 1e9:.2f}",
-            f"{model['kv_bytes_per_token_per_gpu'] / 1024:.0f}",
-            str(model["sequences_that_fit"]),
-            f"{model['prefill_s']:.2f}",
-        )
-    device = report.planner.device
-    models.caption = (
-        f"Taken to reach {device.weights:.0%} of the bandwidth with weights, {device.cache:.0%} with keys and values;\n"
-        f"{device.products:.0%} of the FLOP/s in products, {device.attention:.0%} in attention."
-    )
-    models.caption_justify = "left"
-    console.print(models)
-    priced = report.demand.price is not None
-    ways = Table(title_justify="left")
-    ways.title = (
-        f"{work.batch} sequences a target, acceptance {work.acceptance:.0%}, {work.retrieved:,} tokens retrieved"
-    )
-    for column in ("", "γ", "draft ms", "verify ms", "round ms", "tokens", "tokens/s", "of plain", "R + S", "GPUs"):
-        ways.add_column(column, justify="right" if column else "left")
-    if priced:
-        ways.add_column("a million tokens", justify="right")
-    for name, way in made["ways"].items():
-        fleet = way["fleet"]
-        ways.add_row(
-            name,
-            str(way["gamma"]),
-            *(f"{way[part] * 1e3:.1f}" for part in ("draft_s", "verify_s", "round_s")),
-            f"{way['tokens_per_round']:.2f}",
-            f"{way['tokens_per_second']:.1f}",
-            f"{way['ratio']:.2f}×",
-            f"{fleet['targets']} + {fleet['drafters']}",
-            str(fleet["gpus"]),
-            *([f"{fleet['cost']:.2f}"] if priced else []),
-        )
-    load = f"{report.users} users" if report.demand.load is None else f"{report.demand.load:g} requests a second"
-    ways.caption, ways.caption_justify = f"tokens/s of one sequence; R targets + S drafters for {load}", "left"
-    console.print(ways)
-    if report.ratios:
-        console.print(_ratio_table(report))
-
-
-def _ratio_table(report: Report) -> Table:
-    overlaps = "with" if report.config.overlap is not False else "without"
-    table = Table(title=f"Simulated: {report.users} users, {overlaps} overlap", title_justify="left")
-    for column in ("R : S", "γ", "tokens/s in all", "a user", "targets busy", "drafters busy", "drafted for nothing"):
-        table.add_column(column, justify="right")
-    best = max(report.ratios, key=lambda it: it.tokens_per_second)
-    for outcome in report.ratios:
-        table.add_row(
-            f"{outcome.num_targets} : {outcome.num_drafters}",
-            str(outcome.gamma),
-            f"{outcome.tokens_per_second:.0f}",
-            f"{outcome.tokens_per_second_per_user:.1f}",
-            *(f"{share:.0%}" for share in (outcome.target_busy, outcome.drafter_busy, outcome.draft_waste)),
-            style="bold" if outcome is best else None,
-        )
-    return table

@@ -80,4 +80,6 @@ def _torchao_config(scheme: str) -> tuple[Callable[..., Any], Any]:
     except ImportError as error:
         raise ModelFileError(f"quantization {scheme!r} on CUDA needs torchao: pip install torchao") from error
     configs = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig", "int4": "Int4WeightOnlyConfig"}
-    return ao.quantize_, getattr(ao, configs[scheme])()
+    # The layout of PyTorch's own product with four bits; torchao's default is for kernels of another package.
+    layout = {"int4_packing_format": "tile_packed_to_4d"} if scheme == "int4" else {}
+    return ao.quantize_, getattr(ao, configs[scheme])(**layout)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tomllib
+from pathlib import Path
 
-from kube import ROOT, Json, cluster, every, of_kind, pod_templates, ray_service
+from kube import ROOT, Json, cluster, every, of_kind, pod_templates, ray_service, served
 
+from cluster.service import GROUP_LABEL
 from deployments.manifests import read_service
 
 
@@ -49,19 +53,20 @@ def selects(selector: Json, labels: dict[str, str]) -> bool:
 
 
 @every
-def test_only_ray_pods_reach_the_stores_and_all_pods_refuse_the_rest(name: str) -> None:
+def test_only_who_uses_a_store_reaches_it_and_all_pods_refuse_the_rest(name: str) -> None:
     policies = {it["metadata"]["name"]: it["spec"] for it in of_kind(name, "NetworkPolicy")}
     labels = {component: template["metadata"]["labels"] for component, template in pod_templates(name).items()}
     deny = policies[f"rapid-{name}-default-deny"]
     assert not deny["ingress"] and not deny["egress"] and set(deny["policyTypes"]) == {"Ingress", "Egress"}
     assert all(selects(deny["podSelector"], own) for own in labels.values())
-    ray = {component for component in labels if not component.endswith(("-qdrant", "-redis"))}
-    for store, port in (("qdrant", 6333), ("redis", 6379)):
+    [retriever] = [it for it in served(name)["applications"][0]["deployments"] if it["name"] == "Retriever"]
+    retrieves = retriever["ray_actor_options"]["label_selector"][GROUP_LABEL]
+    for store, port, allowed in (("qdrant", 6333, retrieves), ("redis", 6379, "head")):
         policy = policies[f"rapid-{name}-{store}"]
         [rule] = policy["ingress"]
         [peer] = rule["from"]
         assert selects(policy["podSelector"], labels[f"rapid-{name}-{store}"])
-        assert {component for component, own in labels.items() if selects(peer["podSelector"], own)} == ray
+        assert {component for component, own in labels.items() if selects(peer["podSelector"], own)} == {allowed}
         assert rule["ports"] == [{"protocol": "TCP", "port": port}]
         sent = [rule for rule in policies[f"rapid-{name}-ray"]["egress"] if rule.get("ports") == [*rule_ports(port)]]
         assert any(selects(to["podSelector"], labels[f"rapid-{name}-{store}"]) for rule in sent for to in rule["to"])
@@ -93,6 +98,29 @@ def test_the_monitor_finds_the_ports_it_names(name: str) -> None:
     assert all("metrics" in {port["name"] for port in worker["ports"]} for worker in workers)
 
 
+@every
+def test_kubernetes_api_is_reached_on_the_ports_that_it_has(name: str) -> None:
+    """443 in front of it; behind that 6443, or minikube's 8443."""
+    [policy] = [it["spec"] for it in of_kind(name, "NetworkPolicy") if it["metadata"]["name"] == f"rapid-{name}-ray"]
+    [anywhere] = [rule for rule in policy["egress"] if "to" not in rule]
+    assert [port["port"] for port in anywhere["ports"]] == [443, 6443, 8443]
+
+
+def test_redis_is_ready_when_it_answers_and_not_when_it_complains(tmp_path: Path) -> None:
+    """redis-cli exits 0 with both."""
+    probe = pod_templates("cpu-demo")["rapid-cpu-demo-redis"]["spec"]["containers"][0]["readinessProbe"]["exec"]
+    cli = tmp_path / "redis-cli"
+    for answer, is_ready in (
+        ("PONG", True),
+        ("NOAUTH Authentication required.", False),
+        ("LOADING Redis is loading the dataset in memory", False),
+    ):
+        cli.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        cli.chmod(0o755)
+        asked = subprocess.run(probe["command"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False, timeout=30)
+        assert (asked.returncode == 0) == is_ready, answer
+
+
 # The image
 
 
@@ -101,6 +129,11 @@ def test_the_image_pins_what_the_constraints_pin() -> None:
     [torch] = re.findall(r"^torch==(\S+)$", pins, re.MULTILINE)
     assert re.findall(r"torch==([\d.]+)(\+cpu)?", dockerfile) == [(torch, "+cpu"), (torch, "")]
     assert dockerfile.count("pip install") == dockerfile.count("-c constraints.txt") == 4
+    installed = re.findall(r"pip install .* '?\.(?:\[([\w,-]+)\])?'?$", dockerfile, re.MULTILINE)
+    assert installed == ["otel", "otel,quantized-cuda"]  # traces from both; drafters of few bits where there is a GPU
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for requirement in (*extras["otel"], *extras["quantized-cuda"]):
+        assert f"\n{requirement.partition('>=')[0]}==" in pins
     [ray] = re.findall(r"^ray==(\S+)$", pins, re.MULTILINE)
     assert cluster("cpu-demo")["rayVersion"] == ray
 

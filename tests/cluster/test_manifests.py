@@ -17,7 +17,7 @@ from cluster.placement import engine_bundles
 from cluster.service import GROUP_LABEL, Group, Replica
 from deployments.app import build
 from deployments.cli import main
-from deployments.config import read_config
+from deployments.config import ConfigError, read_config
 from deployments.manifests import read_service
 from deployments.supervisor import read_endpoint
 
@@ -158,6 +158,8 @@ def test_a_sum_that_is_whole_but_for_its_binary_digits_takes_no_more() -> None:
 def test_a_pod_is_given_longer_to_end_than_a_stream_may_take(name: str) -> None:
     config = read_config(ROOT / "configs" / f"{name}.yaml")
     longest = max(config.target.drain_timeout_s, config.drafting_engine.drain_timeout_s)
+    assert config.access.request_timeout_s is not None and config.access.request_timeout_s <= longest
+    assert served(name)["applications"][0]["args"]["access"]["request_timeout_s"] == config.access.request_timeout_s
     for group in cluster(name)["workerGroupSpecs"]:
         spec = group["template"]["spec"]
         assert spec["terminationGracePeriodSeconds"] > longest
@@ -168,6 +170,15 @@ def test_a_pod_is_given_longer_to_end_than_a_stream_may_take(name: str) -> None:
     for deployment in served(name)["applications"][0]["deployments"]:
         if deployment["name"] in ("Ingress", "Coordinator"):
             assert deployment["graceful_shutdown_timeout_s"] >= longest
+
+
+@pytest.mark.parametrize("timeout", ["", "request_timeout_s: 301"])
+def test_an_answer_that_may_outlive_its_pod_makes_no_manifest(timeout: str, tmp_path: Path) -> None:
+    config = (ROOT / "configs" / "cpu-demo.yaml").read_text()
+    path = tmp_path / "cpu-demo.yaml"
+    path.write_text(re.sub(r"request_timeout_s: \d+", timeout or "max_body_mb: 1", config))
+    with pytest.raises(ConfigError, match=r"request_timeout_s must be at most target\.drain_timeout_s, 300, got"):
+        read_service(path, cpu_image="c", gpu_image="g")
 
 
 def test_the_installed_ray_has_the_command_that_drains() -> None:
@@ -244,6 +255,21 @@ def test_another_serve_config_is_an_upgrade_and_no_restart_in_place(tmp_path: Pa
     assert spec(config) == spec(config + "# a remark\n")
     before, after = spec(config), spec(config.replace("chunk_tokens: 256", "chunk_tokens: 128"))
     assert before["headGroupSpec"]["template"]["metadata"] != after["headGroupSpec"]["template"]["metadata"]
+
+
+@every
+def test_the_guide_makes_every_secret_that_a_pod_reads(name: str) -> None:
+    """KubeRay makes one itself, which no template names."""
+    secrets = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").partition("## 3.")[2].partition("## 4.")[0]
+    made = dict(re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", secrets.replace("NAME", name)))
+    read = {}
+    for template in pod_templates(name).values():
+        for container in template["spec"]["containers"]:
+            found = [it["valueFrom"]["secretKeyRef"] for it in container.get("env", ()) if "valueFrom" in it]
+            read |= {it["name"]: it["key"] for it in found}
+        for secret in template["spec"].get("imagePullSecrets", ()):
+            assert f"create secret docker-registry {secret['name']} " in secrets
+    assert {f"rapid-{name}-redis", f"rapid-{name}-api-keys"} <= set(read) and read.items() <= made.items()
 
 
 def test_the_guide_names_what_there_is() -> None:

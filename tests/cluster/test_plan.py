@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from cluster.devices import GPUS, Device
-from cluster.plan import Planner, Round, Workload, expected_tokens, per_token_acceptance
+from cluster.plan import CALL_S, Planner, Round, Workload, expected_tokens, per_token_acceptance
 from cluster.shapes import SHAPES, ModelShape, ServedModel, known_shape
 
 LLAMA_8B, LLAMA_70B = ServedModel(SHAPES["llama-3.1-8b"]), ServedModel(SHAPES["llama-3.1-70b"])
@@ -78,15 +82,31 @@ def test_a_prefill_costs_the_same_operations_in_any_chunks() -> None:
 
 
 def test_ranks_divide_the_reading_and_pay_for_the_joining() -> None:
-    device = GPUS["h100"]
+    device = replace(GPUS["h100"], eager_layer_s=0)
     one, eight = (device.pass_s(ServedModel(LLAMA_70B.shape, num_ranks=n), 1, 1, 1000) for n in (1, 8))
     joining = 2 * 80 * (device.link_latency_s + 2 * 7 / 8 * 8192 * 2 / device.link)
     launching = 80 * device.layer_s
     assert eight - launching - joining == pytest.approx((one - launching) / 8)
 
 
-def test_stages_divide_the_memory_and_not_the_time() -> None:
+def test_what_several_devices_share_is_no_faster_than_its_kernels_are_launched() -> None:
+    """Such passes are not captured as CUDA graphs."""
     device = GPUS["h100"]
+    for model in (ServedModel(LLAMA_8B.shape, num_ranks=8), ServedModel(SHAPES["llama-3.2-1b"], num_stages=2)):
+        launching = model.shape.num_layers * device.eager_layer_s
+        assert device.pass_s(model, 1, 1, 10) == launching > device.pass_s(ServedModel(model.shape), 1, 1, 10) / 4
+        assert device.pass_s(model, 1, 2048, 100_000) > launching
+    assert device.pass_s(ServedModel(SHAPES["llama-3.2-1b"]), 1, 1, 10) < launching
+
+
+def test_messages_cost_what_they_were_measured_to_cost() -> None:
+    found = json.loads((Path(__file__).parents[2] / "benchmarks/results/coordination.json").read_text("utf-8"))
+    assert found["empty"]["coordination_ms_median"] <= 2e3 * CALL_S
+    assert pytest.approx(found["sampling"]["coordination_ms_median"], rel=0.1) == 2e3 * CALL_S
+
+
+def test_stages_divide_the_memory_and_not_the_time() -> None:
+    device = replace(GPUS["h100"], eager_layer_s=0)
     one, four = ServedModel(LLAMA_70B.shape), ServedModel(LLAMA_70B.shape, num_stages=4)
     assert four.bytes_held == one.bytes_held / 4 and four.kv_bytes_per_token == one.kv_bytes_per_token / 4
     assert ServedModel(LLAMA_70B.shape, num_stages=3).kv_bytes_per_token == one.kv_bytes_per_token * 27 / 80
@@ -140,9 +160,14 @@ def test_a_fleet_carries_its_load_at_its_price() -> None:
     fleet = planner.fleet_for_users(plain, users=9, price=3.6)
     assert (fleet.targets, fleet.drafters, fleet.gpus) == (3, 0, 3)
     assert fleet.cost == pytest.approx(3 * 0.001 / fleet.tokens_per_second * 1e6)
+    assert replace(planner, other_gpus=2).fleet_for_users(plain, users=9).gpus == 3 + 2
     drafted = planner.round(4)
     assert planner.fleet_for_users(drafted, users=9).drafters >= 1
     twice = [planner.fleet_for_load(drafted, rate).targets for rate in (5.0, 10.0)]
+    users = planner.users_carried(drafted, 30, 1)
+    assert planner.users_carried(plain, 30, 0) == planner.users_carried(drafted, 30, 9) == 30 * 4 > users
+    drafters = [planner.fleet_for_users(drafted, number).drafters for number in (users, users + 1)]
+    assert drafters == [1, 2]
     assert twice[1] == pytest.approx(2 * twice[0], abs=1)
 
 

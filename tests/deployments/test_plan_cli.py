@@ -18,6 +18,7 @@ from deployments.cli import main
 from deployments.planning import shape_of
 from rapid import catalog
 
+ROOT = Path(__file__).parents[2]
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct"}
 PAIR = {"target": LLAMA, "drafter": LLAMA | {"quantization": "int4"}}
 
@@ -53,6 +54,30 @@ def test_json_has_memory_times_fleet_and_ratios(plan: Plan) -> None:
     assert {row["num_targets"] + row["num_drafters"] for row in made["ratios"]} == {gpus}
 
 
+def test_what_the_configuration_does_not_allow_is_said_and_its_ratios_are_simulated(plan: Plan) -> None:
+    """Eight targets of one GPU and four drafters of four, beside the embedder's GPU, for a load that takes more."""
+    args = yaml.safe_load((ROOT / "configs" / "llama-8b-70b.yaml").read_text())["applications"][0]["args"]
+    options = ("--gpu", "h200", "--context", 122_000, "--users", 32)
+    made = json.loads(plan(args, *options, "--json")[1])
+    ways = {name: way["fleet"] for name, way in made["ways"].items()}
+    assert ways["plain"]["targets"] == 11 and ways["plain"]["gpus"] == 11 + 1
+    assert {(row["num_targets"], row["num_drafters"]) for row in made["ratios"]} >= {(8, 4), (4, 5), (24, 0)}
+    notes = made["notes"]
+    assert notes[0] == "plain: this takes 11 + 0 replicas; replicas.max allows 8 + 0, which carry 24 users at a time"
+    drafted = ways["overlapped"]["targets"] + 4 * ways["overlapped"]["drafters"]
+    assert notes[-1] == f"ratios are of the 24 GPUs that replicas.max allows, and not of {drafted}"
+    said = plan(args, *options)[1]
+    assert all(note in said for note in notes)
+    assert "* 4 : 5" in said and "* 8 : 4" not in said and "1 of the GPUs is the embedder's" in said
+    assert "never less than 150 µs" in said and "A round's messages take 3.5 ms" in said
+
+
+def test_a_load_that_the_configuration_carries_needs_no_word(plan: Plan) -> None:
+    many = {"replicas": {"max": 8}}
+    made = json.loads(plan({"target": LLAMA | many, "drafter": PAIR["drafter"] | many}, "--users", 8, "--json")[1])
+    assert made["notes"] == [] and made["ratios"]
+
+
 def test_tables_are_for_people(plan: Plan) -> None:
     code, out, _ = plan(PAIR, "--gpu", "h100", "--context", 16_000)
     assert code == 0
@@ -70,6 +95,7 @@ def test_a_load_takes_more_gpus_than_half_of_it(plan: Plan) -> None:
 def test_a_target_that_drafts_itself_needs_one_engine(plan: Plan) -> None:
     made = json.loads(plan({"target": LLAMA, "colocated": True}, "--json")[1])
     assert set(made["models"]) == {"target"} and set(made["ways"]) == {"plain", "in turn"} and made["ratios"] == []
+    assert made["notes"] == ["no ratio of targets to drafters: the target drafts for itself"]
 
 
 def test_the_memory_that_the_config_gives_is_what_counts(plan: Plan) -> None:

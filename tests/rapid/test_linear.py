@@ -1,6 +1,7 @@
 """Products with dense and quantised weights: how far they may be off, for few rows and many."""
 
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_what_is_missing_for_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) 
     check_scheme("none", torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ModelFileError, match="pip install torchao"):
         check_scheme("int8", torch.device("cuda"), torch.bfloat16)
+
+
+def test_four_bits_on_cuda_need_no_package_beside_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default packing does: mslk, without which the engine would not start."""
+    quantization = MagicMock()
+    monkeypatch.setitem(sys.modules, "torchao", MagicMock(quantization=quantization))
+    for scheme in ("int8", "fp8", "int4"):
+        check_scheme(scheme, torch.device("cuda"), torch.bfloat16)
+    quantization.Int4WeightOnlyConfig.assert_called_once_with(int4_packing_format="tile_packed_to_4d")
+    quantization.Int8WeightOnlyConfig.assert_called_once_with()
 
 
 def test_without_llvm_dense_weights_are_multiplied_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
