@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -22,8 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AccessConfig
 from deployments.http_errors import error_response, server_sent_error
+from deployments.protocol import Began, Events
 from rapid.errors import InvalidRequest, RapidError
-from rapid.request import Delta, Finish
+from rapid.request import Delta
 
 PUBLIC = "public"  # whose the files are where there are no keys
 _OPEN = {"/", "/favicon.ico", "/health", "/metrics", "/version"}  # what probes, scrapers and browsers ask first
@@ -97,12 +97,26 @@ class Client:
         if self.tokens is not None:
             self.tokens.take(num_tokens)
 
-    async def counted(self, events: AsyncGenerator[Delta | Finish, None]) -> AsyncGenerator[Delta | Finish, None]:
-        """``events``, whose tokens count for this client: the prompt's at the end, and what is written at once."""
-        async with aclosing(events):
-            async for event in events:
-                self.spend(event.statistics.prompt_tokens if isinstance(event, Finish) else len(event.tokens))
-                yield event
+    async def counted(self, events: Events) -> Events:
+        """``events``, whose tokens count for this client: what is written at once, and with the first of it the prompt.
+
+        Whoever leaves while the prompt is read has cost that, too; whoever is turned away has not.
+        """
+        prompt_tokens = 0
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Began):
+                        prompt_tokens = event.prompt_tokens
+                    elif isinstance(event, Delta):
+                        self.spend(prompt_tokens + len(event.tokens))
+                        prompt_tokens = 0
+                    yield event
+        except Exception:
+            prompt_tokens = 0
+            raise
+        finally:
+            self.spend(prompt_tokens)
 
 
 def client_of(request: Request) -> Client:

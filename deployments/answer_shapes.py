@@ -10,11 +10,9 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.http_errors import server_sent_error
-from deployments.protocol import ChatRequest, Completion, rapid_object, round_object, usage
+from deployments.protocol import ChatRequest, Completion, Events, rapid_object, round_object, usage
 from deployments.tools import CallReader
 from rapid.request import Delta, Finish, NamedToken, Statistics, TokenLogprobs
-
-Events = AsyncGenerator[Delta | Finish, None]
 
 
 class Choice:

@@ -1,7 +1,6 @@
 """OpenAI's HTTP API over a `Service`: checks bodies and shapes answers; knows one model by name."""
 
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
 from typing import Any
@@ -10,14 +9,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.access import Client, client_of, guard
-from deployments.answer_shapes import Events, Shape, server_sent
+from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
 from deployments.files_api import add_file_routes
 from deployments.http_errors import handle_errors, parse
 from deployments.observation import Middleware, Observer
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
-from deployments.protocol import ChatRequest, Completion, Health, TextRequest, usage
+from deployments.protocol import ChatRequest, Completion, Events, Health, TextRequest, usage
 from deployments.service import Service
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
@@ -103,7 +102,8 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
 async def _answer(completion: Completion, events: Events) -> Response:
     shape = Shape(completion)
-    # The first event comes before any header does, so that what is wrong with the request gets its own status.
+    # The first tokens come before any header does, so that what is wrong with the request gets its own status.
+    await anext(events)
     first = await anext(events)
     if completion.stream:
         stream = server_sent(shape, first, events)
@@ -111,7 +111,7 @@ async def _answer(completion: Completion, events: Events) -> Response:
     return await _whole(shape, first, events)
 
 
-async def _whole(shape: Shape, first: Delta | Finish, events: AsyncGenerator[Delta | Finish, None]) -> Response:
+async def _whole(shape: Shape, first: Delta | Finish, events: Events) -> Response:
     async with aclosing(events):
         body = shape.whole([first, *[event async for event in events]])
     return JSONResponse({**body, "usage": usage(*shape.statistics), **shape.summary()})

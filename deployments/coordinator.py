@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of, engines_of
-from deployments.protocol import Completion
+from deployments.protocol import Began, Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits
@@ -233,7 +233,7 @@ class Coordinator:
         await backend.connect()
         self._service = LocalService(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Delta | Finish | RapidError]:
+    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Began | Delta | Finish | RapidError]:
         """`LocalService.generate`, with what is wrong with the request as its last item."""
         try:
             async with aclosing(self._service.generate(completion, owner)) as events:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from rapid.engine import EngineStats
-from rapid.request import Delta, Finish
+from rapid.request import Delta, Finish, Statistics
 
 _SECONDS = [10.0**power * step for power in range(-3, 3) for step in (1, 2, 5)]  # 1 ms to 500 s
 _SCORES = [step / 20 for step in range(1, 21)]
@@ -92,14 +92,17 @@ class RequestMetrics:
         if time.monotonic() - self._flushed > _FLUSH_S:
             self._flush()
 
+    def read(self, stats: Statistics) -> None:
+        """The prompt of an answer, however many choices it has."""
+        self._count("prompt_tokens", stats.prompt_tokens, stats.strategy)
+        self._count("prompt_tokens_cached", stats.cached_tokens, stats.strategy)
+
     def finished(self, finish: Finish, seconds_per_token: float | None) -> None:
-        """The end of one answer; ``seconds_per_token`` where there are tokens after the first ones."""
+        """The end of one choice; ``seconds_per_token`` where there are tokens after the first ones."""
         stats = finish.statistics
         seconds = {name: ms / 1e3 for name, ms in stats.timings_ms.items()}
         if seconds_per_token is not None:
             self._observe("time_per_output_token_seconds", seconds_per_token, stats.strategy)
-        self._count("prompt_tokens", stats.prompt_tokens, stats.strategy)
-        self._count("prompt_tokens_cached", stats.cached_tokens, stats.strategy)
         self._observe("request_queue_seconds", seconds["queueing"])
         self._observe("prefill_seconds", seconds["target_prefill"], "target")
         if stats.draft_prompt_tokens:

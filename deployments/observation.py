@@ -7,7 +7,6 @@ No text of a prompt or an answer is among them, unless `observability.log_prompt
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import AppConfig
 from deployments.http_errors import as_rapid_error
 from deployments.metrics import RequestMetrics
-from deployments.protocol import Completion, rapid_object
-from rapid.request import Delta, Finish
+from deployments.protocol import Began, Completion, Events, rapid_object
+from rapid.request import Finish, Statistics
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,21 +79,23 @@ class Observer:
     def __init__(self, config: AppConfig) -> None:
         self._config, self.metrics = config, RequestMetrics()
 
-    async def generation(
-        self, completion: Completion, events: AsyncGenerator[Delta | Finish, None]
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    async def generation(self, completion: Completion, events: Events) -> Events:
         """``events`` as they are; closing this closes them."""
         observed = _observed.get()
         strategy = completion.rapid.strategy or self._config.speculation.strategy
         texts: list[str] = []
         choices = [_Written() for _ in range(completion.n)]
+        finished: list[Finish] = []
         try:
             async with aclosing(events):
                 async for event in events:
+                    if isinstance(event, Began):
+                        yield event
+                        continue
                     choice = choices[event.choice]
                     if isinstance(event, Finish):
+                        finished.append(event)
                         self.metrics.finished(event, choice.seconds_per_token)
-                        observed.fields |= {"finish_reason": event.reason, **rapid_object(event.statistics)}
                     else:
                         if choice.push(len(event.tokens)) and "first_token_ms" not in observed.fields:
                             observed.fields["first_token_ms"] = round(observed.seconds * 1e3, 2)
@@ -107,6 +108,11 @@ class Observer:
             observed.error = error
             raise
         finally:
+            if finished:
+                whole = Statistics.of_all([finish.statistics for finish in finished])
+                reasons = ",".join(finish.reason for finish in sorted(finished, key=lambda finish: finish.choice))
+                observed.fields |= {"finish_reason": reasons, **rapid_object(whole)}
+                self.metrics.read(whole)
             observed.fields |= {
                 "strategy": strategy,
                 "stream": completion.stream,

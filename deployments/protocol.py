@@ -5,8 +5,9 @@ absent, since clients send those.
 """
 
 from abc import abstractmethod
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from deployments.tools import Tool, ToolChoice, call_format, forced_call
 from rapid.errors import InvalidRequest
 from rapid.logits import LogitParams
 from rapid.prompts import Prompt, read_text
-from rapid.request import Delta, GenerationRequest, Statistics
+from rapid.request import Delta, Finish, GenerationRequest, Statistics
 
 MAX_LOGPROBS = 20
 
@@ -228,6 +229,15 @@ class TextRequest(Completion):
         return self.logprobs
 
 
+class Began(NamedTuple):
+    """The first event of an answer: its prompt is known, and is now read by the target."""
+
+    prompt_tokens: int
+
+
+Events = AsyncGenerator[Began | Delta | Finish, None]  # `Began`, then a `Delta` a round, and a `Finish` for each choice
+
+
 class Health(BaseModel):
     """`GET /health`: each engine's model, open sequences, and the bytes their KV caches hold."""
 
@@ -265,10 +275,10 @@ def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[st
 
 def usage(*choices: Statistics) -> dict[str, Any]:
     """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
-    prompt, written = choices[0].prompt_tokens, sum(choice.emitted for choice in choices)
+    whole = Statistics.of_all(choices)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": min(choice.cached_tokens for choice in choices)},
+        "prompt_tokens": whole.prompt_tokens,
+        "completion_tokens": whole.emitted,
+        "total_tokens": whole.prompt_tokens + whole.emitted,
+        "prompt_tokens_details": {"cached_tokens": whole.cached_tokens},
     }

@@ -36,12 +36,12 @@ class LocalTalker:
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from deployments.access import PUBLIC
         from deployments.http_errors import parse
-        from deployments.protocol import ChatRequest, rapid_object, usage
+        from deployments.protocol import Began, ChatRequest, rapid_object, usage
         from rapid.request import Finish
 
         async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:
             async for event in events:
-                yield event.text
+                yield "" if isinstance(event, Began) else event.text
                 if isinstance(event, Finish):
                     yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
 

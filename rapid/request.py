@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from rapid.control import Source
@@ -148,6 +149,25 @@ class Statistics:
     def mean_accepted_length(self) -> float | None:
         """Tokens emitted per target forward pass."""
         return self.emitted / self.rounds if self.rounds else None
+
+    @classmethod
+    def of_all(cls, choices: Sequence[Statistics]) -> Statistics:
+        """Those of several choices of one prompt: what each did is summed, what they share is counted once."""
+        first = choices[0]
+
+        def summed(*names: str) -> dict[str, int]:
+            return {name: sum(getattr(choice, name) for choice in choices) for name in names}
+
+        times = {name: sum(choice.timings_ms[name] for choice in choices) for name in first.timings_ms}
+        shared = {name: max(choice.timings_ms[name] for choice in choices) for name in ("retrieval", "total")}
+        return replace(
+            first,
+            **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
+            **summed("resumed", "drafters_lost"),
+            cached_tokens=min(choice.cached_tokens for choice in choices),  # what one read, the next may find
+            fallback=next((choice.fallback for choice in choices if choice.fallback), None),
+            timings_ms=times | shared,
+        )
 
 
 class NamedToken(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ import httpx
 import pytest
 from served import health, local_api
 
+from deployments.access import Client, _Bucket
 from deployments.config import ConfigError, parse_config
+from deployments.protocol import Began, Events
+from rapid.errors import Overloaded
+from rapid.request import Delta, Finish, Statistics
 
 BODY = {"model": "letters", "prompt": "abc", "max_tokens": 2, "temperature": 0}
 LONG = {**BODY, "max_tokens": 7000, "rapid": {"strategy": "autoregressive"}}
@@ -91,6 +96,34 @@ def test_tokens_are_counted_after_the_fact_without_keys_too(serve: Serve, stream
     refused = complete(url)
     assert (refused.status_code, code(refused)) == (429, "rate_limit_exceeded")
     assert 30 <= int(refused.headers["Retry-After"]) <= 62  # 120 tokens, of which 60 were there
+
+
+def spent(events: list[Any], num_read: int) -> float:
+    """What of 1,000 tokens a client has spent that read so many of ``events`` and left."""
+
+    async def written() -> Events:
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    async def read(client: Client) -> None:
+        with suppress(Overloaded):
+            async with aclosing(client.counted(written())) as counted:
+                for _ in range(num_read):
+                    await anext(counted)
+
+    client = Client(tokens=(tokens := _Bucket(1000)))
+    asyncio.run(read(client))
+    return 1000 - tokens._left
+
+
+def test_a_prompt_is_paid_for_once_and_also_by_who_leaves_early() -> None:
+    delta = Delta([1, 2], ["a", "b"], 0, 0, "none", 0, 0, 0, [])
+    finish = Finish("", "length", Statistics("rapid", prompt_tokens=80, emitted=4))
+    whole = [Began(80), delta, delta._replace(choice=1), delta, finish, finish._replace(choice=1)]
+    assert [spent(whole, number) for number in (1, 2, 3, 6)] == [80, 82, 84, 86]
+    assert spent([Began(80), Overloaded("no place")], 2) == 0
 
 
 @pytest.mark.parametrize("path", ["completions", "files"])

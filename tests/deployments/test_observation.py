@@ -20,6 +20,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from ray._common.formatters import JSONFormatter
 from served import LETTERS, complete, local_api, pieces, seconds_until_free
 
+from deployments.metrics import RequestMetrics
+from rapid.request import Statistics
+
 Lines = queue.Queue[dict[str, Any]]  # a request is logged when its answer has gone out
 BODY = {"model": "letters", "prompt": "abcabcab", "max_tokens": 5, "temperature": 0}
 
@@ -67,6 +70,17 @@ def test_a_request_is_one_line_without_its_text(letters_url: str, lines: Lines) 
     assert 0 < line["first_token_ms"] / 1e3 <= line["duration_s"]
     assert {"rounds", "drafted", "accepted", "prompt_tokens", "timings_ms"} <= line.keys()
     assert not any(text in json.dumps(line) for text in (BODY["prompt"], answer.json()["choices"][0]["text"]))
+
+
+def test_what_several_choices_did_is_one_line(letters_url: str, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Statistics] = []
+    monkeypatch.setattr(RequestMetrics, "read", lambda _, statistics: counted.append(statistics))
+    each = [choice["rapid"] for choice in post(letters_url, n=3, max_tokens=7).json()["choices"]]
+    line = lines.get(timeout=10)
+    for field in ("rounds", "emitted", "drafted", "accepted"):
+        assert line[field] == sum(choice[field] for choice in each)
+    assert line["emitted"] == 21 and line["finish_reason"] == "length,length,length"
+    assert line["prompt_tokens"] == each[0]["prompt_tokens"] == counted[0].prompt_tokens and len(counted) == 1
 
 
 def test_a_nameless_request_is_given_a_name(letters_url: str, lines: Lines) -> None:
