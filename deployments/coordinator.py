@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of, engines_of
+from deployments.metrics import QueueMetrics
 from deployments.protocol import Began, Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
@@ -48,6 +49,7 @@ class RayBackend:
         self.patience_s = _PATIENCE_FOR_ANOTHER_S
         self.overlap = overlap
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
+        self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
         self._actors: dict[Role, Any] = {}  # one that was there lately
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,8 +118,9 @@ class RayBackend:
         stream = handle.lease.remote(opening)
         first = asyncio.ensure_future(anext(stream))
         try:
-            async with asyncio.timeout(None if opening.may_wait else _PATIENCE_S):
-                ticket: Ticket | RapidError = await asyncio.shield(first)
+            with self._queue.waiting(role):
+                async with asyncio.timeout(None if opening.may_wait else _PATIENCE_S):
+                    ticket: Ticket | RapidError = await asyncio.shield(first)
         except TimeoutError as error:
             self._abandon(stream, first)
             raise Overloaded(f"no {role} had a place within {_PATIENCE_S} s") from error
