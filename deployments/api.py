@@ -12,7 +12,7 @@ from deployments.access import Client, client_of, guard
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
 from deployments.files_api import add_file_routes
-from deployments.http_errors import handle_errors, parse
+from deployments.http_errors import handle_errors, read
 from deployments.observation import Middleware, Observer
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
@@ -45,12 +45,12 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
-        completion = parse(ChatRequest, await request.body())
+        completion = await read(ChatRequest, request)
         return await answer(completion, client_of(request))
 
     @app.post("/v1/completions", **takes(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
-        completion = parse(TextRequest, await request.body())
+        completion = await read(TextRequest, request)
         return await answer(completion, client_of(request))
 
     async def model() -> dict[str, Any]:
@@ -73,13 +73,13 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
     @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
     async def tokenize(request: Request) -> Tokenized:
-        body = parse(TokenizeRequest, await request.body())
+        body = await read(TokenizeRequest, request)
         check_model(body.model or model_name)
         return await service.tokenize(body)
 
     @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
-        body = parse(DetokenizeRequest, await request.body())
+        body = await read(DetokenizeRequest, request)
         check_model(body.model or model_name)
         return await service.detokenize(body)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
+from deployments.body import Body, wrong
 from deployments.tools import Tool, ToolCall, call_format, check_calls_are_shown
 from rapid.errors import InvalidRequest
 from rapid.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat
@@ -25,7 +25,7 @@ class FileReference(Body):
     @model_validator(mode="after")
     def _one_of_both(self) -> "FileReference":
         if (self.file_id is None) == (self.file_data is None):
-            raise ValueError("give either file_id or file_data")
+            raise wrong("", "give either file_id or file_data")
         return self
 
 
@@ -64,9 +64,9 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
         if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content is required")
+            raise wrong("content", "is required")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls belong to role assistant")
+            raise wrong("tool_calls", "belong to role assistant")
         return self
 
     def as_message(self) -> Message:

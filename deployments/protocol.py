@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
+from deployments.body import Body, wrong
 from deployments.config import AppConfig
 from deployments.messages import ChatMessage, FilePart, read_messages
 from deployments.response_format import ResponseFormat
@@ -22,7 +22,7 @@ from rapid.logits import LogitParams
 from rapid.prompts import Prompt, read_text
 from rapid.request import Delta, Finish, GenerationRequest, Statistics
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS, MAX_STOPS = 20, 64
 
 
 class RetrievalFields(Body):
@@ -79,16 +79,16 @@ class Completion(Body):
     @model_validator(mode="after")
     def _stop_strings(self) -> "Completion":
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if len(stop) > 4 or not all(stop):
-            raise ValueError("stop must be one to four strings, none of them empty")
+        if len(stop) > MAX_STOPS or not all(stop):
+            raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
         return self
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "Completion":
         if "stream_options" in self.model_fields_set and not self.stream:
-            raise ValueError("stream_options says how to stream, and stream is false")
+            raise wrong("stream_options", "says how to stream, and stream is false")
         if self.rapid.trace and not self.stream:
-            raise InvalidRequest("rapid.trace tells of a stream's rounds: set stream to true", param="rapid.trace")
+            raise wrong("rapid.trace", "tells of a stream's rounds: set stream to true")
         return self
 
     @property
@@ -157,13 +157,13 @@ class ChatRequest(Completion):
     @model_validator(mode="after")
     def _belong_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise wrong("top_logprobs", "needs logprobs to be true")
         if "tool_choice" in self.model_fields_set and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise wrong("tool_choice", "needs tools")
         if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; send one")
+            raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
         if self.tools_in_use and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format cannot be had together with tools; set tool_choice to none")
+            raise wrong("response_format", "cannot be had together with tools; set tool_choice to none")
         return self
 
     @property
@@ -207,11 +207,11 @@ class TextRequest(Completion):
     @model_validator(mode="after")
     def _one_prompt(self) -> "TextRequest":
         if isinstance(self.prompt, list) and len(self.prompt) != 1:
-            raise ValueError("prompt must be one string; send several prompts as several requests")
+            raise wrong("prompt", "must be one string; send several prompts as several requests")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: the prompt's logprobs are not computed; leave echo or logprobs out")
+            raise wrong("echo", "the prompt's logprobs are not computed; leave echo or logprobs out")
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of must be n: all that is written is given out")
+            raise wrong("best_of", "must be n: all that is written is given out")
         return self
 
     @property

@@ -3,7 +3,7 @@
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
+from deployments.body import Body, wrong
 from deployments.messages import ChatMessage, read_messages
 from deployments.tools import Tool
 from rapid.errors import InvalidRequest
@@ -22,11 +22,11 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("send either prompt or messages")
+            raise wrong("prompt", "send either prompt or messages")
         if self.messages is not None and "add_special_tokens" in self.model_fields_set:
-            raise ValueError("add_special_tokens: the chat template says which ones messages have")
+            raise wrong("add_special_tokens", "the chat template says which ones messages have")
         if self.tools and self.messages is None:
-            raise ValueError("tools go with messages")
+            raise wrong("tools", "go with messages")
         return self
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> "Tokenized":

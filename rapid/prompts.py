@@ -81,7 +81,7 @@ class Prompt:
     query: str
     _turns: list[_Turn] = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    _is_chat: bool = True
+    is_chat: bool = True
     _tools: Tools = ()
 
     def shortened(self, chunks: Iterable[RetrievedText]) -> list[int]:
@@ -93,7 +93,7 @@ class Prompt:
         retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
         dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
-        return _encode(self.tokenizer, messages, self._tools, is_chat=self._is_chat)
+        return _encode(self.tokenizer, messages, self._tools, is_chat=self.is_chat)
 
 
 def read_chat(

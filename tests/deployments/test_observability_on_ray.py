@@ -24,7 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from served import LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
+from served import JSON_TYPE, LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
 
 from rapid.sampling import SamplingParams
 from rapid.sequence import Opening
@@ -196,7 +196,7 @@ def test_a_request_is_a_line_of_json_under_its_own_name(cluster: Cluster) -> Non
 def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(cluster: Cluster) -> None:
     fields = {"model": "letters", "prompt": LETTERS, "max_tokens": 1000, "stream": True}
     body = json.dumps(fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON_TYPE}Content-Length: {len(body)}\r\n\r\n"
 
     def leave(index: int) -> None:
         with socket.create_connection(("127.0.0.1", int(cluster.url.rpartition(":")[2]))) as connection:

@@ -174,7 +174,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("frequency_penalty", {"frequency_penalty": -2.5}),
     ("repetition_penalty", {"repetition_penalty": 0}),
     ("max_tokens", {"max_tokens": 0}),
-    ("stop", {"stop": ["a"] * 5}),
+    ("stop", {"stop": ["a"] * 65}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
     ("suffix", {"suffix": "x"}),
     ("prompt", {"prompt": [1, 2]}),
