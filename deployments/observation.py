@@ -4,6 +4,7 @@ The line's fields are attributes of the log record, so Ray Serve writes them as 
 No text of a prompt or an answer is among them, unless `observability.log_prompts` asks for it.
 """
 
+import hashlib
 import logging
 import time
 import uuid
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AppConfig
-from deployments.http_errors import as_rapid_error
+from deployments.http_errors import as_rapid_error, error_response
 from deployments.metrics import RequestMetrics
 from deployments.protocol import Began, Completion, Events, rapid_object
 from rapid.request import Finish, Statistics
@@ -116,6 +117,7 @@ class Observer:
             observed.fields |= {
                 "strategy": strategy,
                 "stream": completion.stream,
+                "user": hashlib.sha256(completion.user.encode()).hexdigest()[:16] if completion.user else None,
                 "emitted": sum(c.num_tokens for c in choices),
             }
             if self._config.observability.log_prompts:
@@ -152,9 +154,11 @@ class Middleware:
             await self._app(scope, receive, watch)
         except ClientDisconnect:
             raise
-        except Exception as error:
+        except Exception as error:  # nothing of ours expected it; the line in the log has all of it
             observed.error = error
-            raise
+            if observed.status is not None:
+                raise
+            await error_response(error)(scope, receive, watch)
         finally:
             observed.error = observed.error or scope.get("state", {}).get("error")
             self._ended(scope, observed)
