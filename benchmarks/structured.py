@@ -19,7 +19,8 @@ from benchmarks.results import DATA, write
 from deployments.access import PUBLIC
 from deployments.assembly import local_backend
 from deployments.config import parse_config
-from deployments.protocol import Began, ChatRequest
+from deployments.events import Began
+from deployments.protocol import ChatRequest
 from deployments.service import LocalService
 from rapid.request import Finish, Statistics
 from rapid.tokenization import load_tokenizer

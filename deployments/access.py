@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AccessConfig
+from deployments.events import Began, Events
 from deployments.http_errors import error_response, is_json, server_sent_error
-from deployments.protocol import Began, Events
 from rapid.errors import InvalidRequest, RapidError
 from rapid.request import Delta
 

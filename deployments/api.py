@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from deployments.access import Client, client_of, guard
 from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
+from deployments.events import Began, Events, usage
 from deployments.files_api import add_file_routes
 from deployments.http_errors import handle_errors, read
 from deployments.observation import Middleware, Observer
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
-from deployments.protocol import ChatRequest, Completion, Events, Health, TextRequest, usage
+from deployments.protocol import ChatRequest, Completion, Health, TextRequest
 from deployments.service import Service
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
@@ -101,10 +102,10 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
 
 async def _answer(completion: Completion, events: Events) -> Response:
-    shape = Shape(completion)
     # The first tokens come before any header does, so that what is wrong with the request gets its own status.
-    await anext(events)
-    first = await anext(events)
+    began, first = await anext(events), await anext(events)
+    assert isinstance(began, Began) and not isinstance(first, Began)
+    shape = Shape(completion, began)
     if completion.stream:
         stream = server_sent(shape, first, events)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

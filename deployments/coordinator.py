@@ -15,8 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of, engines_of
+from deployments.events import Began
 from deployments.metrics import QueueMetrics
-from deployments.protocol import Began, Completion
+from deployments.protocol import Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
 from rapid.control import Costs, DraftLimits

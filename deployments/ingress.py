@@ -10,7 +10,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api import make_api
 from deployments.config import AppConfig
-from deployments.protocol import Completion, Events, Health
+from deployments.events import Events
+from deployments.protocol import Completion, Health
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import RapidError
 

@@ -20,9 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AppConfig
+from deployments.events import Began, Events, rapid_object
 from deployments.http_errors import as_rapid_error, error_response
 from deployments.metrics import RequestMetrics
-from deployments.protocol import Began, Completion, Events, rapid_object
+from deployments.protocol import Completion
 from rapid.request import Finish, Statistics
 
 logger = logging.getLogger("ray.serve")

@@ -35,8 +35,9 @@ class LocalTalker:
 
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from deployments.access import PUBLIC
+        from deployments.events import Began, rapid_object, usage
         from deployments.http_errors import parse
-        from deployments.protocol import Began, ChatRequest, rapid_object, usage
+        from deployments.protocol import ChatRequest
         from rapid.request import Finish
 
         async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:

@@ -1,5 +1,7 @@
 """`POST /tokenize` and `/detokenize`, as vLLM has them."""
 
+from typing import Any
+
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,7 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[Tool] = Field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -25,8 +28,9 @@ class TokenizeRequest(Body):
             raise wrong("prompt", "send either prompt or messages")
         if self.messages is not None and "add_special_tokens" in self.model_fields_set:
             raise wrong("add_special_tokens", "the chat template says which ones messages have")
-        if self.tools and self.messages is None:
-            raise wrong("tools", "go with messages")
+        for field in ("tools", "chat_template_kwargs"):
+            if getattr(self, field) and self.messages is None:
+                raise wrong(field, "goes with messages")
         return self
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> "Tokenized":
@@ -36,7 +40,8 @@ class TokenizeRequest(Body):
             InvalidRequest: the chat template refuses the messages.
         """
         if self.messages is not None:
-            tokens = read_messages(self.messages, self.tools, tokenizer).tokens
+            kwargs = self.chat_template_kwargs
+            tokens = read_messages(self.messages, self.tools, tokenizer, template_kwargs=kwargs).tokens
         else:
             tokens = list(tokenizer(self.prompt, add_special_tokens=self.add_special_tokens)["input_ids"])
         strings = tokenizer.convert_ids_to_tokens(tokens) if self.return_token_strs else None

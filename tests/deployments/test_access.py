@@ -21,7 +21,7 @@ from served import JSON_TYPE, health, local_api
 from deployments.access import Client, _Bucket
 from deployments.api import make_api
 from deployments.config import ConfigError, parse_config
-from deployments.protocol import Began, Events
+from deployments.events import Began, Events
 from rapid.errors import Overloaded
 from rapid.request import Delta, Finish, Statistics
 

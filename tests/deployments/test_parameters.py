@@ -16,7 +16,14 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "rapid", "num_draft_tokens": 3},
     {"strategy": "rapid"},
 ]
-OURS = {"top_k", "min_p", "repetition_penalty", "ignore_eos"}  # which OpenAI's client sends in extra_body
+OURS = {
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop_token_ids",
+    "min_tokens",
+}  # which OpenAI's client sends in extra_body
 
 
 def client(url: str) -> OpenAI:
@@ -177,7 +184,14 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("stop", {"stop": ["a"] * 65}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
     ("suffix", {"suffix": "x"}),
-    ("prompt", {"prompt": [1, 2]}),
+    ("prompt", {"prompt": ["a", "b"]}),
+    ("prompt", {"prompt": [[1], [2]]}),
+    ("prompt", {"prompt": []}),
+    ("prompt", {"prompt": [99]}),
+    ("prompt", {"prompt": [1, "a"]}),
+    ("stop_token_ids", {"stop_token_ids": [99]}),
+    ("stop_token_ids", {"stop_token_ids": list(range(12)), "min_tokens": 2}),
+    ("min_tokens", {"min_tokens": 5}),
     ("response_format", {"response_format": {"type": "grammar"}}),
     ("response_format", {"response_format": {"type": "json_object"}}),  # this model has no end of sequence
 ]
