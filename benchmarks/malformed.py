@@ -245,8 +245,11 @@ def logged_errors() -> Iterator[list[str]]:
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: errors.append(handler.format(record))  # type: ignore[method-assign]
-    logging.getLogger("uvicorn.error").addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "ray.serve")]
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield errors
     finally:
-        logging.getLogger("uvicorn.error").removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)

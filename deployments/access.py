@@ -8,25 +8,24 @@ import asyncio
 import hashlib
 import hmac
 import math
-import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AccessConfig
-from deployments.http_errors import error_response, server_sent_error
+from deployments.events import Began, Events
+from deployments.http_errors import error_response, is_json, server_sent_error
 from rapid.errors import InvalidRequest, RapidError
-from rapid.request import Delta, Finish
+from rapid.request import Delta
 
 PUBLIC = "public"  # whose the files are where there are no keys
-_OPEN = {"/", "/favicon.ico", "/health", "/metrics", "/version"}  # what probes, scrapers and browsers ask first
+_OPEN = {"/", "/favicon.ico", "/health", "/version"}  # what probes and browsers ask first
 _CLIENTS = 10_000  # whose rates are remembered
 
 
@@ -35,6 +34,13 @@ class InvalidKey(RapidError):
 
     _code = "invalid_api_key"
     _status = 401
+
+
+class OriginRefused(RapidError):
+    """A page of another origin sends what a browser sends without asking first whether it may."""
+
+    _code = "origin_not_allowed"
+    _status = 403
 
 
 class RateLimited(RapidError):
@@ -71,6 +77,13 @@ class _Bucket:
     def take(self, amount: int) -> None:
         self._left -= amount
 
+    def headers(self, what: str) -> dict[str, str]:
+        """OpenAI's headers: what a minute has, what is left of it, and when all of it is there again."""
+        minutes, seconds = divmod(self.seconds_until(self.per_minute), 60)
+        reset = f"{minutes:.0f}m{seconds:.0f}s" if minutes else f"{seconds:.3f}s"
+        told = {"limit": str(self.per_minute), "remaining": str(max(0, math.floor(self._left))), "reset": reset}
+        return {f"x-ratelimit-{name}-{what}": value for name, value in told.items()}
+
 
 @dataclass
 class Client:
@@ -80,14 +93,19 @@ class Client:
     requests: _Bucket | None = None
     tokens: _Bucket | None = None
 
+    @property
+    def limits(self) -> dict[str, _Bucket]:
+        named = {"requests": self.requests, "tokens": self.tokens}
+        return {what: bucket for what, bucket in named.items() if bucket is not None}
+
     def admit(self) -> None:
         """Counts a request.
 
         Raises:
             RateLimited: there were too many, or too many tokens.
         """
-        for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            if bucket is not None and (wait := bucket.seconds_until(1)) > 0:
+        for what, bucket in self.limits.items():
+            if (wait := bucket.seconds_until(1)) > 0:
                 retry_after = math.ceil(wait)
                 raise RateLimited(f"more than {bucket.per_minute} {what} a minute: wait {retry_after} s", retry_after)
         if self.requests is not None:
@@ -97,12 +115,26 @@ class Client:
         if self.tokens is not None:
             self.tokens.take(num_tokens)
 
-    async def counted(self, events: AsyncGenerator[Delta | Finish, None]) -> AsyncGenerator[Delta | Finish, None]:
-        """``events``, whose tokens count for this client: the prompt's at the end, and what is written at once."""
-        async with aclosing(events):
-            async for event in events:
-                self.spend(event.statistics.prompt_tokens if isinstance(event, Finish) else len(event.tokens))
-                yield event
+    async def counted(self, events: Events) -> Events:
+        """``events``, whose tokens count for this client: what is written at once, and with the first of it the prompt.
+
+        Whoever leaves while the prompt is read has cost that, too; whoever is turned away has not.
+        """
+        prompt_tokens = 0
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Began):
+                        prompt_tokens = event.prompt_tokens
+                    elif isinstance(event, Delta):
+                        self.spend(prompt_tokens + len(event.tokens))
+                        prompt_tokens = 0
+                    yield event
+        except Exception:
+            prompt_tokens = 0
+            raise
+        finally:
+            self.spend(prompt_tokens)
 
 
 def client_of(request: Request) -> Client:
@@ -120,39 +152,55 @@ def guard(app: FastAPI, config: AccessConfig) -> None:
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=[
+                "Retry-After",
+                "X-Request-Id",
+                *_Bucket(1).headers("requests"),
+                *_Bucket(1).headers("tokens"),
+            ],
         )
 
 
 class _Guard:
     def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
         self._app, self._config = app, config
-        named = [key.get_secret_value() for key in config.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
-        self._keys = [hashlib.sha256(key.strip().encode()).digest() for key in named if key.strip()]
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
         self._clients: OrderedDict[str, Client] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(receive, send, int(self._config.max_body_mb * 1e6))
+        exchange = _Exchange(scope, receive, send, int(self._config.max_body_mb * 1e6))
+        headers = Headers(scope=scope)
+        scope["rapid.client"] = Client()
         try:
-            scope["rapid.client"] = Client()
-            if scope["path"] not in _OPEN:
+            self._check_origin(scope["method"], headers)
+            if (scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/") not in _OPEN:
                 scope["rapid.client"] = self._client(scope)
                 scope["rapid.client"].admit()
-            exchange.check_length(Headers(scope=scope))
+            exchange.check_length(headers)
             async with asyncio.timeout(self._config.request_timeout_s) as limit:
                 await self._app(scope, exchange.receive, exchange.send)
         except TimeoutError:
             if not limit.expired():
                 raise
-            await exchange.end(scope, self._timed_out(exchange.has_body))
+            await exchange.end(self._timed_out(exchange.has_body))
         except InvalidKey as error:
-            await exchange.end(scope, error, {"WWW-Authenticate": "Bearer"})
+            await exchange.end(error, {"WWW-Authenticate": "Bearer"})
         except RateLimited as error:
-            await exchange.end(scope, error, {"Retry-After": str(error.retry_after)})
+            await exchange.end(error, {"Retry-After": str(error.retry_after)})
         except RapidError as error:
-            await exchange.end(scope, error)
+            await exchange.end(error)
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """Raises OriginRefused. Of anything but a form or a bare POST, browsers ask first, and CORS answers."""
+        origin = headers.get("origin")
+        if method != "POST" or is_json(headers) or origin is None:
+            return
+        # What is before a server may change its name, but not what a browser says of the page.
+        is_own = headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
+        if not is_own and not {"*", origin} & set(self._config.cors_origins):
+            raise OriginRefused("pages of this origin may not ask here: access.cors_origins names those that may")
 
     def _client(self, scope: Scope) -> Client:
         """Raises InvalidKey."""
@@ -187,6 +235,7 @@ class _Guard:
 class _Exchange:
     """A request's messages: how much has come, and what has been sent."""
 
+    _scope: Scope
     _receive: Receive
     _send: Send
     max_bytes: int
@@ -212,13 +261,15 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = message
+            for what, bucket in self._scope["rapid.client"].limits.items():
+                MutableHeaders(scope=message).update(bucket.headers(what))
         await self._send(message)
 
-    async def end(self, scope: Scope, error: RapidError, headers: dict[str, str] | None = None) -> None:
+    async def end(self, error: RapidError, headers: dict[str, str] | None = None) -> None:
         """Answers with ``error``; what has begun already ends with it where it is an event stream, and else is cut."""
-        scope.setdefault("state", {})["error"] = error  # for the log
+        self._scope.setdefault("state", {})["error"] = error  # for the log
         if self.started is None:
-            return await error_response(error, headers)(scope, self._receive, self._send)
+            return await error_response(error, headers)(self._scope, self._receive, self.send)
         if not Headers(raw=self.started["headers"]).get("content-type", "").startswith("text/event-stream"):
             raise error
         end = f"{server_sent_error(error)}data: [DONE]\n\n"

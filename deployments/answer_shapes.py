@@ -9,22 +9,20 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from deployments.events import Began, Events, rapid_object, round_object, usage
 from deployments.http_errors import server_sent_error
-from deployments.protocol import ChatRequest, Completion, rapid_object, round_object, usage
+from deployments.protocol import ChatRequest, Completion
 from deployments.tools import CallReader
 from rapid.request import Delta, Finish, NamedToken, Statistics, TokenLogprobs
-
-Events = AsyncGenerator[Delta | Finish, None]
 
 
 class Choice:
     """One of an answer's choices, as it is written: what is to be shown of its events."""
 
-    def __init__(self, completion: Completion) -> None:
+    def __init__(self, completion: Completion, began: Began) -> None:
         self.is_chat = isinstance(completion, ChatRequest)
         self.has_logprobs = bool(completion.logprobs) if self.is_chat else completion.logprobs is not None
-        tools = completion.tools_in_use
-        self._calls = CallReader(tools) if tools else None
+        self._calls = CallReader(completion.tools_in_use, began.calls) if began.calls else None
         self._called: list[dict[str, Any]] = []
         self._offset, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("ignore")
         self._told: list[dict[str, float]] = []  # which chunks a trace has named
@@ -66,7 +64,7 @@ class Choice:
         return {
             "tokens": [_spelled(chosen) for chosen, _ in entries],
             "token_logprobs": [chosen.logprob for chosen, _ in entries],
-            "top_logprobs": [{_spelled(t): t.logprob for t in top} for _, top in entries],
+            "top_logprobs": [{_spelled(t): t.logprob for t in (*top, chosen)} for chosen, top in entries],
             "text_offset": offsets,
         }
 
@@ -89,10 +87,10 @@ class Shape:
     With n = 1 the `rapid` object is the answer's, on the last chunk of a stream; else each choice has its own.
     """
 
-    def __init__(self, completion: Completion) -> None:
-        self.completion = completion
+    def __init__(self, completion: Completion, began: Began) -> None:
+        self.completion, self._echoed = completion, began.echoed
         self.is_chat = isinstance(completion, ChatRequest)
-        self.choices = [Choice(completion) for _ in range(completion.n)]
+        self.choices = [Choice(completion, began) for _ in range(completion.n)]
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
 
@@ -105,8 +103,7 @@ class Shape:
         indices = range(len(self.choices))
         if self.is_chat:
             return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}) for i in indices]
-        echoed = self.completion.echoed
-        return [self._chunk(i, {"text": echoed, "logprobs": None}) for i in indices if echoed]
+        return [self._chunk(i, {"text": self._echoed, "logprobs": None}) for i in indices if self._echoed]
 
     def chunks(self, event: Delta | Finish) -> list[dict[str, Any]]:
         """What a stream says of ``event``."""
@@ -135,7 +132,7 @@ class Shape:
         assert isinstance(finish, Finish)
         choice = self.choices[finish.choice]
         text = "".join(choice.text_of(event) for event in events)
-        shown: dict[str, Any] = {"text": self.completion.echoed + text}
+        shown: dict[str, Any] = {"text": self._echoed + text}
         if self.is_chat:
             calls = choice.calls()
             message = {"role": "assistant", "content": text if text or not calls else None}

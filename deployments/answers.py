@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from deployments.assembly import local_backend
 from deployments.config import AppConfig
-from deployments.protocol import rapid_object, usage
+from deployments.events import rapid_object, usage
 from rapid.backend import Role
 from rapid.generate import generate
 from rapid.local import LocalBackend, OnPrefill

@@ -1,7 +1,6 @@
 """OpenAI's HTTP API over a `Service`: checks bodies and shapes answers; knows one model by name."""
 
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
 from typing import Any
@@ -10,14 +9,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.access import Client, client_of, guard
-from deployments.answer_shapes import Events, Shape, server_sent
+from deployments.answer_shapes import Shape, server_sent
 from deployments.config import AppConfig
+from deployments.events import Began, Events, usage
 from deployments.files_api import add_file_routes
-from deployments.http_errors import handle_errors, parse
+from deployments.http_errors import handle_errors, read
 from deployments.observation import Middleware, Observer
 from deployments.openapi import ERRORS, complete, takes
 from deployments.playground import page
-from deployments.protocol import ChatRequest, Completion, Health, TextRequest, usage
+from deployments.protocol import ChatRequest, Completion, Health, TextRequest
 from deployments.service import Service
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
@@ -46,12 +46,12 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
-        completion = parse(ChatRequest, await request.body())
+        completion = await read(ChatRequest, request)
         return await answer(completion, client_of(request))
 
     @app.post("/v1/completions", **takes(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
-        completion = parse(TextRequest, await request.body())
+        completion = await read(TextRequest, request)
         return await answer(completion, client_of(request))
 
     async def model() -> dict[str, Any]:
@@ -74,13 +74,13 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
     @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
     async def tokenize(request: Request) -> Tokenized:
-        body = parse(TokenizeRequest, await request.body())
+        body = await read(TokenizeRequest, request)
         check_model(body.model or model_name)
         return await service.tokenize(body)
 
     @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
-        body = parse(DetokenizeRequest, await request.body())
+        body = await read(DetokenizeRequest, request)
         check_model(body.model or model_name)
         return await service.detokenize(body)
 
@@ -102,16 +102,17 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
 
 async def _answer(completion: Completion, events: Events) -> Response:
-    shape = Shape(completion)
-    # The first event comes before any header does, so that what is wrong with the request gets its own status.
-    first = await anext(events)
+    # The first tokens come before any header does, so that what is wrong with the request gets its own status.
+    began, first = await anext(events), await anext(events)
+    assert isinstance(began, Began) and not isinstance(first, Began)
+    shape = Shape(completion, began)
     if completion.stream:
         stream = server_sent(shape, first, events)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     return await _whole(shape, first, events)
 
 
-async def _whole(shape: Shape, first: Delta | Finish, events: AsyncGenerator[Delta | Finish, None]) -> Response:
+async def _whole(shape: Shape, first: Delta | Finish, events: Events) -> Response:
     async with aclosing(events):
         body = shape.whole([first, *[event async for event in events]])
     return JSONResponse({**body, "usage": usage(*shape.statistics), **shape.summary()})

@@ -3,6 +3,14 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+BELONGS = "belongs"
+
+
+def wrong(field: str, why: str) -> PydanticCustomError:
+    """What a validator of a whole body raises about one of its fields; of none of them where ``field`` is empty."""
+    return PydanticCustomError(BELONGS, "{why}", {"field": field, "why": why})
 
 
 class Body(BaseModel):

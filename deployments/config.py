@@ -137,6 +137,12 @@ class AccessConfig(Strict):
     )
     cors_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask; * is all")
 
+    @property
+    def keys(self) -> list[str]:
+        """All valid keys, also those that the environment of this process names."""
+        named = [key.get_secret_value() for key in self.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
+        return [key.strip() for key in named if key.strip()]
+
     @field_validator("api_keys")
     @classmethod
     def _are_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:

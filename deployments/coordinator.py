@@ -15,6 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import Channel
 from deployments.config import AppConfig
 from deployments.engines import Ticket, document_of, engines_of
+from deployments.events import Began
+from deployments.metrics import QueueMetrics
 from deployments.protocol import Completion
 from deployments.service import LocalService
 from rapid.backend import DraftHandle, Lease, Retrieval, Role
@@ -49,6 +51,7 @@ class RayBackend:
         self.patience_s = _PATIENCE_FOR_ANOTHER_S
         self.overlap = overlap
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
+        self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
         self._actors: dict[Role, Any] = {}  # one that was there lately
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,12 +121,13 @@ class RayBackend:
         first = asyncio.ensure_future(anext(stream))
         try:
             patience_s = _A_TRY_S if opening.may_wait else _PATIENCE_S
-            while not (await asyncio.wait([first], timeout=patience_s))[0]:
-                if opening.written or not opening.may_wait:
-                    raise Overloaded(f"no {role} had a place within {patience_s:g} s")
-                if not await self._is_there(role):
-                    raise EngineLost(f"there is no {role}")
-                # Busy replicas are waited for in their queue.
+            with self._queue.waiting(role):
+                while not (await asyncio.wait([first], timeout=patience_s))[0]:
+                    if opening.written or not opening.may_wait:
+                        raise Overloaded(f"no {role} had a place within {patience_s:g} s")
+                    if not await self._is_there(role):
+                        raise EngineLost(f"there is no {role}")
+                    # Busy replicas are waited for in their queue.
             ticket: Ticket | RapidError = first.result()
         except BackPressureError as error:
             raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
@@ -244,7 +248,7 @@ class Coordinator:
         await backend.connect()
         self._service = LocalService(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Delta | Finish | RapidError]:
+    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Began | Delta | Finish | RapidError]:
         """`LocalService.generate`, with what is wrong with the request as its last item."""
         try:
             async with aclosing(self._service.generate(completion, owner)) as events:

@@ -6,11 +6,14 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from ray.exceptions import RayError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from deployments.body import BELONGS
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
@@ -77,11 +80,28 @@ async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Makes ``app`` answer every error in OpenAI's shape."""
-    app.add_exception_handler(Exception, _on_error)
+    """Makes ``app`` answer in OpenAI's shape what is wrong with a request; what nobody expected, `Middleware` does."""
     app.add_exception_handler(RapidError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_half_a_body)
+
+
+async def read(kind: type[T], request: Request) -> T:
+    """The body of ``request``.
+
+    Raises:
+        InvalidRequest: it is not said to be JSON (415), or as `parse` says.
+    """
+    if not is_json(request.headers):
+        message = "the body must be JSON: send the header `Content-Type: application/json`"
+        raise InvalidRequest(message, code="unsupported_media_type", status=415)
+    return parse(kind, await request.body())
+
+
+def is_json(headers: Headers) -> bool:
+    """Whether a body is said to be JSON. A browser sends none for a page of another origin before it has asked."""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
 def parse(kind: type[T], body: bytes) -> T:
@@ -93,15 +113,47 @@ def parse(kind: type[T], body: bytes) -> T:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        # A kind of message or part, which pydantic adds to the path, has a capital; no field of ours does.
-        *path, last = [str(part) for part in first["loc"]] or [""]
-        path = [part for part in path if not part[:1].isupper()]
-        if first["type"] == "extra_forbidden" or not last[:1].isupper():
-            path.append(last)
-        field = ".".join(path) or None
-        words = {"extra_forbidden": "unknown field", "missing": "is required"}
-        message = words.get(first["type"], first["msg"])
-        if first["type"] == "json_invalid":
-            raise InvalidRequest(f"the body is not valid JSON: {message}", code="invalid_json") from None
-        raise InvalidRequest(f"{field}: {message}" if field else message, param=field) from None
+        errors = error.errors(include_url=False, include_input=False)
+    if errors[0]["type"] == "json_invalid":
+        raise InvalidRequest(f"the body is not valid JSON: {errors[0]['msg']}", code="invalid_json")
+    sent = from_json(body)
+    first = _field(errors[0], sent)
+    # Where several kinds of value are allowed, each says what it misses; who came furthest knows what was meant.
+    of_it = [(field, wrong) for wrong in errors if (field := _field(wrong, sent))[: len(first)] == first]
+    path = max((field for field, _ in of_it), key=len)
+    said = " or ".join(dict.fromkeys(_in_words(wrong) for field, wrong in of_it if field == path))
+    field = ".".join(path) or None
+    raise InvalidRequest(f"{field}: {said}" if field else said, param=field)
+
+
+def _field(wrong: Any, sent: Any) -> list[str]:
+    """Which field an error is of, as the client wrote it: pydantic puts kinds and the like between the names."""
+    path = []
+    *outer, last = wrong["loc"] or ("",)
+    for part in outer:
+        if (isinstance(sent, dict) and part in sent) or (isinstance(sent, list) and isinstance(part, int)):
+            sent = sent[part]
+            path.append(str(part))
+    is_named = wrong["type"] in ("missing", "extra_forbidden") or isinstance(last, int)
+    if is_named or (isinstance(sent, dict) and last in sent):
+        path.append(str(last))
+    more = wrong.get("ctx", {})
+    if wrong["type"].startswith("union_tag"):
+        path.append(more["discriminator"].strip("'"))
+    return path + ([more["field"]] if wrong["type"] == BELONGS and more["field"] else [])
+
+
+def _in_words(wrong: Any) -> str:
+    kind, more = wrong["type"], wrong.get("ctx", {})
+    words = {
+        "extra_forbidden": "unknown field",
+        "missing": "is required",
+        "union_tag_not_found": "is required",
+        "model_type": "must be an object",
+        "dict_type": "must be an object",
+        "list_type": "must be a list",
+    }
+    if kind == "union_tag_invalid":
+        return f"must be one of {more['expected_tags']}"
+    said: str = words.get(kind) or wrong["msg"].replace("Input should be", "must be")
+    return f"its name {said}" if wrong["loc"][-1:] == ("[key]",) else said

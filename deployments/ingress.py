@@ -1,6 +1,6 @@
 """The deployment that listens: the API in its process, everything behind it asked of the Coordinator."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,10 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api import make_api
 from deployments.config import AppConfig
+from deployments.events import Events
 from deployments.protocol import Completion, Health
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import RapidError
-from rapid.request import Delta, Finish
 
 
 class RemoteFiles:
@@ -33,7 +33,7 @@ class RemoteService:
         self._coordinator = coordinator
         self.files = RemoteFiles(self._call)
 
-    async def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]:
+    async def generate(self, completion: Completion, owner: str) -> Events:
         events = self._coordinator.options(stream=True).generate.remote(completion, owner)
         try:
             async for event in events:

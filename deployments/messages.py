@@ -1,13 +1,16 @@
 """The messages of a chat as a client sends them, and the prompt that they make."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
-from deployments.tools import Tool, ToolCall, call_format, check_calls_are_shown
+from deployments.body import Body, wrong
+from deployments.tools import Tool, ToolCall, call_format, check_calls_are_shown, template_of
 from rapid.errors import InvalidRequest
 from rapid.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat
 
@@ -25,7 +28,7 @@ class FileReference(Body):
     @model_validator(mode="after")
     def _one_of_both(self) -> "FileReference":
         if (self.file_id is None) == (self.file_data is None):
-            raise ValueError("give either file_id or file_data")
+            raise wrong("", "give either file_id or file_data")
         return self
 
 
@@ -64,9 +67,9 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
         if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content is required")
+            raise wrong("content", "is required")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls belong to role assistant")
+            raise wrong("tool_calls", "belong to role assistant")
         return self
 
     def as_message(self) -> Message:
@@ -94,12 +97,18 @@ def read_messages(
     *,
     query: str | None = None,
     long_content_tokens: int = LONG_CONTENT_TOKENS,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
-    """The prompt of a chat.
+    """The prompt of a chat; ``template_kwargs`` are variables of the model's chat template.
 
     Raises:
-        InvalidRequest: the chat template refuses it, or would leave out calls or tools.
+        InvalidRequest: the chat template refuses it, or would leave out calls, tools or one of ``template_kwargs``.
     """
+    own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    for name in template_kwargs:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", template_of(tokenizer)):
+            field = f"chat_template_kwargs.{name}"
+            raise InvalidRequest(f"{field}: this model's chat template takes no such variable", param=field)
     if any(message.tool_calls for message in messages):
         check_calls_are_shown(tokenizer)
     if tools:
@@ -110,4 +119,5 @@ def read_messages(
         query=query,
         long_content_tokens=long_content_tokens,
         tools=[tool.model_dump(exclude_unset=True) for tool in tools],
+        template_kwargs=template_kwargs,
     )

@@ -6,12 +6,13 @@ sum from the middles of its buckets, so what is to be exact is a counter: second
 
 import time
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from rapid.engine import EngineStats
-from rapid.request import Delta, Finish
+from rapid.request import Delta, Finish, Statistics
 
 _SECONDS = [10.0**power * step for power in range(-3, 3) for step in (1, 2, 5)]  # 1 ms to 500 s
 _SCORES = [step / 20 for step in range(1, 21)]
@@ -92,14 +93,17 @@ class RequestMetrics:
         if time.monotonic() - self._flushed > _FLUSH_S:
             self._flush()
 
+    def read(self, stats: Statistics) -> None:
+        """The prompt of an answer, however many choices it has."""
+        self._count("prompt_tokens", stats.prompt_tokens, stats.strategy)
+        self._count("prompt_tokens_cached", stats.cached_tokens, stats.strategy)
+
     def finished(self, finish: Finish, seconds_per_token: float | None) -> None:
-        """The end of one answer; ``seconds_per_token`` where there are tokens after the first ones."""
+        """The end of one choice; ``seconds_per_token`` where there are tokens after the first ones."""
         stats = finish.statistics
         seconds = {name: ms / 1e3 for name, ms in stats.timings_ms.items()}
         if seconds_per_token is not None:
             self._observe("time_per_output_token_seconds", seconds_per_token, stats.strategy)
-        self._count("prompt_tokens", stats.prompt_tokens, stats.strategy)
-        self._count("prompt_tokens_cached", stats.cached_tokens, stats.strategy)
         self._observe("request_queue_seconds", seconds["queueing"])
         self._observe("prefill_seconds", seconds["target_prefill"], "target")
         if stats.draft_prompt_tokens:
@@ -126,13 +130,36 @@ class RequestMetrics:
                 self._counters[name].inc(amount, dict(zip(_COUNTERS[name][1], labels, strict=True)))
 
 
+class QueueMetrics:
+    """Who waits for a place on an engine, counted where they wait: Serve hands a replica no more than it has places."""
+
+    def __init__(self, roles: Iterable[str]) -> None:
+        self._waiting = Gauge("rapid_num_requests_waiting", "Waiting for a place on an engine", tag_keys=("role",))
+        self._numbers = dict.fromkeys(roles, 0)
+        for role in self._numbers:
+            self._add(role, 0)
+
+    @contextmanager
+    def waiting(self, role: str) -> Iterator[None]:
+        """Counts one more until the block ends."""
+        self._add(role, 1)
+        try:
+            yield
+        finally:
+            self._add(role, -1)
+
+    def _add(self, role: str, number: int) -> None:
+        self._numbers[role] += number
+        self._waiting.set(self._numbers[role], {"role": role})
+
+
 class EngineMetrics:
     """What the engine of this replica holds and has done; Serve adds the labels `deployment` and `replica`."""
 
     def __init__(self) -> None:
         self._kv = Gauge("rapid_kv_bytes", "KV memory: used by open sequences, cached, total", tag_keys=("state",))
         self._sequences = Gauge("rapid_leases", "Open sequences")
-        self._waiting = Gauge("rapid_num_requests_waiting", "Sequences that wait for room in the KV memory")
+        self._waiting = Gauge("rapid_num_requests_waiting_for_kv", "Sequences that wait for room in the KV memory")
         self._counters = {
             "prefix_cache_hit_tokens": Counter("rapid_prefix_cache_hit_tokens", "Prompt tokens found in the KV memory"),
             "prefix_cache_miss_tokens": Counter("rapid_prefix_cache_miss_tokens", "Prompt tokens that were not there"),

@@ -4,10 +4,10 @@ The line's fields are attributes of the log record, so Ray Serve writes them as 
 No text of a prompt or an answer is among them, unless `observability.log_prompts` asks for it.
 """
 
+import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AppConfig
-from deployments.http_errors import as_rapid_error
+from deployments.events import Began, Events, rapid_object
+from deployments.http_errors import as_rapid_error, error_response
 from deployments.metrics import RequestMetrics
-from deployments.protocol import Completion, rapid_object
-from rapid.request import Delta, Finish
+from deployments.protocol import Completion
+from rapid.request import Finish, Statistics
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,21 +81,23 @@ class Observer:
     def __init__(self, config: AppConfig) -> None:
         self._config, self.metrics = config, RequestMetrics()
 
-    async def generation(
-        self, completion: Completion, events: AsyncGenerator[Delta | Finish, None]
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    async def generation(self, completion: Completion, events: Events) -> Events:
         """``events`` as they are; closing this closes them."""
         observed = _observed.get()
         strategy = completion.rapid.strategy or self._config.speculation.strategy
         texts: list[str] = []
         choices = [_Written() for _ in range(completion.n)]
+        finished: list[Finish] = []
         try:
             async with aclosing(events):
                 async for event in events:
+                    if isinstance(event, Began):
+                        yield event
+                        continue
                     choice = choices[event.choice]
                     if isinstance(event, Finish):
+                        finished.append(event)
                         self.metrics.finished(event, choice.seconds_per_token)
-                        observed.fields |= {"finish_reason": event.reason, **rapid_object(event.statistics)}
                     else:
                         if choice.push(len(event.tokens)) and "first_token_ms" not in observed.fields:
                             observed.fields["first_token_ms"] = round(observed.seconds * 1e3, 2)
@@ -107,9 +110,15 @@ class Observer:
             observed.error = error
             raise
         finally:
+            if finished:
+                whole = Statistics.of_all([finish.statistics for finish in finished])
+                reasons = ",".join(finish.reason for finish in sorted(finished, key=lambda finish: finish.choice))
+                observed.fields |= {"finish_reason": reasons, **rapid_object(whole)}
+                self.metrics.read(whole)
             observed.fields |= {
                 "strategy": strategy,
                 "stream": completion.stream,
+                "user": hashlib.sha256(completion.user.encode()).hexdigest()[:16] if completion.user else None,
                 "emitted": sum(c.num_tokens for c in choices),
             }
             if self._config.observability.log_prompts:
@@ -146,9 +155,11 @@ class Middleware:
             await self._app(scope, receive, watch)
         except ClientDisconnect:
             raise
-        except Exception as error:
+        except Exception as error:  # nothing of ours expected it; the line in the log has all of it
             observed.error = error
-            raise
+            if observed.status is not None:
+                raise
+            await error_response(error)(scope, receive, watch)
         finally:
             observed.error = observed.error or scope.get("state", {}).get("error")
             self._ended(scope, observed)

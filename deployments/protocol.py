@@ -5,13 +5,13 @@ absent, since clients send those.
 """
 
 from abc import abstractmethod
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
+from deployments.body import Body, wrong
 from deployments.config import AppConfig
 from deployments.messages import ChatMessage, FilePart, read_messages
 from deployments.response_format import ResponseFormat
@@ -19,9 +19,9 @@ from deployments.tools import Tool, ToolChoice, call_format, forced_call
 from rapid.errors import InvalidRequest
 from rapid.logits import LogitParams
 from rapid.prompts import Prompt, read_text
-from rapid.request import Delta, GenerationRequest, Statistics
+from rapid.request import GenerationRequest
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS, MAX_STOPS = 20, 64
 
 
 class RetrievalFields(Body):
@@ -64,6 +64,8 @@ class Completion(Body):
     min_p: float | None = None
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: int = Field(0, ge=0)
     n: int = Field(1, ge=1)
     # JSON's keys are strings.
     logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field(default_factory=dict)
@@ -78,16 +80,16 @@ class Completion(Body):
     @model_validator(mode="after")
     def _stop_strings(self) -> "Completion":
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if len(stop) > 4 or not all(stop):
-            raise ValueError("stop must be one to four strings, none of them empty")
+        if len(stop) > MAX_STOPS or not all(stop):
+            raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
         return self
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "Completion":
         if "stream_options" in self.model_fields_set and not self.stream:
-            raise ValueError("stream_options says how to stream, and stream is false")
+            raise wrong("stream_options", "says how to stream, and stream is false")
         if self.rapid.trace and not self.stream:
-            raise InvalidRequest("rapid.trace tells of a stream's rounds: set stream to true", param="rapid.trace")
+            raise wrong("rapid.trace", "tells of a stream's rounds: set stream to true")
         return self
 
     @property
@@ -95,8 +97,7 @@ class Completion(Body):
         """What the model may call."""
         return []
 
-    @property
-    def echoed(self) -> str:
+    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """What of the prompt comes before the answer."""
         return ""
 
@@ -109,9 +110,17 @@ class Completion(Body):
         """
         if self.n > config.target.max_sequences:
             raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
+        most = self._max_tokens() or config.default_max_tokens
+        if self.min_tokens > most:
+            raise InvalidRequest(f"min_tokens must be at most {most}, got {self.min_tokens}", param="min_tokens")
+        unknown = [token for token in self.stop_token_ids if not 0 <= token < len(tokenizer)]
+        if unknown:
+            raise InvalidRequest(f"stop_token_ids: there is no token {unknown[0]}", param="stop_token_ids")
         grammar = self._grammar(tokenizer)
-        if grammar and self.ignore_eos:
-            raise InvalidRequest("ignore_eos: JSON ends, and nothing may follow it", param="ignore_eos")
+        for param in ("ignore_eos", "min_tokens"):
+            if grammar and getattr(self, param):
+                raise InvalidRequest(f"{param}: JSON ends where it ends, and nothing may follow it", param=param)
+        stop_token_ids = tuple(self.stop_token_ids)
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(
             "strategy", "num_draft_tokens", "transfer_strength", "verification", "draft_top_k", "rag_model"
@@ -123,9 +132,16 @@ class Completion(Body):
             retrieval=replace(config.retriever.options, **retrieval),
             prompt=self._prompt(tokenizer, config.retriever.long_content_tokens),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=stop_token_ids,
+            min_tokens=self.min_tokens,
             max_tokens=self._max_tokens(),
             default_max_tokens=config.default_max_tokens,
-            logits=LogitParams(**adjustments, grammar=grammar),
+            logits=LogitParams(
+                **adjustments,
+                grammar=grammar,
+                min_tokens=self.min_tokens,
+                stop_token_ids=stop_token_ids if self.min_tokens else (),
+            ),
             ignore_eos=self.ignore_eos,
             num_logprobs=self._num_logprobs(),
         )
@@ -152,17 +168,18 @@ class ChatRequest(Completion):
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise wrong("top_logprobs", "needs logprobs to be true")
         if "tool_choice" in self.model_fields_set and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise wrong("tool_choice", "needs tools")
         if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; send one")
+            raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
         if self.tools_in_use and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format cannot be had together with tools; set tool_choice to none")
+            raise wrong("response_format", "cannot be had together with tools; set tool_choice to none")
         return self
 
     @property
@@ -179,6 +196,7 @@ class ChatRequest(Completion):
             self.messages,
             self.tools_in_use,
             tokenizer,
+            template_kwargs=self.chat_template_kwargs,
             query=self.rapid.query,
             long_content_tokens=long_content_tokens,
         )
@@ -198,31 +216,39 @@ class ChatRequest(Completion):
 class TextRequest(Completion):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] = Field(description="one prompt; a list may hold one")
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="one prompt; a list may hold one")
+    max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "TextRequest":
-        if isinstance(self.prompt, list) and len(self.prompt) != 1:
-            raise ValueError("prompt must be one string; send several prompts as several requests")
+        is_of_tokens = bool(self.prompt) and isinstance(self.prompt[0], int)
+        if isinstance(self.prompt, list) and len(self.prompt) != 1 and not is_of_tokens:
+            raise wrong("prompt", "must be one prompt; send several as several requests")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("max_tokens", "must be greater than 0 without echo")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: the prompt's logprobs are not computed; leave echo or logprobs out")
+            raise wrong("echo", "the prompt's logprobs are not computed; leave echo or logprobs out")
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of must be n: all that is written is given out")
+            raise wrong("best_of", "must be n: all that is written is given out")
         return self
 
-    @property
-    def echoed(self) -> str:
-        return self._text if self.echo else ""
+    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        if not self.echo:
+            return ""
+        prompt = self._one
+        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
 
     @property
-    def _text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def _one(self) -> str | list[int]:
+        """The prompt, as text or as tokens."""
+        prompt: Any = self.prompt
+        return prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
-        return read_text(self._text, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+        return read_text(self._one, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
 
     def _num_logprobs(self) -> int | None:
         return self.logprobs
@@ -235,40 +261,3 @@ class Health(BaseModel):
     models: dict[str, str]
     sequences: dict[str, int]
     kv_bytes: dict[str, int]
-
-
-def rapid_object(statistics: Statistics) -> dict[str, Any]:
-    """The `rapid` object of an answer: the statistics, rates and times rounded for reading."""
-    fields = asdict(statistics)
-    fields["timings_ms"] = {name: round(ms, 2) for name, ms in statistics.timings_ms.items()}
-    for rate in ("acceptance_rate", "mean_accepted_length"):
-        value = getattr(statistics, rate)
-        fields[rate] = None if value is None else round(value, 4)
-    return fields
-
-
-def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
-    """The `rapid_round` object of a streamed chunk: where each of a round's tokens came from; ``chunks`` where new."""
-    accepted = min(delta.num_accepted, len(delta.tokens))
-    drafted = "lookup" if delta.source == "lookup" else "accepted"
-    following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
-    return {
-        "source": delta.source,
-        "drafted": delta.num_drafted,
-        "accepted": accepted,
-        "tokens": [
-            {"text": text, "origin": drafted if i < accepted else following} for i, text in enumerate(delta.pieces)
-        ],
-        "ms": round(delta.elapsed_ms, 2),
-    } | ({} if chunks is None else {"chunks": chunks})
-
-
-def usage(*choices: Statistics) -> dict[str, Any]:
-    """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
-    prompt, written = choices[0].prompt_tokens, sum(choice.emitted for choice in choices)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": min(choice.cached_tokens for choice in choices)},
-    }

@@ -1,7 +1,6 @@
 """What the API serves, wherever the engines are: reads a request's body, runs the decode loop, tells what is held."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -9,12 +8,15 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
+from deployments.events import Began, Events
 from deployments.files import Files, KeepingBackend, LocalFiles
 from deployments.protocol import Completion, Health
 from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.tools import call_format
 from deployments.tracing import Trace
 from rapid.choices import generate_choices
-from rapid.request import Delta, Finish
+from rapid.errors import ContextLengthExceeded
+from rapid.request import Finish, Statistics
 
 
 class Service(Protocol):
@@ -22,7 +24,7 @@ class Service(Protocol):
 
     files: Files
 
-    def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]: ...
+    def generate(self, completion: Completion, owner: str) -> Events: ...
     async def health(self) -> Health: ...
     async def window(self) -> int: ...
     async def tokenize(self, body: TokenizeRequest) -> Tokenized: ...
@@ -36,8 +38,8 @@ class LocalService:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self.files = LocalFiles(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion, owner: str) -> AsyncGenerator[Delta | Finish, None]:
-        """Writes the choices of one completion, a `Delta` a round and a `Finish` each; closing it frees all they hold.
+    async def generate(self, completion: Completion, owner: str) -> Events:
+        """Writes the choices of one completion; closing it frees all they hold.
 
         Raises:
             RapidError: what is wrong with the request, or with the engines.
@@ -47,6 +49,16 @@ class LocalService:
             request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
             if whole is not completion:  # its files are kept already, by themselves, and go when they are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
+            num_tokens = len(request.prompt.tokens)
+            calls = call_format(self._tokenizer) if completion.tools_in_use else None
+            if completion.max_tokens == 0 and num_tokens > (window := await self.window()):
+                raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
+            yield Began(num_tokens, completion.echoed(self._tokenizer), calls)
+            if completion.max_tokens == 0:  # the prompt is repeated, and no engine has anything to do
+                for choice in range(completion.n):
+                    statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
+                    yield Finish("", "length", statistics, choice=choice)
+                return
             with Trace.start(request, self._backend) as trace:
                 async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
                     async for event in events:

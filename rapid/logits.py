@@ -33,7 +33,8 @@ class LogitParams:
 
     ``logit_bias`` is added to the logits of its token ids. ``repetition_penalty`` divides a positive logit and
     multiplies a negative one, of every token of the prompt or the output. ``frequency_penalty`` is subtracted as often
-    as a token was written, ``presence_penalty`` once. ``grammar`` leaves the tokens that may follow.
+    as a token was written, ``presence_penalty`` once. ``grammar`` leaves the tokens that may follow. Neither an end of
+    sequence nor one of ``stop_token_ids`` comes among the first ``min_tokens``.
 
     ``prompt`` and ``eos`` are filled in by `on`: a drafter, which reads another prompt, counts the target's.
 
@@ -46,6 +47,8 @@ class LogitParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     grammar: str | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     eos: tuple[int, ...] = ()
 
@@ -64,7 +67,7 @@ class LogitParams:
         """As the two sequences of a request about ``prompt`` are opened with; None where nothing is asked for.
 
         Raises:
-            InvalidRequest: a biased token does not exist, or the model can end no grammar.
+            InvalidRequest: a biased token does not exist, the model can end no grammar, or every token is an end.
         """
         if self == LogitParams():
             return None
@@ -74,6 +77,8 @@ class LogitParams:
         if self.grammar is not None and not target.eos_token_ids:
             what = f"response_format: {target.name} has no end of sequence to end a grammar with"
             raise InvalidRequest(what, param="response_format")
+        if self.min_tokens and len({*self.stop_token_ids, *target.eos_token_ids}) >= target.vocab_size:
+            raise InvalidRequest("stop_token_ids: with min_tokens one token must be left", param="stop_token_ids")
         counted = tuple(sorted(set(prompt))) if self.repetition_penalty != 1 else ()
         return replace(self, prompt=counted, eos=tuple(sorted(target.eos_token_ids)))
 
@@ -93,6 +98,7 @@ class LogitProcessor:
         self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device)
         self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._in_prompt[list(params.prompt)] = True
+        self._ends = torch.tensor([*params.eos, *params.stop_token_ids], dtype=torch.long, device=device)
         self._grammar: Future[Grammar] | None = None
         if params.grammar is not None:
             assert tokenizer is not None
@@ -116,6 +122,8 @@ class LogitProcessor:
             penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
             logits = torch.where(written | self._in_prompt, penalised, logits)
             logits = logits - params.frequency_penalty * counts - params.presence_penalty * written
+        if (early := params.min_tokens - len(output)) > 0:
+            logits[:early].index_fill_(-1, self._ends, -torch.inf)
         if self._grammar is not None:
             grammar = self._grammar.result()
             rows = [grammar.allowed([*output, *draft[:i]]) for i in range(len(draft) + 1)]

@@ -9,7 +9,7 @@ these. The drafter reads the same messages with the context replaced by what was
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -81,8 +81,9 @@ class Prompt:
     query: str
     _turns: list[_Turn] = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    _is_chat: bool = True
+    is_chat: bool = True
     _tools: Tools = ()
+    _template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def shortened(self, chunks: Iterable[RetrievedText]) -> list[int]:
         """The tokens that the drafter reads: every long content replaced by its ``chunks`` (in document order)."""
@@ -93,7 +94,7 @@ class Prompt:
         retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
         dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
-        return _encode(self.tokenizer, messages, self._tools, is_chat=self._is_chat)
+        return _encode(self.tokenizer, messages, self._tools, self._template_kwargs, is_chat=self.is_chat)
 
 
 def read_chat(
@@ -103,19 +104,22 @@ def read_chat(
     query: str | None = None,
     long_content_tokens: int = LONG_CONTENT_TOKENS,
     tools: Tools = (),
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
     """Applies the model's chat template, with ``tools`` in OpenAI's form, and the context rule to ``messages``.
+
+    ``template_kwargs`` are further variables for the template.
 
     Raises:
         InvalidRequest: there are no messages, or the chat template refuses them.
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
-    return _read(messages, tokenizer, query, long_content_tokens, tools, is_chat=True)
+    return _read(messages, tokenizer, query, long_content_tokens, tools, template_kwargs, is_chat=True)
 
 
 def read_text(
-    text: str,
+    text: str | list[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
     query: str | None = None,
@@ -123,12 +127,22 @@ def read_text(
 ) -> Prompt:
     """A prompt without a chat template, under the same rule: its last paragraph is the query, the rest the context.
 
+    Of a prompt of tokens the target reads these, and all else goes by the text that they stand for.
+
     Raises:
-        InvalidRequest: the prompt is empty.
+        InvalidRequest: the prompt is empty, or has tokens that do not exist.
     """
     if not text:
         raise InvalidRequest("prompt must not be empty", param="prompt")
-    return _read([Message("user", text)], tokenizer, query, long_content_tokens, (), is_chat=False)
+    tokens = None
+    if isinstance(text, list):
+        tokens = text
+        unknown = [token for token in tokens if not 0 <= token < len(tokenizer)]
+        if unknown:
+            raise InvalidRequest(f"prompt: there is no token {unknown[0]}", param="prompt")
+        text = str(tokenizer.decode(tokens))
+    prompt = _read([Message("user", text)], tokenizer, query, long_content_tokens, (), {}, is_chat=False)
+    return prompt if tokens is None else replace(prompt, tokens=tokens)
 
 
 def _read(
@@ -137,6 +151,7 @@ def _read(
     query: str | None,
     long_content_tokens: int,
     tools: Tools,
+    template_kwargs: Mapping[str, Any],
     *,
     is_chat: bool,
 ) -> Prompt:
@@ -185,8 +200,8 @@ def _read(
             turns.append(_Turn(role, content, exchange, (gathered,), more=more))
         else:
             turns.append(_Turn(role, content, exchange, more=more))
-    tokens = _encode(tokenizer, messages, tools, is_chat=is_chat)
-    return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat, tools)
+    tokens = _encode(tokenizer, messages, tools, template_kwargs, is_chat=is_chat)
+    return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat, tools, template_kwargs)
 
 
 def split_question(text: str) -> tuple[str, str]:
@@ -210,7 +225,12 @@ def _is_long(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, *, is_chat: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Tools,
+    template_kwargs: Mapping[str, Any],
+    *,
+    is_chat: bool,
 ) -> list[int]:
     if not is_chat:
         return list(tokenizer("".join(message.content for message in messages))["input_ids"])
@@ -224,7 +244,8 @@ def _encode(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=True,
+            **template_kwargs,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last ones where a variable is odd
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

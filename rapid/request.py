@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from rapid.control import Source
@@ -80,8 +81,9 @@ class GenerationRequest:
     """One completion to write. ``max_tokens`` None means ``default_max_tokens``, or less where the window ends.
 
     ``retrieval`` holds the retriever's options; they are passed on to the backend as they are. With ``ignore_eos`` an
-    end of sequence is written like any other token. With ``num_logprobs`` each token comes with its log-probability,
-    and those of that many most likely ones.
+    end of sequence is written like any other token; one of ``stop_token_ids`` ends the output all the same, unseen. The
+    first ``min_tokens`` are not looked through for stop strings; that no end is drawn among them, ``logits`` say. With
+    ``num_logprobs`` each token comes with its log-probability, and those of that many most likely ones.
     """
 
     prompt: Prompt
@@ -89,6 +91,8 @@ class GenerationRequest:
     speculation: SpeculationParams
     retrieval: Any = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     max_tokens: int | None = None
     default_max_tokens: int = 512
     logits: LogitParams = field(default_factory=LogitParams)
@@ -148,6 +152,25 @@ class Statistics:
     def mean_accepted_length(self) -> float | None:
         """Tokens emitted per target forward pass."""
         return self.emitted / self.rounds if self.rounds else None
+
+    @classmethod
+    def of_all(cls, choices: Sequence[Statistics]) -> Statistics:
+        """Those of several choices of one prompt: what each did is summed, what they share is counted once."""
+        first = choices[0]
+
+        def summed(*names: str) -> dict[str, int]:
+            return {name: sum(getattr(choice, name) for choice in choices) for name in names}
+
+        times = {name: sum(choice.timings_ms[name] for choice in choices) for name in first.timings_ms}
+        shared = {name: max(choice.timings_ms[name] for choice in choices) for name in ("retrieval", "total")}
+        return replace(
+            first,
+            **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
+            **summed("resumed", "drafters_lost"),
+            cached_tokens=min(choice.cached_tokens for choice in choices),  # what one read, the next may find
+            fallback=next((choice.fallback for choice in choices if choice.fallback), None),
+            timings_ms=times | shared,
+        )
 
 
 class NamedToken(NamedTuple):

@@ -104,13 +104,13 @@ class TextStream:
     """Turns tokens into text as they come: never half a character, never a part of a stop string.
 
     ``push`` returns what may be shown now. Once ``stopped`` is True a stop string was met; it and all behind it are
-    cut.
+    cut. None is looked for in what the first ``min_tokens`` bring.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop = tuple(stop)
+        self._stop, self._min_tokens = tuple(stop), min_tokens
         self._tokens: list[int] = []
         self._starts: list[int] = []  # where in the text each token's begins
         self._decoded = ""  # all text so far
@@ -148,16 +148,19 @@ class TextStream:
 
     def _release(self, held_back: int) -> str:
         if not self.stopped:
-            found = [at for stop in self._stop if (at := self._decoded.find(stop, self._shown)) >= 0]
+            found = [at for stop in self._looked_for() if (at := self._decoded.find(stop, self._shown)) >= 0]
             if found:
                 self._decoded, self.stopped, held_back = self._decoded[: min(found)], True, 0
         end = max(self._shown, len(self._decoded) - held_back)
         piece, self._shown = self._decoded[self._shown : end], end
         return piece
 
+    def _looked_for(self) -> tuple[str, ...]:
+        return self._stop if len(self._tokens) > self._min_tokens else ()
+
     def _held_back(self) -> int:
         """The length of the longest end of the text that is the beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max((len(stop) - 1 for stop in self._looked_for()), default=0)
         for length in range(min(longest, len(self._decoded) - self._shown), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
                 return length

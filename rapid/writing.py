@@ -26,8 +26,10 @@ class Writer:
 
     def __init__(self, request: GenerationRequest, eos: frozenset[int], max_tokens: int) -> None:
         self.reason: str | None = None
-        self._tokenizer, self._eos, self._room = request.prompt.tokenizer, eos, max_tokens
-        self._text = TextStream(self._tokenizer, request.stop)
+        self._tokenizer, self._room = request.prompt.tokenizer, max_tokens
+        self._stop_tokens = frozenset(request.stop_token_ids)
+        self._ends = eos | self._stop_tokens
+        self._text = TextStream(self._tokenizer, request.stop, request.min_tokens)
         self._num_out = 0  # of the tokens with log-probabilities
         self._held: list[TokenLogprobs] = []
 
@@ -35,15 +37,15 @@ class Writer:
         """Adds a round's ``tokens``, up to where the end is; ``logprobs`` has one for each, or none."""
         pieces: list[str] = []
         for token in tokens[: self._room]:
-            pieces.append(self._text.push(token))
-            if token in self._eos or self._text.stopped:
+            pieces.append("" if token in self._stop_tokens else self._text.push(token))
+            if token in self._ends or self._text.stopped:
                 self.reason = "stop"
                 break
         self._room -= len(pieces)
         if not self._room and self.reason is None:
             self.reason = "length"
         stands = tokens[: len(pieces)]
-        self._held += [self._name(t, of) for t, of in zip(stands, logprobs, strict=False) if t not in self._eos]
+        self._held += [self._name(t, of) for t, of in zip(stands, logprobs, strict=False) if t not in self._ends]
         return Written(stands, pieces, self._release())
 
     def finish(self) -> Written:

@@ -14,7 +14,7 @@ PACKAGES = ("rapid", "retrieval", "cluster", "deployments")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 
 CORE = {"torch", "transformers", "accelerate"}
-BROUGHT_BY_CORE = {"jinja2", "numpy", "tokenizers", "tqdm"}
+BROUGHT_BY_CORE = {"huggingface_hub", "jinja2", "numpy", "tokenizers", "tqdm"}
 OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not installed, an error says so
 DOORS = {
     "qdrant_client": "retrieval/store.py",

@@ -65,7 +65,8 @@ def letters_url(tiny_folder: Path) -> Iterator[str]:
         yield url
 
 
-QWEN_LIKE = """{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
+QWEN_LIKE = """{% if mood %}({{ mood }}){% endif -%}
+{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
 {% endif %}{% for message in messages %}[{{ message.role }}]{{ message.content -}}
 {% for call in message.tool_calls or [] %}
 <tool_call>

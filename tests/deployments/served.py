@@ -25,6 +25,7 @@ from deployments.service import LocalService
 from rapid.tokenization import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
+JSON_TYPE = "Content-Type: application/json\r\n"
 QUESTION = "Who is speaking, and what does he want?"
 
 # Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from served import health, local_api
+from fastapi import FastAPI
+from served import JSON_TYPE, health, local_api
 
+from deployments.access import Client, _Bucket
+from deployments.api import make_api
 from deployments.config import ConfigError, parse_config
+from deployments.events import Began, Events
+from rapid.errors import Overloaded
+from rapid.request import Delta, Finish, Statistics
 
 BODY = {"model": "letters", "prompt": "abc", "max_tokens": 2, "temperature": 0}
 LONG = {**BODY, "max_tokens": 7000, "rapid": {"strategy": "autoregressive"}}
@@ -93,6 +100,34 @@ def test_tokens_are_counted_after_the_fact_without_keys_too(serve: Serve, stream
     assert 30 <= int(refused.headers["Retry-After"]) <= 62  # 120 tokens, of which 60 were there
 
 
+def spent(events: list[Any], num_read: int) -> float:
+    """What of 1,000 tokens a client has spent that read so many of ``events`` and left."""
+
+    async def written() -> Events:
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    async def read(client: Client) -> None:
+        with suppress(Overloaded):
+            async with aclosing(client.counted(written())) as counted:
+                for _ in range(num_read):
+                    await anext(counted)
+
+    client = Client(tokens=(tokens := _Bucket(1000)))
+    asyncio.run(read(client))
+    return 1000 - tokens._left
+
+
+def test_a_prompt_is_paid_for_once_and_also_by_who_leaves_early() -> None:
+    delta = Delta([1, 2], ["a", "b"], 0, 0, "none", 0, 0, 0, [])
+    finish = Finish("", "length", Statistics("rapid", prompt_tokens=80, emitted=4))
+    whole = [Began(80), delta, delta._replace(choice=1), delta, finish, finish._replace(choice=1)]
+    assert [spent(whole, number) for number in (1, 2, 3, 6)] == [80, 82, 84, 86]
+    assert spent([Began(80), Overloaded("no place")], 2) == 0
+
+
 @pytest.mark.parametrize("path", ["completions", "files"])
 def test_a_body_too_large_is_refused_however_it_comes(serve: Serve, path: str) -> None:
     url = serve(max_body_mb=0.01)
@@ -128,7 +163,9 @@ def test_an_answer_that_takes_too_long_ends(serve: Serve) -> None:
 def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve) -> None:
     url = httpx.URL(serve(request_timeout_s=0.3))
     with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON_TYPE}Content-Length: 9\r\n\r\n{{".encode()
+        )
         answer = connection.makefile("rb").readline()
     assert b" 408 " in answer
 
@@ -162,3 +199,63 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(serve: Serve) 
         assert (answer.status_code, answer.headers[allowed]) == (status, "https://chat.example")
     other = httpx.options(f"{opened}/v1/completions", headers={**asking, "Origin": "https://other.example"})
     assert allowed not in other.headers
+
+
+def test_a_page_of_another_origin_cannot_upload(serve: Serve) -> None:
+    """A form is sent without asking first, so CORS alone would only keep the answer from the page."""
+    url = serve(cors_origins=["https://chat.example"])
+
+    def upload(**headers: str) -> int:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return httpx.post(f"{url}/v1/files", files={"file": ("a.txt", b"abc")}, headers=names, timeout=60).status_code
+
+    assert upload(Origin="https://other.example") == upload(Origin="null", Sec_Fetch_Site="cross-site") == 403
+    warm = httpx.post(f"{url}/v1/files/file-1/warm", headers={"Origin": "https://other.example"})
+    assert (warm.status_code, code(warm)) == (403, "origin_not_allowed")
+    assert upload() == upload(Origin="https://chat.example") == upload(Origin=url) == 200
+    assert upload(Origin="https://renamed.example", Sec_Fetch_Site="same-origin") == 200
+
+
+def test_what_is_left_of_the_limits_is_told(serve: Serve) -> None:
+    url = serve(requests_per_minute=2, tokens_per_minute=600, cors_origins=["*"])
+    answers = [complete(url), complete(url), complete(url)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    told = [{n.removeprefix("x-ratelimit-"): v for n, v in a.headers.items() if "ratelimit" in n} for a in answers]
+    assert [(t["limit-requests"], t["remaining-requests"], t["limit-tokens"]) for t in told] == [
+        ("2", "1", "600"), ("2", "0", "600"), ("2", "0", "600")
+    ]  # fmt: skip
+    assert 590 <= int(told[1]["remaining-tokens"]) <= 597
+    assert 29 <= float(told[0]["reset-requests"].removesuffix("s")) <= 30
+    exposed = httpx.get(f"{url}/health", headers={"Origin": "https://any.example"})
+    names = exposed.headers["Access-Control-Expose-Headers"].lower().split(", ")
+    assert {"x-request-id", "x-ratelimit-reset-tokens"} <= set(
+        names
+    ) and "x-ratelimit-limit-tokens" not in exposed.headers
+    bucket = _Bucket(60)
+    bucket.take(90)
+    assert bucket.headers("tokens")["x-ratelimit-reset-tokens"] == "1m30s"
+
+
+class Unwell:
+    """A service that fails in a way nobody expected."""
+
+    files = None
+
+    async def health(self) -> None:
+        raise ZeroDivisionError
+
+
+def test_below_a_prefix_the_same_is_open_and_every_answer_has_a_name() -> None:
+    app = FastAPI()
+    app.mount("/llm", make_api(parse_config({"access": {"api_keys": ["a"]}}), Unwell()))  # type: ignore[arg-type]
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            paths = ("/", "/version", "/health", "/v1/models", "/metrics", "/v1/health")
+            asked = [await client.get(f"/llm{path}") for path in paths]
+            return [*asked, await client.get("/llm/nowhere", headers={"Authorization": "Bearer a"})]
+
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200, 200, 500, 401, 401, 401, 404]
+    assert all(answer.headers["X-Request-Id"] for answer in answers)
+    assert code(answers[2]) == "internal_error"

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from deployments.cli import main
-from deployments.config import AppConfig
+from deployments.config import AppConfig, parse_config
 from deployments.supervisor import Endpoint, ServeRun, how_to_try, root_cause
 from rapid import catalog
 from rapid.errors import RapidError
@@ -237,6 +240,24 @@ def test_serve_misses_a_model_before_ray_starts(run: Run, config: Callable[..., 
     assert (code, err) == (1, "rapid: error: There is no model folder at /absent.\n")
 
 
+@pytest.mark.parametrize("args", ["target: {model: org/target}, colocated: true", "drafter: {model: org/target}"])
+def test_serve_pulls_what_it_will_use_and_nothing_else(
+    run: Run, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, args: str
+) -> None:
+    asked: list[str] = []
+
+    def no_hub(ref: str, **_: Any) -> str:
+        asked.append(ref)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(catalog, "local_path", lambda name: asked.append(name) or Path("/models", name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
+    code, _, err = run("serve", config(args, "http_options: {host: 127.0.0.1, port: 0}"))
+    assert code == 1
+    assert "org/target" in err and "no connection" in err and "HF_TOKEN" in err
+    assert asked == (["org/target"] if "colocated" in args else [AppConfig().target.model, "org/target"])
+
+
 def test_a_child_that_ends_by_itself_is_an_error_that_shows_its_last_words(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -274,3 +295,10 @@ def test_the_curl_line_works_as_it_is() -> None:
     command = shlex.split(how_to_try(AppConfig(served_model="small"), endpoint).splitlines()[0])
     assert command[:3] == ["curl", "-N", "http://127.0.0.1:8000/llm/v1/chat/completions"]
     assert json.loads(command[-1])["model"] == "small"
+    assert "Authorization" not in " ".join(command)
+
+
+def test_the_curl_line_of_a_server_with_keys_shows_none() -> None:
+    config = parse_config({"access": {"api_keys": ["hunter2"]}})
+    said = how_to_try(config, Endpoint("127.0.0.1", 8000, "/", "rapid"))
+    assert "Authorization: Bearer $RAPID_API_KEY" in shlex.split(said.splitlines()[1]) and "hunter2" not in said

@@ -250,12 +250,17 @@ def test_a_file_that_takes_too_long_to_read_is_given_up(tmp_path: Path) -> None:
         upload(client, HTML)
 
 
+EXPIRES = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+
+
 def test_requests_that_make_no_sense_name_the_field(client: OpenAI) -> None:
     url, headers = str(client.base_url), {"Authorization": "Bearer ours"}
     file = {"file": ("a.txt", b"text")}
     for answer, status, param in (
         (httpx.post(f"{url}files", json={}, headers=headers), 415, None),
-        (httpx.post(f"{url}files", files={"other": b"x"}, headers=headers), 400, "file"),
+        (httpx.post(f"{url}files", files={"other": b"x"}, headers=headers), 400, "other"),
+        (httpx.post(f"{url}files", files={"purpose": (None, "user_data")}, headers=headers), 400, "file"),
+        (httpx.post(f"{url}files", files=file, data=EXPIRES, headers=headers), 400, "expires_after[anchor]"),
         (httpx.post(f"{url}files", files=file, data={"purpose": "fine-tune"}, headers=headers), 400, "purpose"),
         (httpx.get(f"{url}files?limit=0", headers=headers), 400, "limit"),
         (httpx.get(f"{url}files?order=up", headers=headers), 400, "order"),

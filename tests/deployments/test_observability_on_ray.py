@@ -24,7 +24,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from served import LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
+from served import JSON_TYPE, LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
+
+from rapid.sampling import SamplingParams
+from rapid.sequence import Opening
 
 pytestmark = ON_RAY
 
@@ -193,7 +196,7 @@ def test_a_request_is_a_line_of_json_under_its_own_name(cluster: Cluster) -> Non
 def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(cluster: Cluster) -> None:
     fields = {"model": "letters", "prompt": LETTERS, "max_tokens": 1000, "stream": True}
     body = json.dumps(fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON_TYPE}Content-Length: {len(body)}\r\n\r\n"
 
     def leave(index: int) -> None:
         with socket.create_connection(("127.0.0.1", int(cluster.url.rpartition(":")[2]))) as connection:
@@ -208,8 +211,23 @@ def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(cluster: C
     assert seconds_until_free(cluster.url) < 2.0
     samples = cluster.scrape()
     assert total(samples, "ray_rapid_requests_total", endpoint="/v1/completions", status="499") > 0
-    for gauge in ("leases", "num_requests_waiting"):
+    for gauge in ("leases", "num_requests_waiting", "num_requests_waiting_for_kv"):
         assert total(samples, f"ray_rapid_{gauge}") == 0
+
+
+def test_who_waits_for_a_place_is_counted(cluster: Cluster) -> None:
+    """All eight places are leased; who comes then waits in Serve's router, of which an engine knows nothing."""
+    target = serve.get_deployment_handle("Target", "rapid").options(stream=True)
+    leases = [target.lease.remote(Opening([2, 3], 1, SamplingParams())) for _ in range(8)]
+    for lease in leases:
+        next(iter(lease))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(cluster.post, rapid={"strategy": "autoregressive"}) for _ in range(3)]
+        until(lambda: total(cluster.scrape(), "ray_rapid_num_requests_waiting", role="target") == 3)
+        for lease in leases:
+            lease.cancel()
+        assert [answer.result().status_code for answer in waiting] == [200, 200, 200]
+    assert total(cluster.scrape(), "ray_rapid_num_requests_waiting") == 0
 
 
 def selectors(expr: Any, grouped_by: tuple[str, ...] = ()) -> Iterator[tuple[Any, tuple[str, ...]]]:

@@ -18,7 +18,10 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray._common.formatters import JSONFormatter
-from served import LETTERS, complete, local_api, pieces, seconds_until_free
+from served import JSON_TYPE, LETTERS, complete, local_api, pieces, seconds_until_free
+
+from deployments.metrics import RequestMetrics
+from rapid.request import Statistics
 
 Lines = queue.Queue[dict[str, Any]]  # a request is logged when its answer has gone out
 BODY = {"model": "letters", "prompt": "abcabcab", "max_tokens": 5, "temperature": 0}
@@ -67,6 +70,25 @@ def test_a_request_is_one_line_without_its_text(letters_url: str, lines: Lines) 
     assert 0 < line["first_token_ms"] / 1e3 <= line["duration_s"]
     assert {"rounds", "drafted", "accepted", "prompt_tokens", "timings_ms"} <= line.keys()
     assert not any(text in json.dumps(line) for text in (BODY["prompt"], answer.json()["choices"][0]["text"]))
+
+
+def test_what_several_choices_did_is_one_line(letters_url: str, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Statistics] = []
+    monkeypatch.setattr(RequestMetrics, "read", lambda _, statistics: counted.append(statistics))
+    each = [choice["rapid"] for choice in post(letters_url, n=3, max_tokens=7).json()["choices"]]
+    line = lines.get(timeout=10)
+    for field in ("rounds", "emitted", "drafted", "accepted"):
+        assert line[field] == sum(choice[field] for choice in each)
+    assert line["emitted"] == 21 and line["finish_reason"] == "length,length,length"
+    assert line["prompt_tokens"] == each[0]["prompt_tokens"] == counted[0].prompt_tokens and len(counted) == 1
+
+
+def test_a_user_is_told_apart_and_not_named(letters_url: str, lines: Lines) -> None:
+    for user in ("ann@example.org", "ann@example.org", "bob@example.org", None):
+        post(letters_url, user=user)
+    told = [lines.get(timeout=10) for _ in range(4)]
+    assert told[0]["user"] == told[1]["user"] != told[2]["user"] and told[3]["user"] is None
+    assert "example.org" not in json.dumps(told)
 
 
 def test_a_nameless_request_is_given_a_name(letters_url: str, lines: Lines) -> None:
@@ -138,7 +160,7 @@ def test_spans_say_where_the_time_went(letters_url: str, spans: InMemorySpanExpo
 def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(letters_url: str) -> None:
     plain = {"strategy": "autoregressive"}  # a retriever in a thread is not cancelled; one on Ray, see there
     body = json.dumps(BODY | {"prompt": LETTERS, "max_tokens": 4000, "stream": True, "rapid": plain}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON_TYPE}Content-Length: {len(body)}\r\n\r\n"
 
     def leave(index: int) -> None:
         with socket.create_connection(("127.0.0.1", int(letters_url.rpartition(":")[2]))) as connection:

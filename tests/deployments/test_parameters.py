@@ -16,7 +16,14 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "rapid", "num_draft_tokens": 3},
     {"strategy": "rapid"},
 ]
-OURS = {"top_k", "min_p", "repetition_penalty", "ignore_eos"}  # which OpenAI's client sends in extra_body
+OURS = {
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop_token_ids",
+    "min_tokens",
+}  # which OpenAI's client sends in extra_body
 
 
 def client(url: str) -> OpenAI:
@@ -174,10 +181,17 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("frequency_penalty", {"frequency_penalty": -2.5}),
     ("repetition_penalty", {"repetition_penalty": 0}),
     ("max_tokens", {"max_tokens": 0}),
-    ("stop", {"stop": ["a"] * 5}),
+    ("stop", {"stop": ["a"] * 65}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
     ("suffix", {"suffix": "x"}),
-    ("prompt", {"prompt": [1, 2]}),
+    ("prompt", {"prompt": ["a", "b"]}),
+    ("prompt", {"prompt": [[1], [2]]}),
+    ("prompt", {"prompt": []}),
+    ("prompt", {"prompt": [99]}),
+    ("prompt", {"prompt": [1, "a"]}),
+    ("stop_token_ids", {"stop_token_ids": [99]}),
+    ("stop_token_ids", {"stop_token_ids": list(range(12)), "min_tokens": 2}),
+    ("min_tokens", {"min_tokens": 5}),
     ("response_format", {"response_format": {"type": "grammar"}}),
     ("response_format", {"response_format": {"type": "json_object"}}),  # this model has no end of sequence
 ]

@@ -16,7 +16,7 @@ import pytest
 import ray
 from openai import OpenAI
 from ray import serve
-from served import MODEL, ON_RAY, QUESTION, chat, document, health, seconds_until_free, served
+from served import JSON_TYPE, MODEL, ON_RAY, QUESTION, chat, document, health, seconds_until_free, served
 from test_files import embedded
 
 pytestmark = ON_RAY
@@ -100,7 +100,7 @@ def test_leaving_mid_stream_frees_everything_within_a_second(client: OpenAI, url
 def test_leaving_during_prefill_frees_everything_within_a_second(url: str) -> None:
     content = f"{document(0, 24_000)}\n\n{QUESTION}"
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": content}]}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{JSON_TYPE}Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
         connection.sendall(head.encode() + body)
         deadline = time.monotonic() + 60

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import jsonschema
 import pytest
-from openai import OpenAI
+from openai import OpenAI, pydantic_function_tool
+from pydantic import BaseModel
 
-from deployments.tools import CallReader, Function, Tool
+from deployments.tools import _HERMES, _LLAMA, CallReader, Function, Tool
 
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "autoregressive"},
@@ -105,7 +106,6 @@ def test_tools_and_calls_reach_the_template(bytes_url: str) -> None:
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
         ("tools", {"tool_choice": "required", "tools": [
             {"type": "function", "function": {"name": "f", "parameters": {"type": "array", "uniqueItems": True}}}]}),
-        ("strict", {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}),
         ("name", {"tools": [{"type": "function", "function": {"name": "a b"}}]}),
         ("response_format", {"response_format": {"type": "json_object"}}),
     ],
@@ -128,8 +128,13 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome", "days": 1}}'
         (HERMES, "Let me see.\n", ["weather"]),
         (HERMES + "\n" + HERMES.partition("\n")[2].replace("weather", "now"), "Let me see.\n", ["weather", "now"]),
         (LLAMA, "", ["weather"]),
+        (LLAMA + "; " + LLAMA.replace("weather", "now"), "", ["weather", "now"]),
+        (LLAMA + "\n" + LLAMA.replace("weather", "now"), "", ["weather", "now"]),
+        (LLAMA + "; and more", LLAMA + "; and more", []),
         ("a < b <tool", "a < b <tool", []),
         ('{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
+        ('{"name": ["weather"], "parameters": {}}', '{"name": ["weather"], "parameters": {}}', []),
+        ('{"name": ' + "[" * 5000, '{"name": ' + "[" * 5000, []),
         ("{ is a brace", "{ is a brace", []),
         ("<tool_call>\n{broken}\n</tool_call>", "<tool_call>\n{broken}\n</tool_call>", []),
         ('<tool_call>\n{"name": "weather"', '<tool_call>\n{"name": "weather"', []),
@@ -139,9 +144,27 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome", "days": 1}}'
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_are_told_from_text_however_it_comes(written: str, content: str, names: list[str], size: int) -> None:
     tools = [Tool(type="function", function=Function(name=name)) for name in ("weather", "now")]
-    reader = CallReader(tools)
+    reader = CallReader(tools, _HERMES if "<tool" in written else _LLAMA)
     shown = "".join(reader.push(written[i : i + size]) for i in range(0, len(written), size))
     rest, calls = reader.finish()
     assert (shown + rest, [call["function"]["name"] for call in calls]) == (content, names)
     if names:
         assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Rome", "days": 1}
+
+
+def test_text_that_only_begins_like_a_call_is_not_withheld() -> None:
+    tools = [Tool(type="function", function=Function(name="now"))]
+    for form, text in ((_HERMES, '{"name": "now"'), (_LLAMA, '{ "city"'), (_LLAMA, "Let me see"), (_HERMES, "a <b")):
+        assert CallReader(tools, form).push(text) == text
+    assert CallReader(tools, _LLAMA).push(' {\n "na') == CallReader(tools, _HERMES).push("<tool_") == ""
+
+
+def test_a_tool_of_the_client_s_own_making_is_taken(bytes_url: str) -> None:
+    class Weather(BaseModel):
+        city: Literal["Rome", "Oslo"]
+
+    tool = pydantic_function_tool(Weather)
+    assert tool["function"]["strict"]
+    assert chat(bytes_url, {}, tools=[tool], max_tokens=2).choices
+    (call,) = chat(bytes_url, {}, tools=[tool], tool_choice="required").choices[0].message.tool_calls
+    Weather.model_validate_json(call.function.arguments)

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from running import logits_after
 from world import World, complete, first_eight, run
 
 from benchmarks.closed_forms import Array, law
+from rapid.choices import generate_choices
 from rapid.model import Model
 from rapid.request import GenerationRequest
 from rapid.sampling import SamplingParams, probabilities
@@ -166,6 +168,54 @@ def test_drafting_ahead_changes_no_rule_s_law(make_world: Callable[..., World], 
     )
     counts = many(world, request, 500, 4, overlap=True, workers=4)
     assert_follows(counts.ravel(), exact.ravel())
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "speculative", "lookup"])
+def test_texts_that_stop_and_several_choices_are_as_likely_as_the_target_makes_them(
+    make_world: Callable[..., World], strategy: str
+) -> None:
+    """The texts of up to 3 tokens, cut at a stop string; and of two choices, that neither depends on the other."""
+    world, sampling, stops = make_world(4), SamplingParams(temperature=0.9), ("ba", "\n")
+    prompt = world.prompt("abcabbcacbaabcabca\n\nab")
+
+    @functools.cache
+    def after(*written: int) -> torch.Tensor:
+        return next_probs(world.target.model, prompt.tokens + list(written), sampling).double()
+
+    exact, begins = Counter[str](), Counter[str]()
+    for tokens in itertools.product(range(4), repeat=3):
+        chance = float(torch.stack([after(*tokens[:i])[token] for i, token in enumerate(tokens)]).prod())
+        text = "".join("\n ab"[token] for token in tokens)
+        text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=3)]
+        exact[text] += chance
+        begins[text[:1]] += chance
+
+    request = world.request(
+        strategy=strategy, gamma=2, max_tokens=3, prompt=prompt, sampling=sampling, draft_top_k=3, stop=stops
+    )
+    seen, pairs = Counter[str](), Counter[tuple[str, ...]]()
+    backend, seeds = world.backend(), iter(range(0, 2000, 2))  # two choices have two seeds
+
+    async def worker() -> None:
+        for seed in seeds:
+            texts = ["", ""]
+            seeded = replace(request, sampling=replace(sampling, seed=seed))
+            async for event in generate_choices(seeded, 2, backend):
+                texts[event.choice] += event.text
+            seen.update(texts)
+            pairs[tuple(text[:1] for text in texts)] += 1
+
+    async def all_workers() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(100):
+                group.create_task(worker())
+
+    asyncio.run(all_workers())
+    assert seen.total() == 2000 and seen.keys() <= exact.keys()
+    assert_follows(np.array([seen[text] for text in exact]), np.array(list(exact.values())))
+    both = list(itertools.product(begins, repeat=2))
+    expected = np.array([begins[first] * begins[second] for first, second in both])
+    assert_follows(np.array([pairs[pair] for pair in both]), expected)
 
 
 @pytest.mark.parametrize("gamma", [3, "auto"])

@@ -271,6 +271,15 @@ def test_what_the_template_refuses_is_an_invalid_request(tokenizer: PreTrainedTo
         read_chat([user("a")], tokenizer)
 
 
+def test_variables_of_the_template_are_the_drafter_s_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ mood }}{{ messages[0].content }}"
+    prompt = read_chat([user(DOCUMENT)], tokenizer, template_kwargs={"mood": "glad"})
+    assert all(tokenizer.decode(tokens).startswith("glad") for tokens in (prompt.tokens, prompt.shortened([])))
+    tokenizer.chat_template = "{{ mood + 1 }}"
+    with pytest.raises(InvalidRequest, match="refuses"):
+        read_chat([user("a")], tokenizer, template_kwargs={"mood": "glad"})
+
+
 def test_nothing_to_read_is_an_invalid_request(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_chat([], tokenizer)
