@@ -1,8 +1,6 @@
 """Files that chats refer to: read and embedded once for each content, and what stands in a prompt in their place."""
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import logging
 from collections.abc import AsyncIterator
@@ -186,7 +184,7 @@ class LocalFiles:
 
     async def _text(self, part: FilePart, owner: str, where: str, used: dict[str, str]) -> str:
         if part.file.file_id is None:
-            data = await asyncio.to_thread(_decoded, part.file.file_data or "", f"{where}.file_data")
+            data = await asyncio.to_thread(part.file.data, f"{where}.file_data")
             return (await self._extract(data, part.file.filename or "", param=f"{where}.file_data"))[0]
         try:
             name = self._readable(owner, part.file.file_id).content
@@ -302,14 +300,3 @@ class LocalFiles:
                     yield
                     return
             await asyncio.sleep(_CLAIM_POLL_S)
-
-
-def _decoded(file_data: str, param: str) -> bytes:
-    """The bytes of a data URL, or of base64 alone."""
-    head, comma, tail = file_data.partition(",")
-    if head.startswith("data:") and not (comma and head.endswith(";base64")):
-        raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
-    try:
-        return base64.b64decode(tail if comma else head, validate=True)
-    except binascii.Error as error:
-        raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error

@@ -19,6 +19,7 @@ from deployments.config import parse_config
 from deployments.coordinator import RayBackend
 from deployments.file_store import FileNotStored, FileStore
 from deployments.files import LocalFiles
+from deployments.messages import FilePart, FileReference
 from rapid.errors import RapidError, RetrievalFailed
 from retrieval import Kept
 
@@ -254,7 +255,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
         for _ in range(2):
             file_id = await world.upload()
             await world.status(file_id)
-        part: Any = SimpleNamespace(file=SimpleNamespace(file_id=None, file_data="YWJj", filename="a.txt"))
+        part = FilePart(type="file", file=FileReference(file_data="YWJj"))
         assert await world.files._text(part, OURS, "here", {}) == "abc"
         await world.files.delete(OURS, file_id)
 
