@@ -1,7 +1,8 @@
 """The HTTP API against schemathesis, and against thousands of malformed requests: every one is answered, with no 5xx.
 
 Both read /openapi.json, so a route that is new is attacked as soon as it is described there. Nothing may be held
-afterwards. The model is one of random weights that writes letters: here only the way to it and back matters.
+afterwards. The model is one of random weights that writes letters: here only the way to it and back matters. A server
+that runs already, on Ray, gets the malformed requests alone (`--url`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import rapid  # noqa: F401 (before torch)
 import argparse
 import asyncio
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def api() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         engine = {"model": folder, "kv_memory_gib": 0.1, "threads": 1}
-        settings = parse_config({"served_model": MODEL, "target": engine, "drafter": engine, "default_max_tokens": 8})
+        config = {"served_model": MODEL, "target": engine, "drafter": engine, "default_max_tokens": 8}
+        settings = parse_config({**config, "files": {"folder": f"{folder}/files"}})
         with local_backend(settings) as backend, socket.create_server(("127.0.0.1", 0)) as listener:
             service = LocalService(settings, backend, load_tokenizer(folder))
             server = uvicorn.Server(uvicorn.Config(make_api(settings, service), log_level="error", lifespan="off"))
@@ -92,20 +93,23 @@ def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
     description = httpx.get(f"{url}/openapi.json").json()
     for schema in _request_schemas(description):
         if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"const": MODEL}
+            absent = [] if "model" in schema.get("required", ()) else [None]
+            schema["properties"]["model"] = {"enum": [MODEL, *absent]}
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "openapi.json"
         told.write_text(json.dumps(description))
         options = f"--url {url} --checks {CHECKS} --seed {seed} --max-examples {examples} --request-timeout 30"
-        command = f"schemathesis.cli run {told} --no-shrink --continue-on-failure {options}"
+        report = Path(folder) / "report.json"
+        command = f"schemathesis.cli run {told} --no-shrink --continue-on-failure --report-json-path {report} {options}"
         run = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, cwd=folder)
-        found = re.search(r"([\d,]+) generated, (?:([\d,]+) passed)?", run.stdout)
-        if found is None:
+        if not report.exists():
             raise SystemExit(f"schemathesis did not run:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
-    generated, passed = (int((number or "0").replace(",", "")) for number in found.groups())
+        cases = json.loads(report.read_text())["test_cases"]
     if run.returncode:
         print(run.stdout)
-    return {"operations": sorted(description["paths"]), "requests": generated, "passed": passed, "exit": run.returncode}
+    failed = cases["with_failures"] + cases["errored"] + cases["without_checks"]
+    counts = {"requests": cases["generated"], "passed": cases["generated"] - failed}
+    return {"operations": sorted(description["paths"]), **counts, "exit": run.returncode}
 
 
 def _request_schemas(description: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -117,7 +121,7 @@ def _request_schemas(description: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def malformed(url: str, count: int, seed: int) -> dict[str, Any]:
     """``count`` malformed requests: what they were answered with, and what should not have been."""
-    attacker = Attacker(httpx.get(f"{url}/openapi.json").json(), MODEL, seed)
+    attacker = Attacker(httpx.get(f"{url}/openapi.json").json(), model_of(url), seed)
     attacks = track(attacker.attacks(count), "malformed requests", total=count)
     started = time.perf_counter()
     with logged_errors() as logged:
@@ -133,9 +137,15 @@ def malformed(url: str, count: int, seed: int) -> dict[str, Any]:
     }
 
 
+def model_of(url: str) -> str:
+    """What is served there."""
+    name: str = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
+    return name
+
+
 def answer(url: str) -> str:
     """To a request with nothing wrong."""
-    body = {"model": MODEL, "prompt": "abc ", "max_tokens": 16, "temperature": 0}
+    body = {"model": model_of(url), "prompt": "abc ", "max_tokens": 16, "temperature": 0}
     text: str = httpx.post(f"{url}/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
     return text
 
@@ -156,15 +166,18 @@ def main() -> None:
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=500, help="of schemathesis, for each operation and phase")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--url", help="a running server, which gets the malformed requests and no schemathesis")
     options = parser.parse_args()
-    with api() as url:
+    with nullcontext(options.url) if options.url else api() as url:
         before = answer(url)
         results: dict[str, Any] = {"malformed": malformed(url, options.bodies, options.seed)}
-        results["schemathesis"] = schemathesis(url, options.examples, options.seed)
+        if not options.url:
+            results["schemathesis"] = schemathesis(url, options.examples, options.seed)
         results |= {"held_afterwards": held(url), "answers_as_before": answer(url) == before}
-    print(json.dumps(results["schemathesis"]), json.dumps(results["held_afterwards"]))
-    write("fuzz", results)
-    if results["malformed"]["unhandled"] or results["schemathesis"]["exit"] or any(results["held_afterwards"].values()):
+    found, failed = results["malformed"], results.get("schemathesis", {"exit": 0})
+    print(f"{found['unhandled']} of {found['requests']} unhandled", failed, results["held_afterwards"])
+    write("fuzz", results, part="served" if options.url else "")
+    if found["unhandled"] or failed["exit"] or any(results["held_afterwards"].values()):
         raise SystemExit("something was not handled; see above")
 
 

@@ -56,7 +56,7 @@ def service(dtype: str) -> Iterator[tuple[str, psutil.Process]]:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(document))
         command = [sys.executable, "-c", "from deployments.cli import main; main()", "serve", str(path)]
-        environment = os.environ | {"RAY_TMPDIR": folder}
+        environment = os.environ | {"RAY_TMPDIR": folder, "RAPID_FILES": f"{folder}/files"}
         serving = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 DEADLINE_S = 30.0
 PAUSE_S = 0.05  # between the pieces of a slow body
@@ -38,6 +38,9 @@ VALUES = (
 CONTENT_TYPES = ("", "text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "a/b; charset=\x01")
 METHODS = ("GET", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "BREW")
 PATH_ENDS = ("/", "/x", "%00", "/../..", "%ff", "?model=%ud800", ";a", "//", "?" + "a" * 5000)
+FILES = (b"abc", b"", b"\xff\xfe", b"a\0b", b"PK\x03\x04", b"%PDF-1.7\n", b"<html><p>" * 300, b"\xef\xbb\xbf")
+NAMES = (b"Purpose", b'"', b"\xff", b"a" * 5000, "é".encode(), b'x"; filename="a', b"file\0")
+BOUNDARY = b"--x\r\n"
 PATH_VALUES = ("a", "-1", "%00", "..%2f..%2fetc%2fpasswd", "%ed%a0%80", "a" * 3000)
 
 
@@ -58,15 +61,14 @@ class Attacker:
     def __init__(self, openapi: dict[str, Any], model: str, seed: int) -> None:
         self._chance, self._model = random.Random(seed), model
         self._schemas: dict[str, Any] = openapi.get("components", {}).get("schemas", {})
-        self._operations: list[tuple[str, str, dict[str, Any]]] = [
-            (
-                method.upper(),
-                path.replace("{", "").replace("}", ""),
-                operation.get("requestBody", {}).get("content", {}),
-            )
-            for path, methods in openapi["paths"].items()
-            for method, operation in methods.items()
-        ]
+        self._operations: list[tuple[str, str, dict[str, Any]]] = []
+        self._queries: list[tuple[str, str, list[str]]] = []
+        for path, methods in openapi["paths"].items():
+            for method, operation in methods.items():
+                content = operation.get("requestBody", {}).get("content", {})
+                self._operations.append((method.upper(), path, content))
+                if names := [it["name"] for it in operation.get("parameters", ()) if it["in"] == "query"]:
+                    self._queries.append((method.upper(), path, names))
         self._makers = {
             "truncated": self._truncated,
             "wrong value": self._wrong_value,
@@ -81,15 +83,22 @@ class Attacker:
             "no object": lambda _: self._pick(*VALUES).encode(),
             "no JSON": lambda _: self._chance.randbytes(self._chance.randrange(200)),
         }
+        self._form_makers = {
+            "wrong value": lambda body: self._with_part(body, self._part(self._pick(b"file", b"purpose"))),
+            "unknown field": lambda body: self._with_part(body, self._part(self._pick(*NAMES))),
+            "duplicated key": lambda body: self._with_part(body, self._pick(*body.split(BOUNDARY)[1:])),
+            "giant string": lambda body: self._with_part(body, self._part(b"purpose", b"ab " * 500_000)),
+        }
 
     def attacks(self, count: int) -> Iterator[Attack]:
         """``count`` of them, of each kind as many."""
-        kinds = [*self._makers, "wrong content type", "unknown method", "unknown path", "cut off", "slow"]
+        kinds = [*self._makers, *("wrong content type", "unknown method", "unknown path", "cut off", "slow")]
+        kinds += ["wrong query"] if self._queries else []
         return (self._attack(kinds[number % len(kinds)]) for number in range(count))
 
     def _attack(self, kind: str) -> Attack:
         method, path, contents = self._pick(*(operation for operation in self._operations if operation[2]))
-        content_type = self._pick(*contents)
+        content_type, body = self._body(contents)
         if kind == "wrong content type":
             content_type = self._pick(*CONTENT_TYPES)
         elif kind == "unknown method":
@@ -97,9 +106,13 @@ class Attacker:
         elif kind == "unknown path":
             method, path, contents = self._pick(*self._operations)
             path += self._pick("", *PATH_ENDS) if "{" in path else self._pick(*PATH_ENDS)
+        elif kind == "wrong query":
+            method, path, names = self._pick(*self._queries)
+            content_type, body = "", b""
+            path = f"{path}?" + "&".join(self._query(self._pick(*names)) for _ in range(self._pick(1, 3)))
         path = re.sub(r"\{\w+\}", lambda _: self._pick(*PATH_VALUES), path)
-        body = self._body(contents)
-        made = self._makers.get(kind, self._truncated)(body)
+        makers = self._makers | (self._form_makers if "multipart/form-data" in contents else {})
+        made = makers[kind](body) if kind in makers else body
         step = max(1, len(made) // 4) if kind == "slow" else max(1, len(made))
         pieces = [made[start : start + step] for start in range(0, len(made), step)]
         return Attack(kind, method, path, content_type, pieces, cut=kind == "cut off")
@@ -129,11 +142,32 @@ class Attacker:
         container[key] = "@here@"
         return json.dumps(whole).replace('"@here@"', value or self._pick(*VALUES)).encode()
 
-    def _body(self, contents: dict[str, Any]) -> bytes:
-        described = contents.get("application/json")
-        if described is None:
-            return b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
-        return json.dumps(self._example(described["schema"])).encode()
+    def _query(self, name: str) -> str:
+        value = self._pick("", "-1", "0", "1", "abc", "ASC", "1e3", "9" * 5000, "\0", "é", "%ff", "%", "[]")
+        return f"{name}={value if value[:1] == '%' else quote(value)}"
+
+    def _body(self, contents: dict[str, Any]) -> tuple[str, bytes]:
+        """(content type, body) as they should be; of an operation that takes no body, none."""
+        if not contents:
+            return "", b""
+        if "multipart/form-data" in contents:
+            parts = [self._part(b"file", b"abc"), self._part(b"purpose", b"user_data")]
+            return "multipart/form-data; boundary=x", BOUNDARY + BOUNDARY.join(parts) + b"--x--\r\n"
+        [(content_type, described)] = contents.items()
+        return content_type, json.dumps(self._example(described["schema"])).encode()
+
+    def _part(self, name: bytes, value: bytes | None = None) -> bytes:
+        """A form's field, or a file where the name says so; behind a boundary."""
+        filename = b'; filename="%s"' % self._pick(b"a", b"a.pdf", b"../a", b"") if name == b"file" else b""
+        value = self._pick(*FILES, *map(str.encode, VALUES[:20])) if value is None else value
+        return b'Content-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name, filename, value)
+
+    def _with_part(self, body: bytes, part: bytes) -> bytes:
+        """``body`` with one more part, or with that in another's place."""
+        head, *parts = body.removesuffix(b"--x--\r\n").split(BOUNDARY)
+        at = self._chance.randrange(len(parts))
+        parts[at : at + self._pick(0, 1)] = [part.removesuffix(b"--x--\r\n")]
+        return head + BOUNDARY + BOUNDARY.join(parts) + b"--x--\r\n"
 
     def _example(self, schema: dict[str, Any]) -> Any:
         """A value that ``schema`` allows; of the fields that may be left out, some are there."""

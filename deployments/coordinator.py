@@ -98,9 +98,13 @@ class RayBackend:
         return retrieval
 
     async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
-        with _retrieving():
-            async for kept in self._retriever.options(stream=True).keep.remote(text, chunk_tokens):
-                yield kept
+        stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens)
+        try:
+            with _retrieving():
+                async for kept in stream:
+                    yield kept
+        finally:
+            stream.cancel()
 
     async def drop(self, vectors: str) -> None:
         with _retrieving():
@@ -109,10 +113,11 @@ class RayBackend:
     async def forget(self, tokens: list[int]) -> None:
         """Every engine of the application, whoever has asked it for something."""
         mine = engines_of(serve.get_replica_context().app_name)
-        for name in ray.util.list_named_actors():
+        for name in await asyncio.to_thread(ray.util.list_named_actors):
             if name.startswith(mine):
                 with suppress(ValueError, RayActorError):  # gone since, and what it held with it
-                    await ray.get_actor(name).forget.remote(tokens)
+                    engine = await asyncio.to_thread(ray.get_actor, name)
+                    await engine.forget.remote(tokens)
 
     @asynccontextmanager
     async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:

@@ -2,9 +2,11 @@
 
     owners/<owner>/<file id>.json    one upload: its name, purpose, and which content it has
     contents/<SHA-256>/original      the bytes as they came; `text` is what was read from them, `state.json` a `Content`
+    claims/<SHA-256 of a text>       locked by whoever writes or drops that text's vectors
     lock                             held while something comes or goes
 
-Everything is written beside its place and renamed, so that nobody ever reads half of it.
+Everything is written beside its place and renamed, so that nobody ever reads half of it. A file's record is the last of
+it to go, so that a deletion which broke off can be done again.
 """
 
 import fcntl
@@ -16,8 +18,8 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from rapid.errors import RapidError
@@ -34,7 +36,7 @@ class FileNotStored(RapidError):
 
 @dataclass(frozen=True)
 class Upload:
-    """One owner's file; ``content`` is the SHA-256 of its bytes."""
+    """One owner's file; ``content`` is the SHA-256 of its bytes. Once ``is_going``, it can only be deleted."""
 
     id: str
     filename: str
@@ -42,14 +44,15 @@ class Upload:
     bytes: int
     created_at: int
     content: str
+    is_going: bool = False
 
 
 @dataclass(frozen=True)
 class Content:
     """What is known of a content: its text, and how far its vectors are.
 
-    ``made_with`` tells what the chunks depend on; they lie in the vector store under ``vectors``. ``error`` says why
-    there are none.
+    ``made_with`` tells what the chunks depend on; they lie in the vector store under ``vectors``. It ``is_going`` when
+    all files are that have it.
     """
 
     media_type: str
@@ -59,7 +62,7 @@ class Content:
     vectors: str = ""
     chunks: int = 0
     embedded: int = 0
-    error: str | None = None
+    is_going: bool = False
 
     def is_embedded(self, made_with: str) -> bool:
         return self.made_with == made_with and self.embedded == self.chunks
@@ -80,56 +83,87 @@ class FileStore:
         upload = Upload(f"file-{uuid.uuid4().hex}", filename, purpose, len(data), int(time.time()), name)
         with self._locked():
             place = self._content(name)
-            if not place.is_dir():
+            try:
+                self._set(name, replace(self.content(name), is_going=False))
+            except FileNotStored:
                 made = place.with_name(f".{uuid.uuid4().hex}")
                 made.mkdir(parents=True)
                 (made / "original").write_bytes(data)
                 (made / "text").write_text(text, encoding="utf-8", newline="")
                 _write(made / "state.json", asdict(content))
+                shutil.rmtree(place, ignore_errors=True)  # what is left where its removal broke off
                 made.rename(place)
-            _write(self._folder / "owners" / owner / f"{upload.id}.json", asdict(upload))
+            _write(self._record(owner, upload.id), asdict(upload))
         return upload
 
     def uploads(self, owner: str) -> list[Upload]:
         """The owner's files, the oldest first."""
-        found = [self._read(path) for path in (self._folder / "owners" / owner).glob("file-*.json")]
-        return sorted((upload for upload in found if upload), key=lambda upload: (upload.created_at, upload.id))
+        return sorted(self._uploads(owner), key=lambda upload: (upload.created_at, upload.id))
 
     def upload(self, owner: str, file_id: str) -> Upload:
         found = None
         if _FILE_ID.fullmatch(file_id):  # or else it could lead anywhere
-            found = self._read(self._folder / "owners" / owner / f"{file_id}.json")
+            found = _read(self._record(owner, file_id))
         if found is None:
             raise FileNotStored(f"there is no file {file_id!r}", param="file_id")
         return found
 
-    def delete(self, owner: str, file_id: str) -> tuple[str, Content] | None:
-        """Removes the file; returns its text and what was known of it where no other file has that text."""
+    def retire(self, owner: str, file_id: str) -> str:
+        """Begins a file's deletion, or begins it again; which content it has. From now on nobody reads it."""
         with self._locked():
-            upload = self.upload(owner, file_id)
-            (self._folder / "owners" / owner / f"{file_id}.json").unlink()
-            uploads = [self._read(path) for path in self._folder.glob("owners/*/file-*.json")]
-            if any(other and other.content == upload.content for other in uploads):
+            upload = replace(self.upload(owner, file_id), is_going=True)
+            _write(self._record(owner, file_id), asdict(upload))
+            if upload.content not in self._staying():
+                with suppress(FileNotStored):
+                    self._set(upload.content, replace(self.content(upload.content), is_going=True))
+        return upload.content
+
+    def release(self, name: str) -> str | None:
+        """Where the vectors lie that nobody needs any more; None where a file that stays has the text of ``name``.
+
+        For whoever has claimed that text. Vectors that may now be dropped count as gone already, so that whatever
+        becomes of that, no later upload takes them for there.
+        """
+        with self._locked():
+            content = self.content(name)
+            alike = {other for other in self._names() if self.content(other).text_sha256 == content.text_sha256}
+            for other in (staying := alike & self._staying()):
+                if not self.content(other).vectors:  # which it shares, and has not asked for yet
+                    self._set(other, replace(self.content(other), vectors=content.vectors))
+            if staying:
                 return None
-            text, content = self.text(upload.content), self.content(upload.content)
-            shutil.rmtree(self._content(upload.content))
-            others = [self.content(place.name) for place in self._folder.glob("contents/[0-9a-f]*")]
-            if any(other.text_sha256 == content.text_sha256 for other in others):
-                return None
-            return text, content
+            for other in alike:
+                self._set(other, replace(self.content(other), made_with="", embedded=0))
+            return content.vectors
+
+    def remove(self, owner: str, file_id: str) -> None:
+        """The end of a file's deletion. Its bytes and text go where no other has them, also none that is going."""
+        with self._locked():
+            name = self.upload(owner, file_id).content
+            if sum(upload.content == name for upload in self._uploads("*")) == 1:
+                # Without its state the rest counts as not there, wherever this breaks off.
+                (self._content(name) / "state.json").unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(self._content(name))
+            self._record(owner, file_id).unlink()
 
     def has(self, content: str) -> bool:
-        return self._content(content).is_dir()
+        """Whether some file that is not going has it."""
+        try:
+            return not self.content(content).is_going
+        except FileNotStored:
+            return False
 
     def content(self, name: str) -> Content:
-        return Content(**json.loads(self._bytes(name, "state.json")))
+        state = json.loads(self._bytes(name, "state.json"))
+        return Content(**{field.name: state[field.name] for field in fields(Content) if field.name in state})
 
     def update(self, name: str, content: Content) -> None:
-        """Raises FileNotStored when it was deleted meanwhile."""
-        try:
-            _write(self._content(name) / "state.json", asdict(content), make_folder=False)
-        except FileNotFoundError:
-            raise FileNotStored("the file was deleted") from None
+        """Raises FileNotStored when it was deleted meanwhile, or is going."""
+        with self._locked():
+            if not self.has(name):
+                raise FileNotStored("the file was deleted")
+            self._set(name, content)
 
     def text(self, name: str) -> str:
         return self._bytes(name, "text").decode("utf-8")
@@ -138,18 +172,22 @@ class FileStore:
         return self._bytes(name, "original")
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
-        """Whether this process is the one that works on a content now; the system frees what a dead one held."""
-        try:
-            with (self._content(name) / "claim").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield False
-                else:
-                    yield True
-        except FileNotFoundError:
-            raise FileNotStored("the file was deleted") from None
+    def claimed(self, text_sha256: str) -> Iterator[bool]:
+        """Whether this caller is the one that works on a text's vectors now; the system frees what a dead one held."""
+        path = self._folder / "claims" / text_sha256
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it before may have removed the file that was locked here.
+                is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except (BlockingIOError, FileNotFoundError):
+                is_ours = False
+            try:
+                yield is_ours
+            finally:
+                if is_ours:
+                    path.unlink()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -161,24 +199,40 @@ class FileStore:
     def _content(self, name: str) -> Path:
         return self._folder / "contents" / name
 
+    def _record(self, owner: str, file_id: str) -> Path:
+        return self._folder / "owners" / owner / f"{file_id}.json"
+
+    def _uploads(self, owners: str) -> list[Upload]:
+        found = [_read(path) for path in self._folder.glob(f"owners/{owners}/file-*.json")]
+        return [upload for upload in found if upload]
+
+    def _names(self) -> list[str]:
+        return [path.parent.name for path in self._folder.glob("contents/[0-9a-f]*/state.json")]
+
+    def _staying(self) -> set[str]:
+        """The contents of all files that are not going."""
+        return {upload.content for upload in self._uploads("*") if not upload.is_going}
+
+    def _set(self, name: str, content: Content) -> None:
+        _write(self._content(name) / "state.json", asdict(content))
+
     def _bytes(self, name: str, what: str) -> bytes:
         try:
             return (self._content(name) / what).read_bytes()
         except FileNotFoundError:
             raise FileNotStored("the file was deleted") from None
 
-    @staticmethod
-    def _read(path: Path) -> Upload | None:
-        """None where it was deleted meanwhile."""
-        try:
-            return Upload(**json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return None
+
+def _read(path: Path) -> Upload | None:
+    """None where it was deleted meanwhile."""
+    try:
+        return Upload(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
 
 
-def _write(path: Path, record: dict[str, object], *, make_folder: bool = True) -> None:
-    if make_folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, record: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{uuid.uuid4().hex}")
     unfinished.write_text(json.dumps(record), encoding="utf-8")
     os.replace(unfinished, path)

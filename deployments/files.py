@@ -1,12 +1,10 @@
 """Files that chats refer to: read and embedded once for each content, and what stands in a prompt in their place."""
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Protocol
@@ -27,6 +25,7 @@ from retrieval import Kept
 logger = logging.getLogger(__name__)
 
 PURPOSES = ("user_data", "assistants")
+_CLAIM_POLL_S = 0.02
 
 
 class KeepingBackend(Backend, Protocol):
@@ -69,6 +68,7 @@ class LocalFiles:
         self._chunk_tokens = config.retriever.options.chunk_tokens
         self._made_with = f"{config.retriever.embedder}, {self._chunk_tokens} tokens of {config.target.model}"
         self._embedding: dict[str, asyncio.Task[None]] = {}  # by content
+        self._failed: dict[str, str] = {}  # and why; here, since a full disk is one of the reasons
 
     async def upload(self, owner: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
         """Reads a file and begins to embed it; bytes that were read before are not read again.
@@ -83,39 +83,49 @@ class LocalFiles:
         if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
             message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
             raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
-        name = hashlib.sha256(data).hexdigest()
+        name = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         try:
-            text, content = self._store.text(name), self._store.content(name)
+            text, known = await asyncio.to_thread(self._store.text, name), self._store.content(name)
+            content = Content(known.media_type, known.text_sha256, known.tokens)  # what is said of vectors may be old
         except FileNotStored:
             text, kind = await self._extract(data, filename, param="file")
-            tokens = await asyncio.to_thread(self._count, text)
-            content = Content(kind, hashlib.sha256(text.encode()).hexdigest(), tokens)
+            content = await asyncio.to_thread(self._describe, text, kind)
         upload = await asyncio.to_thread(self._store.put, owner, filename, purpose, data, text, content)
-        return self._object(upload, retry=True)
+        self._failed.pop(name, None)
+        return self._object(upload, self._store.content(name))
 
     async def listed(self, owner: str) -> list[dict[str, Any]]:
         """OpenAI's file objects, the oldest first."""
-        return [self._object(upload) for upload in await asyncio.to_thread(self._store.uploads, owner)]
+        return [self._object(*known) for known in await asyncio.to_thread(self._known, owner)]
 
     async def get(self, owner: str, file_id: str) -> dict[str, Any]:
-        return self._object(self._store.upload(owner, file_id))
+        upload = self._store.upload(owner, file_id)
+        return self._object(upload, self._store.content(upload.content))
 
     async def content(self, owner: str, file_id: str) -> tuple[str, bytes]:
         """(filename, the bytes as they came)."""
-        upload = self._store.upload(owner, file_id)
+        upload = self._readable(owner, file_id)
         return upload.filename, await asyncio.to_thread(self._store.original, upload.content)
 
     async def delete(self, owner: str, file_id: str) -> None:
-        """Removes the file and, where no other has its text, the text, its vectors, and its keys and values."""
-        name = self._store.upload(owner, file_id).content
-        removed = await asyncio.to_thread(self._store.delete, owner, file_id)
-        if not self._store.has(name) and name in self._embedding:
-            await asyncio.wait([self._embedding[name]])  # which finds that out after its next batch
-        if removed is not None:
-            text, content = removed
-            await self._forget(text)
-            if content.vectors:
-                await self._backend.drop(content.vectors)
+        """Removes the file and, where no other has its text, the text, its vectors, and its keys and values.
+
+        One that failed can be done again, until everything is gone.
+
+        Raises:
+            RetrievalFailed: the vectors cannot be reached.
+        """
+        name = await asyncio.to_thread(self._store.retire, owner, file_id)
+        with suppress(FileNotStored):  # of the text: the rest had been done when an earlier attempt broke off
+            text = await asyncio.to_thread(self._store.text, name)
+            async with self._claimed(self._store.content(name).text_sha256):
+                vectors = await asyncio.to_thread(self._store.release, name)
+                if vectors is not None:
+                    await self._forget(text)
+                if vectors:
+                    await self._backend.drop(vectors)
+        with suppress(FileNotStored):  # of the record: the same was asked for twice
+            await asyncio.to_thread(self._store.remove, owner, file_id)
 
     async def warm(self, owner: str, file_id: str) -> dict[str, Any]:
         """Reads what every chat begins with whose first message begins with the file, so that the engine has it.
@@ -123,13 +133,17 @@ class LocalFiles:
         Raises:
             ContextLengthExceeded: it does not fit the target's window.
         """
-        name = self._store.upload(owner, file_id).content
-        prompt = await asyncio.to_thread(self._beginning, self._store.text(name))
+        name = self._readable(owner, file_id).content
+        text = await asyncio.to_thread(self._store.text, name)
+        prompt = await asyncio.to_thread(self._beginning, text)
         window = self._backend.info("target").window
         if len(prompt) >= window:
             raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=1, window=window, param="file_id")
-        async with self._backend.lease("target", Opening(prompt, 1, self._config.sampling)) as lease:
-            prefilled = await lease.prefill()
+        try:
+            async with self._backend.lease("target", Opening(prompt, 1, self._config.sampling)) as lease:
+                prefilled = await lease.prefill()
+        finally:
+            await self._forget_deleted({name: text})
         return {
             "id": file_id,
             "object": "file.warmed",
@@ -153,9 +167,7 @@ class LocalFiles:
         try:
             yield completion.model_copy(update={"messages": messages})
         finally:
-            # What was deleted meanwhile has been read by this request since.
-            for text in [text for name, text in used.items() if not self._store.has(name)]:
-                await self._forget(text)
+            await self._forget_deleted(used)
 
     async def _read_message(self, i: int, message: ChatMessage, owner: str, used: dict[str, str]) -> ChatMessage:
         if not isinstance(message.content, list):
@@ -172,16 +184,30 @@ class LocalFiles:
 
     async def _text(self, part: FilePart, owner: str, where: str, used: dict[str, str]) -> str:
         if part.file.file_id is None:
-            data = _decoded(part.file.file_data or "", f"{where}.file_data")
+            data = await asyncio.to_thread(part.file.data, f"{where}.file_data")
             return (await self._extract(data, part.file.filename or "", param=f"{where}.file_data"))[0]
         try:
-            name = self._store.upload(owner, part.file.file_id).content
+            name = self._readable(owner, part.file.file_id).content
             text = used[name] = await asyncio.to_thread(self._store.text, name)
         except RapidError as error:
             error.param = f"{where}.file_id"
             raise
-        self._see_to_embedding(name)
+        self._see_to_embedding(name, self._store.content(name))
         return text
+
+    def _readable(self, owner: str, file_id: str) -> Upload:
+        upload = self._store.upload(owner, file_id)
+        if upload.is_going:
+            raise FileNotStored(f"the file {file_id!r} is being deleted", param="file_id")
+        return upload
+
+    def _known(self, owner: str) -> list[tuple[Upload, Content]]:
+        """The owner's files, less those that are deleted meanwhile."""
+        known = []
+        for upload in self._store.uploads(owner):
+            with suppress(FileNotStored):
+                known.append((upload, self._store.content(upload.content)))
+        return known
 
     async def _extract(self, data: bytes, filename: str, *, param: str) -> tuple[str, str]:
         try:
@@ -190,8 +216,11 @@ class LocalFiles:
             code = "unsupported_file" if error.status == 415 else "unreadable_file"
             raise InvalidRequest(error.message, code=code, status=error.status, param=param) from error
 
-    def _count(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _describe(self, text: str, kind: str) -> Content:
+        return Content(kind, hashlib.sha256(text.encode()).hexdigest(), len(self._tokens(text)))
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _beginning(self, text: str) -> list[int]:
         """What the prompts of two chats about ``text`` have in common, however the template puts them."""
@@ -199,13 +228,20 @@ class LocalFiles:
         prompts = zip(*(read_chat(chat, self._tokenizer).tokens for chat in chats), strict=False)
         return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], prompts)]
 
-    async def _forget(self, text: str) -> None:
-        tokens = await asyncio.to_thread(self._tokenizer, text, add_special_tokens=False, verbose=False)
-        await self._backend.forget(list(tokens["input_ids"]))
+    async def _forget_deleted(self, used: dict[str, str]) -> None:
+        """What was deleted while a request used it (content to text) has been read by that request since."""
+        for text in [text for name, text in used.items() if not self._store.has(name)]:
+            await self._forget(text)
 
-    def _object(self, upload: Upload, *, retry: bool = False) -> dict[str, Any]:
-        content = self._see_to_embedding(upload.content, retry=retry)
+    async def _forget(self, text: str) -> None:
+        await self._backend.forget(await asyncio.to_thread(self._tokens, text))
+
+    def _object(self, upload: Upload, content: Content) -> dict[str, Any]:
+        self._see_to_embedding(upload.content, content)
         is_done = content.is_embedded(self._made_with)
+        error = None if is_done else self._failed.get(upload.content)
+        if upload.is_going:
+            error = "it is being deleted; if that failed, delete it again"
         return {
             "id": upload.id,
             "object": "file",
@@ -214,8 +250,8 @@ class LocalFiles:
             "expires_at": None,
             "filename": upload.filename,
             "purpose": upload.purpose,
-            "status": "processed" if is_done else "error" if content.error else "processing",
-            "status_details": content.error,
+            "status": "error" if error else "processed" if is_done else "processing",
+            "status_details": error,
             "rapid": {
                 "media_type": content.media_type,
                 "tokens": content.tokens,
@@ -224,49 +260,43 @@ class LocalFiles:
             },
         }
 
-    def _see_to_embedding(self, name: str, *, retry: bool = False) -> Content:
-        content = self._store.content(name)
-        if name not in self._embedding and not content.is_embedded(self._made_with) and (retry or not content.error):
+    def _see_to_embedding(self, name: str, content: Content) -> None:
+        is_wanted = not content.is_going and not content.is_embedded(self._made_with)
+        if is_wanted and name not in self._embedding and name not in self._failed:
             task = self._embedding[name] = asyncio.create_task(self._embed(name))
             task.add_done_callback(lambda _: self._embedding.pop(name))
-        return content
 
     async def _embed(self, name: str) -> None:
-        """Keeps the vectors of a content, unless another process is at it; chats go on without them meanwhile."""
-        vectors = ""
+        """Keeps the vectors of a content, unless somebody is at its text; chats go on without them meanwhile."""
         try:
-            with self._store.claimed(name) as is_ours:
+            with self._store.claimed(self._store.content(name).text_sha256) as is_ours:
                 if not is_ours:
                     return
-                content = replace(self._store.content(name), error=None)
+                content, text = self._store.content(name), await asyncio.to_thread(self._store.text, name)
                 outdated = content.vectors if content.made_with != self._made_with else ""
-                async for kept in self._backend.keep(self._store.text(name), self._chunk_tokens):
-                    vectors = kept.owner
+                async for kept in self._backend.keep(text, self._chunk_tokens):
                     content = replace(
                         content,
                         made_with=self._made_with,
-                        vectors=vectors,
+                        vectors=kept.owner,
                         chunks=kept.num_chunks,
                         embedded=kept.num_embedded,
                     )
-                    self._store.update(name, content)
-                if outdated and outdated != vectors:
+                    await asyncio.to_thread(self._store.update, name, content)
+                if outdated and outdated != content.vectors:
                     await self._backend.drop(outdated)
-        except RapidError as error:
-            if not self._store.has(name):
-                await self._backend.drop(vectors)
-                return
-            logger.warning("a file was not embedded: %s", error.message)
-            why = error.message if isinstance(error, RetrievalFailed) else "internal error"
-            self._store.update(name, replace(self._store.content(name), error=why))
+        except FileNotStored:  # any more; whoever deletes it waits for the claim, and then drops the vectors
+            return
+        except Exception as error:
+            logger.warning("a file was not embedded", exc_info=error)
+            self._failed[name] = error.message if isinstance(error, RetrievalFailed) else "internal error"
 
-
-def _decoded(file_data: str, param: str) -> bytes:
-    """The bytes of a data URL, or of base64 alone."""
-    head, comma, tail = file_data.partition(",")
-    if head.startswith("data:") and not (comma and head.endswith(";base64")):
-        raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
-    try:
-        return base64.b64decode(tail if comma else head, validate=True)
-    except binascii.Error as error:
-        raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error
+    @asynccontextmanager
+    async def _claimed(self, text_sha256: str) -> AsyncIterator[None]:
+        """Waits for whoever works on that text's vectors, who finds out after a batch at most that it is going."""
+        while True:
+            with self._store.claimed(text_sha256) as is_ours:
+                if is_ours:
+                    yield
+                    return
+            await asyncio.sleep(_CLAIM_POLL_S)

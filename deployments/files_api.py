@@ -1,9 +1,9 @@
 """OpenAI's routes for files, and `warm`, which is ours."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from starlette.datastructures import UploadFile
 
@@ -12,11 +12,23 @@ from deployments.files import PURPOSES, Files
 from deployments.openapi import ERRORS
 from rapid.errors import InvalidRequest
 
+# What the route reads from the form itself, since a file may be large and the errors are to have OpenAI's shape.
+_FORM = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES), "default": PURPOSES[0]},
+    },
+    "required": ["file"],
+    "additionalProperties": False,
+}
+_TAKES_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+
 
 def add_file_routes(app: FastAPI, files: Files) -> None:
     """`/v1/files`: every answer is about the asking key's own files."""
 
-    @app.post("/v1/files", responses=ERRORS)
+    @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
     async def upload(request: Request) -> dict[str, Any]:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
@@ -27,26 +39,30 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
             file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
+            if unknown := form.keys() - {"file", "purpose"}:
+                raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
             return await files.upload(
                 client_of(request).owner, file.filename or "file", str(purpose), await file.read()
             )
 
     @app.get("/v1/files", responses=ERRORS)
-    async def listed(request: Request) -> dict[str, Any]:
-        query = request.query_params
-        found = [
-            file
-            for file in await files.listed(client_of(request).owner)
-            if query.get("purpose") in (None, file["purpose"])
-        ]
-        if _order(query.get("order", "desc")) == "desc":
+    async def listed(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        purpose: str | None = None,
+    ) -> dict[str, Any]:
+        every = await files.listed(client_of(request).owner)
+        found = [file for file in every if purpose in (None, file["purpose"])]
+        if order == "desc":
             found.reverse()
         ids = [file["id"] for file in found]
-        if after := query.get("after"):
+        if after is not None:
             if after not in ids:
                 raise InvalidRequest(f"there is no file {after!r} in this list", param="after")
             found = found[ids.index(after) + 1 :]
-        page = found[: _limit(query.get("limit", "10000"))]
+        page = found[:limit]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
         return {"object": "list", "data": page, **ends, "has_more": len(page) < len(found)}
 
@@ -75,17 +91,3 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
         warmed = await files.warm(client.owner, file_id)
         client.spend(warmed["prompt_tokens"])
         return warmed
-
-
-def _order(given: str) -> Literal["asc", "desc"]:
-    if given == "asc":
-        return "asc"
-    if given == "desc":
-        return "desc"
-    raise InvalidRequest("order must be asc or desc", param="order")
-
-
-def _limit(given: str) -> int:
-    if not given.isdecimal() or not 1 <= int(given) <= 10_000:
-        raise InvalidRequest("limit must be between 1 and 10000", param="limit")
-    return int(given)

@@ -4,6 +4,7 @@ import json
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -79,10 +80,18 @@ async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:
     return await _on_error(request, InvalidRequest("the connection ended before the body did"))
 
 
+async def _on_wrong_parameter(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _on_error(request, InvalidRequest(f"{name}: {first['msg']}", param=name))
+
+
 def handle_errors(app: FastAPI) -> None:
     """Makes ``app`` answer in OpenAI's shape what is wrong with a request; what nobody expected, `Middleware` does."""
     app.add_exception_handler(RapidError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
     app.add_exception_handler(ClientDisconnect, _on_half_a_body)
 
 

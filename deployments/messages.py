@@ -1,5 +1,6 @@
 """The messages of a chat as a client sends them, and the prompt that they make."""
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -30,6 +31,20 @@ class FileReference(Body):
         if (self.file_id is None) == (self.file_data is None):
             raise wrong("", "give either file_id or file_data")
         return self
+
+    def data(self, param: str) -> bytes:
+        """The bytes of ``file_data``, a data URL or base64 alone.
+
+        Raises:
+            InvalidRequest: it is neither; it names ``param``.
+        """
+        head, comma, tail = (self.file_data or "").partition(",")
+        if head.startswith("data:") and not (comma and head.endswith(";base64")):
+            raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
+        try:
+            return base64.b64decode(tail if comma else head, validate=True)
+        except ValueError as error:  # of base64, or of characters that are not ASCII
+            raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error
 
 
 class FilePart(Body):

@@ -1,6 +1,7 @@
 """What /openapi.json says of the API: bodies, answers and errors.
 
-The routes read their bodies themselves, so that every error has OpenAI's shape; FastAPI sees neither, and is told here.
+The routes read their bodies themselves, so that every error has OpenAI's shape; FastAPI sees neither, and is told here
+(of the one form, in `deployments.files_api`).
 """
 
 from typing import Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -120,6 +121,8 @@ class Retriever:
 
     def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self._keeping: dict[str, object] = {}  # by owner: the latest `keep`, unless it was dropped since
+        self._storing = threading.Lock()
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
         """Return the chunks of `contents` nearest to `query`, best first until the budget is spent, in document order.
@@ -159,7 +162,7 @@ class Retriever:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` with a content of that text.
 
         Yields how far it is, first with nothing done and then after each small batch; what is kept already is not
-        embedded again. Blank chunks count for nothing.
+        embedded again. Blank chunks count for nothing. After a `drop` in between it stores nothing and just ends.
 
         Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
         """
@@ -168,18 +171,25 @@ class Retriever:
         done = len(texts) if self._store.count(owner) == len(texts) else 0
         yield Kept(owner, done, len(texts))
         if done < len(texts):
+            self._keeping[owner] = this = object()
             vectors: list[NDArray[np.float32]] = []
             for first in range(0, len(texts), _BATCH):
                 vectors.append(self.embedder.embed(texts[first : first + _BATCH]))
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield Kept(owner, done, len(texts))
-            self._store.add(owner, np.concatenate(vectors), keep=True)
+            with self._storing:
+                if self._keeping.get(owner) is not this:
+                    return
+                self._store.add(owner, np.concatenate(vectors), keep=True)
+                del self._keeping[owner]
             yield Kept(owner, done, len(texts))
 
     def drop(self, owner: str) -> None:
         """Remove kept vectors. Raises RetrievalError when the store fails."""
-        self._store.delete(owner)
+        with self._storing:
+            self._keeping.pop(owner, None)
+            self._store.delete(owner)
 
     def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
         """Return (position, score) of all `chunks` that reach the threshold, best first.

@@ -262,6 +262,7 @@ def test_requests_that_make_no_sense_name_the_field(client: OpenAI) -> None:
         (httpx.post(f"{url}files", files={"purpose": (None, "user_data")}, headers=headers), 400, "file"),
         (httpx.post(f"{url}files", files=file, data=EXPIRES, headers=headers), 400, "expires_after[anchor]"),
         (httpx.post(f"{url}files", files=file, data={"purpose": "fine-tune"}, headers=headers), 400, "purpose"),
+        (httpx.post(f"{url}files", files=file, data={"expires": "1"}, headers=headers), 400, "expires"),
         (httpx.get(f"{url}files?limit=0", headers=headers), 400, "limit"),
         (httpx.get(f"{url}files?order=up", headers=headers), 400, "order"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -19,6 +20,20 @@ def test_malformed_requests_are_refused_in_words_and_leave_nothing_behind(letter
     assert (outcome.problems, logged) == ([], [])
     assert sum(statuses.total() for statuses in outcome.statuses.values()) == 450
     assert {status for statuses in outcome.statuses.values() for status in statuses} >= {"200", "400", "404", "405"}
+
+
+def test_forms_and_queries_are_attacked_and_what_is_only_slow_is_whole(letters_url: str) -> None:
+    described = httpx.get(f"{letters_url}/openapi.json").json()
+    attacks = list(Attacker(described, "letters", seed=7).attacks(1600))
+    uploads = [attack for attack in attacks if attack.content_type == "multipart/form-data; boundary=x"]
+    assert {attack.kind for attack in uploads} >= {"wrong value", "unknown field", "truncated", "giant string", "slow"}
+    asked = {attack.path.partition("=")[0] for attack in attacks if attack.kind == "wrong query"}
+    assert asked == {f"/v1/files?{name}" for name in ("limit", "order", "after", "purpose")}
+    for attack in attacks:
+        if attack.kind in ("slow", "wrong content type"):
+            body = b"".join(attack.pieces)
+            assert body.endswith(b"--x--\r\n") or isinstance(json.loads(body), dict)
+    assert not any("{" in attack.path for attack in attacks)
 
 
 @pytest.mark.parametrize(
@@ -45,5 +60,8 @@ def test_every_body_and_error_is_described(letters_url: str) -> None:
     assert {"messages", "model", "rapid", "stream"} <= body["properties"].keys()
     assert chat["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
     assert chat["responses"].keys() >= {"4XX", "503"}
+    files = described["paths"]["/v1/files"]
+    assert files["post"]["requestBody"]["content"].keys() == {"multipart/form-data"}
+    assert {it["name"] for it in files["get"]["parameters"]} == {"limit", "order", "after", "purpose"}
     names = set(str(described).split("#/components/schemas/")[1:])
     assert {name.partition("'")[0] for name in names} <= described["components"]["schemas"].keys()

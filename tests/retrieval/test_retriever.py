@@ -281,3 +281,13 @@ def test_a_real_embedder_finds_the_answer_in_a_novel(minilm, prose, tokenizer):
     result = retriever.retrieve([text], query, RetrievalOptions(chunk_tokens=128))
     best = max(result.chunks, key=lambda chunk: chunk.score)
     assert "Lisbon" in best.text and result.retrieved_tokens <= 1024 < result.context_tokens
+
+
+def test_what_is_dropped_while_it_is_embedded_is_not_stored(retriever, store, prose):
+    keeping = retriever.keep(prose[:3000], SMALL.chunk_tokens)
+    owner = next(keeping).owner
+    next(keeping)
+    retriever.drop(owner)
+    *_, last = keeping
+    assert last.num_embedded < last.num_chunks and store.count(owner) == 0
+    assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(owner) > 0
