@@ -158,7 +158,7 @@ class Statistics:
         """Those of several choices of one prompt: what each did is summed, what they share is counted once."""
         first = choices[0]
 
-        def summed(*names: str) -> dict[str, int]:
+        def summed(*names: str) -> dict[str, Any]:
             return {name: sum(getattr(choice, name) for choice in choices) for name in names}
 
         times = {name: sum(choice.timings_ms[name] for choice in choices) for name in first.timings_ms}
