@@ -1,14 +1,17 @@
-"""Clients of a running service: what they ask, how they read, and whether what they got is what one alone would get."""
+"""Clients of a running service: what they ask, how they read, and what they got."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -17,11 +20,18 @@ from benchmarks.results import DATA
 MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 24
 DOCUMENT_CHARACTERS = 2_400  # about 600 tokens: long enough to be retrieved from
-SLOW_PAUSE_S = 0.1
+NEW_CHARACTERS = 8_000  # about 2,000 tokens, of a document that is asked about once
+# A slow reader reads nothing for so long after the first token. It asks for more tokens, and for more about each, than
+# lies between it and the service; on one machine that would be megabytes, did it not ask for small packets.
+SLOW_PAUSE_S = 30.0
+SLOW_TOKENS = 256
+SLOW_TOP_LOGPROBS = 20
+SMALL_BUFFERS = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096), (socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)]
 TIMEOUT_S = 300.0
 RETRY_S = 1.0  # what the service's Retry-After says
+Answer = tuple[int, AsyncIterator[str]]  # the status, and the lines
 Kind = Literal["short", "repeated", "new", "cancelled", "slow"]
-MIX: dict[Kind, int] = {"short": 45, "repeated": 25, "new": 10, "cancelled": 10, "slow": 10}
+MIX: dict[Kind, int] = {"short": 50, "repeated": 25, "new": 10, "cancelled": 10, "slow": 5}
 
 SHORT = (
     *("Name three oceans.", "What is a whale?", "Count from one to ten.", "Write one sentence about the sea."),
@@ -49,12 +59,13 @@ KNOWN = [*(Question(None, text) for text in SHORT), *REPEATED]
 
 def passage(index: int) -> str:
     """The ``index``-th passage of two novels where they are at hand, else one made of numbered sentences."""
+    length = DOCUMENT_CHARACTERS if index < NUM_REPEATED else NEW_CHARACTERS
     if DATA.exists():
         novels = "".join(_novel(name) for name in ("moby-dick.txt", "pride-and-prejudice.txt"))
-        start = 30_000 + index * DOCUMENT_CHARACTERS % (len(novels) - 40_000)
-        return novels[start : start + DOCUMENT_CHARACTERS]
-    sentences = (f"In room {n} of house {index} lives a person who counts {n * 7 + index} birds." for n in range(100))
-    return "\n".join(sentences)[:DOCUMENT_CHARACTERS]
+        start = 30_000 + index * length % (len(novels) - 40_000)
+        return novels[start : start + length]
+    sentences = (f"In room {n} of house {index} lives a person who counts {n * 7 + index} birds." for n in range(200))
+    return "\n".join(sentences)[:length]
 
 
 _NOVELS: dict[str, str] = {}
@@ -74,6 +85,8 @@ class Asked:
     started: float
     status: int = 0
     text: str = ""
+    written: list[bytes] = field(default_factory=list)  # its tokens
+    finish: str | None = None
     first_s: float | None = None
     last_s: float | None = None
     tokens: int = 0
@@ -97,6 +110,45 @@ def new_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
+@asynccontextmanager
+async def _usually(http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[Answer]:
+    async with http.stream("POST", url, json=body) as response:
+        yield response.status_code, response.aiter_lines()
+
+
+@asynccontextmanager
+async def _through_small_buffers(_: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[Answer]:
+    """Without httpx, which sets a socket's options when it is connected, and its packets' size agreed upon."""
+    where, content = urlsplit(url), json.dumps(body).encode()
+    small = socket.socket()
+    for option in SMALL_BUFFERS:
+        small.setsockopt(*option)
+    small.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(small, (where.hostname, where.port))
+    reader, writer = await asyncio.open_connection(sock=small, limit=2**12)
+    head = f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    try:
+        writer.write(head.encode() + content)
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():
+            pass
+        yield status, _lines(reader, is_chunked=status == 200)
+    finally:
+        writer.close()
+
+
+async def _lines(reader: asyncio.StreamReader, *, is_chunked: bool) -> AsyncIterator[str]:
+    if not is_chunked:
+        yield (await reader.read()).decode()
+        return
+    rest = b""
+    while size := int(await reader.readline(), 16):
+        *lines, rest = (rest + (await reader.readexactly(size + 2))[:-2]).split(b"\n")
+        for line in lines:
+            yield line.decode()
+
+
 async def ask(http: httpx.AsyncClient, url: str, question: Question, kind: Kind, client: int = 0) -> Asked:
     """Streams one greedy answer the way its ``kind`` reads."""
     asked = Asked(client, kind, question, time.perf_counter())
@@ -106,25 +158,30 @@ async def ask(http: httpx.AsyncClient, url: str, question: Question, kind: Kind,
         "max_tokens": NEW_TOKENS,
         "temperature": 0,
         "stream": True,
+        "logprobs": True,  # they name the tokens
     }
+    if kind == "slow":
+        body |= {"max_tokens": SLOW_TOKENS, "ignore_eos": True, "top_logprobs": SLOW_TOP_LOGPROBS}
     left = random.randrange(1, 12) if kind == "cancelled" else -1  # lines until the client goes away
+    has_paused = False
     try:
-        async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            asked.status = response.status_code
-            if response.is_error:
-                asked.error = (await response.aread()).decode()[:200]
+        how = _through_small_buffers if kind == "slow" else _usually
+        async with how(http, f"{url}/v1/chat/completions", body) as (asked.status, lines):
+            if asked.status != 200:
+                asked.error = "".join([line async for line in lines])[:200]
                 return asked
-            async for line in response.aiter_lines():
+            async for line in lines:
                 if line.startswith("data: {"):
                     _read(asked, json.loads(line.removeprefix("data: ")))
                     left -= 1
                     if left == 0:
                         return asked
-                    if kind == "slow":
+                    if kind == "slow" and not has_paused:
                         await asyncio.sleep(SLOW_PAUSE_S)
+                        has_paused = True
                 elif line == "data: [DONE]":
                     asked.is_complete = asked.tokens > 0 and asked.error is None
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, OSError, EOFError) as error:
         asked.error = repr(error)
     return asked
 
@@ -133,6 +190,9 @@ def _read(asked: Asked, data: dict[str, Any]) -> None:
     if "error" in data:
         asked.error = data["error"]["message"]
         return
+    for choice in data["choices"]:
+        asked.written += [bytes(token["bytes"]) for token in (choice["logprobs"] or {"content": ()})["content"]]
+        asked.finish = choice["finish_reason"] or asked.finish
     if text := "".join(choice["delta"].get("content") or "" for choice in data["choices"]):
         asked.last_s = time.perf_counter() - asked.started
         asked.first_s = asked.first_s or asked.last_s
@@ -159,20 +219,22 @@ class Crowd:
             KNOWN[: len(SHORT)] if kind == "short" else REPEATED if kind == "repeated" else KNOWN
         )
 
-    async def _client(self, http: httpx.AsyncClient, number: int, until: float, into: list[Asked]) -> None:
+    async def _client(self, number: int, until: float, into: list[Asked]) -> None:
         chance = random.Random(f"{self.seed} {number} {len(self.asked)}")
-        while time.perf_counter() < until:
-            kind, question = self._choose(chance)
-            into.append(asked := await ask(http, self.url, question, kind, number))
-            if asked.status != 200:
-                await asyncio.sleep(RETRY_S)
+        async with new_client() as http:
+            while time.perf_counter() < until:
+                kind, question = self._choose(chance)
+                if kind == "slow" and until - time.perf_counter() < SLOW_PAUSE_S:
+                    continue  # the others would wait for it alone
+                into.append(asked := await ask(http, self.url, question, kind, number))
+                if asked.status != 200:
+                    await asyncio.sleep(RETRY_S)
 
     async def run(self, clients: int, seconds: float) -> list[Asked]:
         """``clients`` of them for that long, until the last answer has ended."""
         asked: list[Asked] = []
-        async with new_client() as http:
-            until = time.perf_counter() + seconds
-            await asyncio.gather(*(self._client(http, number, until, asked) for number in range(clients)))
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(self._client(number, until, asked) for number in range(clients)))
         self.asked += asked
         return asked
 
@@ -186,64 +248,3 @@ class Crowd:
             asked = await asyncio.gather(*(ask(http, self.url, q, kind, number) for kind, q, number in each))
         self.asked += asked
         return list(asked)
-
-
-class Checker:
-    """Compares answers with those that were got alone.
-
-    Where numbers are rounded to bfloat16 two tokens may be nearly as likely, and which one wins may depend on what else
-    was in the batch: such an answer ``diverged``. One that begins like another question's is ``mixed_up``.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self.alone: dict[Question, str] = {}
-
-    async def learn(self, questions: list[Question]) -> None:
-        """Asks each alone, one after the other."""
-        async with new_client() as http:
-            for question in questions:
-                if question not in self.alone:
-                    asked = await ask(http, self._url, question, "short")
-                    if not asked.is_complete:
-                        raise RuntimeError(f"{question.text!r} asked alone: {asked.status} {asked.error}")
-                    self.alone[question] = asked.text
-
-    def judge(self, answers: list[Asked]) -> dict[str, Any]:
-        """How many were as alone, diverged, mixed up, lost, or not compared (documents that were not asked again)."""
-        counts = dict.fromkeys(("checked", "identical", "diverged", "mixed_up", "lost", "not_compared"), 0)
-        examples = []
-        for asked in answers:
-            alone = self.alone.get(asked.question)
-            counts["lost"] += asked.is_lost
-            if not asked.is_complete and asked.kind != "cancelled":
-                continue
-            if alone is None:
-                counts["not_compared"] += 1
-                continue
-            verdict = self._compare(asked, alone)
-            counts["checked"] += 1
-            counts[verdict] += 1
-            if verdict != "identical":
-                examples.append({"got": asked.text, "alone": alone, "verdict": verdict})
-        return counts | {"examples": examples[:5]}
-
-    def _compare(self, asked: Asked, alone: str) -> str:
-        if asked.text == alone or (asked.kind == "cancelled" and alone.startswith(asked.text)):
-            return "identical"
-        own = _common(asked.text, alone)
-        others = (text for question, text in self.alone.items() if question != asked.question and text != alone)
-        return (
-            "mixed_up"
-            if max((_common(asked.text, other) for other in others), default=0) > max(own, 20)
-            else "diverged"
-        )
-
-
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def documents(answers: list[Asked]) -> Iterator[Question]:
-    """The new ones that were answered."""
-    return (asked.question for asked in answers if asked.kind == "new" and asked.is_complete)

@@ -1,8 +1,9 @@
 """The embedded default under load, through `rapid serve`: more and more clients, ten minutes at capacity, a burst.
 
 Clients mix short chats, documents that are new and that were asked about before, answers given up midway, and slow
-readers. Every answer is compared with the one that a client alone got. Only the memory for keys and values is bounded,
-so that it is full after the first minutes, and what the processes take from then on should stay the same.
+readers. Every answer is compared with the one that a client alone got, and where it differs it is replayed
+(`benchmarks.replay`) when the service is down. Only the memory for keys and values is bounded, so that it is full after
+the first minutes, and what the processes take from then on should stay the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.clients import KNOWN, Asked, Checker, Crowd, Question, ask, documents, new_client
+from benchmarks.clients import KNOWN, Asked, Crowd, Question, ask, new_client
+from benchmarks.replay import Checker, Replay
 from benchmarks.results import FOLDER, write
 from deployments.config import read_config
 
@@ -155,8 +157,10 @@ def row(asked: list[Asked], clients: int) -> dict[str, Any]:
     }
 
 
-async def measure(url: str, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
-    checker, crowd, results = Checker(url), Crowd(url, options.seed), {}
+async def measure(
+    url: str, process: psutil.Process, checker: Checker, crowd: Crowd, options: argparse.Namespace
+) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     engine = read_config(CONFIG).target
     places = engine.max_sequences + engine.max_queued
     print(f"each of {len(KNOWN)} questions alone", flush=True)
@@ -176,9 +180,6 @@ async def measure(url: str, process: psutil.Process, options: argparse.Namespace
     print(json.dumps(results["sustained"] | {"memory": memory.report()["rss_mib_by_thirds"]}), flush=True)
     results["burst"] = await _burst(url, crowd, 3 * places, alone_s) | {"places": places}
     print(json.dumps(results["burst"]), flush=True)
-    again = list(dict.fromkeys(documents(crowd.asked)))
-    await checker.learn(again[:: max(1, len(again) // options.documents_again)][: options.documents_again])
-    results["answers"] = {"asked": len(crowd.asked)} | checker.judge(crowd.asked)
     results["held_afterwards"] = await _held(url)
     return results
 
@@ -255,12 +256,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="at capacity")
     parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="the numbers of them, in turn")
     parser.add_argument("--level-s", type=float, default=40, help="seconds for each number of clients")
-    parser.add_argument("--documents-again", type=int, default=30, help="new documents asked about again, alone")
+    parser.add_argument("--new-replayed", type=int, default=30, help="answers about new documents that are checked")
     parser.add_argument("--dtype", default="auto", help="of the target; float32 rounds nothing away")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with service(options.dtype) as (url, process):
-        results = asyncio.run(measure(url, process, options))
+        checker, crowd = Checker(url), Crowd(url, options.seed)
+        results = asyncio.run(measure(url, process, checker, crowd, options))
+    print("replaying the answers that differ", flush=True)
+    how = {"dtype": options.dtype, "kv_memory_gib": KV_GIB}
+    with Replay.of(read_config(CONFIG).target.model_copy(update=how)) as replay:
+        answers = checker.judge(crowd.asked, replay, options.new_replayed)
+        results["answers"] = {"asked": len(crowd.asked), **answers, "control": checker.control(replay)}
     print(json.dumps(results["answers"]), json.dumps(results["held_afterwards"]))
     write("load", results)
     draw(results)

@@ -62,7 +62,7 @@ async def extract(data: bytes, *, filename: str = "", timeout_s: float) -> tuple
         Unreadable: it is of another kind, broken, encrypted, too big, or without any text.
     """
     kind = kind_of(data, filename)
-    text = _decoded(data) if kind == TEXT else await _in_a_process(data, timeout_s)
+    text = await (asyncio.to_thread(_decoded, data) if kind == TEXT else _in_a_process(data, timeout_s))
     if len(text) > _MAX_CHARACTERS:
         raise Unreadable(f"its text is longer than {_MAX_CHARACTERS} characters", 413)
     text = text.replace("\r\n", "\n").strip()

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.clients import Asked, Checker, Kind, Question
+from benchmarks.clients import Asked, Kind, Question
 from benchmarks.load import fairness, percentiles, row
+from benchmarks.replay import Checker, Replay
+from rapid.engine import Engine
+from rapid.model import Model
 
 WHALES, OCEANS = Question(None, "What is a whale?"), Question(None, "Name three oceans.")
-ALONE = {
-    WHALES: "A whale is a large animal that lives in the sea.",
-    OCEANS: "The Pacific, the Atlantic and the Arctic.",
-}
+ALONE = "A whale is a large animal"
 
 
 def asked(text: str, kind: Kind = "short", question: Question = WHALES, client: int = 0, **more: Any) -> Asked:
     fields = {"status": 200, "is_complete": kind != "cancelled", "tokens": 5, "first_s": 1.0, "last_s": 3.0} | more
-    return Asked(client, kind, question, started=0.0, text=text, **fields)
+    written = [word.encode() for word in text.split()]
+    return Asked(client, kind, question, started=0.0, text=text, written=written, **fields)
+
+
+class Margins:
+    """Says how far an answer is from the likeliest, by its first word."""
+
+    def margin(self, prompt: str, answer: Asked) -> float:
+        return {b"Likeliest": 0.0, b"Nearly": 0.25}.get(answer.written[0], 9.0)
 
 
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        (asked(ALONE[WHALES]), "identical"),
+        (asked(ALONE), "identical"),
         (asked("A whale is", "cancelled"), "identical"),
-        (asked("A whale is a large mammal.", "slow"), "diverged"),
-        (asked(ALONE[OCEANS]), "mixed_up"),
-        (asked("The Pacific, the Atlantic", "cancelled"), "mixed_up"),
+        (asked("A whale is"), "mixed_up"),
+        (asked("The Pacific", "cancelled"), "mixed_up"),
+        (asked("Likeliest all the way", "slow"), "identical"),
+        (asked("Nearly the same"), "near_ties"),
+        (asked("Nearly the same", "new", Question(8, "Who?")), "near_ties"),
+        (asked("The Pacific", "slow"), "mixed_up"),
         (asked("A whale is", is_complete=False), "lost"),
-        (asked("Ishmael.", "new", Question(9, "Who?")), "not_compared"),
     ],
 )
-def test_each_answer_is_compared_with_the_one_got_alone(answer: Asked, verdict: str) -> None:
+def test_an_answer_is_as_alone_or_replayed(answer: Asked, verdict: str) -> None:
     checker = Checker("")
-    checker.alone.update(ALONE)
-    counts = checker.judge([answer])
-    assert {name for name in ("identical", "diverged", "mixed_up", "lost", "not_compared") if counts[name]} == {verdict}
+    checker.alone[WHALES] = asked(ALONE)
+    counts = checker.judge([answer], Margins(), new=1)
+    verdicts = ("identical", "near_ties", "mixed_up", "lost", "not_compared")
+    assert {name for name in verdicts if counts[name]} == {verdict}
+    assert checker.judge([answer, answer], Margins(), new=0)["replayed"] <= 1
+
+
+def test_a_replay_tells_an_answer_to_its_own_prompt_from_another(smollm: Path) -> None:
+    engine = Engine(Model.load(str(smollm), dtype="bfloat16"), kv_bytes=2**26)
+    try:
+        replay, other = Replay(engine, str(smollm)), "Count from one to ten."
+        answer = asked("", question=Question(None, "What is the capital of France?"), finish="length")
+        answer.written = [b"The", b" capital", b" of", b" France", b" is", b" Paris"]
+        assert replay.margin(answer.question.prompt, answer) < 1 < 3 < replay.margin(other, answer)
+    finally:
+        engine.shutdown()
 
 
 def test_a_refused_request_is_neither_lost_nor_compared() -> None:
-    counts = Checker("").judge([asked("", status=429, is_complete=False)])
+    counts = Checker("").judge([asked("", status=429, is_complete=False)], Margins(), new=1)
     assert (counts["lost"], counts["checked"], counts["not_compared"]) == (0, 0, 0)
 
 
