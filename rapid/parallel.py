@@ -84,7 +84,8 @@ class Group:
         return heard[0]
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, in place."""
+        """The sum of all ranks' ``x``, in place where that lies in one piece."""
+        x = x.contiguous()  # gloo would sum what lies between its rows, and silently
         dist.all_reduce(x, group=self._compute)
         return x
 

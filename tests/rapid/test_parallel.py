@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from running import GREEDY, ROUNDING, begun, done, new_cache, random_tokens
+from running import GREEDY, ROUNDING, begun, done, logits_after, new_cache, random_tokens
 from transformers import PreTrainedModel
 
 from rapid.attention import Extension
@@ -153,6 +153,25 @@ def test_the_first_pass_waits_until_all_ranks_have_loaded(folder: Path, monkeypa
     monkeypatch.setattr("rapid.model.Group", Alone)
     Model.load(str(folder), dtype="float32", place=Place(0, 1, ""))
     assert called[:2] == ["wait", "say"]
+
+
+def read_in_few_bits(rank: int, address: str, folder: str, read: Any) -> None:
+    torch.set_num_threads(1)
+    model = Model.load(folder, quantization="int8", place=Place(rank, RANKS, address))
+    if rank == 0:
+        read.put(logits_after(model, random_tokens(40, seed=1)).tolist())
+    else:
+        with pytest.raises(EngineLost):  # the first rank has left
+            model.follow()
+
+
+def test_weights_of_few_bits_are_shared_too_and_whoever_follows_notices_the_end(folder: Path) -> None:
+    """Each rank rounds its own share, so that the sums differ a little from those of one process."""
+    read = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(read_in_few_bits, (free_address(), str(folder), read), nprocs=RANKS)
+    whole = Model.load(str(folder), quantization="int8")
+    expected = logits_after(whole, random_tokens(40, seed=1))
+    assert (torch.tensor(read.get()) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_ranks_that_never_meet_are_an_error() -> None:
