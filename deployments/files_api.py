@@ -34,11 +34,11 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
             message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
             raise InvalidRequest(message, code="unsupported_media_type", status=415)
         async with request.form(max_files=1, max_fields=8) as form:
+            if unknown := form.keys() - {"file", "purpose"}:
+                raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
             file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
-            if unknown := form.keys() - {"file", "purpose"}:
-                raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
             return await files.upload(
                 client_of(request).owner, file.filename or "file", str(purpose), await file.read()
             )
