@@ -46,7 +46,8 @@ def many(
     With ``overlap`` they have no seed, and at least a tenth of them must have used what was drafted ahead.
     """
     counts = np.zeros([world.target.model.vocab_size] * num_tokens)
-    backend, seeds, num_ahead = world.backend(overlap=overlap), iter(range(num)), 0
+    backend = world.patient_backend() if overlap else world.backend()
+    seeds, num_ahead = iter(range(num)), 0
 
     async def worker() -> None:
         nonlocal num_ahead

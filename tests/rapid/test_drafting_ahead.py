@@ -1,8 +1,7 @@
 """What a drafter does while the target verifies: it is the next draft where it guessed right, and gone where not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +9,10 @@ from gate import Gate
 from running import VOCAB, assert_cache_is_fresh, done, opened, random_tokens
 from world import Chunk, Retrieval, World, complete
 
-from rapid.backend import Lease, Role
 from rapid.control import DraftLimits
-from rapid.drafts import Draft, Verified
+from rapid.drafts import Draft
 from rapid.engine import Engine
-from rapid.local import LocalBackend
 from rapid.model import Model
-from rapid.sequence import Opening
 from rapid.tasks import drafted_ahead, propose
 
 MakeEngine = Callable[..., Engine]
@@ -71,47 +67,16 @@ def test_only_a_wrong_guess_s_pass_is_given_up_at_once(
     assert_cache_is_fresh(sequence, model)
 
 
-class Patient(LocalBackend):
-    """Verifies when what is drafted ahead is there, and notes which drafts were here before they were asked for."""
-
-    def __init__(self, world: World) -> None:
-        def everything(contents: list[str], query: str, options: Any) -> Retrieval:
-            return Retrieval([Chunk(0, contents[0], 0, 0.5, 0, len(contents[0]))])
-
-        super().__init__(world.target, world.drafter, everything, overlap=True)
-        self.ahead: list[Awaitable[Draft | None]] = []
-        self.were_here: list[bool] = []
-
-    @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
-        async with super().lease(role, opening) as lease:
-            yield _PatientLease(lease, self)
-
-
-class _PatientLease:
-    def __init__(self, lease: Lease, backend: Patient) -> None:
-        self._lease, self._backend = lease, backend
-        self.prefill, self.propose = lease.prefill, lease.propose
-
-    def ahead(self) -> Awaitable[Draft | None]:
-        ahead = self._lease.ahead()
-        self._backend.ahead.append(ahead)
-        return ahead
-
-    async def verify(self, draft: Any, rule: str, transfer_strength: float) -> Verified:
-        if not isinstance(draft, Draft):
-            await draft
-        await asyncio.gather(*self._backend.ahead)
-        self._backend.were_here.append(isinstance(draft, Draft))
-        return await self._lease.verify(draft, rule, transfer_strength)
-
-
 def test_the_decode_loop_asks_for_no_draft_that_is_here(make_world: Callable[..., World], engine: MakeEngine) -> None:
     """A drafter that reads what the target reads is always right, so all but the first draft come ahead."""
+
+    def everything(contents: list[str], query: str, options: Any) -> Retrieval:
+        return Retrieval([Chunk(0, contents[0], 0, 0.5, 0, len(contents[0]))])
+
     world = make_world()
     twin = World(world.target, engine(world.target.model), world.tokenizer)
     request = twin.request(strategy="speculative", gamma=2, max_tokens=13)
-    backend = Patient(twin)
+    backend = twin.patient_backend(everything)
     ahead = asyncio.run(complete(request, backend))
     alone = asyncio.run(complete(twin.request(strategy="autoregressive", max_tokens=13), twin.backend()))
     assert ahead.tokens == alone.tokens

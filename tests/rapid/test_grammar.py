@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from world import World, complete, run
 
 from rapid import tasks
+from rapid.drafts import Draft, certain_draft
 from rapid.engine import Engine
 from rapid.errors import InvalidRequest
 from rapid.grammar import Framed, Grammar, json_grammar
@@ -82,7 +83,7 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Watches that every token the drafter draws is one that the grammar allows; counts them by round."""
     seen: list[int] = []
 
-    def watched(draft: tasks.Draft, num_allowed: int) -> tasks.Draft:
+    def watched(draft: Draft, num_allowed: int) -> Draft:
         sampled = any(len(ids) > 1 for ids, _ in draft.distributions)
         assert num_allowed == len(draft.tokens) or not sampled
         seen.append(len(draft.tokens))
@@ -161,7 +162,7 @@ def test_a_rejected_draft_leaves_no_trace(byte_tokenizer: PreTrainedTokenizerFas
 
 
 def test_a_looked_up_draft_ends_where_it_breaks_the_grammar(byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    draft = tasks.certain_draft(0, tokens_of('{"a": 7'))
+    draft = certain_draft(0, tokens_of('{"a": 7'))
     params = LogitParams(grammar=json_grammar(Framed(SCHEMA)), eos=(END,))
     processor = LogitProcessor(params, byte_tokenizer, 257, torch.device("cpu"))
     num_allowed = processor.num_allowed([], draft.tokens)

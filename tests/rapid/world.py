@@ -1,18 +1,23 @@
 """A target and a drafter so small that every output and its probability can be enumerated, and what to ask them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from running import GREEDY, logits_after
 from transformers import PreTrainedTokenizerFast
 
+from rapid.backend import DraftHandle, Lease, Role
+from rapid.drafts import Draft, Verified
 from rapid.engine import Engine
 from rapid.generate import generate
 from rapid.local import LocalBackend
 from rapid.model import Model
 from rapid.prompts import Prompt, read_text
 from rapid.request import Delta, Finish, GenerationRequest, SpeculationParams, Statistics
+from rapid.sequence import Opening
 
 
 class Chunk(NamedTuple):
@@ -61,6 +66,42 @@ def run(request: GenerationRequest, backend: LocalBackend) -> Completion:
     return asyncio.run(complete(request, backend))
 
 
+class PatientBackend(LocalBackend):
+    """Overlaps, and verifies only when all that is drafted ahead is there; notes which drafts were here unasked.
+
+    Two engines of one process compute in turns, so that what comes ahead would otherwise be a matter of luck.
+    """
+
+    def __init__(self, target: Engine, drafter: Engine, retrieve: Callable[..., Retrieval]) -> None:
+        super().__init__(target, drafter, retrieve, overlap=True)
+        self.were_here: list[bool] = []
+
+    @asynccontextmanager
+    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+        async with super().lease(role, opening) as lease:
+            yield _PatientLease(lease, self.were_here)
+
+
+class _PatientLease:
+    _ahead: ContextVar[Awaitable[Draft | None]] = ContextVar("ahead")  # of the request's drafter, to its target
+
+    def __init__(self, lease: Lease, were_here: list[bool]) -> None:
+        self._lease, self._were_here = lease, were_here
+        self.prefill, self.propose = lease.prefill, lease.propose
+
+    def ahead(self) -> Awaitable[Draft | None]:
+        ahead = self._lease.ahead()
+        self._ahead.set(ahead)
+        return ahead
+
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+        self._were_here.append(isinstance(draft, Draft))
+        draft = draft if isinstance(draft, Draft) else await draft
+        if ahead := self._ahead.get(None):
+            await ahead
+        return await self._lease.verify(draft, rule, transfer_strength)
+
+
 class World(NamedTuple):
     """A target and a drafter that disagree, on a vocabulary of letters."""
 
@@ -70,6 +111,9 @@ class World(NamedTuple):
 
     def backend(self, retrieve: Callable[..., Retrieval] = first_eight, *, overlap: bool = False) -> LocalBackend:
         return LocalBackend(self.target, self.drafter, retrieve, overlap=overlap)
+
+    def patient_backend(self, retrieve: Callable[..., Retrieval] = first_eight) -> PatientBackend:
+        return PatientBackend(self.target, self.drafter, retrieve)
 
     def prompt(self, text: str = "abcabbcacbaabcabca\n\nab") -> Prompt:
         return read_text(text, self.tokenizer, long_content_tokens=10)

@@ -117,10 +117,12 @@ def test_time_is_near_linear(unit, tokenizer):
     """A window must not be searched again and again, nor a run of one character be quadratic in a pattern."""
 
     def seconds(length: int) -> float:
-        text = (unit * length)[:length]
-        began = time.process_time()
-        split(text, max_tokens=200, tokenizer=tokenizer)
-        return time.process_time() - began
+        text, took = (unit * length)[:length], []
+        for _ in range(3):
+            began = time.process_time()
+            split(text, max_tokens=200, tokenizer=tokenizer)
+            took.append(time.process_time() - began)
+        return min(took)
 
     seconds(1_000)
-    assert seconds(160_000) < 40 * max(seconds(10_000), 0.005)  # linear is 16 times, quadratic 256
+    assert seconds(160_000) < 64 * max(seconds(10_000), 0.005)  # linear is 16 times, quadratic 256
