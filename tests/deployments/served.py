@@ -101,18 +101,22 @@ def chat(index: int = 0, question: str = QUESTION) -> list[Any]:
 LETTERS = "abcab bcacb aabca\n" * 40 + "\nabca b"
 
 
-def pieces(url: str, rapid: dict[str, Any], num_tokens: int = 24) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The greedy answer of a model of letters to LETTERS as it comes; with the last piece comes its `rapid` object."""
+def pieces(
+    url: str, rapid: dict[str, Any], num_tokens: int = 24, prompt: str = LETTERS
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The greedy answer of a model of letters as it comes; with the last piece comes its `rapid` object."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     options: dict[str, Any] = {"max_tokens": num_tokens, "temperature": 0, "stream": True}
     model = client.models.list().data[0].id
-    for chunk in client.completions.create(model=model, prompt=LETTERS, extra_body={"rapid": rapid}, **options):
+    for chunk in client.completions.create(model=model, prompt=prompt, extra_body={"rapid": rapid}, **options):
         yield "".join(choice.text for choice in chunk.choices), (chunk.model_extra or {}).get("rapid") or {}
 
 
-def complete(url: str, rapid: dict[str, Any], num_tokens: int = 24) -> tuple[str, dict[str, Any]]:
+def complete(
+    url: str, rapid: dict[str, Any], num_tokens: int = 24, prompt: str = LETTERS
+) -> tuple[str, dict[str, Any]]:
     """All of such an answer, and its `rapid` object."""
-    *texts, (last, statistics) = pieces(url, rapid, num_tokens)
+    *texts, (last, statistics) = pieces(url, rapid, num_tokens, prompt)
     text = "".join(text for text, _ in texts) + last
     assert len(text) == statistics["emitted"] == num_tokens
     return text, statistics
