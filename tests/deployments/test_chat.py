@@ -159,7 +159,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 ) -> None:
     talker = Interrupted()
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\nAnd then?\n"))
-    assert Chat(talker, [], status=Console(stderr=True).status(""), strategy=None).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert Chat(talker, [], status=Console(stderr=True).status(""), strategy=None).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert (out, "stopped" in err) == ("Because\nBecause\n", True)
     assert talker.was_closed
