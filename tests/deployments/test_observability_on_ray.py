@@ -40,21 +40,16 @@ class Cluster(NamedTuple):
     url: str
     metrics_url: str
     spans: list[Span]
+    before: dict[Sample, float]  # what this process has counted itself, in tests of the API without Ray
 
     def scrape(self) -> dict[Sample, float]:
-        """The samples of every replica, after they have had the time to report.
-
-        Left out is what this process counted itself, in tests of the API without Ray.
-        """
+        """The samples of every replica, after they have had the time to report."""
         time.sleep(3)  # Ray's processes report once a second here, to an agent that is asked for what it has
         text = httpx.get(self.metrics_url, timeout=30).text
         families = text_string_to_metric_families(text)
         samples = (sample for family in families for sample in family.samples)
-        return {
-            (s.name, frozenset(s.labels.items())): s.value
-            for s in samples
-            if "replica" in s.labels or not s.name.startswith("ray_rapid")
-        }
+        found = {(s.name, frozenset(s.labels.items())): s.value for s in samples}
+        return {sample: value - self.before.get(sample, 0.0) for sample, value in found.items()}
 
     def post(self, **fields: Any) -> httpx.Response:
         headers = {"X-Request-Id": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
@@ -102,7 +97,11 @@ def cluster(tiny_folder: Path, collector: tuple[str, list[Span]]) -> Iterator[Cl
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         ray_options = {"_metrics_export_port": port, "_system_config": {"metrics_report_interval_ms": 1000}}
         with served(config, logging_config={"encoding": "JSON"}, **ray_options) as url:
-            yield Cluster(url, f"http://127.0.0.1:{port}/metrics", collector[1])
+            fresh = Cluster(url, f"http://127.0.0.1:{port}/metrics", collector[1], {})
+            counted = {
+                s: n for s, n in fresh.scrape().items() if s[0].endswith(("_total", "_count", "_sum", "_bucket"))
+            }
+            yield fresh._replace(before=counted)
 
 
 @pytest.fixture(scope="module")
