@@ -40,10 +40,11 @@ WHATEVER_LASTS = 600.0  # seconds
 
 
 def application(*, targets: dict[str, Any], ranks: int) -> Any:
-    engine = {"model": MODEL, "dtype": "float32", "num_cpus": ENGINE_CPUS, "kv_memory_gib": 0.25, "max_sequences": 8}
+    engine = {"model": MODEL, "dtype": "float32", "kv_memory_gib": 0.25, "max_sequences": 8}
+    engine |= {"tensor_parallel": ranks, "num_cpus": ENGINE_CPUS / ranks}
     config = {
         "target": engine | {"replicas": targets},
-        "drafter": engine | {"tensor_parallel": ranks, "num_cpus": ENGINE_CPUS / ranks},
+        "drafter": engine,
         "speculation": {"num_draft_tokens": 2},
         "retriever": {"long_content_tokens": 128, "options": {"chunk_tokens": 64, "min_tokens": 128, "threshold": 0.1}},
     }
@@ -199,7 +200,7 @@ def processes(*titles: str) -> list[psutil.Process]:
 
 
 async def killings(num_kills: int, clients: int, pause_s: float, seed: int) -> dict[str, Any]:
-    """Two targets and a drafter of three ranks; one process after the other is killed with SIGKILL."""
+    """Two targets and a drafter, each of three ranks; one process after the other is killed with SIGKILL."""
     kinds = {
         "engine": ("EngineActor",),  # of a target or of the drafter
         "rank": ("RankActor",),

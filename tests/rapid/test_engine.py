@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from gate import Gate
 from running import (
     GREEDY,
@@ -24,7 +23,7 @@ from running import (
 
 from rapid.drafts import Draft, Verified, certain_draft
 from rapid.engine import Engine
-from rapid.errors import EngineLost, SequenceClosed
+from rapid.errors import SequenceClosed
 from rapid.model import Model
 from rapid.sampling import SamplingParams
 from rapid.sequence import Extend, Opening, Sequence, Task
@@ -146,45 +145,6 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
                 done(failed)
     assert sequence.cache.length == 19  # the interrupted pass left nothing behind
     assert decode(running, sequence, 4) == decode(running, other, 4)
-
-
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ("model.forward", EngineLost("a rank is gone")),
-        ("model.forward", torch.AcceleratorError("device-side assert")),
-        ("_pool.adopt", KeyError("no page's fault")),
-    ],
-)
-def test_what_breaks_an_engine_is_told_to_everyone(
-    model: Model, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
-) -> None:
-    running = engine(model, kv_bytes=40 * 16 * model.layout.bytes_per_token)
-    sequence, other = (begun(running, random_tokens(20, seed=s), room=280) for s in (17, 18))
-    waiting = running.open(Opening([1, 2], 280, GREEDY))
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise error
-
-    part, _, method = where.rpartition(".")
-    monkeypatch.setattr(getattr(running, part), method, broken)
-    under_way = [running.submit(prefill(s)) for s in (sequence, other)]
-    running.ended.result(timeout=30)
-    late = running.submit(prefill(other)), running.open(Opening([1, 2], 10, GREEDY))
-    for failed in (*under_way, waiting, *late):
-        with pytest.raises(EngineLost, match=f"broken: .*{error.args[0]}"):
-            done(failed)
-
-
-def test_a_device_that_fails_between_passes_breaks_the_engine(model: Model, engine: MakeEngine) -> None:
-    def sampling() -> Task[None]:
-        raise torch.AcceleratorError("an illegal address, of some earlier kernel")
-        yield
-
-    running = engine(model)
-    with pytest.raises(EngineLost, match="an illegal address"):
-        done(running.submit(sampling()))
-    running.ended.result(timeout=30)
 
 
 def test_a_cancelled_future_is_not_run(model: Model, engine: MakeEngine, gate: Gate) -> None:
