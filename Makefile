@@ -23,8 +23,8 @@ serve: install ## serve CONFIG=serve_config.yaml on this machine
 	$(BIN)/rapid serve $(CONFIG)
 
 test: .venv/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/deployments
-	$(BIN)/python -m pytest tests/deployments
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -m ray tests/deployments
 
 bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)
 	$(BIN)/python -m benchmarks.steps

@@ -30,6 +30,7 @@ QUESTION = "Who is speaking, and what does he want?"
 
 # Ray leaves sockets and pipes to the garbage collector, and its own code uses what its dependencies deprecate.
 ON_RAY = [
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -47,8 +47,8 @@ class Server:
         request.end_headers()
         time.sleep(self.seconds)
         body, self.cut_after = body[: self.cut_after], None
+        self.bytes_sent += len(body)  # before the write: whoever has read the last byte may look at once
         request.wfile.write(body)
-        self.bytes_sent += len(body)
 
 
 @pytest.fixture
