@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +64,7 @@ def service(dtype: str) -> Iterator[tuple[str, psutil.Process]]:
             _await_health(url, serving)
             yield url, psutil.Process(serving.pid)
         finally:
-            serving.send_signal(signal.SIGINT)
+            serving.terminate()  # not SIGINT, which a shell's background jobs ignore
             serving.wait(timeout=60)
 
 
@@ -87,37 +86,60 @@ class Memory:
 
     url: str
     process: psutil.Process
-    samples: list[dict[str, float]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     async def watch(self) -> None:
         started = time.perf_counter()
         async with new_client() as http:
             while True:
                 resident = await asyncio.to_thread(self._resident)
+                total = sum(resident.values())
                 with suppress(httpx.HTTPError, KeyError, ValueError):
                     health = (await http.get(f"{self.url}/health")).json()
                     held = sum(health["kv_bytes"].values())
                     at = round(time.perf_counter() - started, 1)
                     self.samples.append(
-                        {"s": at, "rss_mib": round(resident / 2**20, 1), "kv_mib": round(held / 2**20, 1)}
+                        {"s": at, "rss_mib": total, "kv_mib": round(held / 2**20, 1), "rss_mib_by_process": resident}
                     )
                 await asyncio.sleep(SAMPLE_S)
 
-    def _resident(self) -> int:
-        total = 0
+    def _resident(self) -> dict[str, float]:
+        """MiB by the name of a process; several of one name together."""
+        resident: Counter[str] = Counter()
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
-        return total
+                resident[_name(process)] += process.memory_info().rss
+        return {name: round(size / 2**20, 1) for name, size in resident.items()}
 
     def report(self) -> dict[str, Any]:
-        """The second half beside the first: what still grows when the KV memory is full is a leak."""
-        resident = [sample["rss_mib"] for sample in self.samples]
-        thirds = [resident[i * len(resident) // 3 : (i + 1) * len(resident) // 3] for i in range(3)]
-        means = [round(statistics.mean(third), 1) for third in thirds if third]
+        """The later thirds beside the first: what still grows when the KV memory is full is a leak."""
         settled = self.samples[len(self.samples) // 3 :]
-        slope = statistics.linear_regression([s["s"] / 60 for s in settled], [s["rss_mib"] for s in settled]).slope
-        return {"rss_mib_by_thirds": means, "rss_mib_a_minute_settled": round(slope, 2), "samples": self.samples}
+        names = {name for sample in settled for name in sample["rss_mib_by_process"]}
+        of = {name: _growth(settled, lambda s, name=name: s["rss_mib_by_process"].get(name, 0.0)) for name in names}
+        return {
+            "rss_mib_by_thirds": _thirds([sample["rss_mib"] for sample in self.samples]),
+            "rss_mib_a_minute_settled": _growth(settled, lambda s: s["rss_mib"]),
+            "rss_mib_a_minute_by_process": dict(sorted(of.items(), key=lambda item: -abs(item[1]))),
+            "samples": self.samples,
+        }
+
+
+def _name(process: psutil.Process) -> str:
+    """What Ray calls an actor's process, or the name of a program or of what Python runs."""
+    command = process.cmdline()
+    if command and command[0].startswith("ray::"):
+        return command[0]
+    return next((Path(word).name for word in command if word.endswith(".py")), process.name())
+
+
+def _thirds(values: Sequence[float]) -> list[float]:
+    parts = [values[i * len(values) // 3 : (i + 1) * len(values) // 3] for i in range(3)]
+    return [round(statistics.mean(part), 1) for part in parts if part]
+
+
+def _growth(samples: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
+    """MiB a minute, by least squares."""
+    return round(statistics.linear_regression([s["s"] / 60 for s in samples], [of(s) for s in samples]).slope, 2)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -177,7 +199,7 @@ async def measure(
     results["sustained"] = row(await crowd.run(best, options.minutes * 60), best)
     watching.cancel()
     results["sustained"]["memory"] = memory.report()
-    print(json.dumps(results["sustained"] | {"memory": memory.report()["rss_mib_by_thirds"]}), flush=True)
+    print(json.dumps(results["sustained"] | {"memory": memory.report() | {"samples": len(memory.samples)}}), flush=True)
     results["burst"] = await _burst(url, crowd, 3 * places, alone_s) | {"places": places}
     print(json.dumps(results["burst"]), flush=True)
     results["held_afterwards"] = await _held(url)

@@ -107,8 +107,14 @@ class RayBackend:
             stream.cancel()
 
     async def drop(self, vectors: str) -> None:
-        with _retrieving():
-            await self._retriever.drop.remote(vectors)
+        dropped = self._retriever.drop.remote(vectors)
+        try:
+            with _retrieving():
+                async with asyncio.timeout(_A_TRY_S):
+                    await dropped
+        except TimeoutError as error:
+            dropped.cancel()
+            raise RetrievalFailed(f"no retriever answered within {_A_TRY_S} s") from error
 
     async def forget(self, tokens: list[int]) -> None:
         """Every engine of the application, whoever has asked it for something."""

@@ -41,6 +41,17 @@ class Backend:
         if happening := self.on.get(method):
             await happening()
 
+    def halt_at(self, method: str) -> tuple[asyncio.Event, asyncio.Event]:
+        """(set once it is halfway through, to be set for it to go on)"""
+        begun, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def halts() -> None:
+            begun.set()
+            await goes_on.wait()
+
+        self.on[method] = halts
+        return begun, goes_on
+
     async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
         owner = hashlib.sha256(text.encode()).hexdigest()
         if owner not in self.vectors:
@@ -116,13 +127,7 @@ def test_a_deletion_that_failed_can_be_done_again(world: World, method: str, mon
 
 def test_a_deletion_in_the_middle_of_embedding_leaves_nothing(world: World) -> None:
     async def story() -> None:
-        begun, goes_on = asyncio.Event(), asyncio.Event()
-
-        async def waits() -> None:
-            begun.set()
-            await goes_on.wait()
-
-        world.backend.on["keep"] = waits
+        begun, goes_on = world.backend.halt_at("keep")
         file_id = await world.upload()
         await begun.wait()
         deletion = asyncio.create_task(world.files.delete(OURS, file_id))
@@ -178,13 +183,7 @@ def test_an_upload_that_found_what_was_then_deleted_ends_with_its_vectors(
 
 def test_who_shares_the_text_keeps_the_vectors_and_the_last_one_takes_them_along(world: World) -> None:
     async def story() -> None:
-        begun, goes_on = asyncio.Event(), asyncio.Event()
-
-        async def waits() -> None:
-            begun.set()
-            await goes_on.wait()
-
-        world.backend.on["keep"] = waits
+        begun, goes_on = world.backend.halt_at("keep")
         first = await world.upload()
         await begun.wait()
         second = await world.upload(MARKED)  # while the first one's are made, so it has not heard of them
@@ -287,3 +286,15 @@ def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(coordinator.ray, "get_actor", get_actor)
     asyncio.run(RayBackend({}, None, overlap=False).forget([1, 2]))  # type: ignore[arg-type]
     assert forgotten == [[1, 2]] and threading.main_thread() not in threads and len(threads) == 2
+
+
+def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        answer = asyncio.get_running_loop().create_future()
+        retriever = SimpleNamespace(drop=SimpleNamespace(remote=lambda _: answer))
+        with pytest.raises(RetrievalFailed, match="no retriever answered"):
+            await RayBackend({}, retriever, overlap=False).drop("x")  # type: ignore[arg-type]
+        assert answer.cancelled()
+
+    monkeypatch.setattr(coordinator, "_A_TRY_S", 0.01)
+    asyncio.run(story())
