@@ -93,7 +93,7 @@ class Memory:
         async with new_client() as http:
             while True:
                 resident = await asyncio.to_thread(self._resident)
-                total = sum(resident.values())
+                total = round(sum(resident.values()), 1)
                 with suppress(httpx.HTTPError, KeyError, ValueError):
                     health = (await http.get(f"{self.url}/health")).json()
                     held = sum(health["kv_bytes"].values())
@@ -104,12 +104,12 @@ class Memory:
                 await asyncio.sleep(SAMPLE_S)
 
     def _resident(self) -> dict[str, float]:
-        """MiB by the name of a process; several of one name together."""
-        resident: Counter[str] = Counter()
+        """MiB by process."""
+        resident: dict[str, float] = {}
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
-                resident[_name(process)] += process.memory_info().rss
-        return {name: round(size / 2**20, 1) for name, size in resident.items()}
+                resident[f"{_name(process)} {process.pid}"] = round(process.memory_info().rss / 2**20, 1)
+        return resident
 
     def report(self) -> dict[str, Any]:
         """The later thirds beside the first: what still grows when the KV memory is full is a leak."""
@@ -125,10 +125,10 @@ class Memory:
 
 
 def _name(process: psutil.Process) -> str:
-    """What Ray calls an actor's process, or the name of a program or of what Python runs."""
+    """What Ray calls an actor's process (without what it does just now), or the name of a program or a script."""
     command = process.cmdline()
     if command and command[0].startswith("ray::"):
-        return command[0]
+        return command[0].split(".")[0]
     return next((Path(word).name for word in command if word.endswith(".py")), process.name())
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from cluster.placement import REPLICA_CPUS, engine_bundles
 from deployments.config import AppConfig, EngineConfig
@@ -11,6 +11,7 @@ from deployments.coordinator import Coordinator
 from deployments.engines import EngineReplica
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverReplica
+from deployments.routing import LeaseRouter
 
 # The deployments that only pass things on hold as many requests as come; the engines decide how many run.
 _UNBOUNDED = 10_000
@@ -50,6 +51,7 @@ def _engine(name: str, config: EngineConfig) -> Application:
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
+        request_router_config=RequestRouterConfig(request_router_class=LeaseRouter),
         **_replicas(config),
     ).bind(config)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -52,9 +52,8 @@ class Embedder:
         # One forward pass at a time, since several would only share the device and add up in memory. Taken for a pass
         # and not for a call, so that a query does not wait for another request's whole document.
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
-        self._remembering = threading.Lock()
         self.dimension = self._embed(["dimension"]).shape[1]
+        self._memory = _Memory(self.dimension)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one unit vector for each text: [len(texts), dimension].
@@ -63,18 +62,11 @@ class Embedder:
         turn of a chat, embed only what is new.
         """
         digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts]
-        with self._remembering:
-            vectors = {digest: self._known[digest] for digest in digests if digest in self._known}
+        vectors = self._memory.recall(digests)
         new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in vectors}
         if new:
-            # Copies: a view would keep its whole batch in memory for as long as it is remembered.
-            vectors.update(zip(new, map(np.copy, self._embed(list(new.values()))), strict=True))
-        with self._remembering:
-            for digest in digests:
-                self._known[digest] = vectors[digest]
-                self._known.move_to_end(digest)
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
+            vectors.update(zip(new, self._embed(list(new.values())), strict=True))
+        self._memory.remember(vectors)
         rows = [vectors[digest] for digest in digests]
         return np.stack(rows) if rows else np.zeros((0, self.dimension), dtype=np.float32)
 
@@ -104,6 +96,33 @@ class Embedder:
             order += batch
         embedded: NDArray[np.float32] = np.concatenate(vectors)[np.argsort(order)]
         return embedded
+
+
+class _Memory:
+    """The vectors of the texts that were used last, by the texts' digests.
+
+    They lie in one array: small ones that stay, each between a pass's large ones that go, would leave the allocator
+    with ever more memory that it can neither use nor give back.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self._vectors = np.empty((_REMEMBERED, dimension), dtype=np.float32)  # takes memory as it is written
+        self._rows: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()
+
+    def recall(self, digests: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """What is known of them, as copies."""
+        with self._lock:
+            return {digest: self._vectors[self._rows[digest]].copy() for digest in digests if digest in self._rows}
+
+    def remember(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
+        with self._lock:
+            for digest, vector in vectors.items():
+                if digest not in self._rows:
+                    is_full = len(self._rows) == len(self._vectors)
+                    self._rows[digest] = self._rows.popitem(last=False)[1] if is_full else len(self._rows)
+                    self._vectors[self._rows[digest]] = vector
+                self._rows.move_to_end(digest)
 
 
 def load_embedder(
