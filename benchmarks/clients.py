@@ -149,8 +149,10 @@ async def _lines(reader: asyncio.StreamReader, *, is_chunked: bool) -> AsyncIter
             yield line.decode()
 
 
-async def ask(http: httpx.AsyncClient, url: str, question: Question, kind: Kind, client: int = 0) -> Asked:
-    """Streams one greedy answer the way its ``kind`` reads."""
+async def ask(
+    http: httpx.AsyncClient, url: str, question: Question, kind: Kind, client: int = 0, **rapid: Any
+) -> Asked:
+    """Streams one greedy answer the way its ``kind`` reads; ``rapid`` is asked for in its request."""
     asked = Asked(client, kind, question, time.perf_counter())
     body = {
         "model": MODEL,
@@ -159,6 +161,7 @@ async def ask(http: httpx.AsyncClient, url: str, question: Question, kind: Kind,
         "temperature": 0,
         "stream": True,
         "logprobs": True,  # they name the tokens
+        "rapid": rapid,
     }
     if kind == "slow":
         body |= {"max_tokens": SLOW_TOKENS, "ignore_eos": True, "top_logprobs": SLOW_TOP_LOGPROBS}
@@ -229,6 +232,13 @@ class Crowd:
                 into.append(asked := await ask(http, self.url, question, kind, number))
                 if asked.status != 200:
                     await asyncio.sleep(RETRY_S)
+
+    async def fill(self, documents: int) -> None:
+        """Has target and drafter read so many new documents, whatever pays."""
+        async with new_client() as http:
+            for _ in range(documents):
+                self.next_document += 1
+                await ask(http, self.url, Question(self.next_document, ABOUT[0]), "new", num_draft_tokens=2)
 
     async def run(self, clients: int, seconds: float) -> list[Asked]:
         """``clients`` of them for that long, until the last answer has ended."""

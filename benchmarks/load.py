@@ -2,8 +2,8 @@
 
 Clients mix short chats, documents that are new and that were asked about before, answers given up midway, and slow
 readers. Every answer is compared with the one that a client alone got, and where it differs it is replayed
-(`benchmarks.replay`) when the service is down. Only the memory for keys and values is bounded, so that it is full after
-the first minutes, and what the processes take from then on should stay the same.
+(`benchmarks.replay`) when the service is down. The memory for keys and values is bounded, and full before the ten
+minutes begin: what the processes take from then on should stay the same.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from deployments.config import read_config
 CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
 CLIENTS = (1, 4, 16, 64)
 KV_GIB = 0.25  # of each engine
+FILLING = 20  # documents, whose passages alone are more than that
 START_S = 300
 SAMPLE_S = 5.0
 PROBE = Question(None, "Name a colour.")
@@ -193,6 +194,8 @@ async def measure(
         results["levels"].append(row(await crowd.run(clients, options.level_s), clients))
         print(json.dumps(results["levels"][-1]), flush=True)
     best = _capacity(results["levels"])
+    print("filling both engines' memory for keys and values", flush=True)
+    await crowd.fill(FILLING)
     memory = Memory(url, process)
     watching = asyncio.create_task(memory.watch())
     print(f"{options.minutes:g} minutes with {best} clients", flush=True)
