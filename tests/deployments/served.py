@@ -57,8 +57,7 @@ def served(
         serve.run(build(parse_config(config)), name="rapid", route_prefix="/", logging_config=logging_config)
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # which ends Serve too, and does not wait for its replicas to drain
 
 
 @contextmanager

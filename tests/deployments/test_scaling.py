@@ -48,7 +48,6 @@ def url(tiny_folder: Path) -> Iterator[str]:
         serve.run(application, name="rapid", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()
         ray.shutdown()
         cluster.shutdown()
 
