@@ -8,6 +8,7 @@ import hashlib
 import logging
 import time
 import uuid
+from collections import defaultdict
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Observer:
         observed = _observed.get()
         strategy = completion.rapid.strategy or self._config.speculation.strategy
         texts: list[str] = []
-        choices = [_Written() for _ in range(completion.n)]
+        choices: dict[int, _Written] = defaultdict(_Written)  # n may be any number yet
         finished: list[Finish] = []
         try:
             async with aclosing(events):
@@ -119,7 +120,7 @@ class Observer:
                 "strategy": strategy,
                 "stream": completion.stream,
                 "user": hashlib.sha256(completion.user.encode()).hexdigest()[:16] if completion.user else None,
-                "emitted": sum(c.num_tokens for c in choices),
+                "emitted": sum(c.num_tokens for c in choices.values()),
             }
             if self._config.observability.log_prompts:
                 asked = completion.model_dump(include={"messages", "prompt"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import httpx
 import pytest
@@ -22,6 +23,17 @@ def test_malformed_requests_are_refused_in_words_and_leave_nothing_behind(letter
     assert (outcome.problems, logged) == ([], [])
     assert sum(statuses.total() for statuses in outcome.statuses.values()) == 450
     assert {status for statuses in outcome.statuses.values() for status in statuses} >= {"200", "400", "404", "405"}
+
+
+def test_a_number_takes_no_memory_before_it_is_refused(letters_url: str) -> None:
+    tracemalloc.start()
+    try:
+        for field in ("n", "best_of", "logprobs", "top_k", "min_tokens"):
+            body = {"model": "letters", "prompt": "abc", "max_tokens": 1, field: 1_000_000}
+            assert httpx.post(f"{letters_url}/v1/completions", json=body).status_code in (200, 400)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_forms_and_queries_are_attacked_and_what_is_only_slow_is_whole(letters_url: str) -> None:
