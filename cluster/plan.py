@@ -14,9 +14,9 @@ from cluster.shapes import ServedModel
 
 MAX_GAMMA = 16
 USABLE_MEMORY = 0.9  # of a device: the rest is activations, graphs and the allocator's
-# Half of what a round's messages take around engines that sample, and sleep in between, on two cores: 3.5 ms in
-# benchmarks/results/coordination.json. Around engines that compute nothing it is 0.8 ms.
-CALL_S = 1.75e-3
+# Half of what a round's messages take around engines that sample, and sleep in between, on two cores: 2.7 ms in
+# benchmarks/results/coordination.json. Around engines that compute nothing it is 0.35 ms.
+CALL_S = 1.35e-3
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:

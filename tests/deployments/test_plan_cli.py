@@ -69,7 +69,7 @@ def test_what_the_configuration_does_not_allow_is_said_and_its_ratios_are_simula
     said = plan(args, *options)[1]
     assert all(note in said for note in notes)
     assert "* 4 : 5" in said and "* 8 : 4" not in said and "1 of the GPUs is the embedder's" in said
-    assert "never less than 150 µs" in said and "A round's messages take 3.5 ms" in said
+    assert "never less than 150 µs" in said and "A round's messages take 2.7 ms" in said
 
 
 def test_a_load_that_the_configuration_carries_needs_no_word(plan: Plan) -> None:
