@@ -238,7 +238,8 @@ class Crowd:
         async with new_client() as http:
             for _ in range(documents):
                 self.next_document += 1
-                await ask(http, self.url, Question(self.next_document, ABOUT[0]), "new", num_draft_tokens=2)
+                everything = {"num_draft_tokens": 2, "retrieval": {"threshold": -1}}
+                await ask(http, self.url, Question(self.next_document, ABOUT[0]), "new", **everything)
 
     async def run(self, clients: int, seconds: float) -> list[Asked]:
         """``clients`` of them for that long, until the last answer has ended."""
