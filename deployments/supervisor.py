@@ -28,7 +28,7 @@ STOP_S = 30
 END_CHARS = 20_000
 # What a process takes over days, unless the environment says otherwise. By default glibc gives each of Ray's threads a
 # heap of its own, which fragments as prompts come and go, and Ray remembers the latest 100,000 calls.
-BOUNDED = {"MALLOC_ARENA_MAX": "2", "RAY_task_events_max_num_task_in_gcs": "10000"}
+BOUNDED = {"MALLOC_ARENA_MAX": "2", "RAY_task_events_max_num_task_in_gcs": "1000"}
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # The line of a traceback that names its error; one that is followed by another traceback only wraps it.
