@@ -15,7 +15,7 @@ from deployments.body import Body, wrong
 from deployments.config import AppConfig
 from deployments.messages import ChatMessage, FilePart, read_messages
 from deployments.response_format import ResponseFormat
-from deployments.tools import Tool, ToolChoice, call_format, forced_call
+from deployments.tools import Tool, ToolChoice, call_format, call_grammar
 from rapid.errors import InvalidRequest
 from rapid.logits import LogitParams
 from rapid.prompts import Prompt, read_text
@@ -119,7 +119,7 @@ class Completion(Body):
         grammar = self._grammar(tokenizer)
         for param in ("ignore_eos", "min_tokens"):
             if grammar and getattr(self, param):
-                raise InvalidRequest(f"{param}: JSON ends where it ends, and nothing may follow it", param=param)
+                raise InvalidRequest(f"{param}: what follows a grammar ends where that ends", param=param)
         stop_token_ids = tuple(self.stop_token_ids)
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(
@@ -168,14 +168,16 @@ class ChatRequest(Completion):
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "needs logprobs to be true")
-        if "tool_choice" in self.model_fields_set and not self.tools:
-            raise wrong("tool_choice", "needs tools")
+        for param in ("tool_choice", "parallel_tool_calls"):
+            if param in self.model_fields_set and not self.tools:
+                raise wrong(param, "needs tools")
         if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
             raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
         if self.tools_in_use and self.response_format and self.response_format.type != "text":
@@ -203,7 +205,8 @@ class ChatRequest(Completion):
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         if self.tools_in_use:
-            return forced_call(self.tools, self.tool_choice, call_format(tokenizer))
+            form = call_format(tokenizer)
+            return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
         return super()._grammar(tokenizer)
 
     def _num_logprobs(self) -> int | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deployments.body import Body
 from rapid.errors import InvalidRequest
-from rapid.grammar import Framed, json_grammar
+from rapid.grammar import Framed, json_grammar, json_in_text, json_or_text
 
 
 class Function(Body):
@@ -101,26 +101,38 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template(tools=[{}])) if tokenizer.chat_template else ""
 
 
-def forced_call(tools: list[Tool], choice: ToolChoice, form: CallFormat) -> str | None:
-    """The grammar of one call, where ``choice`` asks for one: of the named tool, or of any.
+def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, several: bool) -> str | None:
+    """What holds the output to calls of ``tools``, where something does.
+
+    A ``choice`` of a named tool, or of any, is one call. With "auto" there may be text as well or instead, and a call
+    of a strict tool follows its schema; ``several`` is whether there may be more than one.
 
     Raises:
-        InvalidRequest: no such tool is there, or a tool's parameters cannot be enforced.
+        InvalidRequest: no such tool is there, or parameters cannot be enforced.
     """
-    if choice in ("auto", "none"):
-        return None
-    wanted = None if choice == "required" else choice.function.name
-    functions = [tool.function for tool in tools if wanted in (None, tool.function.name)]
-    if not functions:
-        raise InvalidRequest(f"tool_choice: there is no tool {wanted!r}", param="tool_choice")
+    functions = [tool.function for tool in tools]
+    if isinstance(choice, NamedTool):
+        functions = [function for function in functions if function.name == choice.function.name]
+        if not functions:
+            raise InvalidRequest(f"tool_choice: there is no tool {choice.function.name!r}", param="tool_choice")
     head = form.before + '{{"name": "{}", "' + form.arguments + '": '
-    calls = [Framed(function.parameters, head.format(function.name), "}" + form.after) for function in functions]
-    return json_grammar(*calls, param="tools")
+    calls = []
+    for function in functions:
+        schema = function.parameters if choice != "auto" or function.strict else {"type": "object"}
+        calls.append(Framed(schema, head.format(function.name), "}" + form.after))
+    if choice != "auto":
+        return json_grammar(*calls, param="tools")
+    if several and not any(function.strict for function in functions):
+        return None
+    if form.before:
+        return json_in_text(*calls, opening=_OPENING, several=several, param="tools")
+    return json_or_text(*calls, beginning=_BARE_BEGINNING, several=several, param="tools")
 
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _OPENING = "<tool_call>"
 _BARE = ('{"name"', '{"type"')  # what a call without an opening begins with, white space apart
+_BARE_BEGINNING = r'\s*\{\s*"(name|type)"'
 
 
 class CallReader:

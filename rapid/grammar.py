@@ -7,6 +7,7 @@ the vocabulary takes it most of a second, and is kept.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,12 +44,55 @@ def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
     Raises:
         InvalidRequest: a schema is none, or has a keyword that cannot be enforced; ``param`` is the field it is of.
     """
+    return _compiled(f"start: {_any_of(alternatives)}", param)
+
+
+def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str) -> str:
+    """A grammar of any text in which each ``opening`` begins one of ``alternatives``.
+
+    Args:
+        opening: what the text before each alternative's JSON begins with.
+        several: whether ``opening`` may come more than once.
+
+    Raises:
+        InvalidRequest: as `json_grammar`.
+    """
+    any_text = "(?s:.*)"
+    rests = [one._replace(before=one.before.removeprefix(opening)) for one in alternatives]
+    rules = f"""start: (opened json){"*" if several else "?"} TEXT
+        json: {_any_of(rests)}
+        opened[lazy]: /{any_text}/ {json.dumps(opening)}
+        TEXT: /{any_text}/ & ~/{any_text}{re.escape(opening)}{any_text}/"""
+    return _compiled(rules, param)
+
+
+def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: str) -> str:
+    """A grammar of ``alternatives``, or of a text that does not begin as they do: by the regular expression
+    ``beginning``.
+
+    Args:
+        several: whether a semicolon and another one may follow.
+
+    Raises:
+        InvalidRequest: as `json_grammar`.
+    """
+    rules = f"""start: TEXT | json{' ("; " json)*' if several else ""}
+        json: {_any_of(alternatives)}
+        TEXT: /(?s:.*)/ & ~/{beginning}(?s:.*)/"""
+    return _compiled(rules, param)
+
+
+def _any_of(alternatives: Sequence[Framed]) -> str:
     rules = []
     for schema, before, after in alternatives:
         body = f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
         rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
+    return " | ".join(rules)
+
+
+def _compiled(rules: str, param: str) -> str:
     matcher = _library().LLMatcher
-    grammar: str = matcher.grammar_from_lark(f"start: {' | '.join(rules)}")
+    grammar: str = matcher.grammar_from_lark(rules)
     wrong: str = matcher.validate_grammar(grammar)
     if wrong:
         reason = wrong.partition("\n")[0].partition("failed to compile JSON schema: ")

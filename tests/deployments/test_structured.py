@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -10,8 +11,10 @@ import jsonschema
 import pytest
 from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
+from transformers import AutoTokenizer
 
-from deployments.tools import _HERMES, _LLAMA, CallReader, Function, Tool
+from deployments.tools import _HERMES, _LLAMA, CallReader, Function, Tool, call_grammar
+from rapid.grammar import Grammar
 
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "autoregressive"},
@@ -106,6 +109,8 @@ def test_tools_and_calls_reach_the_template(bytes_url: str) -> None:
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
         ("tools", {"tool_choice": "required", "tools": [
             {"type": "function", "function": {"name": "f", "parameters": {"type": "array", "uniqueItems": True}}}]}),
+        ("tools", {"tools": [
+            {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/no"}, "strict": True}}]}),
         ("name", {"tools": [{"type": "function", "function": {"name": "a b"}}]}),
         ("response_format", {"response_format": {"type": "json_object"}}),
     ],
@@ -157,6 +162,60 @@ def test_text_that_only_begins_like_a_call_is_not_withheld() -> None:
     for form, text in ((_HERMES, '{"name": "now"'), (_LLAMA, '{ "city"'), (_LLAMA, "Let me see"), (_HERMES, "a <b")):
         assert CallReader(tools, form).push(text) == text
     assert CallReader(tools, _LLAMA).push(' {\n "na') == CallReader(tools, _HERMES).push("<tool_") == ""
+
+
+def strict(*names: str) -> list[Tool]:
+    """The tools above, of which these are strict."""
+    return [
+        Tool.model_validate(t | {"function": t["function"] | {"strict": t["function"]["name"] in names}}) for t in TOOLS
+    ]
+
+
+AGAIN = HERMES.partition("\n")[2]
+FALSE = '"days": 10'
+
+
+@pytest.mark.parametrize(
+    ("form", "several", "text", "good"),
+    [
+        (_HERMES, True, "No <b> call.", True),
+        (_HERMES, True, HERMES + "\n" + AGAIN + " So.", True),
+        (_HERMES, False, HERMES + " So.", True),
+        (_HERMES, False, HERMES + "\n" + AGAIN, False),
+        (_HERMES, True, HERMES.replace('"days": 1', FALSE), False),
+        (_HERMES, True, HERMES.replace("weather", "now"), True),
+        (_HERMES, True, HERMES.replace("weather", "other"), False),
+        (_LLAMA, True, 'No {"name" call.', True),
+        (_LLAMA, True, '{"nature": 1}', True),
+        (_LLAMA, True, LLAMA + "; " + LLAMA, True),
+        (_LLAMA, False, LLAMA + "; " + LLAMA, False),
+        (_LLAMA, True, LLAMA.replace('"days": 1', FALSE), False),
+        (_LLAMA, True, ' {"name": 1}', False),
+    ],
+)
+def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(
+    bytes_folder: Path, form: Any, several: bool, text: str, good: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bytes_folder)
+    grammar = call_grammar(strict("weather"), "auto", form, several=several)
+    assert grammar
+    tokens, end = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id
+    held = Grammar(grammar, tokenizer, len(tokenizer), [end])
+    assert (held.num_allowed([], [*tokens, end]) == len(tokens) + 1) is good
+
+
+def test_only_strictness_or_a_single_call_takes_a_grammar() -> None:
+    assert call_grammar(strict(), "auto", _HERMES, several=True) is None
+    assert call_grammar(strict(), "auto", _HERMES, several=False)
+
+
+@pytest.mark.parametrize("rapid", STRATEGIES, ids=str)
+def test_text_that_calls_nothing_is_the_same_by_a_grammar(bytes_url: str, rapid: dict[str, Any]) -> None:
+    readable = {str(token): 50 for token in range(94)}  # other bytes may make no text
+    options = {"tools": TOOLS, "temperature": 0, "max_tokens": 40, "logit_bias": readable}
+    free, held = (chat(bytes_url, rapid, **options, parallel_tool_calls=several) for several in (True, False))
+    assert free.choices[0].message.content == held.choices[0].message.content
+    assert held.model_extra["rapid"]["drafted"] > 0 or rapid["strategy"] != "rapid"
 
 
 def test_a_tool_of_the_client_s_own_making_is_taken(bytes_url: str) -> None:

@@ -23,7 +23,7 @@ from rapid import tasks
 from rapid.drafts import Draft, certain_draft
 from rapid.engine import Engine
 from rapid.errors import InvalidRequest
-from rapid.grammar import Framed, Grammar, json_grammar
+from rapid.grammar import Framed, Grammar, json_grammar, json_in_text
 from rapid.logits import LogitParams, LogitProcessor
 from rapid.model import Model
 from rapid.sampling import SamplingParams, probabilities
@@ -142,6 +142,28 @@ def _only(world: World, request: Any, output: list[int], allowed: str) -> torch.
     mask = torch.ones(257, dtype=torch.bool)
     mask[tokens_of(allowed)] = False
     return logits.masked_fill(mask, -torch.inf)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("strategy", "gamma"), STRATEGIES)
+def test_json_that_opens_within_a_text_ends_as_its_schema_says(
+    world: World, drafts: list[int], strategy: str, gamma: int | str, several: bool
+) -> None:
+    grammar = json_in_text(Framed(SCHEMA, "<", ">"), opening="<", several=several, param="tools")
+    bias = {token: -100.0 for token in set(range(256)) - set(tokens_of("<>")) - set(tokens_of(PROMPT))}
+    params = LogitParams(grammar=grammar, logit_bias=bias | {tokens_of("<")[0]: 2.0, END: -5.0})
+    sampling = SamplingParams(temperature=1.0, seed=1)
+    request = world.request(prompt=world.prompt(PROMPT), max_tokens=300, strategy=strategy, gamma=gamma,
+                            logits=params, sampling=sampling)  # fmt: skip
+    rest, found = run(request, world.backend()).text, 0
+    while "<" in rest and "}>" in rest:  # max_tokens may have cut the last
+        rest = rest.partition("<")[2]
+        value, end = json.JSONDecoder().raw_decode(rest)
+        jsonschema.validate(value, SCHEMA)
+        assert rest[end] == ">"
+        rest, found = rest[end + 1 :], found + 1
+    assert found > 1 if several else found == 1 and "<" not in rest
+    assert sum(drafts) > 0 or strategy == "autoregressive" or gamma == "auto"
 
 
 def test_a_rejected_draft_leaves_no_trace(byte_tokenizer: PreTrainedTokenizerFast) -> None:
