@@ -58,14 +58,16 @@ class RunAttention:
         return KVPool(layout, budget_bytes)
 
     def batch(self, extensions: Sequence[Extension]) -> Batch:
-        return _RunBatch(extensions)
+        return RunBatch(extensions)
 
 
-class _RunBatch:
+class RunBatch:
+    """``slots`` [total] of ``pool`` are where the new keys and values go."""
+
     def __init__(self, extensions: Sequence[Extension]) -> None:
-        self._pool = extensions[0].cache.pool
-        self._slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
-        self._compiled = suits(self._pool)
+        self.pool = extensions[0].cache.pool
+        self.slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
+        self.is_compiled = suits(self.pool)
         self._plan: Plan | None = None  # of the compiled kernel
         self._reads, self._runs = [], []
         start = 0
@@ -74,17 +76,21 @@ class _RunBatch:
             end = cache.length + n
             self._reads.append(Read(start, n, end, cache.pages))
             # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
-            split = n >= MANY and self._pool.layout.dtype == torch.float32
+            split = n >= MANY and self.pool.layout.dtype == torch.float32
             self._runs.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
+    def plan(self, num_heads: int, scaling: float) -> Plan:
+        """Of the compiled kernel, where there is one (``is_compiled``); the same for all layers."""
+        self._plan = self._plan or Plan(self._reads, self.pool.layout, num_heads, scaling)
+        return self._plan
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        keys, values = self._pool.keys[layer], self._pool.values[layer]  # [KV heads, slots, d]
-        store(key, self._slots, keys)
-        store(value, self._slots, values)
-        if self._compiled:
-            self._plan = self._plan or Plan(self._reads, self._pool.layout, query.shape[1], scaling)
-            return self._plan.attend(query, keys, values)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]  # [KV heads, slots, d]
+        store(key, self.slots, keys)
+        store(value, self.slots, values)
+        if self.is_compiled:
+            return self.plan(query.shape[1], scaling).attend(query, keys, values)
         query = query * scaling
         outputs = []
         for here, runs, split in self._runs:

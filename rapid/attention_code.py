@@ -18,8 +18,8 @@ _AHEAD = 2  # pages, that memory is asked for
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
 _MERGE = ("row", "new", "head", "partial", "blocks")
 _ARGUMENTS = (
-    *("items", "num_items", "merges", "num_merges", "pages", "query", "query_bytes", "output"),
-    *("keys", "values", "head_bytes", "scratch", "scratch_bytes", "partials"),
+    *("items", "num_items", "merges", "num_merges", "pages", "scratch", "scratch_bytes", "partials"),
+    *("query", "query_bytes", "output", "keys", "values", "head_bytes"),
 )
 
 

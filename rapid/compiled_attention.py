@@ -44,7 +44,12 @@ def suits(pool: KVPool) -> bool:
 
 
 class Plan:
-    """Which thread may take what, the same in every layer of one forward pass over ``num_heads`` query heads."""
+    """Which thread may take what, the same in every layer of one forward pass over ``num_heads`` query heads.
+
+    ``words`` are the first of the kernel's arguments, and say all of it.
+    """
+
+    NO_WORDS = (0,) * 8
 
     def __init__(self, reads: Sequence[Read], layout: KVLayout, num_heads: int, scaling: float) -> None:
         group, d = num_heads // layout.num_kv_heads, layout.head_dim
@@ -62,22 +67,24 @@ class Plan:
         most = min(max(read.new for read in reads), _TOKENS) * group
         self._scratch = torch.empty(torch.get_num_threads(), Scratch(most, d).size, dtype=torch.uint8)
         self._partials = torch.empty(partial, d + 2)
-        self._kernel = _kernel(layout.num_kv_heads, group, d, scaling)
+        self._kernel = attention_kernel(layout.num_kv_heads, group, d, scaling)
+        self.words = (
+            *(self._items.data_ptr(), len(self._items), self._merges.data_ptr(), len(self._merges)),
+            *(self._pages.data_ptr(), self._scratch.data_ptr(), self._scratch.stride(0), self._partials.data_ptr()),
+        )
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d] to [total, heads·d]."""
         output = query.new_empty(len(query), query.shape[1] * query.shape[2])
+        query_bytes, head_bytes = query.stride(0) * query.itemsize, keys.stride(0) * keys.itemsize
         self._kernel(
-            *(self._items.data_ptr(), len(self._items), self._merges.data_ptr(), len(self._merges)),
-            *(self._pages.data_ptr(), query.data_ptr(), query.stride(0) * query.itemsize, output.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr()),
-            *(keys.stride(0) * keys.itemsize, self._scratch.data_ptr(), self._scratch.stride(0)),
-            self._partials.data_ptr(),
+            *(*self.words, query.data_ptr(), query_bytes, output.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), head_bytes),
         )
         return output
 
 
 @functools.cache
-def _kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
+def attention_kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
     name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
     return Kernel(name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write())

@@ -35,10 +35,10 @@ class CompiledLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
-        self._num_outputs, self._num_inputs = weight.shape
-        self._bias, self._four = bias, bits == 4
-        self._padding = -self._num_inputs % GROUP
-        rows = F.pad(weight, (0, self._padding, 0, -self._num_outputs % (_PANELS * LANES)))
+        self.num_outputs, self.num_inputs = weight.shape
+        self.bias, self._four = bias, bits == 4
+        self._padding = -self.num_inputs % GROUP
+        rows = F.pad(weight, (0, self._padding, 0, -self.num_outputs % (_PANELS * LANES)))
         self._groups = rows.shape[1] // GROUP
         self._scales = self._offsets = torch.empty(0)
         if bits == 16:
@@ -59,25 +59,36 @@ class CompiledLinear:
             )
         num_panels = len(self._packed)
         self._width = num_panels * LANES
-        self._kernel = _kernel(bits)
+        self.kernel = _kernel(bits)
         self._fixed = (
             *(num_panels // _PANELS, self._groups, self._packed.data_ptr(), self._packed[0].nbytes),
             *(self._scales.data_ptr(), self._offsets.data_ptr()),
         )
 
+    @property
+    def pads(self) -> bool:
+        """Whether rows that go in or come out are longer than the weight's."""
+        return self._padding > 0 or self._width != self.num_outputs
+
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
-        num_rows, num_inputs = x.shape
-        output = torch.empty(num_rows, self._width, dtype=torch.bfloat16)
-        # Every thread's sums of groups of inputs.
-        scratch = torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups)
-        self._kernel(
-            *(*self._fixed, num_rows, x.data_ptr(), num_inputs * 2, output.data_ptr(), self._width * 2),
-            *(scratch.data_ptr(), num_rows * self._groups * 4),
+        output = torch.empty(len(x), self._width, dtype=torch.bfloat16)
+        scratch = self.scratch(len(x))
+        self.kernel(*self.arguments(x, output, scratch))
+        if self._width != self.num_outputs:
+            output = output[:, : self.num_outputs]
+        return output if self.bias is None else output + self.bias
+
+    def scratch(self, num_rows: int) -> Tensor:
+        """Room for every thread's sums of groups of inputs."""
+        return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups)
+
+    def arguments(self, x: Tensor, output: Tensor, scratch: Tensor) -> tuple[int, ...]:
+        """The kernel's, for padded rows without the bias; all three must live until it has run."""
+        return (
+            *(*self._fixed, len(x), x.data_ptr(), x.shape[1] * 2, output.data_ptr(), self._width * 2),
+            *(scratch.data_ptr(), scratch.stride(0) * 4),
         )
-        if self._width != self._num_outputs:
-            output = output[:, : self._num_outputs]
-        return output if self._bias is None else output + self._bias
 
 
 _TINY = torch.finfo(torch.float32).tiny

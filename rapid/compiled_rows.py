@@ -18,7 +18,7 @@ from torch import Tensor
 from rapid.jit import COUNTERS, Kernel, available
 from rapid.kernel_code import LANES, Code, constant, every_float, floats, kind
 
-_MANY = 16  # rows; from here on it pays to wake the other threads
+MANY = 16  # rows; from here on it pays to wake the other threads
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, (size,), weight, eps)
     x = x.contiguous()
     output = torch.empty_like(x)
-    _run(_norm(x.dtype, size, eps), x.numel() // size, x, output, weight)
+    _run(norm_kernel(x.dtype, size, eps), x.numel() // size, x, output, weight)
     return output
 
 
@@ -45,7 +45,7 @@ def gated(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
     output = x.new_empty(len(x), size)
-    _run(_gate(x.dtype, size), len(x), x.contiguous(), output)
+    _run(gate_kernel(x.dtype, size), len(x), x.contiguous(), output)
     return output
 
 
@@ -61,7 +61,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
         turned = turning * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
         return torch.cat((turned, heads[:, num_rotated:]), 1)
     heads = heads.contiguous()
-    _run(_rotation(heads.dtype, d, num_rotated, num_heads), rows, heads, cos, sin)
+    _run(rotation_kernel(heads.dtype, d, num_rotated, num_heads), rows, heads, cos, sin)
     return heads
 
 
@@ -71,11 +71,11 @@ def store(new: Tensor, slots: Tensor, cache: Tensor) -> None:
     if not suits(new, d) or new.stride(1) != d:
         cache.index_copy_(1, slots, new.transpose(0, 1))
         return
-    _run(_storing(new.dtype, d, num_heads), rows, new, new.stride(0), slots, cache, cache.stride(0))
+    _run(storing_kernel(new.dtype, d, num_heads), rows, new, new.stride(0), slots, cache, cache.stride(0))
 
 
 def _run(kernel: Kernel, rows: int, *arguments: Tensor | int) -> None:
-    run = kernel if rows >= _MANY else kernel.alone
+    run = kernel if rows >= MANY else kernel.alone
     run(rows, *(a if isinstance(a, int) else a.data_ptr() for a in arguments))
 
 
@@ -109,7 +109,7 @@ class _Rows:
 
 
 @functools.cache
-def _norm(dtype: torch.dtype, size: int, eps: float) -> Kernel:
+def norm_kernel(dtype: torch.dtype, size: int, eps: float) -> Kernel:
     rows = _Rows(dtype)
 
     def write(code: Code, row: Any, x: Any, output: Any, weight: Any) -> None:
@@ -131,7 +131,7 @@ def _norm(dtype: torch.dtype, size: int, eps: float) -> Kernel:
 
 
 @functools.cache
-def _gate(dtype: torch.dtype, size: int) -> Kernel:
+def gate_kernel(dtype: torch.dtype, size: int) -> Kernel:
     rows = _Rows(dtype)
 
     def write(code: Code, row: Any, x: Any, output: Any) -> None:
@@ -151,7 +151,21 @@ def _gate(dtype: torch.dtype, size: int) -> Kernel:
 
 
 @functools.cache
-def _rotation(dtype: torch.dtype, d: int, num_rotated: int, num_heads: int) -> Kernel:
+def sum_kernel(dtype: torch.dtype, size: int) -> Kernel:
+    """(x, y, bytes from a row of y to the next): every row of y added to that of x."""
+    rows = _Rows(dtype)
+
+    def write(code: Code, row: Any, x: Any, y: Any, y_bytes: Any) -> None:
+        x, y = code.plus(x, code.times(row, size * rows.bytes)), code.plus(y, code.times(row, y_bytes))
+        with code.loop(0, size * rows.bytes, LANES * rows.bytes) as i:
+            place = code.plus(x, i)
+            rows.store(code, code.builder.fadd(rows.load(code, place), rows.load(code, code.plus(y, i))), place)
+
+    return _per_row(f"sum-{_NAMES[dtype]}-{size}", write, 3)
+
+
+@functools.cache
+def rotation_kernel(dtype: torch.dtype, d: int, num_rotated: int, num_heads: int) -> Kernel:
     rows = _Rows(dtype)
     half = d // 2 * rows.bytes
 
@@ -172,7 +186,7 @@ def _rotation(dtype: torch.dtype, d: int, num_rotated: int, num_heads: int) -> K
 
 
 @functools.cache
-def _storing(dtype: torch.dtype, d: int, num_heads: int) -> Kernel:
+def storing_kernel(dtype: torch.dtype, d: int, num_heads: int) -> Kernel:
     size = dtype.itemsize
     part = kind("i16", LANES * size // 2)
 

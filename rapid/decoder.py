@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.attention import Batch
+from rapid.compiled_layers import CompiledLayers, Heads
 from rapid.compiled_rows import gated, rms_norm, rotate
 from rapid.errors import ModelFileError, PassAbandoned
 from rapid.linear import Linear, make_linear
@@ -28,13 +29,13 @@ class RMSNorm:
     """x / sqrt(mean(x²) + ε) · weight, over the last dimension."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     device: torch.device
     attention_norm: RMSNorm
     qkv: Linear
@@ -94,6 +95,9 @@ class Decoder:
         self._head_device = head.weight.device
         self._norm = self._take_norm(body.norm.to(self._head_device))
         self.devices = tuple(layer.device for layer in self._layers)
+        sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
+        suited = group is None and CompiledLayers.suited(self._layers, sizes)
+        self._compiled = CompiledLayers(self._layers, sizes) if suited else None
         self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
         self._head = make_linear(
@@ -115,26 +119,31 @@ class Decoder:
         """
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
-        total = len(tokens)
-        for i, layer in enumerate(self._layers):
-            if abandoned():
-                raise PassAbandoned
-            if layer.device != x.device:
-                x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
-            heads = layer.qkv(layer.attention_norm(x)).view(total, -1, self.head_dim)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-                heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
-            heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
-            query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-            x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
-            x = x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
+        if self._compiled is not None and self._compiled.takes(batch, len(tokens)):
+            x = self._compiled(x, cos, sin, batch, abandoned)
+        else:
+            for i, layer in enumerate(self._layers):
+                if abandoned():
+                    raise PassAbandoned
+                if layer.device != x.device:
+                    x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
+                x = self._through(layer, i, x, cos, sin, batch)
         if self._group is None:
             last = x[rows.to(x.device)].to(self._head_device)
             return self._head(self._norm(last)).to(rows.device)
         # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
         logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
         return self._group.joined(logits, self._num_logits) if len(rows) else logits
+
+    def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+            heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
+        heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
+        return x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self._group is None:
@@ -147,7 +156,7 @@ class Decoder:
     def _summed(self, part: Tensor) -> Tensor:
         return part if self._group is None else self._group.summed(part)
 
-    def _take_layer(self, layer: Any, quantization: str) -> _Layer:
+    def _take_layer(self, layer: Any, quantization: str) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
 
         def fused(*parts: Any) -> Linear:
@@ -161,7 +170,7 @@ class Decoder:
             return make_linear(local(part.weight), bias, quantization)
 
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        return _Layer(
+        return Layer(
             attention.o_proj.weight.device,
             self._take_norm(layer.input_layernorm),
             fused(attention.q_proj, attention.k_proj, attention.v_proj),

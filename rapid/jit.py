@@ -94,6 +94,12 @@ class Kernel:
         """By the calling thread, which is quicker when there is little to do."""
         self._function(_memory(arguments))
 
+    def bound(self, address: int, threads: int) -> Callable[[], object]:
+        """A call by that many threads with the arguments that lie at ``address``, behind counters at 0."""
+        if threads == 1:
+            return functools.partial(self._function, address)
+        return functools.partial(self._parallel, self._address, address, threads, 0)
+
 
 def _memory(arguments: tuple[int, ...]) -> Any:
     return (ctypes.c_int64 * (COUNTERS + len(arguments)))(0, 0, *arguments)

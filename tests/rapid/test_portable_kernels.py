@@ -19,9 +19,9 @@ from rapid import compiled_attention, compiled_linear, compiled_rows, jit, kerne
 pytestmark = pytest.mark.skipif(not jit.available(), reason="there are no compiled kernels here")
 
 CACHES = {
-    compiled_attention: ("_kernel",),
+    compiled_attention: ("attention_kernel",),
     compiled_linear: ("_kernel",),
-    compiled_rows: ("_norm", "_gate", "_rotation", "_storing"),
+    compiled_rows: ("norm_kernel", "gate_kernel", "rotation_kernel", "storing_kernel", "sum_kernel"),
 }
 LIBRARY = {"omp_get_thread_num", "GOMP_barrier"}  # what `Kernel` looks up
 
@@ -98,13 +98,14 @@ def test_every_kernel_is_compiled_for_it(compiled: Path) -> None:
     """And calls nothing that a system might not have (`compile_and_look`)."""
     for bits in (16, 8, 4):
         compiled_linear._kernel(bits)
-    compiled_attention._kernel(2, 3, 64, 64**-0.5)
+    compiled_attention.attention_kernel(2, 3, 64, 64**-0.5)
     for dtype in (torch.float32, torch.bfloat16):
-        compiled_rows._norm(dtype, 64, 1e-5)
-        compiled_rows._gate(dtype, 64)
-        compiled_rows._rotation(dtype, 64, 3, 5)
-        compiled_rows._storing(dtype, 64, 2)
-    assert len(list(compiled.rglob("*.o"))) >= 3 + 1 + 2 * 4
+        compiled_rows.norm_kernel(dtype, 64, 1e-5)
+        compiled_rows.gate_kernel(dtype, 64)
+        compiled_rows.rotation_kernel(dtype, 64, 3, 5)
+        compiled_rows.storing_kernel(dtype, 64, 2)
+        compiled_rows.sum_kernel(dtype, 64)
+    assert len(list(compiled.rglob("*.o"))) >= 3 + 1 + 2 * 5
 
 
 def undefined(code: bytes) -> set[str]:
