@@ -23,7 +23,7 @@ serve: install ## serve CONFIG=serve_config.yaml on this machine
 	$(BIN)/rapid serve $(CONFIG)
 
 test: .venv/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
 	$(BIN)/python -m pytest -m ray tests/deployments
 
 bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)

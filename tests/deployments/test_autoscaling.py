@@ -26,7 +26,7 @@ pytestmark = ON_RAY
 PLAIN = {"strategy": "autoregressive"}
 SHORT = "\nabca b"  # too short to be a document, which would go to the replica that has read it
 LEASES = 4  # that a replica is meant to have
-LONG = 4000
+LONG = 2000
 
 
 @pytest.fixture(scope="module")

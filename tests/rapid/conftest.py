@@ -3,12 +3,28 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from gate import Gate
 from transformers import PreTrainedTokenizerFast
 from world import World
 
+from rapid.compute import compute
 from rapid.engine import Engine
 from rapid.model import Model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks of a few thousand weights gain nothing from more, and other tests run beside these."""
+    before = torch.get_num_threads()
+
+    def take(threads: int) -> None:
+        torch.set_num_threads(threads)
+        compute(torch.set_num_threads, threads)  # it is each thread's own
+
+    take(1)
+    yield
+    take(before)
 
 
 @pytest.fixture
