@@ -231,8 +231,9 @@ def main() -> None:
         answers = checker.judge(crowd.asked, replay, options.new_replayed)
         results["answers"] = {"asked": len(crowd.asked), **answers, "control": checker.control(replay)}
     print(json.dumps(results["answers"]), json.dumps(results["held_afterwards"]))
-    write("load", results)
-    draw(results)
+    write("load", results, part="" if options.dtype == "auto" else options.dtype)
+    if options.dtype == "auto":
+        draw(results)
 
 
 if __name__ == "__main__":
