@@ -1,8 +1,8 @@
 """All layers over a few rows, with every kernel's arguments written beforehand: a pass has only to call them.
 
 A decode step calls over three hundred kernels of a few microseconds each, and to find out what to give them, and where
-to put what comes out, would take up to a third of its time. So it is done once for each number of rows. The arguments
-of all calls lie in one table; from pass to pass only those change that say which pages are attended over.
+to put what comes out, takes longer than some of them do. So it is done once for each number of rows. The arguments of
+all calls lie in one table; from pass to pass only those change that say which pages are attended over.
 """
 
 from __future__ import annotations
