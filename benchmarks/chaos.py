@@ -27,7 +27,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.results import DATA, write
+from benchmarks.common.results import DATA, write
 from deployments.app import build
 from deployments.config import parse_config
 

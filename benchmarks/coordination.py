@@ -24,16 +24,15 @@ from ray import serve
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.results import write
+from benchmarks.common.results import write
 from deployments.app import build
-from deployments.channel import Address, Channel, Listener
 from deployments.config import parse_config
-from deployments.coordinator import RayBackend, _RayLease
-from rapid.control import DraftLimits
-from rapid.drafts import Draft, Verified
+from deployments.serve.backend import RayBackend, _RayLease
+from deployments.serve.channel import Address, Channel, Listener
+from rapid.engine.sequence import Opening
 from rapid.request import SpeculationParams
-from rapid.sampling import SamplingParams
-from rapid.sequence import Opening
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.draft import Draft, DraftLimits, Verified
 
 GAMMA, VOCAB = 10, 128_256
 

@@ -17,15 +17,15 @@ import rapid  # noqa: F401 (before torch)
 # isort: split
 import torch
 
-from benchmarks import peers
-from benchmarks.local import MODEL, Run, config, run
-from benchmarks.questions import Question, questions
-from benchmarks.results import write
-from deployments.assembly import local_backend
+from benchmarks.common import peers
+from benchmarks.common.local import MODEL, Run, config, run
+from benchmarks.common.questions import Question, questions
+from benchmarks.common.results import write
+from deployments.builders import local_backend
 from deployments.config import AppConfig
-from rapid.compute import compute
-from rapid.local import LocalBackend
-from rapid.tokenization import load_tokenizer
+from rapid.backend.local import LocalBackend
+from rapid.engine.torch_thread import compute
+from rapid.text.tokenizer import load_tokenizer
 
 STRATEGIES = ("autoregressive", "rapid", "lookup")
 

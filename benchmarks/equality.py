@@ -21,17 +21,18 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.results import DATA, write
-from deployments.assembly import local_backend
+from benchmarks.common.results import DATA, write
+from deployments.builders import local_backend
 from deployments.config import AppConfig, parse_config
-from rapid.catalog import local_path
+from rapid.backend.local import LocalBackend
+from rapid.events import Finish
 from rapid.generate import generate
-from rapid.local import LocalBackend
-from rapid.prompts import Message, read_chat
-from rapid.request import Finish, GenerationRequest, SpeculationParams
-from rapid.sampling import SamplingParams
-from rapid.speculative import RULES
-from rapid.tokenization import load_tokenizer
+from rapid.request import GenerationRequest, SpeculationParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.verification import RULES
+from rapid.text.prompts import Message, read_chat
+from rapid.text.tokenizer import load_tokenizer
+from rapid.weights.embedded_models import local_path
 
 MODEL = "smollm2-135m-instruct"
 GAMMAS = (1, 4, 10)

@@ -19,10 +19,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.clients import MODEL, new_client
+from benchmarks.common.clients import MODEL, new_client
+from benchmarks.common.results import DATA, write
 from benchmarks.load import percentiles, service
-from benchmarks.results import DATA, write
-from rapid.tokenization import load_tokenizer
+from rapid.text.tokenizer import load_tokenizer
 
 QUESTION = "Why does the narrator go to sea?"
 STREAM_TOKENS = 1_000  # of one stream; another follows

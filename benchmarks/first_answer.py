@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import DATA, write
+from benchmarks.common.results import DATA, write
 
 URL = "http://127.0.0.1:8000"
 QUESTION = "Why does the narrator go to sea?"

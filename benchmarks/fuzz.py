@@ -30,13 +30,13 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.malformed import Attacker, logged_errors, strike
-from benchmarks.results import write
-from deployments.api import make_api
-from deployments.assembly import local_backend
+from benchmarks.common.malformed import Attacker, logged_errors, strike
+from benchmarks.common.results import write
+from deployments.builders import local_backend
 from deployments.config import parse_config
+from deployments.http.api import make_api
 from deployments.service import LocalService
-from rapid.tokenization import load_tokenizer
+from rapid.text.tokenizer import load_tokenizer
 
 MODEL = "letters"
 LETTERS = "\n abcdefghi?"

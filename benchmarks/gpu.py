@@ -22,10 +22,10 @@ import rapid  # noqa: F401 (before torch)
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rapid.attention import Extension
-from rapid.kv_cache import KVCache
-from rapid.model import Model
-from rapid.paged_attention import PagedAttention
+from rapid.kernels.cuda.attention import PagedAttention
+from rapid.kernels.interface import Extension
+from rapid.kv_cache.pool import KVCache
+from rapid.models.model import Model
 
 SHAPE_8B = {
     "hidden_size": 4096,

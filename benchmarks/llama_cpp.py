@@ -19,11 +19,11 @@ import rapid  # noqa: F401 (before torch)
 
 # isort: split
 
-from benchmarks.local import MODEL, config, run
-from benchmarks.questions import questions
-from benchmarks.results import write
-from deployments.assembly import local_backend
-from rapid.tokenization import load_tokenizer
+from benchmarks.common.local import MODEL, config, run
+from benchmarks.common.questions import questions
+from benchmarks.common.results import write
+from deployments.builders import local_backend
+from rapid.text.tokenizer import load_tokenizer
 
 
 def theirs(model: Any, tokens: list[int], new_tokens: int) -> dict[str, float]:

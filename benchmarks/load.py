@@ -2,7 +2,7 @@
 
 Clients mix short chats, documents that are new and that were asked about before, answers given up midway, and slow
 readers. Every answer is compared with the one that a client alone got, and where it differs it is replayed
-(`benchmarks.replay`) when the service is down. The memory for keys and values is bounded, and full before the ten
+(`benchmarks.common.replay`) when the service is down. The memory for keys and values is bounded, and full before the ten
 minutes begin: what the processes take from then on should stay the same.
 """
 
@@ -28,10 +28,10 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.clients import KNOWN, Asked, Crowd, Question, ask, new_client
-from benchmarks.memory import Memory
-from benchmarks.replay import Checker, Replay
-from benchmarks.results import FOLDER, write
+from benchmarks.common.clients import KNOWN, Asked, Crowd, Question, ask, new_client
+from benchmarks.common.memory import Memory
+from benchmarks.common.replay import Checker, Replay
+from benchmarks.common.results import FOLDER, write
 from deployments.config import read_config
 
 CONFIG = Path(__file__).parents[1] / "serve_config.yaml"

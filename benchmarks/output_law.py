@@ -1,6 +1,6 @@
 """What comes out of each verification rule, sampled, against its closed form: total variation, position by position.
 
-The closed forms (`benchmarks.closed_forms`) are written from the paper's formulas in logits, in float64, apart from the
+The closed forms (`benchmarks.common.closed_forms`) are written from the paper's formulas in logits, in float64, apart from the
 code they check.
 """
 
@@ -15,10 +15,10 @@ import rapid  # noqa: F401 (before torch)
 import numpy as np
 import torch
 
-from benchmarks.closed_forms import law, softmax
-from benchmarks.results import write
-from rapid.sampling import sample
-from rapid.speculative import RULES, verify
+from benchmarks.common.closed_forms import law, softmax
+from benchmarks.common.results import write
+from rapid.sampling.sampler import sample
+from rapid.speculation.verification import RULES, verify
 
 GAMMA, VOCAB = 3, 10
 

@@ -20,13 +20,13 @@ from typing import Any
 import ray
 from ray import serve
 
-from benchmarks.local import MODEL, run
-from benchmarks.questions import Question, questions
-from benchmarks.results import write
+from benchmarks.common.local import MODEL, run
+from benchmarks.common.questions import Question, questions
+from benchmarks.common.results import write
 from deployments.app import build
 from deployments.config import AppConfig, parse_config
-from deployments.coordinator import RayBackend
-from rapid.tokenization import load_tokenizer
+from deployments.serve.backend import RayBackend
+from rapid.text.tokenizer import load_tokenizer
 
 PORT = 8124
 SIDES = ("on", "off")

@@ -20,12 +20,12 @@ from typing import Any
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
-from benchmarks.local import config
-from benchmarks.results import FOLDER, write
-from cluster.devices import GPUS, Device
-from cluster.plan import Planner, Round, Workload
-from cluster.shapes import SHAPES, ServedModel
-from cluster.simulation import Setup, every_ratio
+from benchmarks.common.local import config
+from benchmarks.common.results import FOLDER, write
+from cluster.capacity.devices import GPUS, Device
+from cluster.capacity.planner import Planner, Round, Workload
+from cluster.capacity.shapes import SHAPES, ServedModel
+from cluster.capacity.simulation import Setup, every_ratio
 
 SMOL, LLAMA = SHAPES["smollm2-135m"], SHAPES["llama-3.1-8b"]
 SERVED = {

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.questions import questions
-from benchmarks.results import write
-from rapid.control import DraftLimits
-from rapid.engine import Engine
+from benchmarks.common.questions import questions
+from benchmarks.common.results import write
+from rapid.engine.engine import Engine
+from rapid.engine.propose import propose
+from rapid.engine.sequence import Opening
+from rapid.engine.verify import prefill
 from rapid.errors import EngineLost
-from rapid.model import Model
-from rapid.parallel import Place
-from rapid.sampling import SamplingParams
-from rapid.sequence import Opening
-from rapid.tasks import prefill, propose
-from rapid.tokenization import load_tokenizer
+from rapid.models.loader import load_model
+from rapid.models.model import Model
+from rapid.models.tensor_parallel import Place, follow
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.draft import DraftLimits
+from rapid.text.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
 FORMATS = {"float32": ("float32", "none"), "bfloat16": ("bfloat16", "none"), "int8": ("bfloat16", "int8")}
@@ -51,14 +53,14 @@ def rank(number: int, num_ranks: int, address: str, form: str, asked: tuple[Any,
     torch.set_num_threads(1 if num_ranks > 1 else 2)
     dtype, quantization = FORMATS[form]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    place = Place(number, num_ranks, address) if num_ranks > 1 else None
-    model = Model.load(MODEL, dtype=dtype, quantization=quantization, device="cpu", place=place)
+    placement = Place(number, num_ranks, address) if num_ranks > 1 else None
+    model = load_model(MODEL, dtype=dtype, quantization=quantization, device="cpu", placement=placement)
     report = {"rank": number, "weight_bytes": model.info.weight_bytes}
     if number == 0:
         report["drafts"] = drafts(model, *asked)
     else:
         with suppress(EngineLost):  # the first has what it wanted
-            model.follow()
+            follow(model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reports.put(report | {"peak_bytes": peak * 1024, "before_bytes": before * 1024})
 

@@ -13,17 +13,18 @@ from typing import Any, Literal
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
-from benchmarks.local import MODEL, config
+from benchmarks.common.local import MODEL, config
+from benchmarks.common.questions import Question, questions
+from benchmarks.common.results import write
 from benchmarks.plan import summary
-from benchmarks.questions import Question, questions
-from benchmarks.results import write
-from cluster.plan import Round, per_token_acceptance
-from deployments.assembly import local_backend
-from rapid.control import MAX_DRAFT_TOKENS
+from cluster.capacity.planner import Round, per_token_acceptance
+from deployments.builders import local_backend
+from rapid.events import Delta
 from rapid.generate import generate
-from rapid.request import Delta, GenerationRequest, SpeculationParams
-from rapid.sampling import SamplingParams
-from rapid.tokenization import load_tokenizer
+from rapid.request import GenerationRequest, SpeculationParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.controller import MAX_DRAFT_TOKENS
+from rapid.text.tokenizer import load_tokenizer
 
 GAMMAS = (0, 2, 4)
 Gamma = int | Literal["auto"]

@@ -12,13 +12,13 @@ from typing import Any
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
-from benchmarks.local import MODEL, config, run
-from benchmarks.questions import questions
-from benchmarks.results import write
-from deployments.assembly import local_backend
+from benchmarks.common.local import MODEL, config, run
+from benchmarks.common.questions import questions
+from benchmarks.common.results import write
+from deployments.builders import local_backend
 from deployments.config import AppConfig
-from rapid.local import LocalBackend
-from rapid.tokenization import load_tokenizer
+from rapid.backend.local import LocalBackend
+from rapid.text.tokenizer import load_tokenizer
 
 PLAIN = {"strategy": "autoregressive"}
 

@@ -18,12 +18,13 @@ import rapid  # noqa: F401 (before torch)
 # isort: split
 import torch
 
-from benchmarks.local import MODEL
-from benchmarks.results import FOLDER, write
-from rapid.attention import Extension
-from rapid.compute import compute
-from rapid.kv_cache import KVCache
-from rapid.model import Model
+from benchmarks.common.local import MODEL
+from benchmarks.common.results import FOLDER, write
+from rapid.engine.torch_thread import compute
+from rapid.kernels.interface import Extension
+from rapid.kv_cache.pool import KVCache
+from rapid.models.loader import load_model
+from rapid.models.model import Model
 
 CONTEXTS = (256, 1024, 4096, 7000, 16384, 32768)
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}  # a weight; int4 with its scale and zero
@@ -57,10 +58,10 @@ def measure(contexts: list[int], repeats: int) -> dict[str, Any]:
     print(f"memory bandwidth {per_ms / 1e6:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     models = {
-        "bfloat16": Model.load(MODEL, dtype="bfloat16"),
-        "float32": Model.load(MODEL, dtype="float32"),
-        "int4": Model.load(MODEL, quantization="int4"),
-        "int8": Model.load(MODEL, quantization="int8"),
+        "bfloat16": load_model(MODEL, dtype="bfloat16"),
+        "float32": load_model(MODEL, dtype="float32"),
+        "int4": load_model(MODEL, quantization="int4"),
+        "int8": load_model(MODEL, quantization="int8"),
     }
     for name, model in models.items():
         for context in contexts if name in ("bfloat16", "float32") else [c for c in contexts if c <= 4096]:

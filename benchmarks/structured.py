@@ -15,15 +15,15 @@ from typing import Any
 
 import jsonschema
 
-from benchmarks.results import DATA, write
-from deployments.access import PUBLIC
-from deployments.assembly import local_backend
+from benchmarks.common.results import DATA, write
+from deployments.builders import local_backend
 from deployments.config import parse_config
-from deployments.events import Began
-from deployments.protocol import ChatRequest
+from deployments.http.rate_limits import PUBLIC
+from deployments.schemas.completions import ChatRequest
+from deployments.schemas.events import Began
 from deployments.service import LocalService
-from rapid.request import Finish, Statistics
-from rapid.tokenization import load_tokenizer
+from rapid.events import Finish, Statistics
+from rapid.text.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
 NAMES = ("name", "age", "place", "mood", "tags", "ship", "count", "day", "is_old", "captain", "weather", "items")

@@ -7,11 +7,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from cluster.placement import REPLICA_CPUS, engine_bundles
 from deployments.config import AppConfig, EngineConfig
-from deployments.coordinator import Coordinator
-from deployments.engines import EngineReplica
-from deployments.ingress import Ingress
-from deployments.retriever import RetrieverReplica
-from deployments.routing import LeaseRouter
+from deployments.serve.coordinator import Coordinator
+from deployments.serve.engines import EngineReplica
+from deployments.serve.ingress import Ingress
+from deployments.serve.retriever import RetrieverReplica
+from deployments.serve.routing import LeaseRouter
 
 # The deployments that only pass things on hold as many requests as come; the engines decide how many run.
 _UNBOUNDED = 10_000

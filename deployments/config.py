@@ -12,12 +12,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
-from rapid.catalog import cache_dir
 from rapid.errors import InvalidRequest, RapidError
-from rapid.memory import FREE_MEMORY_SHARE
-from rapid.prompts import LONG_CONTENT_TOKENS
+from rapid.kv_cache.memory import FREE_MEMORY_SHARE
 from rapid.request import SpeculationParams
-from rapid.sampling import SamplingParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.text.prompts import LONG_CONTENT_TOKENS
+from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
 
 

@@ -8,19 +8,19 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
-from deployments.events import Began, Events
-from deployments.files import Files, KeepingBackend, LocalFiles
-from deployments.protocol import Completion, Health
-from deployments.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from deployments.tools import call_format
-from deployments.tracing import Trace
+from deployments.files.files import Files, KeepingBackend, LocalFiles
+from deployments.observability.tracing import Trace
+from deployments.schemas.completions import Completion, Health
+from deployments.schemas.events import Began, Events
+from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.schemas.tools import call_format
 from rapid.choices import generate_choices
 from rapid.errors import ContextLengthExceeded
-from rapid.request import Finish, Statistics
+from rapid.events import Finish, Statistics
 
 
 class Service(Protocol):
-    """`LocalService`, or one that is asked over Ray (`deployments.ingress`). ``owner`` is who asks."""
+    """`LocalService`, or one that is asked over Ray (`deployments.serve.ingress`). ``owner`` is who asks."""
 
     files: Files
 

@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from rapid.backend import Backend, Retrieval
+from rapid.backend.protocol import Backend, Retrieval
+from rapid.events import Delta, Finish
 from rapid.generate import generate
-from rapid.request import Delta, Finish, GenerationRequest
+from rapid.request import GenerationRequest
 
 
 async def generate_choices(

@@ -1,7 +1,7 @@
 """The decode loop: plan, propose, verify, emit, until done.
 
 `generate` sees the world through a `Backend`, which retrieves and leases sequences on engines. In one process that is
-`rapid.local.LocalBackend`; on a cluster the engines are processes of their own.
+`rapid.backend.local.LocalBackend`; on a cluster the engines are processes of their own.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rapid.backend import Backend, DraftHandle, Retrieval, Role
-from rapid.control import MAX_DRAFT_TOKENS, Controller, Costs, Plan
-from rapid.drafts import Draft, Verified, certain_draft
+from rapid.backend.leases import DrafterLease, TargetLease
+from rapid.backend.protocol import Backend, DraftHandle, Retrieval, Role
+from rapid.drafters.lookup import Lookup
+from rapid.engine.sequence import Opening
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
-from rapid.leases import DrafterLease, TargetLease
-from rapid.logits import LogitParams
-from rapid.lookup import Lookup
-from rapid.request import STRATEGIES, Delta, Finish, GenerationRequest, Statistics
-from rapid.sequence import Opening
-from rapid.writing import Writer
+from rapid.events import Delta, Finish, Statistics
+from rapid.output import Writer
+from rapid.request import GenerationRequest
+from rapid.sampling.logits_processor import LogitParams
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Controller, Costs, Plan
+from rapid.speculation.draft import Draft, Verified, certain_draft
+from rapid.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
 

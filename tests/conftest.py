@@ -14,10 +14,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rapid.catalog import local_path
-from rapid.engine import Engine
-from rapid.model import Model
-from rapid.tokenization import load_tokenizer
+from rapid.engine.engine import Engine
+from rapid.models.model import Model
+from rapid.text.tokenizer import load_tokenizer
+from rapid.weights.embedded_models import local_path
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz?"

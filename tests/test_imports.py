@@ -19,9 +19,9 @@ OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not 
 DOORS = {
     "qdrant_client": "retrieval/store.py",
     "FlagEmbedding": "retrieval/embedding.py",
-    "torchao": "rapid/linear.py",
-    "llvmlite": "rapid/jit.py",
-    "llguidance": "rapid/grammar.py",
+    "torchao": "rapid/kernels/linear.py",
+    "llvmlite": "rapid/kernels/cpu/jit.py",
+    "llguidance": "rapid/sampling/grammar.py",
 }
 
 

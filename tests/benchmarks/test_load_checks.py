@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clients import Asked, Kind, Question
+from benchmarks.common.clients import Asked, Kind, Question
+from benchmarks.common.replay import Checker, Replay
 from benchmarks.load import fairness, percentiles, row
-from benchmarks.replay import Checker, Replay
-from rapid.engine import Engine
-from rapid.model import Model
+from rapid.engine.engine import Engine
+from rapid.models.loader import load_model
 
 WHALES, OCEANS = Question(None, "What is a whale?"), Question(None, "Name three oceans.")
 ALONE = "A whale is a large animal"
@@ -54,7 +54,7 @@ def test_an_answer_is_as_alone_or_replayed(answer: Asked, verdict: str) -> None:
 
 
 def test_a_replay_tells_an_answer_to_its_own_prompt_from_another(smollm: Path) -> None:
-    engine = Engine(Model.load(str(smollm), dtype="bfloat16"), kv_bytes=2**26)
+    engine = Engine(load_model(str(smollm), dtype="bfloat16"), kv_bytes=2**26)
     try:
         replay, other = Replay(engine, str(smollm)), "Count from one to ten."
         answer = asked("", question=Question(None, "What is the capital of France?"), finish="length")

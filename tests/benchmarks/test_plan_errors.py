@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.plan import COMPILED, FITTED, SERVED, Pass, check_overlap, fit, fit_kernels
 from benchmarks.rounds import check_rounds
-from cluster.devices import Device
-from cluster.plan import Round
+from cluster.capacity.devices import Device
+from cluster.capacity.planner import Round
 
 
 def test_the_fit_finds_the_machine_that_the_passes_came_from() -> None:

@@ -17,8 +17,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from deployments.cli import main
-from rapid.catalog import entries, local_path
+from deployments.cli.main import main
+from rapid.weights.embedded_models import entries, local_path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,12 +17,12 @@ import uvicorn
 from openai import OpenAI
 from ray import serve
 
-from deployments.api import make_api
 from deployments.app import build
-from deployments.assembly import local_backend
+from deployments.builders import local_backend
 from deployments.config import parse_config
+from deployments.http.api import make_api
 from deployments.service import LocalService
-from rapid.tokenization import load_tokenizer
+from rapid.text.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
 JSON_TYPE = "Content-Type: application/json\r\n"
@@ -136,3 +136,12 @@ def seconds_until_free(url: str, limit: float = 10.0) -> float:
         if not any(state["sequences"].values()) and not any(state["kv_bytes"].values()):
             return time.monotonic() - started
     raise AssertionError(f"still held after {limit} s: {state}")
+
+
+def embedded(client: OpenAI, file_id: str) -> Any:
+    """The file once its vectors are there."""
+    deadline = time.monotonic() + 60
+    while (file := client.files.retrieve(file_id)).status == "processing":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return file

@@ -8,9 +8,9 @@ from gate import Gate
 from transformers import PreTrainedTokenizerFast
 from world import World
 
-from rapid.compute import compute
-from rapid.engine import Engine
-from rapid.model import Model
+from rapid.engine.engine import Engine
+from rapid.engine.torch_thread import compute
+from rapid.models.model import Model
 
 
 @pytest.fixture(scope="package", autouse=True)

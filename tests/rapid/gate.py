@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rapid.model import Model
+from rapid.models.model import Model
 
 
 class Gate:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from rapid.attention import Extension, RunAttention
-from rapid.kv_cache import KVCache, KVLayout, KVPool
+from rapid.kernels.cpu.attention import RunAttention
+from rapid.kernels.interface import Extension
+from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 
 LAYOUT = KVLayout(num_kv_heads=3, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
 PAGE = 4

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapid.attention import Extension
-from rapid.drafts import Draft
-from rapid.engine import Engine
-from rapid.kv_cache import KVCache
-from rapid.model import Model
-from rapid.sampling import SamplingParams
-from rapid.sequence import Opening, Sequence
-from rapid.tasks import prefill, verify_draft
+from rapid.engine.engine import Engine
+from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.verify import prefill, verify_draft
+from rapid.kernels.interface import Extension
+from rapid.kv_cache.pool import KVCache
+from rapid.models.model import Model
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.draft import Draft
 
 GREEDY = SamplingParams(temperature=0)
 VOCAB = 32

@@ -11,13 +11,14 @@ from gate import Gate
 from running import GREEDY, begun, done, eventually
 from world import Retrieval, World, complete, first_eight
 
-from rapid.engine import Engine
+from rapid.engine.engine import Engine
+from rapid.engine.sequence import Opening
+from rapid.engine.verify import prefill
 from rapid.errors import SequenceClosed
+from rapid.events import Delta
 from rapid.generate import generate
-from rapid.model import Model
-from rapid.request import STRATEGIES, Delta
-from rapid.sequence import Opening
-from rapid.tasks import prefill
+from rapid.models.model import Model
+from rapid.strategies import STRATEGIES
 
 MakeEngine = Callable[..., Engine]
 

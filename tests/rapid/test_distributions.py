@@ -13,12 +13,12 @@ import torch
 from running import logits_after
 from world import World, complete, first_eight, run
 
-from benchmarks.closed_forms import Array, law
+from benchmarks.common.closed_forms import Array, law
 from rapid.choices import generate_choices
-from rapid.model import Model
+from rapid.models.model import Model
 from rapid.request import GenerationRequest
-from rapid.sampling import SamplingParams, probabilities
-from rapid.speculative import RULES
+from rapid.sampling.sampler import SamplingParams, probabilities
+from rapid.speculation.verification import RULES
 
 
 def pearson(observed: Array, expected: Array) -> tuple[float, int]:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rapid.engine import Engine
+from rapid.backend.local import LocalBackend
+from rapid.engine.engine import Engine
+from rapid.events import Finish, Statistics
 from rapid.generate import generate
-from rapid.local import LocalBackend
-from rapid.model import Model
-from rapid.prompts import Message, Prompt, read_chat
-from rapid.request import Finish, GenerationRequest, SpeculationParams, Statistics
-from rapid.sampling import SamplingParams
-from rapid.speculative import RULES
+from rapid.models.loader import load_model
+from rapid.models.model import Model
+from rapid.request import GenerationRequest, SpeculationParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.verification import RULES
+from rapid.text.prompts import Message, Prompt, read_chat
 
 NUM_TOKENS = 40
 Case = tuple[str, int | str, str]
@@ -53,7 +55,7 @@ def middle(contents: list[str], query: str, options: Any) -> Retrieval:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model.load("smollm2-135m-instruct", dtype="float32", device="cpu")
+    return load_model("smollm2-135m-instruct", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from world import Retrieval, World, first_eight, greedily, run
 
-from rapid.control import MAX_DRAFT_TOKENS
-from rapid.engine import Engine
+from rapid.backend.local import LocalBackend
+from rapid.engine.engine import Engine
 from rapid.errors import ContextLengthExceeded, InvalidRequest, ModelMismatch
-from rapid.local import LocalBackend
-from rapid.model import Model
-from rapid.request import STRATEGIES, SpeculationParams
-from rapid.sampling import SamplingParams
-from rapid.speculative import RULES
+from rapid.models.model import Model
+from rapid.request import SpeculationParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.speculation.controller import MAX_DRAFT_TOKENS
+from rapid.speculation.verification import RULES
+from rapid.strategies import STRATEGIES
 
 MakeEngine = Callable[..., Engine]
 

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 from running import GREEDY, logits_after
 from transformers import PreTrainedTokenizerFast
 
-from rapid.backend import DraftHandle, Lease, Role
-from rapid.drafts import Draft, Verified
-from rapid.engine import Engine
+from rapid.backend.local import LocalBackend
+from rapid.backend.protocol import DraftHandle, Lease, Role
+from rapid.engine.engine import Engine
+from rapid.engine.sequence import Opening
+from rapid.events import Delta, Finish, Statistics
 from rapid.generate import generate
-from rapid.local import LocalBackend
-from rapid.model import Model
-from rapid.prompts import Prompt, read_text
-from rapid.request import Delta, Finish, GenerationRequest, SpeculationParams, Statistics
-from rapid.sequence import Opening
+from rapid.models.model import Model
+from rapid.request import GenerationRequest, SpeculationParams
+from rapid.speculation.draft import Draft, Verified
+from rapid.text.prompts import Prompt, read_text
 
 
 class Chunk(NamedTuple):

@@ -50,7 +50,7 @@ def trimming_tokenizer(prose: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    from rapid.catalog import local_path
+    from rapid.weights.embedded_models import local_path
 
     return Path(local_path("all-minilm-l6-v2"))
 

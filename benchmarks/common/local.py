@@ -1,0 +1,62 @@
+"""One request on this process's engines, timed: what the decode and serving benchmarks share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.config import AppConfig, parse_config
+from rapid.backend.local import LocalBackend
+from rapid.events import Finish, Statistics
+from rapid.generate import generate
+from rapid.request import GenerationRequest, SpeculationParams
+from rapid.sampling.sampler import SamplingParams
+from rapid.text.prompts import Prompt
+
+MODEL = "smollm2-135m-instruct"
+
+
+def config(dtype: str = "auto", quantization: str = "int4") -> AppConfig:
+    """What serve_config.yaml says, with the target in ``dtype``."""
+    return parse_config(
+        {
+            "target": {"model": MODEL, "dtype": dtype},
+            "drafter": {"model": MODEL, "quantization": quantization},
+            "retriever": {"options": {"chunk_tokens": 256}},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """``first_s``: until the first token. ``decode_s``: from there to the last."""
+
+    first_s: float
+    decode_s: float
+    statistics: Statistics
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.statistics.emitted - 1) / self.decode_s if self.decode_s else 0.0
+
+
+async def run(
+    backend: LocalBackend, settings: AppConfig, prompt: Prompt, temperature: float, new_tokens: int, **how: Any
+) -> Run:
+    """Writes ``new_tokens`` (or fewer, where the model ends) by the strategy in ``how``."""
+    request = GenerationRequest(
+        prompt=prompt,
+        sampling=SamplingParams(temperature=temperature),
+        speculation=SpeculationParams(**how),
+        retrieval=settings.retriever.options,
+        max_tokens=new_tokens,
+    )
+    started = time.perf_counter()
+    first = None
+    async for event in generate(request, backend):
+        first = first or time.perf_counter()
+        if isinstance(event, Finish):
+            ended = time.perf_counter()
+            return Run((first or ended) - started, ended - (first or ended), event.statistics)
+    raise AssertionError("a completion ends with Finish")

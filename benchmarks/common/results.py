@@ -1,0 +1,48 @@
+"""Where results go, and with what they are stamped: machine, versions and the command that made them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "results"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores, and the versions that matter."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    packages = ("torch", "transformers", "ray", "qdrant-client", "FlagEmbedding")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def write(name: str, results: dict[str, Any], *, part: str = "") -> Path:
+    """Writes ``results`` of `python -m benchmarks.NAME` to benchmarks/results/NAME.json, or NAME_PART.json."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    arguments = " ".join(sys.argv[1:])
+    stamp = {
+        "command": f"python -m benchmarks.{name} {arguments}".strip(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "machine": machine(),
+    }
+    path = FOLDER / f"{name}{part and '_'}{part}.json"
+    path.write_text(json.dumps(stamp | results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return path

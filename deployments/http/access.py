@@ -1,0 +1,181 @@
+"""Who may ask, how often, how much at once and for how long: before a request reaches a route.
+
+A key is never kept as it is, shown or logged: what is known of it here is its SHA-256, and the beginning of that is the
+`owner` that files belong to.
+"""
+
+import asyncio
+import hashlib
+import hmac
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.config import AccessConfig
+from deployments.http.errors import error_response, is_json, server_sent_error
+from deployments.http.rate_limits import PUBLIC, Client, RateLimited, _Bucket
+from rapid.errors import InvalidRequest, RapidError
+
+_OPEN = {"/", "/favicon.ico", "/health", "/version"}  # what probes and browsers ask first
+_CLIENTS = 10_000  # whose rates are remembered
+
+
+class InvalidKey(RapidError):
+    """There is no key, or one that is not known."""
+
+    _code = "invalid_api_key"
+    _status = 401
+
+
+class OriginRefused(RapidError):
+    """A page of another origin sends what a browser sends without asking first whether it may."""
+
+    _code = "origin_not_allowed"
+    _status = 403
+
+
+class TimedOut(RapidError):
+    """The request took longer than it may."""
+
+    _code = "request_timeout"
+    _status = 504
+
+
+def guard(app: FastAPI, config: AccessConfig) -> None:
+    """Holds every request to ``app`` to ``config``; pages of other origins may ask where it names them."""
+    app.add_middleware(_Guard, config=config)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[
+                "Retry-After",
+                "X-Request-Id",
+                *_Bucket(1).headers("requests"),
+                *_Bucket(1).headers("tokens"),
+            ],
+        )
+
+
+class _Guard:
+    def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
+        self._app, self._config = app, config
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
+        self._clients: OrderedDict[str, Client] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, int(self._config.max_body_mb * 1e6))
+        headers = Headers(scope=scope)
+        scope["rapid.client"] = Client()
+        try:
+            self._check_origin(scope["method"], headers)
+            if (scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/") not in _OPEN:
+                scope["rapid.client"] = self._client(scope)
+                scope["rapid.client"].admit()
+            exchange.check_length(headers)
+            async with asyncio.timeout(self._config.request_timeout_s) as limit:
+                await self._app(scope, exchange.receive, exchange.send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            await exchange.end(self._timed_out(exchange.has_body))
+        except InvalidKey as error:
+            await exchange.end(error, {"WWW-Authenticate": "Bearer"})
+        except RateLimited as error:
+            await exchange.end(error, {"Retry-After": str(error.retry_after)})
+        except RapidError as error:
+            await exchange.end(error)
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """Raises OriginRefused. Of anything but a form or a bare POST, browsers ask first, and CORS answers."""
+        origin = headers.get("origin")
+        if method != "POST" or is_json(headers) or origin is None:
+            return
+        # What is before a server may change its name, but not what a browser says of the page.
+        is_own = headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
+        if not is_own and not {"*", origin} & set(self._config.cors_origins):
+            raise OriginRefused("pages of this origin may not ask here: access.cors_origins names those that may")
+
+    def _client(self, scope: Scope) -> Client:
+        """Raises InvalidKey."""
+        owner, name = PUBLIC, scope["client"][0] if scope.get("client") else ""
+        if self._keys:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            digest = hashlib.sha256(key.strip().encode()).digest()
+            # All of them, always: how long it takes says nothing about which one is nearly right.
+            is_known = [hmac.compare_digest(digest, known) for known in self._keys]
+            if scheme.lower() != "bearer" or not any(is_known):
+                how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
+                raise InvalidKey(f"an API key is needed: {how}")
+            owner = name = digest.hex()[:32]
+        if name not in self._clients:
+            of_requests, of_tokens = self._config.requests_per_minute, self._config.tokens_per_minute
+            self._clients[name] = Client(
+                owner, _Bucket(of_requests) if of_requests else None, _Bucket(of_tokens) if of_tokens else None
+            )
+        self._clients.move_to_end(name)
+        if len(self._clients) > _CLIENTS:
+            self._clients.popitem(last=False)
+        return self._clients[name]
+
+    def _timed_out(self, has_body: bool) -> TimedOut:
+        limit = f"{self._config.request_timeout_s:g} s"
+        if has_body:
+            return TimedOut(f"the answer was not finished within {limit}")
+        return TimedOut(f"the request's body did not come within {limit}", status=408)
+
+
+@dataclass
+class _Exchange:
+    """A request's messages: how much has come, and what has been sent."""
+
+    _scope: Scope
+    _receive: Receive
+    _send: Send
+    max_bytes: int
+    num_bytes: int = 0
+    has_body: bool = False
+    started: Message | None = field(default=None)
+
+    def check_length(self, headers: Headers) -> None:
+        """Raises InvalidRequest when more is announced than may come."""
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.num_bytes += len(message.get("body", b""))
+            self.has_body = not message.get("more_body", False)
+            if self.num_bytes > self.max_bytes:
+                raise self._too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = message
+            for what, bucket in self._scope["rapid.client"].limits.items():
+                MutableHeaders(scope=message).update(bucket.headers(what))
+        await self._send(message)
+
+    async def end(self, error: RapidError, headers: dict[str, str] | None = None) -> None:
+        """Answers with ``error``; what has begun already ends with it where it is an event stream, and else is cut."""
+        self._scope.setdefault("state", {})["error"] = error  # for the log
+        if self.started is None:
+            return await error_response(error, headers)(self._scope, self._receive, self.send)
+        if not Headers(raw=self.started["headers"]).get("content-type", "").startswith("text/event-stream"):
+            raise error
+        end = f"{server_sent_error(error)}data: [DONE]\n\n"
+        await self._send({"type": "http.response.body", "body": end.encode(), "more_body": False})
+
+    def _too_large(self) -> InvalidRequest:
+        return InvalidRequest(f"a request may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413)

@@ -1,0 +1,119 @@
+"""OpenAI's HTTP API over a `Service`: checks bodies and shapes answers; knows one model by name."""
+
+import time
+from contextlib import aclosing
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deployments.config import AppConfig
+from deployments.http.access import guard
+from deployments.http.errors import handle_errors, read
+from deployments.http.files import add_file_routes
+from deployments.http.openapi import ERRORS, complete, takes
+from deployments.http.playground import page
+from deployments.http.rate_limits import Client, client_of
+from deployments.http.request_log import Middleware, Observer
+from deployments.http.responses import Shape, server_sent
+from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
+from deployments.schemas.events import Began, Events, usage
+from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.service import Service
+from rapid.errors import ModelNotFound
+from rapid.events import Delta, Finish
+
+
+def make_api(config: AppConfig, service: Service) -> FastAPI:
+    """The application that answers over HTTP."""
+    app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
+    handle_errors(app)
+    complete(app)
+    guard(app, config.access)
+    observer = Observer(config)
+    app.add_middleware(Middleware, observer=observer)  # around the guard, so that it counts whom that turns away
+    add_file_routes(app, service.files)
+    model_name, started = config.model_name, int(time.time())
+
+    def check_model(asked: str) -> None:
+        if asked != model_name:
+            raise ModelNotFound(f"the model {asked!r} is not served here; {model_name!r} is", param="model")
+
+    async def answer(completion: Completion, client: Client) -> Response:
+        check_model(completion.model)
+        events = client.counted(service.generate(completion, client.owner))
+        return await _answer(completion, observer.generation(completion, events))
+
+    @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
+    async def chat_completions(request: Request) -> Response:
+        completion = await read(ChatRequest, request)
+        return await answer(completion, client_of(request))
+
+    @app.post("/v1/completions", **takes(TextRequest, streams=True))
+    async def completions(request: Request) -> Response:
+        completion = await read(TextRequest, request)
+        return await answer(completion, client_of(request))
+
+    async def model() -> dict[str, Any]:
+        return {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "rapid",
+            "max_model_len": await service.window(),
+        }
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await model()]}
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def one_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return await model()
+
+    @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
+    async def tokenize(request: Request) -> Tokenized:
+        body = await read(TokenizeRequest, request)
+        check_model(body.model or model_name)
+        return await service.tokenize(body)
+
+    @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
+    async def detokenize(request: Request) -> Detokenized:
+        body = await read(DetokenizeRequest, request)
+        check_model(body.model or model_name)
+        return await service.detokenize(body)
+
+    @app.get("/version", responses=ERRORS)
+    async def version() -> dict[str, str]:
+        return {"version": metadata.version("rapid-serve")}
+
+    shown = page()
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return shown
+
+    @app.get("/health", responses=ERRORS)
+    async def health() -> Health:
+        return await service.health()
+
+    return app
+
+
+async def _answer(completion: Completion, events: Events) -> Response:
+    # The first tokens come before any header does, so that what is wrong with the request gets its own status.
+    began, first = await anext(events), await anext(events)
+    assert isinstance(began, Began) and not isinstance(first, Began)
+    shape = Shape(completion, began)
+    if completion.stream:
+        stream = server_sent(shape, first, events)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return await _whole(shape, first, events)
+
+
+async def _whole(shape: Shape, first: Delta | Finish, events: Events) -> Response:
+    async with aclosing(events):
+        body = shape.whole([first, *[event async for event in events]])
+    return JSONResponse({**body, "usage": usage(*shape.statistics), **shape.summary()})

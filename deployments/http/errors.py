@@ -1,0 +1,168 @@
+"""What goes wrong, as a client sees it: OpenAI's error object with the status that belongs to it."""
+
+import json
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from ray.exceptions import RayError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+from deployments.schemas.body import BELONGS
+from rapid.errors import InvalidRequest, RapidError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def error_object(error: RapidError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    kind = (
+        "rate_limit_error" if error.status == 429 else "invalid_request_error" if error.status < 500 else "server_error"
+    )
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def as_rapid_error(error: Exception) -> RapidError:
+    """What a client may see of ``error``: our own errors as they are, of all others only that it is not their fault."""
+    if isinstance(error, RapidError):
+        return error
+    if isinstance(error, RayError):
+        return RapidError("a part of the service stopped while it worked on this request; try again", status=503)
+    return RapidError("internal error; the server's log has the details")
+
+
+def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The whole answer to a request that failed."""
+    shown = as_rapid_error(error)
+    retry = {"Retry-After": "1"} if shown.status in (429, 503) else {}
+    return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
+
+
+def server_sent_error(error: Exception) -> str:
+    """The end of an event stream that failed."""
+    return f"event: error\ndata: {json.dumps(error_object(as_rapid_error(error)), ensure_ascii=False)}\n\n"
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    request.state.error = error  # for the log
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+    shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
+    headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
+    return JSONResponse(error_object(shown), status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> str:
+    """What the path of ``request`` takes: each method has a route of its own, and Starlette names the first's alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+
+
+async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:
+    # Nobody reads it; but it is no error of ours, which would be logged.
+    return await _on_error(request, InvalidRequest("the connection ended before the body did"))
+
+
+async def _on_wrong_parameter(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _on_error(request, InvalidRequest(f"{name}: {first['msg']}", param=name))
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Makes ``app`` answer in OpenAI's shape what is wrong with a request; what nobody expected, `Middleware` does."""
+    app.add_exception_handler(RapidError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
+    app.add_exception_handler(ClientDisconnect, _on_half_a_body)
+
+
+async def read(kind: type[T], request: Request) -> T:
+    """The body of ``request``.
+
+    Raises:
+        InvalidRequest: it is not said to be JSON (415), or as `parse` says.
+    """
+    if not is_json(request.headers):
+        message = "the body must be JSON: send the header `Content-Type: application/json`"
+        raise InvalidRequest(message, code="unsupported_media_type", status=415)
+    return parse(kind, await request.body())
+
+
+def is_json(headers: Headers) -> bool:
+    """Whether a body is said to be JSON. A browser sends none for a page of another origin before it has asked."""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """The request in ``body``.
+
+    Raises:
+        InvalidRequest: it is no JSON, or a field is missing, unknown or wrong; ``param`` names the first.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+    if errors[0]["type"] == "json_invalid":
+        raise InvalidRequest(f"the body is not valid JSON: {errors[0]['msg']}", code="invalid_json")
+    sent = from_json(body)
+    first = _field(errors[0], sent)
+    # Where several kinds of value are allowed, each says what it misses; who came furthest knows what was meant.
+    of_it = [(field, wrong) for wrong in errors if (field := _field(wrong, sent))[: len(first)] == first]
+    path = max((field for field, _ in of_it), key=len)
+    said = " or ".join(dict.fromkeys(_in_words(wrong) for field, wrong in of_it if field == path))
+    field = ".".join(path) or None
+    raise InvalidRequest(f"{field}: {said}" if field else said, param=field)
+
+
+def _field(wrong: Any, sent: Any) -> list[str]:
+    """Which field an error is of, as the client wrote it: pydantic puts kinds and the like between the names."""
+    path = []
+    *outer, last = wrong["loc"] or ("",)
+    for part in outer:
+        if (isinstance(sent, dict) and part in sent) or (isinstance(sent, list) and isinstance(part, int)):
+            sent = sent[part]
+            path.append(str(part))
+    is_named = wrong["type"] in ("missing", "extra_forbidden") or isinstance(last, int)
+    if is_named or (isinstance(sent, dict) and last in sent):
+        path.append(str(last))
+    more = wrong.get("ctx", {})
+    if wrong["type"].startswith("union_tag"):
+        path.append(more["discriminator"].strip("'"))
+    return path + ([more["field"]] if wrong["type"] == BELONGS and more["field"] else [])
+
+
+def _in_words(wrong: Any) -> str:
+    kind, more = wrong["type"], wrong.get("ctx", {})
+    words = {
+        "extra_forbidden": "unknown field",
+        "missing": "is required",
+        "union_tag_not_found": "is required",
+        "model_type": "must be an object",
+        "dict_type": "must be an object",
+        "list_type": "must be a list",
+    }
+    if kind == "union_tag_invalid":
+        return f"must be one of {more['expected_tags']}"
+    said: str = words.get(kind) or wrong["msg"].replace("Input should be", "must be")
+    return f"its name {said}" if wrong["loc"][-1:] == ("[key]",) else said

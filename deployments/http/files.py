@@ -1,0 +1,91 @@
+"""OpenAI's routes for files, and `warm`, which is ours."""
+
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import Response
+from starlette.datastructures import UploadFile
+
+from deployments.files.files import PURPOSES, Files
+from deployments.http.openapi import ERRORS
+from deployments.http.rate_limits import client_of
+from rapid.errors import InvalidRequest
+
+# What the route reads from the form itself, since a file may be large and the errors are to have OpenAI's shape.
+_FORM = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES), "default": PURPOSES[0]},
+    },
+    "required": ["file"],
+    "additionalProperties": False,
+}
+_TAKES_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+
+
+def add_file_routes(app: FastAPI, files: Files) -> None:
+    """`/v1/files`: every answer is about the asking key's own files."""
+
+    @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
+    async def upload(request: Request) -> dict[str, Any]:
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
+            raise InvalidRequest(message, code="unsupported_media_type", status=415)
+        async with request.form(max_files=1, max_fields=8) as form:
+            if unknown := form.keys() - {"file", "purpose"}:
+                raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
+            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
+            if not isinstance(file, UploadFile):
+                raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
+            return await files.upload(
+                client_of(request).owner, file.filename or "file", str(purpose), await file.read()
+            )
+
+    @app.get("/v1/files", responses=ERRORS)
+    async def listed(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        purpose: str | None = None,
+    ) -> dict[str, Any]:
+        every = await files.listed(client_of(request).owner)
+        found = [file for file in every if purpose in (None, file["purpose"])]
+        if order == "desc":
+            found.reverse()
+        ids = [file["id"] for file in found]
+        if after is not None:
+            if after not in ids:
+                raise InvalidRequest(f"there is no file {after!r} in this list", param="after")
+            found = found[ids.index(after) + 1 :]
+        page = found[:limit]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": page, **ends, "has_more": len(page) < len(found)}
+
+    @app.get("/v1/files/{file_id}", responses=ERRORS)
+    async def get(request: Request, file_id: str) -> dict[str, Any]:
+        return await files.get(client_of(request).owner, file_id)
+
+    @app.get("/v1/files/{file_id}/content", responses=ERRORS)
+    async def content(request: Request, file_id: str) -> Response:
+        filename, data = await files.content(client_of(request).owner, file_id)
+        # Whatever is in it, a browser is to save it and not to show it as a page of this site.
+        headers = {
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return Response(data, media_type="application/octet-stream", headers=headers)
+
+    @app.delete("/v1/files/{file_id}", responses=ERRORS)
+    async def delete(request: Request, file_id: str) -> dict[str, Any]:
+        await files.delete(client_of(request).owner, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    @app.post("/v1/files/{file_id}/warm", responses=ERRORS)
+    async def warm(request: Request, file_id: str) -> dict[str, Any]:
+        client = client_of(request)
+        warmed = await files.warm(client.owner, file_id)
+        client.spend(warmed["prompt_tokens"])
+        return warmed

@@ -1,0 +1,107 @@
+"""What /openapi.json says of the API: bodies, answers and errors.
+
+The routes read their bodies themselves, so that every error has OpenAI's shape; FastAPI sees neither, and is told here
+(of the one form, in `deployments.http.files`).
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+
+from rapid.events import Statistics
+
+REF = "#/components/schemas/{model}"
+
+
+class Error(BaseModel):
+    """What is wrong, in words and for programs; ``param`` names the field of the request that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every answer with a status of 400 or more, and the `error` event of a stream."""
+
+    error: Error
+
+
+class Usage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Choice(BaseModel):
+    """With `message` from chats, `text` from completions."""
+
+    model_config = ConfigDict(extra="allow")
+    index: int
+    finish_reason: str | None
+
+
+class Answer(BaseModel):
+    """An answer in one piece, OpenAI's with a `rapid` object more."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    rapid: Statistics
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many (429)"},
+    503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},
+}
+
+# One server-sent event. Its data is a chunk of the answer, [DONE], or an `ErrorBody` where the event is `error`.
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
+def takes(body: type[BaseModel], *, streams: bool = False, answer: type[BaseModel] = Answer) -> dict[str, Any]:
+    """What a route that reads ``body`` from JSON is declared with."""
+    schema = body.model_json_schema(ref_template=REF)
+    _allow_null(schema)
+    described = {"required": True, "content": {"application/json": {"schema": schema}}}
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": answer, "description": "The answer"}}
+    if streams:
+        responses[200] |= {
+            "description": "The answer; with `stream`, chunks of it as server-sent events, `data: [DONE]` at the end",
+            "content": {"text/event-stream": {"schema": EVENT}},
+        }
+    return {"openapi_extra": {"requestBody": described}, "responses": ERRORS | responses}
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """A field that is null counts as absent, which no model's schema says."""
+    for model in (schema, *schema.get("$defs", {}).values()):
+        for name in set(model.get("properties", {})) - set(model.get("required", ())):
+            allowed = model["properties"][name]
+            if {"type": "null"} not in allowed.get("anyOf", []):
+                model["properties"][name] = {"anyOf": [allowed, {"type": "null"}]}
+
+
+def complete(app: FastAPI) -> None:
+    """Has ``app`` put the models of its bodies where their references look for them."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        made = described()
+        for operation in (it for path in made["paths"].values() for it in path.values()):
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                made.setdefault("components", {}).setdefault("schemas", {}).update(content["schema"].pop("$defs", {}))
+        return made
+
+    app.openapi = openapi  # as FastAPI's manual has it

@@ -1,0 +1,266 @@
+"""The HTTP bodies, OpenAI's with a `rapid` object more, and what a completion request means to the decode loop.
+
+Every field is strict: one that is unknown, or of the wrong type, is refused by name. A field set to null counts as
+absent, since clients send those.
+"""
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from deployments.config import AppConfig
+from deployments.schemas.body import Body, wrong
+from deployments.schemas.messages import ChatMessage, FilePart, read_messages
+from deployments.schemas.response_format import ResponseFormat
+from deployments.schemas.tools import Tool, ToolChoice, call_format, call_grammar
+from rapid.errors import InvalidRequest
+from rapid.request import GenerationRequest
+from rapid.sampling.logits_processor import LogitParams
+from rapid.text.prompts import Prompt, read_text
+
+MAX_LOGPROBS, MAX_STOPS = 20, 64
+
+
+class RetrievalFields(Body):
+    """`rapid.retrieval`: overrides of the configured retrieval options."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    threshold: float | None = Field(None, ge=-1, le=1)
+    chunk_tokens: int | None = Field(None, ge=1)
+    keep: bool | None = None
+
+
+class RapidFields(Body):
+    """The `rapid` object of a request: overrides of the configured speculation."""
+
+    strategy: str | None = None
+    num_draft_tokens: int | Literal["auto"] | None = None
+    transfer_strength: float | None = None
+    verification: str | None = None
+    draft_top_k: int | None = None
+    rag_model: str | None = None
+    query: str | None = None
+    retrieval: RetrievalFields = RetrievalFields()
+    trace: bool = Field(False, description="with each chunk of a stream, the round that wrote it")
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Completion(Body):
+    """What both endpoints take."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: int = Field(0, ge=0)
+    n: int = Field(1, ge=1)
+    # JSON's keys are strings.
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    rapid: RapidFields = RapidFields()
+
+    @model_validator(mode="after")
+    def _stop_strings(self) -> "Completion":
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if len(stop) > MAX_STOPS or not all(stop):
+            raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> "Completion":
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise wrong("stream_options", "says how to stream, and stream is false")
+        if self.rapid.trace and not self.stream:
+            raise wrong("rapid.trace", "tells of a stream's rounds: set stream to true")
+        return self
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        """What the model may call."""
+        return []
+
+    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What of the prompt comes before the answer."""
+        return ""
+
+    def read(self, tokenizer: PreTrainedTokenizerBase, config: AppConfig) -> GenerationRequest:
+        """This request with the configured defaults filled in.
+
+        Raises:
+            InvalidRequest: a value is out of range, the prompt is empty or refused by the chat template, or a schema
+                cannot be enforced.
+        """
+        if self.n > config.target.max_sequences:
+            raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
+        most = self._max_tokens() or config.default_max_tokens
+        if self.min_tokens > most:
+            raise InvalidRequest(f"min_tokens must be at most {most}, got {self.min_tokens}", param="min_tokens")
+        unknown = [token for token in self.stop_token_ids if not 0 <= token < len(tokenizer)]
+        if unknown:
+            raise InvalidRequest(f"stop_token_ids: there is no token {unknown[0]}", param="stop_token_ids")
+        grammar = self._grammar(tokenizer)
+        for param in ("ignore_eos", "min_tokens"):
+            if grammar and getattr(self, param):
+                raise InvalidRequest(f"{param}: what follows a grammar ends where that ends", param=param)
+        stop_token_ids = tuple(self.stop_token_ids)
+        adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        rapid = self.rapid.given(
+            "strategy", "num_draft_tokens", "transfer_strength", "verification", "draft_top_k", "rag_model"
+        )
+        retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
+        return GenerationRequest(
+            sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
+            speculation=replace(config.speculation, **rapid),
+            retrieval=replace(config.retriever.options, **retrieval),
+            prompt=self._prompt(tokenizer, config.retriever.long_content_tokens),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=stop_token_ids,
+            min_tokens=self.min_tokens,
+            max_tokens=self._max_tokens(),
+            default_max_tokens=config.default_max_tokens,
+            logits=LogitParams(
+                **adjustments,
+                grammar=grammar,
+                min_tokens=self.min_tokens,
+                stop_token_ids=stop_token_ids if self.min_tokens else (),
+            ),
+            ignore_eos=self.ignore_eos,
+            num_logprobs=self._num_logprobs(),
+        )
+
+    @abstractmethod
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt: ...
+
+    @abstractmethod
+    def _num_logprobs(self) -> int | None: ...
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return self.response_format.grammar() if self.response_format else None
+
+
+class ChatRequest(Completion):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs", "needs logprobs to be true")
+        for param in ("tool_choice", "parallel_tool_calls"):
+            if param in self.model_fields_set and not self.tools:
+                raise wrong(param, "needs tools")
+        if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
+            raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
+        if self.tools_in_use and self.response_format and self.response_format.type != "text":
+            raise wrong("response_format", "cannot be had together with tools; set tool_choice to none")
+        return self
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def has_files(self) -> bool:
+        contents = [message.content for message in self.messages]
+        return any(isinstance(part, FilePart) for parts in contents for part in parts)
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
+        return read_messages(
+            self.messages,
+            self.tools_in_use,
+            tokenizer,
+            template_kwargs=self.chat_template_kwargs,
+            query=self.rapid.query,
+            long_content_tokens=long_content_tokens,
+        )
+
+    def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        if self.tools_in_use:
+            form = call_format(tokenizer)
+            return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
+        return super()._grammar(tokenizer)
+
+    def _num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    def _max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextRequest(Completion):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="one prompt; a list may hold one")
+    max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "TextRequest":
+        is_of_tokens = bool(self.prompt) and isinstance(self.prompt[0], int)
+        if isinstance(self.prompt, list) and len(self.prompt) != 1 and not is_of_tokens:
+            raise wrong("prompt", "must be one prompt; send several as several requests")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("max_tokens", "must be greater than 0 without echo")
+        if self.echo and self.logprobs is not None:
+            raise wrong("echo", "the prompt's logprobs are not computed; leave echo or logprobs out")
+        if self.best_of not in (None, self.n):
+            raise wrong("best_of", "must be n: all that is written is given out")
+        return self
+
+    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        if not self.echo:
+            return ""
+        prompt = self._one
+        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
+
+    @property
+    def _one(self) -> str | list[int]:
+        """The prompt, as text or as tokens."""
+        prompt: Any = self.prompt
+        return prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
+        return read_text(self._one, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+
+    def _num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class Health(BaseModel):
+    """`GET /health`: each engine's model, open sequences, and the bytes their KV caches hold."""
+
+    status: str
+    models: dict[str, str]
+    sequences: dict[str, int]
+    kv_bytes: dict[str, int]

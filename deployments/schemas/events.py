@@ -1,0 +1,59 @@
+"""What comes of a completion while it is written, and the objects that answers carry about it."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from deployments.schemas.tools import CallFormat
+from rapid.events import Delta, Finish, Statistics
+
+
+class Began(NamedTuple):
+    """The first event of an answer: its prompt is known, and is now read by the target.
+
+    ``echoed`` is what of the prompt comes before the answer. ``calls`` is how the model writes calls, where it may.
+    """
+
+    prompt_tokens: int
+    echoed: str = ""
+    calls: CallFormat | None = None
+
+
+Events = AsyncGenerator[Began | Delta | Finish, None]  # `Began`, then a `Delta` a round, and a `Finish` for each choice
+
+
+def rapid_object(statistics: Statistics) -> dict[str, Any]:
+    """The `rapid` object of an answer: the statistics, rates and times rounded for reading."""
+    fields = asdict(statistics)
+    fields["timings_ms"] = {name: round(ms, 2) for name, ms in statistics.timings_ms.items()}
+    for rate in ("acceptance_rate", "mean_accepted_length"):
+        value = getattr(statistics, rate)
+        fields[rate] = None if value is None else round(value, 4)
+    return fields
+
+
+def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
+    """The `rapid_round` object of a streamed chunk: where each of a round's tokens came from; ``chunks`` where new."""
+    accepted = min(delta.num_accepted, len(delta.tokens))
+    drafted = "lookup" if delta.source == "lookup" else "accepted"
+    following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
+    return {
+        "source": delta.source,
+        "drafted": delta.num_drafted,
+        "accepted": accepted,
+        "tokens": [
+            {"text": text, "origin": drafted if i < accepted else following} for i, text in enumerate(delta.pieces)
+        ],
+        "ms": round(delta.elapsed_ms, 2),
+    } | ({} if chunks is None else {"chunks": chunks})
+
+
+def usage(*choices: Statistics) -> dict[str, Any]:
+    """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
+    whole = Statistics.of_all(choices)
+    return {
+        "prompt_tokens": whole.prompt_tokens,
+        "completion_tokens": whole.emitted,
+        "total_tokens": whole.prompt_tokens + whole.emitted,
+        "prompt_tokens_details": {"cached_tokens": whole.cached_tokens},
+    }

@@ -1,0 +1,138 @@
+"""The messages of a chat as a client sends them, and the prompt that they make."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from deployments.schemas.body import Body, wrong
+from deployments.schemas.tools import Tool, ToolCall, call_format, check_calls_are_shown, template_of
+from rapid.errors import InvalidRequest
+from rapid.text.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class FileReference(Body):
+    file_id: str | None = None
+    file_data: str | None = Field(None, description="base64, or a data URL of it")
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "FileReference":
+        if (self.file_id is None) == (self.file_data is None):
+            raise wrong("", "give either file_id or file_data")
+        return self
+
+    def data(self, param: str) -> bytes:
+        """The bytes of ``file_data``, a data URL or base64 alone.
+
+        Raises:
+            InvalidRequest: it is neither; it names ``param``.
+        """
+        head, comma, tail = (self.file_data or "").partition(",")
+        if head.startswith("data:") and not (comma and head.endswith(";base64")):
+            raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
+        try:
+            return base64.b64decode(tail if comma else head, validate=True)
+        except ValueError as error:  # of base64, or of characters that are not ASCII
+            raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileReference
+
+
+class DocumentText(TextPart):
+    """What takes a file part's place once the file has been read (`deployments.files.files`)."""
+
+
+def _kind(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"Part:{kind}"
+
+
+# Told apart before they are read, so that an error names the field that is wrong and not every kind there is.
+Part = Annotated[
+    Annotated[TextPart, Tag("Part:text")] | Annotated[FilePart, Tag("Part:file")],
+    Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
+]
+Content = Annotated[
+    Annotated[str, Tag("Text")] | Annotated[list[Part], Tag("Parts")],
+    Discriminator(lambda content: "Parts" if isinstance(content, list) else "Text"),
+]
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = ""
+    name: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise wrong("content", "is required")
+        if self.tool_calls and self.role != "assistant":
+            raise wrong("tool_calls", "belong to role assistant")
+        return self
+
+    def as_message(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        more: dict[str, Any] = self.given("name", "tool_call_id")
+        if self.tool_calls:
+            more["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if isinstance(self.content, str):
+            return Message(role, self.content, more)
+        text, documents = "", []
+        for i, part in enumerate(self.content):
+            if isinstance(part, FilePart):
+                raise InvalidRequest("files are read in chats, and not here", param="messages")
+            text += "\n\n" if i else ""
+            if isinstance(part, DocumentText):
+                documents.append((len(text), len(text) + len(part.text)))
+            text += part.text
+        return Message(role, text, more, tuple(documents))
+
+
+def read_messages(
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    query: str | None = None,
+    long_content_tokens: int = LONG_CONTENT_TOKENS,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Prompt:
+    """The prompt of a chat; ``template_kwargs`` are variables of the model's chat template.
+
+    Raises:
+        InvalidRequest: the chat template refuses it, or would leave out calls, tools or one of ``template_kwargs``.
+    """
+    own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    for name in template_kwargs:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", template_of(tokenizer)):
+            field = f"chat_template_kwargs.{name}"
+            raise InvalidRequest(f"{field}: this model's chat template takes no such variable", param=field)
+    if any(message.tool_calls for message in messages):
+        check_calls_are_shown(tokenizer)
+    if tools:
+        call_format(tokenizer)
+    return read_chat(
+        [message.as_message() for message in messages],
+        tokenizer,
+        query=query,
+        long_content_tokens=long_content_tokens,
+        tools=[tool.model_dump(exclude_unset=True) for tool in tools],
+        template_kwargs=template_kwargs,
+    )

@@ -1,0 +1,40 @@
+"""`response_format`: text, any JSON object, or JSON by a schema; and the grammar that each asks for."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from deployments.schemas.body import Body
+from rapid.sampling.grammar import Framed, json_grammar
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+
+
+class AsText(Body):
+    type: Literal["text"]
+
+    def grammar(self) -> str | None:
+        return None
+
+
+class AsObject(Body):
+    type: Literal["json_object"]
+
+    def grammar(self) -> str | None:
+        return json_grammar(Framed({"type": "object"}))
+
+
+class AsSchema(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    def grammar(self) -> str | None:
+        return json_grammar(Framed(self.json_schema.json_schema))
+
+
+ResponseFormat = Annotated[AsText | AsObject | AsSchema, Field(discriminator="type")]

@@ -1,0 +1,194 @@
+"""Tools: OpenAI's fields, how a model's chat template has calls written, and how they are read from what it writes."""
+
+import json
+import re
+import uuid
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from deployments.schemas.body import Body
+from rapid.errors import InvalidRequest
+from rapid.sampling.grammar import Framed, json_grammar, json_in_text, json_or_text
+
+
+class Function(Body):
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call in an earlier message."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they are given the object."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except ValueError as error:
+            raise InvalidRequest(f"messages: the arguments of {self.id} are no JSON", param="messages") from error
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class CallFormat(NamedTuple):
+    """``before`` {"name": …, ``arguments``: {…}} ``after``."""
+
+    before: str
+    arguments: str
+    after: str
+
+
+_HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>")  # Qwen2.5, Hermes
+_LLAMA = CallFormat("", "parameters", "")  # Llama 3.1
+
+
+def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
+    """How calls are written for this model, as its chat template says.
+
+    Raises:
+        InvalidRequest: the template takes no tools, or has calls written in a way that is not known here.
+    """
+    template = template_of(tokenizer)
+    if "tools" not in template:
+        raise InvalidRequest("tools: this model's chat template takes none", param="tools")
+    if "<tool_call>" in template and "<function=" not in template:
+        return _HERMES
+    if '"parameters": ' in template:
+        return _LLAMA
+    raise InvalidRequest("tools: this model's chat template has calls written in an unknown way", param="tools")
+
+
+def check_calls_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        InvalidRequest: the chat template would leave out the calls of earlier messages.
+    """
+    if "tool_calls" not in template_of(tokenizer):
+        raise InvalidRequest("messages: this model's chat template has no place for tool_calls", param="messages")
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; empty where the model has none."""
+    return str(tokenizer.get_chat_template(tools=[{}])) if tokenizer.chat_template else ""
+
+
+def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, several: bool) -> str | None:
+    """What holds the output to calls of ``tools``, where something does.
+
+    A ``choice`` of a named tool, or of any, is one call. With "auto" there may be text as well or instead, and a call
+    of a strict tool follows its schema; ``several`` is whether there may be more than one.
+
+    Raises:
+        InvalidRequest: no such tool is there, or parameters cannot be enforced.
+    """
+    functions = [tool.function for tool in tools]
+    if isinstance(choice, NamedTool):
+        functions = [function for function in functions if function.name == choice.function.name]
+        if not functions:
+            raise InvalidRequest(f"tool_choice: there is no tool {choice.function.name!r}", param="tool_choice")
+    head = form.before + '{{"name": "{}", "' + form.arguments + '": '
+    calls = []
+    for function in functions:
+        schema = function.parameters if choice != "auto" or function.strict else {"type": "object"}
+        calls.append(Framed(schema, head.format(function.name), "}" + form.after))
+    if choice != "auto":
+        return json_grammar(*calls, param="tools")
+    if several and not any(function.strict for function in functions):
+        return None
+    if form.before:
+        return json_in_text(*calls, opening=_OPENING, several=several, param="tools")
+    return json_or_text(*calls, beginning=_BARE_BEGINNING, several=several, param="tools")
+
+
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_OPENING = "<tool_call>"
+_BARE = ('{"name"', '{"type"')  # what a call without an opening begins with, white space apart
+_BARE_BEGINNING = r'\s*\{\s*"(name|type)"'
+
+
+class CallReader:
+    """Tells calls of ``tools`` from text, as it comes. A call is given out whole, once the text is at its end."""
+
+    def __init__(self, tools: list[Tool], form: CallFormat) -> None:
+        self._names = [tool.function.name for tool in tools]  # no set: a model may write any JSON for a name
+        self._is_bare = not form.before
+        self._text, self._shown = "", 0
+
+    def push(self, text: str) -> str:
+        """What is no part of a call, of all that came so far."""
+        self._text += text
+        end = self._bare_call() if self._is_bare else self._tagged_call()
+        shown, self._shown = self._text[self._shown : end], end
+        return shown
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """(the rest of the text, the calls in OpenAI's form); what only looks like a call is text."""
+        rest = self._text[self._shown :]
+        try:
+            bodies = _one_after_another(rest) if self._is_bare else [json.loads(body) for body in _CALL.findall(rest)]
+        except (ValueError, RecursionError):
+            bodies = []
+        calls = [self._read(body) for body in bodies]
+        if not calls or not all(calls):
+            return rest, []
+        return "" if self._is_bare else _CALL.sub("", rest).strip(), [call for call in calls if call]
+
+    def _bare_call(self) -> int:
+        """Where calls begin, or may: at once or not at all. Behind the end of the text where there can be none."""
+        if self._shown:
+            return len(self._text)
+        begins = "".join(self._text[:200].split())
+        return 0 if any(begins.startswith(head[: len(begins)]) for head in _BARE) else len(self._text)
+
+    def _tagged_call(self) -> int:
+        end = self._text.find(_OPENING)
+        if end < 0:
+            held = (n for n in range(len(_OPENING) - 1, 0, -1) if self._text.endswith(_OPENING[:n]))
+            end = len(self._text) - next(held, 0)
+        return end
+
+    def _read(self, call: Any) -> dict[str, Any] | None:
+        arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or call.get("name") not in self._names:
+            return None
+        function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _one_after_another(text: str) -> list[Any]:
+    """The JSON values in ``text``, with semicolons or white space between them. Raises ValueError at anything else."""
+    values = []
+    while text := text.lstrip("; \t\r\n"):
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values

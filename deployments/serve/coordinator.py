@@ -1,0 +1,60 @@
+"""The Coordinator: the service over engines that are leased from Serve's replicas, and streams what comes."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from operator import attrgetter
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.schemas.completions import Completion
+from deployments.schemas.events import Began
+from deployments.serve.backend import RayBackend
+from deployments.service import LocalService
+from rapid.backend.protocol import Role
+from rapid.errors import RapidError
+from rapid.events import Delta, Finish
+from rapid.text.tokenizer import check_same_tokenizer, load_tokenizer
+
+
+@serve.deployment
+class Coordinator:
+    """Holds the tokenizer and no model. Refuses to start when target and drafter do not share a tokenizer.
+
+    What is wrong with a request, and not with the service, is returned instead of raised: Serve would log it as a
+    failure of this replica.
+    """
+
+    async def __init__(
+        self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
+    ) -> None:
+        engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
+        away: list[Role] = [] if config.drafting_engine.replicas.min else ["drafter"]
+        backend = RayBackend(engines, retriever, overlap=config.overlaps, may_be_away=away)
+        tokenizer = load_tokenizer(config.target.model)
+        if config.drafting_engine.model != config.target.model:
+            check_same_tokenizer(tokenizer, load_tokenizer(config.drafting_engine.model))
+        await backend.connect()
+        self._service = LocalService(config, backend, tokenizer)
+
+    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Began | Delta | Finish | RapidError]:
+        """`LocalService.generate`, with what is wrong with the request as its last item."""
+        try:
+            async with aclosing(self._service.generate(completion, owner)) as events:
+                async for event in events:
+                    yield event
+        except RapidError as error:
+            if error.status >= 500:
+                raise
+            yield error
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Any other method of `LocalService`, or, as "files.<method>", of its files."""
+        try:
+            return await attrgetter(method)(self._service)(*args)
+        except RapidError as error:
+            if error.status >= 500:
+                raise
+            return error

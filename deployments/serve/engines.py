@@ -1,0 +1,240 @@
+"""Target and Drafter: a Serve replica that leases sequences, and the engine actor that holds the model and its KV.
+
+A lease is a stream. Its first item says where the sequence is; it then stays open for as long as the request lives, so
+that Serve's count of ongoing requests is the number of sequences, and a client that goes away closes it. Everything in
+between goes straight to the engine actor, over a channel.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.scaling import KV_SHARE
+from deployments.config import EngineConfig
+from deployments.observability.metrics import EngineMetrics
+from deployments.serve.channel import Address, Listener
+from rapid.engine.engine import Engine, EngineStats
+from rapid.engine.propose import drafted_ahead, propose
+from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.verify import prefill, verify_draft
+from rapid.errors import RapidError
+from rapid.models.info import ModelInfo
+from rapid.models.tensor_parallel import Place
+from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+
+logger = logging.getLogger("ray.serve")
+
+_SWITCH_INTERVAL_S = 2e-4
+_DOCUMENTS = 64  # whose readers a replica is known for
+_BEGINNING = 256  # tokens that tell documents apart
+
+
+def document_of(prompt: list[int]) -> str:
+    """A name for what the prompt begins with: the next turn of a chat has the same. Empty for a short prompt."""
+    if len(prompt) < _BEGINNING:
+        return ""
+    return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
+
+
+def engines_of(application: str) -> str:
+    """What the names of an application's engine actors begin with, by which all of them can be found."""
+    return f"rapid-engine-{application}-"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A lease: sequence ``lease_id`` of the actor ``engine``, which answers at ``address``."""
+
+    lease_id: str
+    engine: Any
+    address: Address
+
+
+class RankActor:
+    """One process of an engine. The first rank is the engine; the others compute their share of its passes."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+
+    async def address(self) -> str:
+        """A free port of this process's machine, where the ranks can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    async def follow(self, placement: Place) -> None:
+        """Loads this rank's share and computes for the first rank, as long as that lives."""
+        from deployments.builders import follow_engine
+
+        await asyncio.to_thread(follow_engine, self._config, placement)
+
+    async def alive(self) -> None:
+        """Never returns. A call of a process that dies fails, which tells whoever waits for this one at once."""
+        await asyncio.Event().wait()
+
+
+class EngineActor(RankActor):
+    """One model, its engine and the open sequences. All calls but the first ones name a lease.
+
+    What a request does again and again goes over a channel of the lease's own, without Ray; the sequence is closed when
+    the channel ends, whatever became of its owner. The process ends when its engine can do nothing any more.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._leases: dict[str, Sequence] = {}
+        self._opening: dict[str, Future[Sequence]] = {}
+
+    async def load(self, placement: Place | None) -> tuple[ModelInfo, Address]:
+        """Loads the model, with the other ranks where there are any, starts the engine, and says where it answers."""
+        from deployments.builders import build_engine
+
+        # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement)
+        methods = {name: getattr(self, name) for name in ("prefill", "propose", "ahead", "verify")}
+        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods, ended=self.close)
+        self._engine.ended.add_done_callback(lambda _: os._exit(1))
+        return self._engine.model.info, self._listener.address
+
+    async def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def forget(self, tokens: list[int]) -> None:
+        await asyncio.wrap_future(self._engine.forget(tokens))
+
+    async def open(self, lease_id: str, opening: Opening) -> None:
+        opened = self._opening[lease_id] = self._engine.open(opening)
+        try:
+            sequence = self._leases[lease_id] = await asyncio.wrap_future(opened)
+            sequence.ended.add_done_callback(lambda _: self._leases.pop(lease_id, None))  # it may have ended already
+        except asyncio.CancelledError:
+            self._engine.abandon(opened)
+            raise
+        finally:
+            del self._opening[lease_id]
+
+    async def prefill(self, lease_id: str) -> Prefilled:
+        return await self._run(prefill(self._sequence(lease_id)))
+
+    async def propose(
+        self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int
+    ) -> Draft:
+        eos = self._engine.model.info.eos_token_ids
+        return await self._run(propose(self._sequence(lease_id), offset, tokens, limits, draft_top_k, eos))
+
+    async def ahead(self, lease_id: str) -> Draft | None:
+        return await drafted_ahead(self._sequence(lease_id).drafting_ahead)
+
+    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
+        return await self._run(verify_draft(self._sequence(lease_id), draft, rule, transfer_strength))
+
+    async def close(self, lease_id: str) -> None:
+        """Frees the sequence, or ends its wait for room; harmless when it is already gone."""
+        if lease_id in self._opening:
+            self._engine.abandon(self._opening[lease_id])
+        sequence = self._leases.get(lease_id)
+        if sequence is not None:
+            self._engine.close(sequence)
+
+    async def ended(self, lease_id: str) -> None:
+        """Returns when the sequence is closed, by whomever."""
+        sequence = self._leases.get(lease_id)
+        if sequence is not None:
+            await asyncio.wrap_future(sequence.ended)
+
+    def _sequence(self, lease_id: str) -> Sequence:
+        sequence = self._leases.get(lease_id)
+        return self._engine.get(sequence.id if sequence else 0)
+
+    async def _run(self, task: Any) -> Any:
+        return await asyncio.wrap_future(self._engine.submit(task))
+
+
+@serve.deployment
+class EngineReplica:
+    """Starts one engine in its own placement group and leases its sequences. Target and Drafter are both this.
+
+    An engine is one actor, or one for each rank that shares the model. When one of them dies, or stops to follow, this
+    process ends too, which ends the others: Ray starts a whole new replica at once, instead of after a few failed
+    health checks.
+    """
+
+    async def __init__(self, config: EngineConfig) -> None:
+        group = ray.util.get_current_placement_group()
+        self._metrics = EngineMetrics()
+
+        name = f"{engines_of(serve.get_replica_context().app_name)}{uuid.uuid4().hex}"
+
+        def start(kind: type[RankActor], rank: int) -> Any:
+            bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
+            options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
+            options["name"] = name if rank == 0 else None
+            return ray.remote(kind).options(**options, scheduling_strategy=bundle).remote(config)
+
+        self._engine = start(EngineActor, 0)
+        followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
+        watched = [rank.alive.remote() for rank in (self._engine, *followers)]
+        placement = None
+        if followers:
+            placement = Place(0, config.tensor_parallel, await self._engine.address.remote())
+            watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(followers, 1)]
+        self._watching = asyncio.create_task(self._end_with_first_of(watched))
+        # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
+        self._info, self._address = await self._engine.load.remote(placement)
+        logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
+
+    async def _end_with_first_of(self, calls: list[Any]) -> None:
+        """None of the ``calls`` returns while all is well."""
+        watched = [asyncio.ensure_future(call) for call in calls]
+        ended, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        logger.error("a part of the engine is gone, and the replica goes with it: %s", ended.pop().exception())
+        os._exit(1)
+
+    @serve.multiplexed(max_num_models_per_replica=_DOCUMENTS)
+    async def _remember(self, document: str) -> str:
+        """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
+        return document
+
+    async def lease(self, opening: Opening) -> AsyncIterator[Ticket | RapidError]:
+        """Opens a sequence; closing this stream, for whatever reason, frees it.
+
+        Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.
+        """
+        # The id is made here and not by the engine: a lease cancelled while it opens can still be closed by name.
+        lease_id = uuid.uuid4().hex
+        try:
+            try:
+                await self._engine.open.remote(lease_id, opening)
+                if document := serve.get_multiplexed_model_id():
+                    await self._remember(document)
+            except RapidError as error:
+                yield error
+                return
+            yield Ticket(lease_id, self._engine, self._address)
+            await self._engine.ended.remote(lease_id)
+        finally:
+            self._engine.close.remote(lease_id)
+
+    async def address(self) -> tuple[ModelInfo, Any]:
+        """The loaded model and the engine actor's handle, for calls that must not wait behind leases."""
+        return self._info, self._engine
+
+    async def check_health(self) -> None:
+        self._metrics.update(await self._engine.stats.remote())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        stats: EngineStats = await self._engine.stats.remote()
+        return {KV_SHARE: stats.kv.bytes_used / stats.kv.bytes_total}

@@ -1,0 +1,151 @@
+"""Who is in an engine and who waits for room in it: sequences come and go, in order of arrival."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Set
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+
+from rapid.engine.sequence import Opening, Sequence
+from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
+from rapid.kv_cache.pool import KVCache, KVPool
+from rapid.sampling.logits_processor import LogitProcessor
+
+logger = logging.getLogger(__name__)
+
+
+class _Arrival(NamedTuple):
+    opening: Opening
+    logits: LogitProcessor | None
+    future: Future[Sequence]
+
+
+class Admission:
+    """The open sequences of ``pool``, the keys and values of model ``name``, and up to ``max_queued`` that wait.
+
+    One is admitted when there is room for all it can ever need, and closed when it was not used for ``idle_timeout``
+    seconds: its owner is gone. Not thread-safe: the engine calls it with its lock held.
+    """
+
+    def __init__(self, pool: KVPool, name: str, *, max_queued: int, idle_timeout: float) -> None:
+        self.kv = pool.stats()  # as of the last `update`: between two, the engine's passes change the pool
+        self._pool, self._name = pool, name
+        self._max_queued, self._idle_timeout = max_queued, idle_timeout
+        self._ids = itertools.count(1)
+        self._sequences: dict[int, Sequence] = {}
+        self._arrivals: deque[_Arrival] = deque()
+        self._closing: list[Sequence] = []
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._arrivals)
+
+    def arrive(self, opening: Opening, logits: LogitProcessor | None) -> Future[Sequence]:
+        """The sequence, once an `update` has let it in; ``logits`` applies what the opening asks of them.
+
+        The future fails with `Overloaded` when there is no room and it may not wait, or too many do already. Cancelling
+        it ends the wait.
+
+        Raises:
+            InvalidRequest: it needs more than the whole pool.
+        """
+        if self._pool.pages_for(opening.capacity) > self._pool.num_pages:
+            needed = opening.capacity * self._pool.layout.bytes_per_token
+            total = self._pool.num_pages * self._pool.page_bytes
+            raise InvalidRequest(
+                f"{opening.capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self._name} has "
+                f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory_gib",
+                code="kv_memory_exceeded",
+            )
+        self._arrivals.append(_Arrival(opening, logits, Future()))
+        return self._arrivals[-1].future
+
+    def get(self, sequence_id: int) -> Sequence:
+        """The open sequence of that id, which is in use again.
+
+        Raises:
+            SequenceClosed: it was closed, or expired.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise SequenceClosed(f"sequence {sequence_id} is closed: the request was cancelled or idle for too long")
+        sequence.last_used = time.monotonic()
+        return sequence
+
+    def leave(self, sequence: Sequence) -> None:
+        """Closes ``sequence``; its room is taken back by the next `update` that no longer finds it busy."""
+        if self._sequences.pop(sequence.id, None):
+            self._closing.append(sequence)
+            sequence.ended.set_result(None)
+
+    def update(self, busy: Set[int]) -> None:
+        """Closes what is idle, takes back what closed sequences held, and lets in who now has room.
+
+        ``busy`` are the ids of sequences that a task works on, or waits to.
+        """
+        self._expire(busy)
+        for sequence in [s for s in self._closing if s.id not in busy]:
+            self._pool.index(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
+            self._pool.close(sequence.cache)
+            self._closing.remove(sequence)
+        arrivals, self._arrivals = self._arrivals, deque()
+        for arrival in arrivals:
+            opening, _, future = arrival
+            if future.cancelled():
+                continue
+            cache = self._pool.open(opening.prompt, opening.capacity) if not self._arrivals else None
+            if cache is not None:
+                self._admit(arrival, cache)
+            elif opening.may_wait and len(self._arrivals) < self._max_queued:
+                self._arrivals.append(arrival)
+            elif future.set_running_or_notify_cancel():
+                waiting = f"no KV memory is free now, and {len(self._arrivals)} requests wait for it"
+                future.set_exception(Overloaded(f"{self._name}: {waiting}", status=429 if opening.may_wait else 503))
+        self.kv = self._pool.stats()
+
+    def refuse(self, error: Exception) -> None:
+        """Fails everyone who waits."""
+        for _, _, future in self._arrivals:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self._arrivals.clear()
+
+    def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
+        opening, logits, future = arrival
+        generator = torch.Generator(self._pool.layout.device)
+        if opening.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(opening.sampling.seed)
+        sequence = Sequence(
+            next(self._ids),
+            cache,
+            opening.sampling,
+            generator,
+            opening.prompt,
+            opening.written,
+            logits,
+            opening.num_logprobs,
+            cached_tokens=cache.length,
+        )
+        if not future.set_running_or_notify_cancel():
+            self._pool.close(cache)
+            return
+        self._sequences[sequence.id] = sequence
+        future.set_result(sequence)
+
+    def _expire(self, busy: Set[int]) -> None:
+        deadline = time.monotonic() - self._idle_timeout
+        for sequence in [s for s in self._sequences.values() if s.last_used < deadline and s.id not in busy]:
+            logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
+            self.leave(sequence)

@@ -1,0 +1,156 @@
+"""The task that proposes a draft."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapid.engine.sequence import Deliver, Extend, Sequence, Task, _ms_since
+from rapid.kernels.interface import Tokens
+from rapid.sampling.sampler import SamplingParams, probabilities, sample
+from rapid.speculation.draft import Draft, DraftedToken, DraftLimits
+
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
+Drafting = Generator[Extend | Deliver, Tensor | None, float]
+
+
+def propose(
+    sequence: Sequence, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int, eos: frozenset[int]
+) -> Task[Draft]:
+    """Samples a draft after the output up to ``offset`` and the newly emitted ``tokens``.
+
+    Whatever was drafted before and does not agree with ``tokens`` is rolled back; what it drafted ahead behind
+    them, if they came as it guessed, is the beginning of this draft. The draft ends at an end of sequence, or where
+    ``limits`` say that its next token would hardly stand.
+
+    This much is done by whoever asks, while the engine may be in a pass: one that follows a wrong guess ends early.
+    """
+    before, rest = sequence.drafting_ahead, Future[Any]() if limits.ahead else None
+    if before is not None and sequence.ahead is not None and sequence.position >= offset:
+        drafted = sequence.output[offset - sequence.written :] + sequence.ahead.tokens
+        if any(ours != theirs for ours, theirs in zip(drafted, tokens, strict=False)):
+            before.cancel()
+    sequence.drafting_ahead = rest
+    return _propose(sequence, offset, tokens, limits, draft_top_k, eos, before, rest)
+
+
+def _propose(
+    sequence: Sequence,
+    offset: int,
+    tokens: list[int],
+    limits: DraftLimits,
+    draft_top_k: int,
+    eos: frozenset[int],
+    before: Future[Any] | None,
+    rest: Future[Any] | None,
+) -> Task[Draft]:
+    """``before`` is what the last one still drafts ahead, ``rest`` what this one is to."""
+    started = time.perf_counter()
+    try:
+        ahead = _stop_drafting_ahead(sequence, before)
+        start = offset + len(tokens)
+        # Its first token is a guess of the one that follows an accepted draft. Only past that was anything drafted.
+        guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
+        known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
+        sequence.rebase(offset, tokens, len(known.tokens))
+        draft, ended = known.within(limits, eos)
+        num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
+        first_ms = 0.0
+        if not ended:
+            # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
+            at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
+            first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
+        sequence.output[start - sequence.written :] = draft.tokens
+        sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
+        elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
+        step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
+        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
+        if rest is None:
+            return draft
+        ahead = sequence.ahead = Draft(sequence.position)
+        yield Deliver(draft, rest)
+        if not eos & set(draft.tokens[-1:]):
+            yield from _draw_on(sequence, ahead, limits.longer(1), draft_top_k, eos, at_once=False)
+        return draft.followed_by(ahead)
+    except BaseException:
+        if rest is not None:
+            rest.cancel()
+        raise
+
+
+async def drafted_ahead(drafting: Future[Draft] | None) -> Draft | None:
+    """Of a sequence's `drafting_ahead`, once it is done; None where it was stopped.
+
+    This is the latest draft, and behind it, as if all of it stood, ``num_ahead`` tokens: a guess of the next one and
+    a draft behind that. The guess is only compared with what the target sampled without knowing it, and what is
+    drafted behind it comes from the same q as if it were drafted later. So which tokens are written is as likely as
+    without, under every rule.
+    """
+    if drafting is None:
+        return None
+    waiting = asyncio.wrap_future(drafting)
+    await asyncio.wait([waiting])
+    return None if waiting.cancelled() else waiting.result()
+
+
+def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Draft | None:
+    """What was drafted ahead so far, now part of the sequence's output."""
+    if drafting is not None:
+        drafting.cancel()
+    ahead, sequence.ahead = sequence.ahead, None
+    if ahead is not None:
+        sequence.output += ahead.tokens
+    return ahead
+
+
+def _draw_on(
+    sequence: Sequence, draft: Draft, limits: DraftLimits, draft_top_k: int, eos: frozenset[int], *, at_once: bool
+) -> Drafting:
+    """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
+
+    Tokens come to the host one by one, or ``at_once``: a GPU would otherwise wait for each. What then lies behind the
+    end is dropped.
+    """
+    started, first_ms = time.perf_counter(), 0.0
+    drawn: list[Drawn] = []
+    feed: Tokens = sequence.pending()
+    ended = False
+    while not ended:
+        logits = yield Extend(sequence, feed, 1)
+        assert logits is not None
+        if sequence.logits is not None:
+            logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
+        drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
+        feed = drawn[-1][0].view(1)
+        first_ms = first_ms or _ms_since(started)
+        if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
+            ended = any(draft.append(token, limits, eos) for token in _bring(drawn))
+            drawn = []
+    return first_ms
+
+
+def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator: torch.Generator) -> Drawn:
+    """One token from the drafter's ``logits`` [V]."""
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        ids, weights = token.view(1), torch.ones(1, device=logits.device)
+    else:
+        top, ids = probabilities(logits, sampling).topk(min(draft_top_k, len(logits)))
+        weights = top / top.sum()
+        token = ids[sample(weights, generator)]
+    return token, ids, weights, (logits[token] - logits.logsumexp(-1)).exp()
+
+
+def _bring(drawn: list[Drawn]) -> Iterator[DraftedToken]:
+    """What was ``drawn``, with one copy from the device."""
+    columns = [torch.stack(column).cpu() for column in zip(*drawn, strict=True)]
+    for token, ids, weights, confidence in zip(*columns, strict=True):
+        inside = weights > 0
+        yield int(token), (ids[inside].int().numpy(), weights[inside].numpy()), float(confidence)

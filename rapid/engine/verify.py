@@ -1,0 +1,94 @@
+"""What an engine is asked to do for a request: prefill a prompt, propose a draft, verify a draft.
+
+Each is a task for `rapid.engine.engine.Engine`. Positions are counted in the output: ``offset`` is the number of output tokens
+that the caller has, so that a lost or doubled token is an error and never a wrong text.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from rapid.engine.sequence import Extend, Sequence, Task, _ms_since
+from rapid.sampling.sampler import probabilities
+from rapid.speculation.draft import Draft, Logprobs, Prefilled, Verified
+from rapid.speculation.verification import RULES, output_law, verify, verify_greedy
+
+
+def prefill(sequence: Sequence) -> Task[Prefilled]:
+    """Fills the cache with all of the prompt but its last token, which the first round feeds."""
+    started = time.perf_counter()
+    if len(sequence.prompt) - 1 > sequence.cache.length:
+        yield Extend(sequence, None, 0)
+    return Prefilled(sequence.cached_tokens, _ms_since(started))
+
+
+def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[Verified]:
+    """One round on the target: scores [last token; draft] in one pass, accepts or recovers, rolls back (paper §3.3).
+
+    A draft that was looked up ends before the first token that breaks the request's grammar.
+
+    Raises:
+        ValueError: the draft was made for another position of the output, or was drawn in spite of the grammar.
+    """
+    started = time.perf_counter()
+    if draft.offset != sequence.position:
+        raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
+    if sequence.logits is not None:
+        draft = _within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
+    gamma = len(draft.tokens)
+    logits = yield Extend(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
+    assert logits is not None
+    if sequence.logits is not None:
+        logits = sequence.logits(logits, sequence.emitted(draft.offset), draft.tokens)
+    drafted = torch.tensor(draft.tokens, dtype=torch.long).to(logits.device)
+    law = None
+    if sequence.sampling.temperature == 0:
+        verdict = verify_greedy(drafted, logits)
+    else:
+        target_probs = probabilities(logits, sequence.sampling)
+        draft_probs = draft.dense(logits.shape[-1], logits.device)
+        verdict = verify(RULES[rule], drafted, draft_probs, target_probs, transfer_strength, sequence.generator)
+        if sequence.num_logprobs is not None:
+            law = output_law(RULES[rule], draft_probs, target_probs, transfer_strength).log()
+    num_accepted, next_token = torch.stack(verdict).tolist()  # the one copy to the host
+    emitted = [*draft.tokens[:num_accepted], next_token]
+    logprobs = []
+    if sequence.num_logprobs is not None:
+        # A greedy choice is certain, which says nothing: there it is the unwarped distribution's.
+        logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, sequence.num_logprobs)
+    sequence.output += emitted
+    sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
+    return Verified(
+        emitted,
+        gamma,
+        num_accepted,
+        draft.num_ahead,
+        draft.confidences,
+        draft.elapsed_ms,
+        draft.step_ms,
+        _ms_since(started),
+        logprobs,
+    )
+
+
+def _within_grammar(draft: Draft, num_allowed: int) -> Draft:
+    """``draft`` up to the first token that breaks the grammar.
+
+    To cut a draft because of a token that was drawn would move the output's law. Of one that was looked up there was no
+    choice, and a drafter, which knows the grammar, draws none.
+    """
+    if num_allowed < len(draft.tokens) and len(draft.distributions[num_allowed][0]) > 1:
+        raise ValueError(f"the drafter drew token {draft.tokens[num_allowed]}, which breaks the grammar")
+    return draft.before(num_allowed)
+
+
+def _logprobs(log_probs: Tensor, tokens: list[int], num_top: int) -> list[Logprobs]:
+    """Of the first rows of ``log_probs`` [n, V], one for each of ``tokens``; what has no chance is left out."""
+    rows = log_probs[: len(tokens)]
+    own = rows.gather(-1, torch.tensor(tokens, device=rows.device).unsqueeze(-1)).squeeze(-1).tolist()
+    values, ids = (part.tolist() for part in rows.topk(min(num_top, rows.shape[-1])))
+    top = [[(i, v) for i, v in zip(*row, strict=True) if v > -torch.inf] for row in zip(ids, values, strict=True)]
+    return [Logprobs(*each) for each in zip(own, top, strict=True)]

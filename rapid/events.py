@@ -1,0 +1,136 @@
+"""What comes of a request: a Delta for each round, a Finish at the end, and the statistics of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from rapid.speculation.controller import Source
+
+
+@dataclass
+class Statistics:
+    """What one request did; times in milliseconds. The README defines each field.
+
+    ``queueing`` is the time until the target had a place.
+    ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
+    ``resuming`` is the time it took to go on elsewhere, ``resumed`` times, after the target's engine was lost.
+    """
+
+    strategy: str
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
+    drafted_ahead: int = 0
+    emitted: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    context_tokens: int = 0
+    retrieved_tokens: int = 0
+    draft_prompt_tokens: int = 0
+    chunks: list[dict[str, float]] = field(default_factory=list)
+    fallback: str | None = None
+    resumed: int = 0
+    drafters_lost: int = 0
+    timings_ms: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(
+            (
+                "queueing",
+                "retrieval",
+                "target_prefill",
+                "draft_prefill",
+                "drafting",
+                "verification",
+                "transport",
+                "resuming",
+                "total",
+            ),
+            0.0,
+        )
+    )
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted ÷ drafted; None when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens emitted per target forward pass."""
+        return self.emitted / self.rounds if self.rounds else None
+
+    @classmethod
+    def of_all(cls, choices: Sequence[Statistics]) -> Statistics:
+        """Those of several choices of one prompt: what each did is summed, what they share is counted once."""
+        first = choices[0]
+
+        def summed(*names: str) -> dict[str, Any]:
+            return {name: sum(getattr(choice, name) for choice in choices) for name in names}
+
+        times = {name: sum(choice.timings_ms[name] for choice in choices) for name in first.timings_ms}
+        shared = {name: max(choice.timings_ms[name] for choice in choices) for name in ("retrieval", "total")}
+        return replace(
+            first,
+            **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
+            **summed("resumed", "drafters_lost"),
+            cached_tokens=min(choice.cached_tokens for choice in choices),  # what one read, the next may find
+            fallback=next((choice.fallback for choice in choices if choice.fallback), None),
+            timings_ms=times | shared,
+        )
+
+
+class NamedToken(NamedTuple):
+    """A token with the bytes that it stands for, and its natural log-probability."""
+
+    token: int
+    spelled: bytes
+    logprob: float
+
+
+class TokenLogprobs(NamedTuple):
+    """A token that was written, and the most likely ones in its place.
+
+    The logarithms are of the distribution that it was sampled from: after penalties, grammar and warping, and as the
+    verification rule shifts it. A greedy choice has those of the unwarped distribution.
+    """
+
+    chosen: NamedToken
+    top: list[NamedToken]
+
+
+class Delta(NamedTuple):
+    """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
+
+    The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
+    ``chunks`` is `Statistics.chunks` as far as it is known. ``logprobs`` has an entry for each token whose text is out
+    with this one. ``choice`` is which of n it is of.
+    """
+
+    tokens: list[int]
+    pieces: list[str]
+    num_drafted: int
+    num_accepted: int
+    source: Source
+    elapsed_ms: float
+    draft_ms: float
+    verify_ms: float
+    chunks: list[dict[str, float]]
+    logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
+    choice: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class Finish(NamedTuple):
+    """The end: ``reason`` is "stop" (end of sequence or stop string) or "length"."""
+
+    text: str
+    reason: str
+    statistics: Statistics
+    logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
+    choice: int = 0

@@ -1,0 +1,90 @@
+"""Attention over bfloat16 pages, compiled for this CPU: which thread may take what.
+
+Every sequence's cache is cut into blocks of positions. One thread takes one block of one KV head and a few new tokens.
+When all blocks are done their outputs are merged, as in flash decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rapid.kernels.cpu.attention_ir import BLOCK, Attention, Scratch
+from rapid.kernels.cpu.ir_builder import LANES
+from rapid.kernels.cpu.jit import Kernel, available
+from rapid.kv_cache.pool import KVLayout, KVPool
+
+_TOKENS = 16  # whose scores a thread keeps at a time
+
+
+class Read(NamedTuple):
+    """One sequence's part of a forward pass: ``new`` tokens from ``row`` of the query on, the last of ``length``."""
+
+    row: int
+    new: int
+    length: int
+    pages: list[int]
+
+    def parts(self) -> Iterator[Read]:
+        """A few tokens at a time, none of which sees more than it should."""
+        for start in range(0, self.new, _TOKENS):
+            end = min(start + _TOKENS, self.new)
+            yield Read(self.row + start, end - start, self.length - self.new + end, self.pages)
+
+
+def suits(pool: KVPool) -> bool:
+    """Whether there is a kernel for this cache."""
+    dtype, d = pool.layout.dtype, pool.layout.head_dim
+    # A page's positions are a register's lanes.
+    return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
+
+
+class Plan:
+    """Which thread may take what, the same in every layer of one forward pass over ``num_heads`` query heads.
+
+    ``words`` are the first of the kernel's arguments, and say all of it.
+    """
+
+    NO_WORDS = (0,) * 8
+
+    def __init__(self, reads: Sequence[Read], layout: KVLayout, num_heads: int, scaling: float) -> None:
+        group, d = num_heads // layout.num_kv_heads, layout.head_dim
+        items, merges, partial = [], [], 0
+        pages: list[int] = []
+        for row, new, length, own in (part for read in reads for part in read.parts()):
+            for head in range(layout.num_kv_heads):
+                merges.append((row, new, head, partial, -(-length // BLOCK)))
+                for first in range(0, length, BLOCK):
+                    items.append((row, length, new, head, first, min(first + BLOCK, length), len(pages), partial))
+                    partial += new * group
+            pages.extend(own)
+        pages.append(0)  # looked at, and not used, where a block ends with the last page
+        self._items, self._merges, self._pages = torch.tensor(items), torch.tensor(merges), torch.tensor(pages)
+        most = min(max(read.new for read in reads), _TOKENS) * group
+        self._scratch = torch.empty(torch.get_num_threads(), Scratch(most, d).size, dtype=torch.uint8)
+        self._partials = torch.empty(partial, d + 2)
+        self._kernel = attention_kernel(layout.num_kv_heads, group, d, scaling)
+        self.words = (
+            *(self._items.data_ptr(), len(self._items), self._merges.data_ptr(), len(self._merges)),
+            *(self._pages.data_ptr(), self._scratch.data_ptr(), self._scratch.stride(0), self._partials.data_ptr()),
+        )
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d] to [total, heads·d]."""
+        output = query.new_empty(len(query), query.shape[1] * query.shape[2])
+        query_bytes, head_bytes = query.stride(0) * query.itemsize, keys.stride(0) * keys.itemsize
+        self._kernel(
+            *(*self.words, query.data_ptr(), query_bytes, output.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), head_bytes),
+        )
+        return output
+
+
+@functools.cache
+def attention_kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
+    name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
+    return Kernel(name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write())

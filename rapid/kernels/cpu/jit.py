@@ -1,0 +1,133 @@
+"""Kernels for few rows on a CPU, compiled for the machine at hand while a model loads, by LLVM and without a compiler.
+
+PyTorch has no attention over pages and no product with packed bfloat16 weights that reads memory at full speed when
+there are only a few rows. Here a kernel is Python that writes LLVM's intermediate representation (`rapid.kernels.cpu.ir_builder`),
+compiled through llvmlite and run by all threads of PyTorch's own OpenMP team, so that no second set of threads competes
+with it. Where llvmlite or that team is missing, `available` says so and PyTorch's operators do the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rapid.weights.embedded_models import cache_dir
+
+try:
+    import llvmlite.binding as llvm
+    from llvmlite import ir as ir  # for `rapid.kernels.cpu.ir_builder`
+except ImportError:
+    llvm = ir = None
+
+COUNTERS = 2  # the first arguments of every kernel, which threads take work by
+
+
+@functools.cache
+def available() -> bool:
+    """Whether kernels can be compiled here, and run by PyTorch's threads."""
+    return ir is not None and _openmp() is not None
+
+
+@functools.cache
+def _openmp() -> str | None:
+    """The path of the GNU OpenMP library that PyTorch has loaded."""
+    maps = Path("/proc/self/maps")
+    paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    packages = Path(torch.__file__).parents[1]
+    own = (f"{packages}/torch/", f"{packages}/torch.libs/")  # others bring an OpenMP of their own
+    found = sorted(path for path in paths if "libgomp" in path and path.startswith(own))
+    return found[0] if found else None
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has an instruction for pairs of bfloat16."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512bf16") and features.get("avx512bw"))
+
+
+class Kernel:
+    """A compiled function of a pointer to its arguments, 64-bit integers of which the first are counters from 0.
+
+    What was compiled once for this CPU is kept beside the models, so that no later start waits for it.
+    """
+
+    def __init__(self, name: str, write: Callable[[Any], None]) -> None:
+        """``write`` puts a function "kernel" of one parameter into a module; ``name`` tells kernels apart."""
+        openmp = _openmp()
+        assert openmp is not None
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        library = ctypes.CDLL(openmp)
+        for symbol in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, should there be two of them
+            llvm.add_symbol(symbol, ctypes.cast(library[symbol], ctypes.c_void_p).value)
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+        )
+        kept = cache_dir() / "kernels" / f"{name}-{_version()}.o"
+        code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        self._address = self._engine.get_function_address("kernel")
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._parallel = library.GOMP_parallel
+        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+
+    def __call__(self, *arguments: int) -> None:
+        """By all threads."""
+        threads = torch.get_num_threads()
+        if threads == 1:
+            self.alone(*arguments)
+        else:
+            self._parallel(self._address, _memory(arguments), threads, 0)
+
+    def alone(self, *arguments: int) -> None:
+        """By the calling thread, which is quicker when there is little to do."""
+        self._function(_memory(arguments))
+
+    def bound(self, address: int, threads: int) -> Callable[[], object]:
+        """A call by that many threads with the arguments that lie at ``address``, behind counters at 0."""
+        if threads == 1:
+            return functools.partial(self._function, address)
+        return functools.partial(self._parallel, self._address, address, threads, 0)
+
+
+def _memory(arguments: tuple[int, ...]) -> Any:
+    return (ctypes.c_int64 * (COUNTERS + len(arguments)))(0, 0, *arguments)
+
+
+def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
+    module = ir.Module("rapid")
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    write(module)
+    compiled = llvm.parse_assembly(str(module))
+    compiled.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(compiled, passes)
+    return bytes(machine.emit_object(compiled))
+
+
+def _keep(code: bytes, path: Path) -> bytes:
+    with contextlib.suppress(OSError):  # the next start compiles again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)  # in one step: other processes read here
+    return code
+
+
+@functools.cache
+def _version() -> str:
+    """Of everything that compiled code depends on but its kernel's own parameters."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    parts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]
+    return hashlib.sha256("".join(parts).encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]

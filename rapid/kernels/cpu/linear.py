@@ -1,0 +1,222 @@
+"""Products with few rows at the speed of memory: weights, dense or in few bits, packed once and multiplied in passing.
+
+Weights are cut into panels of sixteen outputs, one a lane. A panel is contiguous: for each pair of inputs the sixteen
+outputs' weights. One thread takes two panels at a time and multiplies a tile of rows with them in registers, so every
+weight is read from memory once for all rows of a step, and the next ones are asked for meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapid.kernels.cpu.ir_builder import LANES, Code, constant, every_float, floats, kind, words
+from rapid.kernels.cpu.jit import COUNTERS, Kernel
+
+GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
+_PANELS = 2  # that a thread takes at a time
+_TILE = 8  # rows: with two panels, sixteen sums in registers
+_AHEAD = 2048  # bytes that memory is asked for
+_ARGUMENTS = (
+    *("items", "groups", "weights", "panel_bytes", "scales", "offsets"),
+    *("rows", "x", "x_bytes", "output", "output_bytes", "scratch", "scratch_bytes"),
+)
+
+
+class CompiledLinear:
+    """The product with ``weight`` [out, in] (+ ``bias`` [out]) as a function of rows [rows, in], in bfloat16.
+
+    ``bits`` 16 keeps the weights as they are. 8 rounds them to a scale per output, and 4 to a scale and an offset per
+    output and group of inputs, as in the Q4_1 files that people run on CPUs; what came from one keeps its values.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
+        self.num_outputs, self.num_inputs = weight.shape
+        self.bias, self._four = bias, bits == 4
+        self._padding = -self.num_inputs % GROUP
+        rows = F.pad(weight, (0, self._padding, 0, -self.num_outputs % (_PANELS * LANES)))
+        self._groups = rows.shape[1] // GROUP
+        self._scales = self._offsets = torch.empty(0)
+        if bits == 16:
+            self._packed = _panels(rows.bfloat16())
+        elif bits == 8:
+            numbers = rows.float()
+            self._scales = (numbers.abs().amax(1) / 127).clamp_min(_TINY)
+            self._packed = _panels((numbers / self._scales[:, None]).round().to(torch.int8))
+        else:
+            groups = rows.float().unflatten(1, (-1, GROUP))
+            low, high = groups.aminmax(dim=-1)  # [out, groups]
+            scales = ((high - low) / 15).clamp_min(_TINY)
+            codes = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15).to(torch.uint8)
+            first, second = _panels(codes.flatten(1)).unflatten(1, (-1, 2)).unbind(2)
+            self._packed = first | second << 4  # of two pairs of inputs
+            self._scales, self._offsets = (
+                part.bfloat16().view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in (scales, low)
+            )
+        num_panels = len(self._packed)
+        self._width = num_panels * LANES
+        self.kernel = _kernel(bits)
+        self._fixed = (
+            *(num_panels // _PANELS, self._groups, self._packed.data_ptr(), self._packed[0].nbytes),
+            *(self._scales.data_ptr(), self._offsets.data_ptr()),
+        )
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows that go in or come out are longer than the weight's."""
+        return self._padding > 0 or self._width != self.num_outputs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        output = torch.empty(len(x), self._width, dtype=torch.bfloat16)
+        scratch = self.scratch(len(x))
+        self.kernel(*self.arguments(x, output, scratch))
+        if self._width != self.num_outputs:
+            output = output[:, : self.num_outputs]
+        return output if self.bias is None else output + self.bias
+
+    def scratch(self, num_rows: int) -> Tensor:
+        """Room for every thread's sums of groups of inputs."""
+        return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups)
+
+    def arguments(self, x: Tensor, output: Tensor, scratch: Tensor) -> tuple[int, ...]:
+        """The kernel's, for padded rows without the bias; all three must live until it has run."""
+        return (
+            *(*self._fixed, len(x), x.data_ptr(), x.shape[1] * 2, output.data_ptr(), self._width * 2),
+            *(scratch.data_ptr(), scratch.stride(0) * 4),
+        )
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _panels(rows: Tensor) -> Tensor:
+    """[out, in] to [panels, in/2, 16 · 2]."""
+    return rows.view(-1, LANES, rows.shape[1] // 2, 2).transpose(1, 2).flatten(2).contiguous()
+
+
+@functools.cache
+def _kernel(bits: int) -> Kernel:
+    return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write())
+
+
+class _Product:
+    """Writes the kernel for weights of ``bits``."""
+
+    def __init__(self, module: Any, bits: int) -> None:
+        self._module, self._bits = module, bits
+        self._group_bytes = GROUP * LANES * bits // 8  # of a panel
+
+    def write(self) -> None:
+        tiles = [self._tile(size) for size in range(1, _TILE + 1)]
+        code = Code(self._module, "kernel", 1)
+        (data,) = code.parameters
+        given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
+        sums = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
+        if self._bits == 4:
+            self._sum_groups(code, given, sums)
+        with code.items(data, given["items"]) as item:
+            panel = code.times(item, _PANELS)
+            weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
+            if self._bits == 4:
+                panel = code.times(panel, given["groups"])
+            width = 4 if self._bits == 8 else 2
+            parameters = [code.plus(given[name], code.times(panel, LANES * width)) for name in ("scales", "offsets")]
+            outputs = code.plus(given["output"], code.times(item, _PANELS * LANES * 2))
+            with code.tiles(given["rows"], _TILE) as (row, size):
+                x = code.plus(given["x"], code.times(row, given["x_bytes"]))
+                output = code.plus(outputs, code.times(row, given["output_bytes"]))
+                own = code.plus(sums, code.times(row, given["groups"], 4))
+                code.choose(
+                    tiles,
+                    size,
+                    x,
+                    given["x_bytes"],
+                    weights,
+                    given["panel_bytes"],
+                    given["groups"],
+                    output,
+                    given["output_bytes"],
+                    *parameters,
+                    own,
+                )
+        code.finish()
+
+    def _sum_groups(self, code: Code, given: dict[str, Any], sums: Any) -> None:
+        """The sum of each group of inputs, which an offset is multiplied with. Every thread makes its own."""
+        ones = constant(words(), [0x3F803F80] * LANES)
+        with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
+            x = code.load(words(), code.plus(given["x"], code.times(group, GROUP * 2)))
+            code.store(code.sum(code.dot2(every_float(0.0), x, ones)), code.plus(sums, code.times(group, 4)))
+
+    def _tile(self, num_rows: int) -> Any:
+        """Two panels times ``num_rows`` rows."""
+        code = Code(self._module, f"tile{num_rows}", 10)
+        x, x_bytes, weights, panel_bytes, groups, output, output_bytes, scales, offsets, sums = code.parameters
+        rows, panels = range(num_rows), range(_PANELS)
+        zero = every_float(0.0)
+        totals = {(row, panel): code.variable(zero) for row in rows for panel in panels}
+        with code.loop(0, groups) as group:
+            places = [
+                code.plus(weights, code.times(panel, panel_bytes), code.times(group, self._group_bytes))
+                for panel in panels
+            ]
+            for place in places:
+                code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
+            inputs = [code.plus(x, code.times(row, x_bytes), code.times(group, GROUP * 2)) for row in rows]
+            # A product takes longer than what it waits for, so a few rows are summed in several sums.
+            parts = {key: [zero] * max(1, 4 // num_rows) for key in totals}
+            if self._bits != 4:
+                for key, total in totals.items():
+                    parts[key][0] = total.value
+            for pair in range(GROUP // 2):
+                pairs = [self._pair(code, place, pair) for place in places]
+                for row in rows:
+                    both = code.splat(code.load(kind("i32"), code.plus(inputs[row], pair * 4)))
+                    for panel in panels:
+                        own = parts[row, panel]
+                        own[pair % len(own)] = code.dot2(own[pair % len(own)], pairs[panel], both)
+            for (row, panel), own in parts.items():
+                part = functools.reduce(code.builder.fadd, own)
+                if self._bits == 4:
+                    at = code.times(code.plus(code.times(panel, groups), group), LANES * 2)
+                    scale, offset = (
+                        code.builder.fpext(code.load(kind("bf16", LANES), code.plus(table, at)), floats())
+                        for table in (scales, offsets)
+                    )
+                    mass = code.load(
+                        kind("f32"), code.plus(sums, code.times(code.plus(code.times(row, groups), group), 4))
+                    )
+                    offset = code.fma(scale, every_float(-128.0), offset)  # see _pair
+                    part = code.fma(part, scale, code.fma(offset, code.splat(mass), totals[row, panel].value))
+                totals[row, panel].value = part
+        for (row, panel), total in totals.items():
+            result = total.value
+            if self._bits == 8:
+                result = code.builder.fmul(result, code.load(floats(), code.plus(scales, panel * LANES * 4)))
+            place = code.plus(output, code.times(row, output_bytes), panel * LANES * 2)
+            code.store(code.rounded(result), place)
+        return code.finish()
+
+    def _pair(self, code: Code, group: Any, pair: int) -> Any:
+        """The weights of one of a group's pairs of inputs, as 16 pairs of bfloat16."""
+        if self._bits == 16:
+            return code.load(words(), code.plus(group, pair * LANES * 4))
+        halves = kind("i16", 2 * LANES)
+        if self._bits == 8:
+            codes = code.load(kind("i8", 2 * LANES), code.plus(group, pair * LANES * 2))
+            numbers = code.builder.sitofp(codes, kind("f32", 2 * LANES))
+            # They need no more than the upper half of a float32.
+            upper = code.builder.bitcast(numbers, kind("i16", 4 * LANES))
+            return code.builder.bitcast(code.shuffle(upper, upper, range(1, 4 * LANES, 2)), words())
+        codes = code.builder.zext(code.load(kind("i8", 2 * LANES), code.plus(group, pair // 2 * LANES * 2)), halves)
+        if pair % 2:
+            codes = code.builder.lshr(codes, constant(halves, [4] * 2 * LANES))
+        else:
+            codes = code.builder.and_(codes, constant(halves, [15] * 2 * LANES))
+        # The bits of bfloat16 128, whose last four count in ones.
+        return code.builder.bitcast(code.builder.or_(codes, constant(halves, [0x4300] * 2 * LANES)), words())

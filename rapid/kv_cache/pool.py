@@ -1,0 +1,234 @@
+"""Keys and values of all sequences of one model: a pool of pages under a fixed budget, with shared prefixes.
+
+A page holds the keys and values of ``page_size`` consecutive tokens in every layer. Sequences that begin alike share
+pages (`rapid.kv_cache.pages`). Shared pages are never written again: a sequence only ever writes behind what it shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rapid.kv_cache.memory import take_small_pages
+from rapid.kv_cache.pages import Pages
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What one token occupies: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    devices: tuple[torch.device, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.devices)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pass begins and ends: tokens go in and logits come out there."""
+        return self.devices[0]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class PoolStats(NamedTuple):
+    """Bytes and counts since the start. ``bytes_used`` belong to open sequences; ``bytes_cached`` could be evicted.
+
+    ``hit_tokens`` were found when prompts came in, ``miss_tokens`` had to be computed.
+    """
+
+    bytes_total: int
+    bytes_used: int
+    bytes_cached: int
+    hit_tokens: int
+    miss_tokens: int
+    evicted_pages: int
+
+
+class KVPool:
+    """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: the engine's thread owns it.
+
+    ``keys`` and ``values`` have for each layer, on its device, [KV heads, slots, head size], or [slots, KV heads, head
+    size] when ``slot_major`` (what paged kernels read); token ``i`` of a page is slot ``page · page_size + i``. On a
+    CPU the memory is only taken from the system as pages are written.
+    """
+
+    def __init__(self, layout: KVLayout, budget_bytes: int, *, page_size: int = 16, slot_major: bool = False) -> None:
+        self.layout, self.page_size = layout, page_size
+        self.num_pages = max(1, budget_bytes // (layout.bytes_per_token * page_size))
+        slots = (self.num_pages + 1) * page_size  # and a spare page, which padding may write to
+        heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
+        self.keys, self.values = (
+            [torch.empty(*heads_and_slots, layout.head_dim, dtype=layout.dtype, device=d) for d in layout.devices]
+            for _ in range(2)
+        )
+        for rows in (*self.keys, *self.values):
+            take_small_pages(rows)
+        self._pages = Pages(self.num_pages, page_size)
+        self._hits = self._misses = 0
+
+    @property
+    def spare_slot(self) -> int:
+        """A slot of no sequence."""
+        return self.num_pages * self.page_size
+
+    @property
+    def page_bytes(self) -> int:
+        return self.layout.bytes_per_token * self.page_size
+
+    def pages_for(self, num_tokens: int) -> int:
+        """How many pages ``num_tokens`` tokens take."""
+        return -(-num_tokens // self.page_size)
+
+    def stats(self) -> PoolStats:
+        cached = self._pages.num_kept
+        used = self.num_pages - cached - self._pages.num_free
+        return PoolStats(
+            bytes_total=self.num_pages * self.page_bytes,
+            bytes_used=used * self.page_bytes,
+            bytes_cached=cached * self.page_bytes,
+            hit_tokens=self._hits,
+            miss_tokens=self._misses,
+            evicted_pages=self._pages.num_evicted,
+        )
+
+    def open(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
+        """A cache with room for ``capacity`` tokens, already holding what is known of ``prompt``.
+
+        The prompt's last token is never taken from the index: feeding it is what gives the first logits. Returns None
+        when there is no room now.
+        """
+        shared = self._pages.find(prompt, 0, before=None)
+        own = self._pages.take(self.pages_for(capacity) - len(shared))
+        if own is None:
+            self._pages.release(shared)
+            return None
+        cached = len(shared) * self.page_size
+        self._hits += cached
+        self._misses += len(prompt) - cached
+        return KVCache(self, shared + own, num_shared=len(shared))
+
+    def adopt(self, cache: KVCache, tokens: Sequence[int]) -> None:
+        """Replaces pages that ``cache`` has yet to fill with ``tokens`` by ones another sequence has filled since."""
+        first = cache.length // self.page_size
+        if cache.length % self.page_size or first >= len(cache.pages):
+            return
+        before = cache.pages[first - 1] if first else None
+        # What is behind a page is known only if that is indexed, and then it is the same as the other sequence's.
+        if before is not None and not self._pages.is_indexed(before):
+            return
+        found = self._pages.find(tokens, cache.length, before)
+        if found:
+            self._pages.release(cache.pages[first : first + len(found)])
+            cache.pages[first : first + len(found)] = found
+            cache.moved(shared_until=first + len(found))
+            gained = len(found) * self.page_size
+            self._hits, self._misses = self._hits + gained, self._misses - gained
+
+    def index(self, cache: KVCache, tokens: Sequence[int], num_tokens: int) -> None:
+        """Lets others find the full pages among the first ``num_tokens`` of ``cache``, which hold ``tokens``.
+
+        They become read-only: the cache must not be truncated below them while they are shared.
+        """
+        last_shared = cache.pages[cache.num_shared - 1] if cache.num_shared else None
+        if last_shared is not None and not self._pages.is_indexed(last_shared):
+            return  # it was dropped, and what is behind it could not be found
+        for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
+            own = tokens[i * self.page_size : (i + 1) * self.page_size]
+            cache.pages[i] = self._pages.index(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
+            cache.moved(shared_until=i + 1)
+
+    def close(self, cache: KVCache) -> None:
+        """Gives the pages back; indexed ones stay until their room is needed."""
+        self._pages.release(cache.pages)
+        cache.pages = []
+        cache.moved(shared_until=0)
+
+    def forget(self) -> None:
+        """Drops every page that no open sequence uses."""
+        self._pages.forget()
+
+    def drop(self, tokens: Sequence[int]) -> int:
+        """Forgets what was computed of a text, wherever in a prompt it stood (`rapid.kv_cache.pages.Pages.drop`)."""
+        return self._pages.drop(tokens)
+
+
+class KVCache:
+    """One sequence's pages, of which the first ``length`` tokens are filled.
+
+    A forward pass first writes each layer's new rows behind ``length``, then moves ``length`` once (``advance``), so an
+    interrupted pass leaves the cache as it was. Rolling back is setting a length.
+    """
+
+    def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int) -> None:
+        self.pool, self.pages, self.num_shared = pool, pages, num_shared
+        self.length = num_shared * pool.page_size
+        self._runs: list[tuple[int, int]] | None = None
+
+    @classmethod
+    def at(cls, pool: KVPool, pages: list[int], length: int) -> KVCache:
+        """Pages of ``pool`` that were given out elsewhere, the first ``length`` tokens of which are filled."""
+        cache = cls(pool, pages, num_shared=0)
+        cache.length = length
+        return cache
+
+    @property
+    def capacity(self) -> int:
+        return len(self.pages) * self.pool.page_size
+
+    def moved(self, *, shared_until: int) -> None:
+        """The pages were changed by the pool, and the first ``shared_until`` of them are not the sequence's own."""
+        self.num_shared = shared_until
+        self.length = max(self.length, shared_until * self.pool.page_size)
+        self._runs = None
+
+    def runs(self, end: int) -> list[tuple[int, int]]:
+        """The slots of tokens 0 to ``end`` as (first, past the last) intervals, neighbours joined."""
+        size = self.pool.page_size
+        if self._runs is None:
+            breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1
+            starts, ends = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(self.pages)]))
+            self._runs = [
+                (self.pages[a] * size, (self.pages[b - 1] + 1) * size) for a, b in zip(starts, ends, strict=True)
+            ]
+        cut, position = [], 0
+        for first, last in self._runs:
+            if position >= end:
+                break
+            cut.append((first, min(last, first + end - position)))
+            position += last - first
+        return cut
+
+    def slots(self, num_tokens: int) -> list[int]:
+        """The slots of the next ``num_tokens`` tokens.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        end, size = self.length + num_tokens, self.pool.page_size
+        if end > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} tokens cannot hold {end}")
+        return [self.pages[i // size] * size + i % size for i in range(self.length, end)]
+
+    def advance(self, num_tokens: int) -> None:
+        """Counts ``num_tokens`` written rows as filled."""
+        self.length += num_tokens
+
+    def truncate(self, length: int) -> None:
+        """Rolls back to the first ``length`` tokens; what lay behind them is overwritten by the next write.
+
+        Raises:
+            ValueError: that would cut into shared pages, which are never written again.
+        """
+        if length < self.num_shared * self.pool.page_size:
+            raise ValueError(f"a rollback to {length} tokens cuts into {self.num_shared} shared pages")
+        self.length = min(self.length, length)

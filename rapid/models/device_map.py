@@ -1,0 +1,51 @@
+"""Which device gets which layers, where one model is spread over several GPUs of one process.
+
+accelerate decides, before a weight is read: about as many bytes for each GPU, and no layer is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import compute_module_sizes, get_balanced_memory
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rapid.errors import ModelFileError
+from rapid.kv_cache.memory import free_memory
+
+_WEIGHTS_SHARE = 0.9  # of what is free: keys, values and what a pass computes need some, too
+
+
+def spread(files: str, dtype: torch.dtype, room: Mapping[int | str, int] | None = None) -> dict[str, int | str]:
+    """The device of each part of the model in ``files`` (a folder or hub id), for transformers' `from_pretrained`.
+
+    ``room`` is bytes for weights by device: most of what all GPUs have free unless given, or the host without a GPU.
+
+    Raises:
+        ModelFileError: the weights find no room there. None are left on the host beside GPUs, or on disk: a decode step
+            would read them from there.
+    """
+    room = room or _free()
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files), dtype=dtype)
+    network.tie_weights()
+    whole = network._no_split_modules
+    balanced = get_balanced_memory(network, max_memory=dict(room), no_split_module_classes=whole)
+    devices: dict[str, int | str] = infer_auto_device_map(network, max_memory=balanced, no_split_module_classes=whole)
+    sizes = compute_module_sizes(network)
+    missing = sum(sizes[part] for part, device in devices.items() if device == "disk")
+    if missing:
+        where = f"{len(room)} GPUs" if "cpu" not in room else "the host"
+        raise ModelFileError(
+            f"{files}: {missing / 1e9:.2f} GB of {sizes[''] / 1e9:.2f} GB of weights find no room on {where}, with "
+            f"{sum(room.values()) / 1e9:.2f} GB to use: take more GPUs (num_gpus), or a smaller model"
+        )
+    return devices
+
+
+def _free() -> dict[int | str, int]:
+    gpus = range(torch.cuda.device_count())
+    room: dict[int | str, int] = {i: int(_WEIGHTS_SHARE * free_memory(torch.device("cuda", i))) for i in gpus}
+    return room or {"cpu": int(_WEIGHTS_SHARE * free_memory(torch.device("cpu")))}

@@ -1,0 +1,162 @@
+"""The decoder stack of the Llama family, lean: few operations a layer, because a decode step is mostly overhead.
+
+The weights and the rotary embedding come from a transformers model; what is computed is the same, with q, k and v in
+one product, gate and up in another, and attention over the pages of a `rapid.kv_cache.pool.KVPool`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rapid.errors import ModelFileError, PassAbandoned
+from rapid.kernels.cpu.rows import gated, rotate
+from rapid.kernels.interface import Batch
+from rapid.kernels.linear import Linear, make_linear
+from rapid.models.layers import Heads, Layer, RMSNorm
+from rapid.models.recorded_cpu import CompiledLayers
+from rapid.models.tensor_parallel import Group, local
+
+
+class Decoder:
+    """Takes the weights out of ``network``, which is of no further use; ``quantization`` is a scheme of `rapid.kernels.linear`.
+
+    With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. What the
+    ranks compute of an attention or an MLP is summed, the logits are joined; hidden states are the same on all.
+
+    Layers may lie on several ``devices``. A pass begins and ends on the first layer's, and goes from one to the next.
+
+    Raises:
+        ModelFileError: a layer has no full attention, or the heads cannot be shared equally.
+    """
+
+    def __init__(self, network: PreTrainedModel, quantization: str = "none", group: Group | None = None) -> None:
+        config = network.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        unlisted = (
+            "full_attention" if window is None or window >= config.max_position_embeddings else "sliding_attention"
+        )
+        kinds = set(getattr(config, "layer_types", None) or [unlisted])
+        if kinds != {"full_attention"} or config.hidden_act != "silu":
+            raise ModelFileError(
+                f"only full attention in every layer and SiLU are supported, found {config.model_type} with "
+                f"{', '.join(sorted(kinds))} and {config.hidden_act}"
+            )
+        num_ranks = group.placement.num_ranks if group else 1
+        if config.num_key_value_heads % num_ranks:
+            raise ModelFileError(f"{config.num_key_value_heads} KV heads cannot be shared by {num_ranks} ranks equally")
+        self._group = group
+        self.num_heads, self.num_kv_heads = (
+            heads // num_ranks for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers = config.num_hidden_layers
+        self._scaling = self.head_dim**-0.5
+        # accelerate's, which would move each module's input to its device: here that happens where the device changes.
+        remove_hook_from_module(network, recurse=True)
+        body: Any = network.model
+        self._embedding: Tensor = local(body.embed_tokens.weight)
+        self._num_embeddings: int = body.embed_tokens.weight.shape[0]
+        self._layers = []
+        for i, layer in enumerate(body.layers):
+            self._layers.append(self._take_layer(layer, quantization))
+            body.layers[i] = torch.nn.Identity()  # frees the originals as we go: at most one layer exists twice
+        head: Any = network.get_output_embeddings()
+        self._head_device = head.weight.device
+        self._norm = self._take_norm(body.norm.to(self._head_device))
+        self.devices = tuple(layer.device for layer in self._layers)
+        sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
+        suited = group is None and CompiledLayers.suited(self._layers, sizes)
+        self._compiled = CompiledLayers(self._layers, sizes) if suited else None
+        self._rotary = body.rotary_emb.to(self.devices[0])
+        self._num_logits: int = head.weight.shape[0]
+        self._head = make_linear(
+            local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
+        )
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        rows: Tensor,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
+        """Logits [len(rows), padded vocabulary] after ``tokens`` [total] at ``positions`` [total].
+
+        Raises:
+            PassAbandoned: ``abandoned``, which is asked before every layer, said so.
+        """
+        x = self._embed(tokens)  # [total, hidden]
+        cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
+        if self._compiled is not None and self._compiled.takes(batch, len(tokens)):
+            x = self._compiled(x, cos, sin, batch, abandoned)
+        else:
+            for i, layer in enumerate(self._layers):
+                if abandoned():
+                    raise PassAbandoned
+                if layer.device != x.device:
+                    x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
+                x = self._through(layer, i, x, cos, sin, batch)
+        if self._group is None:
+            last = x[rows.to(x.device)].to(self._head_device)
+            return self._head(self._norm(last)).to(rows.device)
+        # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
+        logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
+        return self._group.joined(logits, self._num_logits) if len(rows) else logits
+
+    def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+            heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
+        heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
+        return x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self._group is None:
+            return F.embedding(tokens.to(self._embedding.device), self._embedding).to(tokens.device)
+        share = self._group.share(self._num_embeddings)
+        ours = (tokens >= share.start) & (tokens < share.stop)
+        rows = F.embedding((tokens - share.start).where(ours, 0), self._embedding)
+        return self._group.summed(rows * ours.unsqueeze(-1))
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return part if self._group is None else self._group.summed(part)
+
+    def _take_layer(self, layer: Any, quantization: str) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def fused(*parts: Any) -> Linear:
+            weight = torch.cat([local(part.weight) for part in parts])
+            bias = None if parts[0].bias is None else torch.cat([local(part.bias) for part in parts])
+            return make_linear(weight, bias, quantization)
+
+        def summed(part: Any) -> Linear:
+            # Its bias belongs to the sum, so one rank adds it.
+            bias = None if part.bias is None or (self._group and self._group.placement.rank) else local(part.bias)
+            return make_linear(local(part.weight), bias, quantization)
+
+        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return Layer(
+            attention.o_proj.weight.device,
+            self._take_norm(layer.input_layernorm),
+            fused(attention.q_proj, attention.k_proj, attention.v_proj),
+            self._take_norm(query_norm) if query_norm is not None else None,
+            self._take_norm(key_norm) if key_norm is not None else None,
+            summed(attention.o_proj),
+            self._take_norm(layer.post_attention_layernorm),
+            fused(mlp.gate_proj, mlp.up_proj),
+            summed(mlp.down_proj),
+        )
+
+    def _take_norm(self, norm: Any) -> RMSNorm:
+        return RMSNorm(local(norm.weight), norm.variance_epsilon)

@@ -1,0 +1,149 @@
+"""A causal language model: weights from transformers, run on ragged batches over a pool of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rapid.errors import ModelFileError
+from rapid.kernels.cpu.attention import RunAttention
+from rapid.kernels.cuda.attention import PagedAttention
+from rapid.kernels.interface import Extension, Kernel, Tokens
+from rapid.kernels.linear import check_scheme
+from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.models.info import ModelInfo
+from rapid.models.recorded_cuda import GraphRunner
+from rapid.models.registry import decoder_class
+from rapid.models.tensor_parallel import Group, NewPool, Pass, local, together
+
+
+class Model:
+    """Weights, tokenizer and the ragged forward pass.
+
+    ``vocab_size`` is the tokenizer's: a checkpoint may pad its output rows beyond it, and those never take part.
+    ``network`` is consumed: its weights are repacked.
+
+    Raises:
+        ModelFileError: the architecture or the quantisation is not supported.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        *,
+        quantization: str = "none",
+        kernel: Kernel | None = None,
+        group: Group | None = None,
+    ) -> None:
+        check_scheme(quantization, network.device, network.dtype)
+        config = network.config.get_text_config()
+        weight_bytes = sum(local(p).nbytes for p in network.parameters())
+        eos = eos_token_ids(network)
+        try:
+            decoder = decoder_class(config.model_type)
+            self._decoder = decoder(network.eval().requires_grad_(False), quantization, group)
+        except ModelFileError as error:
+            raise ModelFileError(f"{name}: {error.message}") from error
+        self.tokenizer = tokenizer
+        self.vocab_size = min(config.vocab_size, len(tokenizer)) if tokenizer is not None else config.vocab_size
+        self.layout = KVLayout(
+            num_kv_heads=self._decoder.num_kv_heads,
+            head_dim=self._decoder.head_dim,
+            dtype=network.dtype,
+            devices=self._decoder.devices,
+        )
+        devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
+        self.kernel: Kernel = kernel or (RunAttention() if network.device.type == "cpu" else PagedAttention())
+        self.group = group
+        self._graphs = None
+        # A graph is of one device, and other ranks are told of each pass by the host.
+        if isinstance(self.kernel, PagedAttention) and group is None and len(devices) == 1:
+            self._graphs = GraphRunner(self._decoder, self.kernel, network.device)
+        self.info = ModelInfo(
+            name=name,
+            window=config.max_position_embeddings,
+            vocab_size=self.vocab_size,
+            eos_token_ids=eos,
+            dtype=str(network.dtype).removeprefix("torch."),
+            quantization=quantization,
+            device=", ".join(map(str, devices)),
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=self.layout.bytes_per_token,
+        )
+
+    def new_pool(self, budget_bytes: int) -> KVPool:
+        """Room for keys and values, in the kernel's layout.
+
+        Raises:
+            EngineLost: the model is shared by several ranks, and one is gone.
+        """
+        if self.group is not None:
+            with together(self.info.name):
+                self.group.say(NewPool(budget_bytes))
+        return self.kernel.pool(self.layout, budget_bytes)
+
+    @torch.inference_mode()
+    def forward(
+        self, extensions: Sequence[Extension], *, abandoned: Callable[[], bool] = lambda: False
+    ) -> list[Tensor]:
+        """Appends tokens to several sequences in one pass.
+
+        Returns for each extension the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
+        as many tokens longer afterwards.
+
+        Raises:
+            PassAbandoned: ``abandoned`` said, while the layers ran, that nobody wants the result; no cache is longer.
+            EngineLost: the model is shared by several ranks, and one is gone.
+        """
+        if self.group is not None:
+            with together(self.info.name):
+                self.group.say(Pass.of(extensions))
+                logits = self.compute(extensions)
+        elif self._graphs is not None and self._graphs.takes(extensions):
+            logits = self._graphs.run(extensions)
+        else:
+            logits = self.compute(extensions, abandoned)
+        for cache, tokens, _ in extensions:
+            cache.advance(len(tokens))
+        return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
+
+    def warm_up(self) -> None:
+        """Runs one pass: it builds kernels and brings the weights into memory, up to a second that no request pays."""
+        pool = self.new_pool(1)
+        cache = pool.open([0], 1)
+        assert cache is not None
+        self.forward([Extension(cache, [0], 1)])
+
+    @torch.inference_mode()
+    def compute(self, extensions: Sequence[Extension], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
+        """Logits [rows, padded vocabulary] of the rows that are asked for; no cache gets longer."""
+        device = self.layout.device
+        positions: list[int] = []
+        wanted: list[int] = []
+        for cache, tokens, num_rows in extensions:
+            positions.extend(range(cache.length, cache.length + len(tokens)))
+            wanted.extend(range(len(positions) - num_rows, len(positions)))
+        return self._decoder(
+            gather_tokens([tokens for _, tokens, _ in extensions], device),
+            torch.tensor(positions, device=device),
+            self.kernel.batch(extensions),
+            torch.tensor(wanted, dtype=torch.long, device=device),
+            abandoned,
+        )
+
+
+def gather_tokens(parts: Sequence[Tokens], device: torch.device) -> Tensor:
+    """One [total] tensor on ``device``; parts that are there already are not brought to the host."""
+    return torch.cat([torch.as_tensor(part, dtype=torch.long, device=device) for part in parts])
+
+
+def eos_token_ids(network: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a sequence, as the checkpoint's generation settings name them."""
+    generation = getattr(network, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None) or network.config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])

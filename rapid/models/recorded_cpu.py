@@ -1,0 +1,176 @@
+"""All layers over a few rows, with every kernel's arguments written beforehand: a pass has only to call them.
+
+A decode step calls over three hundred kernels of a few microseconds each, and to find out what to give them, and where
+to put what comes out, takes longer than some of them do. So it is done once for each number of rows. The arguments of
+all calls lie in one table; from pass to pass only those change that say which pages are attended over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rapid.errors import PassAbandoned
+from rapid.kernels.cpu.attention import RunBatch
+from rapid.kernels.cpu.attention_plan import Plan, attention_kernel
+from rapid.kernels.cpu.jit import COUNTERS, Kernel
+from rapid.kernels.cpu.linear import CompiledLinear
+from rapid.kernels.cpu.rows import MANY, gate_kernel, norm_kernel, rotation_kernel, storing_kernel, suits, sum_kernel
+from rapid.kernels.interface import Batch
+from rapid.kv_cache.pool import KVPool
+from rapid.models.layers import Heads
+
+if TYPE_CHECKING:
+    from rapid.models.layers import Layer, RMSNorm
+
+
+_DTYPE = torch.bfloat16
+
+
+class CompiledLayers:
+    """The decoder's ``layers``, all of which must be `suited`. One pass at a time, whichever thread asks for it."""
+
+    def __init__(self, layers: Sequence[Layer], heads: Heads) -> None:
+        self._layers, self._heads = layers, heads
+        self._passes: dict[tuple[int, int], _Pass] = {}
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def suited(layers: Sequence[Layer], heads: Heads) -> bool:
+        """Whether every operation of the layers has a kernel, and none of them pads its rows."""
+        products = [product for layer in layers for product in _products(layer)]
+        if not all(isinstance(product, CompiledLinear) and not product.pads for product in products):
+            return False
+        row = torch.empty(0, dtype=_DTYPE)
+        return all(suits(row, product.num_inputs) for product in products) and suits(row, heads.d // 2)
+
+    @staticmethod
+    def takes(batch: Batch, rows: int) -> TypeGuard[RunBatch]:
+        return isinstance(batch, RunBatch) and batch.is_compiled and rows < MANY
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: RunBatch, abandoned: Callable[[], bool]) -> Tensor:
+        """``x`` [rows, hidden] behind the last layer; ``cos``, ``sin`` [rows, d].
+
+        Raises:
+            PassAbandoned: ``abandoned``, which is asked before every layer, said so.
+        """
+        key = len(x), torch.get_num_threads()
+        with self._lock:
+            if key not in self._passes:
+                self._passes[key] = _Pass(self._layers, self._heads, *key)
+            return self._passes[key].run(x, cos, sin, batch, abandoned)
+
+
+def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]:
+    """What a suited layer multiplies with."""
+    return cast(
+        "tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]",
+        (layer.qkv, layer.output, layer.gate_up, layer.down),
+    )
+
+
+class _Pass:
+    """The calls of a pass over ``rows`` rows by ``threads`` threads, and the memory they work in."""
+
+    def __init__(self, layers: Sequence[Layer], heads: Heads, rows: int, threads: int) -> None:
+        self._rows, self._threads, self._heads = rows, threads, heads
+        self._calls: list[tuple[Kernel, int, tuple[int, ...]]] = []  # kernel, threads, arguments
+        self._attending: list[int] = []  # which of them attend, a call a layer
+        self._storing: list[int] = []  # which store keys; values are stored in the next
+        self._scratch: list[Tensor] = []
+        self._pool: weakref.ref[KVPool] | None = None
+        qkv, output, gate_up, down = _products(layers[0])
+        self._x, self._normed, self._part = (self._room(qkv.num_inputs) for _ in range(3))
+        self._qkv, self._attended = self._room(qkv.num_outputs), self._room(output.num_inputs)
+        self._gate_up, self._gated = self._room(gate_up.num_outputs), self._room(down.num_inputs)
+        self._cos, self._sin = self._room(heads.d), self._room(heads.d)
+        self._slots = torch.empty(rows, dtype=torch.int64)
+        ends = [0, *(self._write(layer) for layer in layers)]
+        width = max(len(arguments) for _, _, arguments in self._calls)
+        self._words = np.zeros((len(self._calls), COUNTERS + width), np.int64)
+        bound = []
+        for line, (kernel, num_threads, arguments) in zip(self._words, self._calls, strict=True):
+            line[COUNTERS : COUNTERS + len(arguments)] = arguments
+            bound.append(kernel.bound(line.ctypes.data, num_threads))
+        self._layers = [bound[start:end] for start, end in itertools.pairwise(ends)]
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, batch: RunBatch, abandoned: Callable[[], bool]) -> Tensor:
+        for own, given in ((self._x, x), (self._cos, cos), (self._sin, sin), (self._slots, batch.slots)):
+            own.copy_(given)
+        if self._pool is None or self._pool() is not batch.pool:
+            self._point_to(batch.pool)
+        plan = batch.plan(self._heads.query, self._heads.scaling)
+        self._words[:, :COUNTERS] = 0
+        self._words[self._attending, COUNTERS : COUNTERS + len(plan.words)] = plan.words
+        for calls in self._layers:
+            if abandoned():
+                raise PassAbandoned
+            for call in calls:
+                call()
+        return self._x.clone()
+
+    def _point_to(self, pool: KVPool) -> None:
+        for i, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+            # The last of a call's arguments, which are fewer than there is room for.
+            attending, end = self._words[self._attending[i]], COUNTERS + len(self._calls[self._attending[i]][2])
+            attending[end - 3 : end] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
+            for call, cache in ((self._storing[i], keys), (self._storing[i] + 1, values)):
+                storing, end = self._words[call], COUNTERS + len(self._calls[call][2])
+                storing[end - 2 : end] = cache.data_ptr(), cache.stride(0)
+        self._pool = weakref.ref(pool)
+
+    def _write(self, layer: Layer) -> int:
+        """Writes a layer's calls, and returns how many there are by now."""
+        heads, d = self._heads, self._heads.d
+        qkv, output, gate_up, down = _products(layer)
+        self._norm(layer.attention_norm, self._rows, self._x, self._normed)
+        self._product(qkv, self._normed, self._qkv)
+        keys, values = self._qkv[:, heads.query * d :], self._qkv[:, (heads.query + heads.kv) * d :]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            for row in range(self._rows):
+                self._norm(layer.query_norm, heads.query, self._qkv[row], self._qkv[row])
+                self._norm(layer.key_norm, heads.kv, keys[row], keys[row])
+        rotation = rotation_kernel(_DTYPE, d, heads.query + heads.kv, heads.query + 2 * heads.kv)
+        self._call(rotation, 1, self._rows, self._qkv, self._cos, self._sin)
+        self._storing.append(len(self._calls))
+        for new in (keys, values):
+            self._call(storing_kernel(_DTYPE, d, heads.kv), 1, self._rows, new, new.stride(0), self._slots, 0, 0)
+        self._attending.append(len(self._calls))
+        attention = attention_kernel(heads.kv, heads.query // heads.kv, d, heads.scaling)
+        given = self._qkv, self._qkv.stride(0) * self._qkv.itemsize, self._attended, 0, 0, 0
+        self._call(attention, self._threads, *Plan.NO_WORDS, *given)
+        self._product(output, self._attended, self._part)
+        self._add(self._x, self._part)
+        self._norm(layer.mlp_norm, self._rows, self._x, self._normed)
+        self._product(gate_up, self._normed, self._gate_up)
+        self._call(gate_kernel(_DTYPE, self._gated.shape[1]), 1, self._rows, self._gate_up, self._gated)
+        self._product(down, self._gated, self._part)
+        self._add(self._x, self._part)
+        return len(self._calls)
+
+    def _norm(self, norm: RMSNorm, rows: int, x: Tensor, output: Tensor) -> None:
+        self._call(norm_kernel(_DTYPE, len(norm.weight), norm.eps), 1, rows, x, output, norm.weight)
+
+    def _product(self, product: CompiledLinear, x: Tensor, output: Tensor) -> None:
+        scratch = product.scratch(self._rows)
+        self._scratch.append(scratch)
+        self._call(product.kernel, self._threads, *product.arguments(x, output, scratch))
+        if product.bias is not None:
+            self._call(sum_kernel(_DTYPE, product.num_outputs), 1, self._rows, output, product.bias, 0)
+
+    def _add(self, x: Tensor, part: Tensor) -> None:
+        self._call(sum_kernel(_DTYPE, x.shape[1]), 1, self._rows, x, part, part.stride(0) * part.itemsize)
+
+    def _call(self, kernel: Kernel, threads: int, *arguments: Tensor | int) -> None:
+        words = tuple(a if isinstance(a, int) else a.data_ptr() for a in arguments)
+        self._calls.append((kernel, threads, words))
+
+    def _room(self, size: int) -> Tensor:
+        return torch.empty(self._rows, size, dtype=_DTYPE)

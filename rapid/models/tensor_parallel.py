@@ -1,0 +1,166 @@
+"""Tensor parallelism: several processes compute one model's passes together, each with its share of every layer.
+
+transformers' plan says how the weights are cut, and loads each rank's share alone. The first rank has the engine.
+Before a pass it tells the others what goes where; they hold KV pools of the same shape, for their heads, and follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapid.errors import EngineLost
+from rapid.kernels.interface import Extension
+from rapid.kv_cache.pool import KVCache, KVPool
+
+if TYPE_CHECKING:
+    from rapid.models.model import Model
+
+_MEETING = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
+_STEP = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
+_FOREVER = timedelta(days=365)  # a rank may wait that long for the next pass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
+
+    rank: int
+    num_ranks: int
+    address: str
+
+
+class Group:
+    """This process's placement among its ranks.
+
+    Raises:
+        EngineLost: the others did not come in time.
+    """
+
+    def __init__(self, placement: Place, device: str) -> None:
+        self.placement = placement
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{placement.address}",
+                rank=placement.rank,
+                world_size=placement.num_ranks,
+                timeout=_MEETING,
+            )
+            # What is said to the others are host objects: over gloo, they never wait for the device.
+            self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
+            self._compute = dist.new_group(backend=backend, timeout=_STEP)
+        except RuntimeError as error:
+            raise EngineLost(
+                f"rank {placement.rank} did not meet the others at {placement.address}: {error}"
+            ) from error
+
+    def share(self, size: int) -> slice:
+        """This rank's part of ``size`` rows, as transformers cuts them: equal parts, the last may be smaller."""
+        part = -(-size // self.placement.num_ranks)
+        return slice(min(size, self.placement.rank * part), min(size, (self.placement.rank + 1) * part))
+
+    def plan(self) -> Any:
+        """transformers' plan for these ranks, for its `from_pretrained`."""
+        from transformers.distributed.configuration_utils import DistributedConfig  # not in older releases
+
+        return DistributedConfig(tp_size=self.placement.num_ranks, tp_plan="auto")
+
+    def wait(self) -> None:
+        """Until all ranks are here, however long that takes them."""
+        dist.barrier(group=self._control)
+
+    def say(self, message: object) -> None:
+        """From the first rank to all others."""
+        dist.broadcast_object_list([message], src=0, group=self._control)
+
+    def hear(self) -> Any:
+        """What the first rank says next."""
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, src=0, group=self._control)
+        return heard[0]
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, in placement where that lies in one piece."""
+        x = x.contiguous()  # gloo would sum what lies between its rows, and silently
+        dist.all_reduce(x, group=self._compute)
+        return x
+
+    def joined(self, x: Tensor, size: int) -> Tensor:
+        """All ranks' parts of the last dimension, ``size`` in all."""
+        part = -(-size // self.placement.num_ranks)
+        parts = [x.new_empty((*x.shape[:-1], part)) for _ in range(self.placement.num_ranks)]
+        dist.all_gather(parts, F.pad(x, (0, part - x.shape[-1])).contiguous(), group=self._compute)
+        return torch.cat(parts, -1)[..., :size]
+
+
+@dataclass(frozen=True)
+class NewPool:
+    """The first rank has made a KV pool of ``budget_bytes``."""
+
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The first rank begins a pass: for each sequence its pages, how full they are, new tokens, rows of logits."""
+
+    parts: tuple[tuple[list[int], int, list[int], int], ...]
+
+    @classmethod
+    def of(cls, extensions: Sequence[Extension]) -> Pass:
+        return cls(
+            tuple(
+                (cache.pages, cache.length, torch.as_tensor(tokens).tolist(), num_rows)
+                for cache, tokens, num_rows in extensions
+            )
+        )
+
+    def extensions(self, pool: KVPool) -> list[Extension]:
+        """The same over this rank's ``pool``."""
+        return [Extension(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's share of a parameter that transformers has cut, or all of one that it has not."""
+    own = parameter.detach()
+    return own.to_local() if hasattr(own, "to_local") else own
+
+
+def follow(model: Model) -> None:
+    """On every rank but the first: computes this rank's share of the first rank's passes, until the process ends.
+
+    Raises:
+        EngineLost: a rank is gone.
+    """
+    assert model.group is not None
+    pool: KVPool | None = None
+    while True:
+        with together(model.info.name):
+            message = model.group.hear()
+            if isinstance(message, NewPool):
+                pool = model.kernel.pool(model.layout, message.budget_bytes)
+            else:
+                assert pool is not None
+                model.compute(message.extensions(pool))
+
+
+@contextmanager
+def together(name: str) -> Iterator[None]:
+    """Any failure of what several ranks of model ``name`` do together, as EngineLost.
+
+    gloo and NCCL report a lost rank in many ways, and after any error the ranks no longer agree on what comes next.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise EngineLost(f"{name}: what several ranks do together failed: {error}") from error

@@ -1,0 +1,167 @@
+"""Tokenizers: loading, telling whether two are the same, and turning tokens back into a stream of text."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rapid.errors import ModelFileError, ModelMismatch
+from rapid.weights import embedded_models as catalog
+
+
+def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an embedded model, a local folder, or a hub id.
+
+    Raises:
+        ModelFileError: it is missing or unreadable.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(catalog.resolve(ref))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFileError(f"the tokenizer of {ref!r} could not be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelFileError(f"{ref!r} has no fast tokenizer (tokenizer.json); RAPID needs one for streaming")
+    return tokenizer
+
+
+def check_same_tokenizer(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> None:
+    """A draft is a list of token ids, so both models must mean the same text by each id.
+
+    The vocabularies, the special tokens and the way text is split must agree. How far a checkpoint pads its output
+    beyond the tokenizer does not matter.
+
+    Raises:
+        ModelMismatch: the message says what differs first, with an example.
+    """
+
+    def refuse(what: str) -> None:
+        raise ModelMismatch(
+            f"target and drafter have different tokenizers: {what}. A drafter must share the target's tokenizer "
+            "(another size of the same model family usually does)."
+        )
+
+    ours, theirs = target.get_vocab(), drafter.get_vocab()
+    if ours != theirs:
+        moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
+        if moved:
+            token = min(moved, key=ours.__getitem__)
+            refuse(f"the token {token!r} has id {ours[token]} in the target and {theirs[token]} in the drafter")
+        lone = min(set(ours) ^ set(theirs), key=lambda token: ours.get(token, theirs.get(token, 0)))
+        refuse(
+            f"{len(ours):,} tokens in the target and {len(theirs):,} in the drafter; "
+            f"{lone!r} is only in the {'target' if lone in ours else 'drafter'}"
+        )
+    for name in ("bos_token", "eos_token"):
+        if getattr(target, name) != getattr(drafter, name):
+            refuse(f"{name} is {getattr(target, name)!r} in the target and {getattr(drafter, name)!r} in the drafter")
+    for sample in _SAMPLES:
+        if (a := _ids(target, sample)) != (b := _ids(drafter, sample)):
+            refuse(f"they split {sample!r} into {len(a)} and {len(b)} tokens, {a[:8]}… and {b[:8]}…")
+
+
+# Text that shows most differences in normalisation and splitting: spaces, digits, case, accents, scripts, emoji, code.
+_SAMPLES = (
+    "The 3 quick  brown foxes\n\n\tjumped over 1234567890 lazy dogs; don't they?",
+    "Ünïcödé naïve ﬁancée e\u0301 中文，没有空格。 русский العربية हिन्दी 👩‍🚀",
+    "def f(x):\n    return x**2  # 3.14159 == π\r\n",
+)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level tokenizers write for each byte: itself where it is printable, else from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    assert alphabet.keys() == set(ByteLevel.alphabet())
+    return alphabet
+
+
+_BYTES = _byte_alphabet()
+
+
+def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes that one token stands for, which need not be whole characters."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if token in tokenizer.added_tokens_decoder:
+        return name.encode()
+    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) and all(character in _BYTES for character in name):
+        return bytes(_BYTES[character] for character in name)
+    if hexadecimal := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(hexadecimal[1])
+    return name.replace("▁", " ").encode()
+
+
+class TextStream:
+    """Turns tokens into text as they come: never half a character, never a part of a stop string.
+
+    ``push`` returns what may be shown now. Once ``stopped`` is True a stop string was met; it and all behind it are
+    cut. None is looked for in what the first ``min_tokens`` bring.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop, self._min_tokens = tuple(stop), min_tokens
+        self._tokens: list[int] = []
+        self._starts: list[int] = []  # where in the text each token's begins
+        self._decoded = ""  # all text so far
+        self._shown = 0  # how much of it was returned
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Everything returned so far."""
+        return self._decoded[: self._shown]
+
+    @property
+    def num_shown(self) -> int:
+        """How many tokens' text was returned: in whole, or, once a stop string cut it, in part."""
+        if self.stopped:
+            return bisect_left(self._starts, self._shown)
+        all_out = self._shown == len(self._decoded)
+        return len(self._starts) if all_out else bisect_right(self._starts, self._shown) - 1
+
+    def push(self, token: int) -> str:
+        """Adds one token; returns the text that it completes, which may be empty."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        self._starts.append(len(self._decoded))
+        self._decoded += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        return self._release(self._held_back())
+
+    def finish(self) -> str:
+        """No more tokens come: returns what was held back, incomplete characters included."""
+        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if not self.stopped and whole.startswith(self._decoded):
+            self._decoded = whole
+        return self._release(0)
+
+    def _release(self, held_back: int) -> str:
+        if not self.stopped:
+            found = [at for stop in self._looked_for() if (at := self._decoded.find(stop, self._shown)) >= 0]
+            if found:
+                self._decoded, self.stopped, held_back = self._decoded[: min(found)], True, 0
+        end = max(self._shown, len(self._decoded) - held_back)
+        piece, self._shown = self._decoded[self._shown : end], end
+        return piece
+
+    def _looked_for(self) -> tuple[str, ...]:
+        return self._stop if len(self._tokens) > self._min_tokens else ()
+
+    def _held_back(self) -> int:
+        """The length of the longest end of the text that is the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._looked_for()), default=0)
+        for length in range(min(longest, len(self._decoded) - self._shown), 0, -1):
+            if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
+                return length
+        return 0

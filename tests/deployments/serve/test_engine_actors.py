@@ -1,0 +1,140 @@
+"""The processes of an engine, without Ray: what ends with what."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments import builders as assembly
+from deployments.config import EngineConfig
+from deployments.serve import engines
+from deployments.serve.channel import Channel
+from deployments.serve.engines import EngineActor, EngineReplica
+from rapid.engine.engine import Engine
+from rapid.engine.sequence import Opening
+from rapid.errors import EngineLost
+from rapid.models.model import Model
+from rapid.sampling.sampler import SamplingParams
+
+OPENING = Opening([1, 2, 3], 4, SamplingParams())
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
+    """The codes with which this process would have ended."""
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+    return codes
+
+
+@pytest.fixture
+def running(tiny_model: Callable[..., Model], exits: queue.Queue[int]) -> Iterator[Engine]:
+    engine = Engine(tiny_model(), kv_bytes=2**20)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture
+def actor(running: Engine, monkeypatch: pytest.MonkeyPatch) -> EngineActor:
+    monkeypatch.setattr(assembly, "build_engine", lambda *_: running)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    return EngineActor(EngineConfig())
+
+
+def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -> None:
+    """A coordinator that dies says nothing, and its sequences would hold their memory until they are idle for long."""
+
+    async def main() -> None:
+        _, address = await actor.load(None)
+        for lease_id in ("mine", "another's"):
+            await actor.open(lease_id, OPENING)
+        ended = asyncio.create_task(actor.ended("mine"))
+        channel = await Channel.connect(address, "mine")
+        await channel.call("prefill", "mine")
+        channel.close()
+        await asyncio.wait_for(ended, 10)
+        assert (running.stats().num_sequences, list(actor._leases)) == (1, ["another's"])
+        actor._listener.close()
+
+    asyncio.run(main())
+
+
+def test_a_lease_that_is_closed_just_when_it_opens_leaves_nothing(actor: EngineActor, running: Engine) -> None:
+    async def main() -> None:
+        actor._engine = running
+        opening = asyncio.create_task(actor.open("a", OPENING))
+        await asyncio.sleep(0)
+        actor._opening["a"].result(timeout=10)  # the engine has let it in, and nobody here knows yet
+        await actor.close("a")
+        await opening
+        assert (running.stats().num_sequences, actor._leases) == (0, {})
+
+    asyncio.run(main())
+
+
+def test_a_process_ends_with_its_engine(
+    actor: EngineActor, running: Engine, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise EngineLost("a rank is gone")
+
+    async def main() -> None:
+        await actor.load(None)
+        await actor.open("a", OPENING)
+        monkeypatch.setattr(running.model, "forward", broken)
+        with pytest.raises(EngineLost, match="a rank is gone"):
+            await actor.prefill("a")
+        actor._listener.close()
+
+    asyncio.run(main())
+    assert exits.get(timeout=10) == 1
+
+
+@pytest.mark.parametrize("gone", ["alive", "follow"])
+def test_a_replica_ends_with_any_of_its_ranks(
+    gone: str, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may stop to follow without its process dying."""
+
+    async def main() -> None:
+        class Actor:
+            """The handle of a rank, all of whose calls are under way for as long as the test says nothing else."""
+
+            def __init__(self, rank: int) -> None:
+                self.calls = {name: asyncio.get_running_loop().create_future() for name in ("alive", "follow", "load")}
+                if rank == 0:
+                    self.calls["address"] = asyncio.get_running_loop().create_future()
+                    self.calls["address"].set_result("host:1")
+
+            def __getattr__(self, name: str) -> Any:
+                return SimpleNamespace(remote=lambda *_: self.calls[name])
+
+        actors: list[Actor] = []
+
+        def start(config: EngineConfig) -> Actor:
+            actors.append(Actor(len(actors)))
+            return actors[-1]
+
+        kind = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+        monkeypatch.setattr(engines.ray, "remote", lambda _: kind)
+        monkeypatch.setattr(engines.ray.util, "get_current_placement_group", lambda: None)
+        monkeypatch.setattr(engines.serve, "get_replica_context", lambda: SimpleNamespace(app_name="rapid"))
+        monkeypatch.setattr(engines, "EngineMetrics", object)
+        monkeypatch.setattr(engines, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+        replica = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
+        starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3)))
+        while len(actors) < 3 or not hasattr(replica, "_watching"):
+            await asyncio.sleep(0)
+        assert exits.empty()
+        actors[2].calls[gone].set_exception(EngineLost("it heard nothing any more"))
+        await asyncio.wait_for(replica._watching, 10)
+        assert exits.get_nowait() == 1
+        starting.cancel()
+
+    asyncio.run(main())
