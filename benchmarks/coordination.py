@@ -29,10 +29,10 @@ from deployments.app import build
 from deployments.config import parse_config
 from deployments.serve.backend import RayBackend, _RayLease
 from deployments.serve.channel import Address, Channel, Listener
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.request import SpeculationParams
 from rapid.sampling.sampler import SamplingParams
-from rapid.speculation.draft import Draft, DraftLimits, Verified
+from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
 
 GAMMA, VOCAB = 10, 128_256
 
@@ -69,8 +69,8 @@ class EmptyEngine:
         pairs = [(np.arange(i, i + top_k, dtype=np.int32), np.full(top_k, 1 / top_k, np.float32)) for i in range(GAMMA)]
         return Draft(offset, list(range(GAMMA)), pairs, [0.5] * GAMMA)
 
-    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
-        return Verified([*draft.tokens, VOCAB - 1], GAMMA, GAMMA, 0, draft.confidences, 0.0, 0.0, 0.0)
+    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> VerifyResult:
+        return VerifyResult([*draft.tokens, VOCAB - 1], GAMMA, GAMMA, 0, draft.confidences, 0.0, 0.0, 0.0)
 
 
 async def empty_rounds(num: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ async def rounds(num: int) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         room = num * (GAMMA + 1) + GAMMA + 1
         target, drafter = [
-            await stack.enter_async_context(backend.lease(role, Opening([5] * 300, room, SamplingParams())))
+            await stack.enter_async_context(backend.lease(role, SequenceRequest([5] * 300, room, SamplingParams())))
             for role in ("target", "drafter")
         ]
         await asyncio.gather(target.prefill(), drafter.prefill())

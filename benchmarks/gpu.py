@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rapid.kernels.cuda.attention import PagedAttention
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
 
@@ -57,7 +57,7 @@ def network(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
 
 
 def load(shape: dict[str, Any], device: torch.device, quantization: str = "none") -> Model:
-    return Model(network(shape, device), None, "random", quantization=quantization, kernel=PagedAttention())
+    return Model(network(shape, device), None, "random", quantization=quantization, attention=PagedAttention())
 
 
 def median_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -103,7 +103,7 @@ def step_ms(model: Model, cache: KVCache, context: int, num_tokens: int, repeats
 
     def step() -> None:
         cache.length = context
-        model.forward([Extension(cache, [1] * num_tokens, num_tokens)])
+        model.forward([BatchEntry(cache, [1] * num_tokens, num_tokens)])
 
     return median_ms(step, model.layout.device, repeats)
 
@@ -117,7 +117,7 @@ def prefill(model: Model, context: int) -> float:
     def read() -> None:
         cache.length = 0
         while cache.length < context:
-            model.forward([Extension(cache, chunk[: context - cache.length], 0)])
+            model.forward([BatchEntry(cache, chunk[: context - cache.length], 0)])
 
     return context / median_ms(read, device, 1) * 1e3
 
@@ -130,7 +130,7 @@ def end_to_end(target: Model, drafter: Model, context: int, draft_context: int, 
     def plain() -> None:
         far.length = context
         for _ in range(new):
-            logits = target.forward([Extension(far, [1], 1)])[0]
+            logits = target.forward([BatchEntry(far, [1], 1)])[0]
             int(logits.argmax())
             far.truncate(context + 32)
 
@@ -140,11 +140,11 @@ def end_to_end(target: Model, drafter: Model, context: int, draft_context: int, 
             feed: Any = [1]
             tokens = []
             for _ in range(GAMMA):
-                token = drafter.forward([Extension(near, feed, 1)])[0].argmax(-1)
+                token = drafter.forward([BatchEntry(near, feed, 1)])[0].argmax(-1)
                 tokens.append(token)
                 feed = token
             drafts = torch.cat([torch.ones(1, dtype=torch.long, device=device), *tokens])
-            rows = target.forward([Extension(far, drafts, GAMMA + 1)])[0]
+            rows = target.forward([BatchEntry(far, drafts, GAMMA + 1)])[0]
             rows.argmax(-1).tolist()
             accepted = next((i for i in range(GAMMA) if chance.random() >= ACCEPTANCE), GAMMA)
             far.truncate(min(context + 32, far.length - GAMMA + accepted))

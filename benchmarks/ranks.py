@@ -20,12 +20,12 @@ from benchmarks.common.questions import questions
 from benchmarks.common.results import write
 from rapid.engine.engine import Engine
 from rapid.engine.propose import propose
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.engine.verify import prefill
 from rapid.errors import EngineLost
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Place, follow
+from rapid.models.tensor_parallel import RankPlacement, follow
 from rapid.sampling.sampler import SamplingParams
 from rapid.speculation.draft import DraftLimits
 from rapid.text.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def drafts(model: Model, prompts: list[list[int]], num_tokens: int) -> list[list
     """The greedy drafts behind each prompt, of one sequence after the other."""
     engine, found = Engine(model, kv_bytes=KV_BYTES), []
     for prompt in prompts:
-        sequence = engine.open(Opening(prompt, num_tokens, SamplingParams(temperature=0))).result()
+        sequence = engine.open(SequenceRequest(prompt, num_tokens, SamplingParams(temperature=0))).result()
         engine.submit(prefill(sequence)).result()
         draft = engine.submit(propose(sequence, 0, [], DraftLimits(num_tokens), 64, frozenset())).result()
         found.append(draft.tokens)
@@ -53,7 +53,7 @@ def rank(number: int, num_ranks: int, address: str, form: str, asked: tuple[Any,
     torch.set_num_threads(1 if num_ranks > 1 else 2)
     dtype, quantization = FORMATS[form]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    placement = Place(number, num_ranks, address) if num_ranks > 1 else None
+    placement = RankPlacement(number, num_ranks, address) if num_ranks > 1 else None
     model = load_model(MODEL, dtype=dtype, quantization=quantization, device="cpu", placement=placement)
     report = {"rank": number, "weight_bytes": model.info.weight_bytes}
     if number == 0:

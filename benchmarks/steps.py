@@ -21,7 +21,7 @@ import torch
 from benchmarks.common.local import MODEL
 from benchmarks.common.results import FOLDER, write
 from rapid.engine.torch_thread import compute
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.loader import load_model
 from rapid.models.model import Model
@@ -50,7 +50,7 @@ def bandwidth() -> float:
 
 def _step(model: Model, cache: KVCache, context: int, num_tokens: int) -> None:
     cache.length = context
-    model.forward([Extension(cache, [1] * num_tokens, num_tokens)])
+    model.forward([BatchEntry(cache, [1] * num_tokens, num_tokens)])
 
 
 def measure(contexts: list[int], repeats: int) -> dict[str, Any]:

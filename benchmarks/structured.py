@@ -20,7 +20,7 @@ from deployments.builders import local_backend
 from deployments.config import parse_config
 from deployments.http.rate_limits import PUBLIC
 from deployments.schemas.completions import ChatRequest
-from deployments.schemas.events import Began
+from deployments.schemas.events import Started
 from deployments.service import LocalService
 from rapid.events import Finish, Statistics
 from rapid.text.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ async def answer(service: LocalService, request: ChatRequest) -> tuple[str, str,
     """(text, why it ended, what it took)."""
     text = ""
     async for event in service.generate(request, PUBLIC):
-        text += "" if isinstance(event, Began) else event.text
+        text += "" if isinstance(event, Started) else event.text
         if isinstance(event, Finish):
             return text, event.reason, event.statistics
     raise AssertionError("a completion ends with Finish")

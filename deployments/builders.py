@@ -16,10 +16,10 @@ from rapid.errors import RetrievalFailed
 from rapid.kv_cache.memory import kv_budget
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Place, follow
+from rapid.models.tensor_parallel import RankPlacement, follow
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models as catalog
-from retrieval import Kept, RetrievalError, Retriever, load_embedder
+from retrieval import IndexProgress, RetrievalError, Retriever, load_embedder
 
 T = TypeVar("T")
 
@@ -43,29 +43,29 @@ async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
         yield step
 
 
-class LocalKeepingBackend(LocalBackend):
-    """One whose retriever also keeps documents (`deployments.files.files.KeepingBackend`)."""
+class LocalIndexingBackend(LocalBackend):
+    """One whose retriever also keeps documents (`deployments.files.files.IndexingBackend`)."""
 
     def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
         super().__init__(target, drafter, retriever.retrieve, **how)
         self._retriever = retriever
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
         try:
             async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
                 yield kept
         except RetrievalError as error:
             raise RetrievalFailed(f"retrieval failed: {error}") from error
 
-    async def drop(self, vectors: str) -> None:
+    async def delete(self, vectors: str) -> None:
         try:
-            await asyncio.to_thread(self._retriever.drop, vectors)
+            await asyncio.to_thread(self._retriever.delete, vectors)
         except RetrievalError as error:
             raise RetrievalFailed(f"retrieval failed: {error}") from error
 
 
 @contextmanager
-def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None) -> Iterator[LocalKeepingBackend]:
+def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None) -> Iterator[LocalIndexingBackend]:
     """The models and the retriever of ``config`` in this process; leaving it ends the engines' threads.
 
     One engine plays both roles where the configuration says so, or where the two would be the same.
@@ -77,13 +77,13 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
         engines.append(build_engine(config.target))
         if config.drafting_engine != config.target:
             engines.append(build_engine(config.drafter))
-        yield LocalKeepingBackend(engines[0], engines[-1], retriever, overlap=config.overlaps, on_prefill=on_prefill)
+        yield LocalIndexingBackend(engines[0], engines[-1], retriever, overlap=config.overlaps, on_prefill=on_prefill)
     finally:
         for engine in engines:
             engine.shutdown()
 
 
-def build_engine(config: EngineConfig, placement: Place | None = None) -> Engine:
+def build_engine(config: EngineConfig, placement: RankPlacement | None = None) -> Engine:
     """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
     model = compute(_load, config, placement)
     budget = config.kv_memory_gib * 2**30 if config.kv_memory_gib else kv_budget(model.layout.devices)
@@ -96,12 +96,12 @@ def build_engine(config: EngineConfig, placement: Place | None = None) -> Engine
     )
 
 
-def follow_engine(config: EngineConfig, placement: Place) -> None:
+def follow_engine(config: EngineConfig, placement: RankPlacement) -> None:
     """Loads another rank's share, and computes for the first rank as long as that lives."""
     compute(lambda: follow(_load(config, placement)))
 
 
-def _load(config: EngineConfig, placement: Place | None) -> Model:
+def _load(config: EngineConfig, placement: RankPlacement | None) -> Model:
     # Ray sets one thread for an actor that reserves less than two cores; a forward pass wants them all.
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // config.tensor_parallel))

@@ -8,10 +8,10 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
-from deployments.files.files import Files, KeepingBackend, LocalFiles
+from deployments.files.files import Files, IndexingBackend, LocalFiles
 from deployments.observability.tracing import Trace
 from deployments.schemas.completions import Completion, Health
-from deployments.schemas.events import Began, Events
+from deployments.schemas.events import Events, Started
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
 from rapid.choices import generate_choices
@@ -20,11 +20,11 @@ from rapid.events import Finish, Statistics
 
 
 class Service(Protocol):
-    """`LocalService`, or one that is asked over Ray (`deployments.serve.ingress`). ``owner`` is who asks."""
+    """`LocalService`, or one that is asked over Ray (`deployments.serve.ingress`). ``tenant`` is who asks."""
 
     files: Files
 
-    def generate(self, completion: Completion, owner: str) -> Events: ...
+    def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
     async def window(self) -> int: ...
     async def tokenize(self, body: TokenizeRequest) -> Tokenized: ...
@@ -34,17 +34,17 @@ class Service(Protocol):
 class LocalService:
     """Over engines that ``backend`` reaches from this process."""
 
-    def __init__(self, config: AppConfig, backend: KeepingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self.files = LocalFiles(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion, owner: str) -> Events:
+    async def generate(self, completion: Completion, tenant: str) -> Events:
         """Writes the choices of one completion; closing it frees all they hold.
 
         Raises:
             RapidError: what is wrong with the request, or with the engines.
         """
-        async with self.files.read(completion, owner) as whole:
+        async with self.files.read(completion, tenant) as whole:
             # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
             request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
             if whole is not completion:  # its files are kept already, by themselves, and go when they are deleted
@@ -53,7 +53,7 @@ class LocalService:
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > (window := await self.window()):
                 raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
-            yield Began(num_tokens, completion.echoed(self._tokenizer), calls)
+            yield Started(num_tokens, completion.echoed(self._tokenizer), calls)
             if completion.max_tokens == 0:  # the prompt is repeated, and no engine has anything to do
                 for choice in range(completion.n):
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)

@@ -18,14 +18,14 @@ from typing import Any
 from rapid.backend.leases import DrafterLease, TargetLease
 from rapid.backend.protocol import Backend, DraftHandle, Retrieval, Role
 from rapid.drafters.lookup import Lookup
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.events import Delta, Finish, Statistics
-from rapid.output import Writer
+from rapid.output import OutputWriter
 from rapid.request import GenerationRequest
 from rapid.sampling.logits_processor import LogitParams
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Controller, Costs, Plan
-from rapid.speculation.draft import Draft, Verified, certain_draft
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Costs, DraftController, RoundPlan
+from rapid.speculation.draft import Draft, VerifyResult, certain_draft
 from rapid.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ async def generate(
     stats = Statistics(spec.strategy, prompt_tokens=len(request.prompt.tokens))
     by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
     costs = replace(backend.costs) if by_the_clock else Costs()
-    controller = Controller(spec.fixed_draft_tokens, costs, timed=by_the_clock)
+    controller = DraftController(spec.fixed_draft_tokens, costs, timed=by_the_clock)
     output: list[int] = []
     async with AsyncExitStack() as leases:
         retrieve = retrieve or backend.retrieve
@@ -66,7 +66,7 @@ async def generate(
             await drafter.first_try()
         lookup = await asyncio.to_thread(Lookup, request.prompt.tokens) if strategy.looks_up else None
         eos = frozenset[int]() if request.ignore_eos else backend.info("target").eos_token_ids
-        writer = Writer(request, eos, max_tokens)
+        writer = OutputWriter(request, eos, max_tokens)
         while writer.reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
@@ -87,7 +87,7 @@ async def generate(
                 assert drafter is not None
                 logger.warning("going on without a drafter: %s", error.message)
                 await drafter.lost()
-                plan, verified = Plan("none"), await target.verify(Draft(len(output)), "lossless", 0.0)
+                plan, verified = RoundPlan("none"), await target.verify(Draft(len(output)), "lossless", 0.0)
             emitted, pieces, logprobs = writer.write(verified.tokens, verified.logprobs)
             output += emitted
             if lookup is not None:
@@ -135,7 +135,7 @@ async def _prepare(
         read = partial(_read_short, request, backend, retrieve, stats, room, logits)
         drafter = DrafterLease(backend, read, output, stats)
         leases.push_async_callback(drafter.close)
-    opening = Opening(prompt, room, request.sampling, logits=logits, num_logprobs=request.num_logprobs)
+    opening = SequenceRequest(prompt, room, request.sampling, logits=logits, num_logprobs=request.num_logprobs)
     target = TargetLease(backend, reader, opening, output, stats)
     leases.push_async_callback(target.close)
     await target.open()
@@ -149,7 +149,7 @@ async def _read_short(
     stats: Statistics,
     room: int,
     logits: LogitParams | None,
-) -> Opening | None:
+) -> SequenceRequest | None:
     """What the drafter is opened with; None, with the reason in ``stats.fallback``, where there is nothing to read."""
     short = await _retrieve(request, retrieve, stats)
     if short is None:
@@ -157,7 +157,7 @@ async def _read_short(
     sampling = request.sampling
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-    opening = Opening(short, room, sampling, logits=logits)
+    opening = SequenceRequest(short, room, sampling, logits=logits)
     if opening.capacity - 1 > backend.info("drafter").window:  # the last token that it may write is never read
         stats.fallback = "drafter_window_exceeded"
         return None
@@ -193,7 +193,9 @@ def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:
     return wanted or min(request.default_max_tokens, fits)
 
 
-def _count_round(stats: Statistics, plan: Plan, verified: Verified, num_emitted: int, elapsed_ms: float) -> None:
+def _count_round(
+    stats: Statistics, plan: RoundPlan, verified: VerifyResult, num_emitted: int, elapsed_ms: float
+) -> None:
     stats.rounds += 1
     stats.emitted += num_emitted
     accepted = min(verified.num_accepted, num_emitted)

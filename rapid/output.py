@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rapid.events import NamedToken, TokenLogprobs
 from rapid.request import GenerationRequest
 from rapid.speculation.draft import Logprobs
-from rapid.text.tokenizer import TextStream, spell
+from rapid.text.tokenizer import Detokenizer, spell
 
 
 class Written(NamedTuple):
@@ -18,7 +18,7 @@ class Written(NamedTuple):
     logprobs: list[TokenLogprobs]
 
 
-class Writer:
+class OutputWriter:
     """Writes one completion of up to ``max_tokens``. ``reason`` says why it ended, and is None before that.
 
     The text is cut at a stop string, and the tokens behind the one that completes it are dropped with it. The
@@ -30,7 +30,7 @@ class Writer:
         self._tokenizer, self._room = request.prompt.tokenizer, max_tokens
         self._stop_tokens = frozenset(request.stop_token_ids)
         self._ends = eos | self._stop_tokens
-        self._text = TextStream(self._tokenizer, request.stop, request.min_tokens)
+        self._text = Detokenizer(self._tokenizer, request.stop, request.min_tokens)
         self._num_out = 0  # of the tokens with log-probabilities
         self._held: list[TokenLogprobs] = []
 

@@ -14,12 +14,12 @@ plain data that can be pickled. Failures outside the caller's code are Retrieval
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.embedding import Embedder, load_embedder
 from retrieval.errors import RetrievalError
-from retrieval.retriever import Kept, Retrieval, RetrievalOptions, RetrievedChunk, Retriever
+from retrieval.retriever import IndexProgress, Retrieval, RetrievalOptions, RetrievedChunk, Retriever
 
 __all__ = [
     "Chunk",
     "Embedder",
-    "Kept",
+    "IndexProgress",
     "Retrieval",
     "RetrievalError",
     "RetrievalOptions",

@@ -41,7 +41,7 @@ class RetrievalOptions:
         fraction: share of the context that is kept where that is more.
         max_tokens: a budget that replaces the rule, never exceeded.
         keep: leave the vectors in the store, so that the same contents need no embedding the next time. Nothing removes
-            them again but `Retriever.drop`.
+            them again but `Retriever.delete`.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -105,10 +105,10 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How far a text's vectors are: `num_embedded` of `num_chunks`. `owner` is whose they are in the store."""
+class IndexProgress:
+    """How far a text's vectors are: `num_embedded` of `num_chunks`. `namespace` is whose they are in the store."""
 
-    owner: str
+    namespace: str
     num_embedded: int
     num_chunks: int
 
@@ -121,7 +121,7 @@ class Retriever:
 
     def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
-        self._keeping: dict[str, object] = {}  # by owner: the latest `keep`, unless it was dropped since
+        self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless it was dropped since
         self._storing = threading.Lock()
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
@@ -158,7 +158,7 @@ class Retriever:
             elapsed_ms=(time.perf_counter() - began) * 1000,
         )
 
-    def keep(self, text: str, chunk_tokens: int) -> Iterator[Kept]:
+    def keep(self, text: str, chunk_tokens: int) -> Iterator[IndexProgress]:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` with a content of that text.
 
         Yields how far it is, first with nothing done and then after each small batch; what is kept already is not
@@ -167,66 +167,66 @@ class Retriever:
         Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
         """
         texts = [c.text for c in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer) if c.text.strip()]
-        owner = self._kept_owner(texts)
-        done = len(texts) if self._store.count(owner) == len(texts) else 0
-        yield Kept(owner, done, len(texts))
+        namespace = self._kept_namespace(texts)
+        done = len(texts) if self._store.count(namespace) == len(texts) else 0
+        yield IndexProgress(namespace, done, len(texts))
         if done < len(texts):
-            self._keeping[owner] = this = object()
+            self._keeping[namespace] = this = object()
             vectors: list[NDArray[np.float32]] = []
             for first in range(0, len(texts), _BATCH):
                 vectors.append(self.embedder.embed(texts[first : first + _BATCH]))
                 done += len(vectors[-1])
                 if done < len(texts):
-                    yield Kept(owner, done, len(texts))
+                    yield IndexProgress(namespace, done, len(texts))
             with self._storing:
-                if self._keeping.get(owner) is not this:
+                if self._keeping.get(namespace) is not this:
                     return
-                self._store.add(owner, np.concatenate(vectors), keep=True)
-                del self._keeping[owner]
-            yield Kept(owner, done, len(texts))
+                self._store.add(namespace, np.concatenate(vectors), keep=True)
+                del self._keeping[namespace]
+            yield IndexProgress(namespace, done, len(texts))
 
-    def drop(self, owner: str) -> None:
+    def delete(self, namespace: str) -> None:
         """Remove kept vectors. Raises RetrievalError when the store fails."""
         with self._storing:
-            self._keeping.pop(owner, None)
-            self._store.delete(owner)
+            self._keeping.pop(namespace, None)
+            self._store.delete(namespace)
 
     def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
         """Return (position, score) of all `chunks` that reach the threshold, best first.
 
         Each content has vectors of its own where these are kept, by `keep` or to be kept now; the others share an
-        owner that is gone afterwards.
+        namespace that is gone afterwards.
         """
         vector = self.embedder.embed_query(query)
         found: list[tuple[int, float]] = []
 
-        def search(owner: str, among: list[RetrievedChunk]) -> None:
-            hits = self._store.search(owner, vector, limit=len(among), threshold=options.threshold)
+        def search(namespace: str, among: list[RetrievedChunk]) -> None:
+            hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
             found.extend((among[i].position, score) for i, score in hits)
 
         passing: list[RetrievedChunk] = []
         for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
             group = list(of_content)
             texts = [chunk.text for chunk in group]
-            owner = self._kept_owner(texts)
+            namespace = self._kept_namespace(texts)
             # A write that broke off halfway leaves fewer points than texts, and is done again.
-            is_kept = self._store.count(owner) == len(group)
+            is_kept = self._store.count(namespace) == len(group)
             if options.keep and not is_kept:
-                self._store.add(owner, self.embedder.embed(texts), keep=True)
+                self._store.add(namespace, self.embedder.embed(texts), keep=True)
             if options.keep or is_kept:
-                search(owner, group)
+                search(namespace, group)
             else:
                 passing += group
         if passing:
-            owner = uuid.uuid4().hex
+            namespace = uuid.uuid4().hex
             try:
-                self._store.add(owner, self.embedder.embed([chunk.text for chunk in passing]))
-                search(owner, passing)
+                self._store.add(namespace, self.embedder.embed([chunk.text for chunk in passing]))
+                search(namespace, passing)
             finally:
-                self._store.delete(owner)
+                self._store.delete(namespace)
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
-    def _kept_owner(self, texts: list[str]) -> str:
+    def _kept_namespace(self, texts: list[str]) -> str:
         # Named by exactly what its points hold, so that no change of contents, chunk size, tokenizer or embedder can
         # find another's vectors.
         identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])

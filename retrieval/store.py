@@ -1,7 +1,7 @@
 """Vectors in Qdrant: in this process, or on a server. The only module that knows Qdrant.
 
-Every point belongs to an owner (one request, or one kept document) and is invisible to all others. In-process Qdrant
-forgets when the process ends; what is to be kept then lies in a folder too, a file of numbers for each owner, from
+Every point belongs to an namespace (one request, or one kept document) and is invisible to all others. In-process Qdrant
+forgets when the process ends; what is to be kept then lies in a folder too, a file of numbers for each namespace, from
 which it is put back when it is first asked for. (Qdrant's own folder admits one process, and reads all of it to start.)
 """
 
@@ -28,7 +28,7 @@ _POINT_IDS = uuid.UUID("6f0f6c1e-6f5b-4a57-9d4c-2f1d3c7a9b10")
 
 
 class ChunkStore:
-    """Cosine search over the vectors of one owner at a time.
+    """Cosine search over the vectors of one namespace at a time.
 
     Args:
         url: a Qdrant server, such as "http://qdrant:6333"; None keeps everything in this process's memory.
@@ -64,34 +64,34 @@ class ChunkStore:
         with self._calling():
             self._ensure(collection)
 
-    def add(self, owner: str, vectors: NDArray[np.float32], *, keep: bool = False) -> None:
+    def add(self, namespace: str, vectors: NDArray[np.float32], *, keep: bool = False) -> None:
         """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing.
 
         With `keep` they outlive this process, where there is a folder or a server.
         """
         with self._calling():
-            self._upsert(owner, vectors)
+            self._upsert(namespace, vectors)
             if keep and self._folder:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 unfinished = self._folder / f".{uuid.uuid4().hex}.npy"
                 np.save(unfinished, vectors)
-                os.replace(unfinished, self._folder / f"{owner}.npy")
+                os.replace(unfinished, self._folder / f"{namespace}.npy")
 
     def search(
-        self, owner: str, vector: NDArray[np.float32], *, limit: int, threshold: float
+        self, namespace: str, vector: NDArray[np.float32], *, limit: int, threshold: float
     ) -> list[tuple[int, float]]:
-        """Return (position, cosine similarity) of the owner's `limit` nearest vectors that reach `threshold`.
+        """Return (position, cosine similarity) of the namespace's `limit` nearest vectors that reach `threshold`.
 
         `vector` is [dimension]. Best first; equal scores come in order of position.
         """
-        collection = self._collection_of(owner)
+        collection = self._collection_of(namespace)
         with self._calling():
             if self._url is None and self._is_missing(collection):
                 return []
             found = self._client.query_points(
                 collection,
                 query=vector.tolist(),
-                query_filter=_of(owner),
+                query_filter=_of(namespace),
                 limit=limit,
                 score_threshold=threshold,
                 with_payload=["position"],
@@ -99,51 +99,51 @@ class ChunkStore:
         hits = [(int(point.payload["position"]), point.score) for point in found.points if point.payload]
         return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
 
-    def count(self, owner: str) -> int:
-        """Return how many vectors the owner has, kept ones included."""
-        collection = self._collection_of(owner)
+    def count(self, namespace: str) -> int:
+        """Return how many vectors the namespace has, kept ones included."""
+        collection = self._collection_of(namespace)
         with self._calling():
             if self._is_missing(collection):
-                kept = self._folder / f"{owner}.npy" if self._folder else None
+                kept = self._folder / f"{namespace}.npy" if self._folder else None
                 if kept is None or not kept.is_file():
                     return 0
                 try:
-                    self._upsert(owner, np.load(kept, allow_pickle=False))
+                    self._upsert(namespace, np.load(kept, allow_pickle=False))
                 except (ValueError, EOFError):  # cut short when the machine went down: as good as none
                     return 0
-            return self._client.count(collection, count_filter=_of(owner), exact=True).count
+            return self._client.count(collection, count_filter=_of(namespace), exact=True).count
 
-    def delete(self, owner: str) -> None:
-        """Forget everything the owner has; nothing happens when that is nothing."""
-        collection = self._collection_of(owner)
+    def delete(self, namespace: str) -> None:
+        """Forget everything the namespace has; nothing happens when that is nothing."""
+        collection = self._collection_of(namespace)
         with self._calling():
             if self._url is None:
                 self._client.delete_collection(collection)
                 if self._folder:
-                    (self._folder / f"{owner}.npy").unlink(missing_ok=True)
+                    (self._folder / f"{namespace}.npy").unlink(missing_ok=True)
             else:
-                self._client.delete(collection, models.FilterSelector(filter=_of(owner)), wait=True)
+                self._client.delete(collection, models.FilterSelector(filter=_of(namespace)), wait=True)
 
     def close(self) -> None:
         """Let go of the connection, or of the memory."""
         with self._calling():
             self._client.close()
 
-    def _collection_of(self, owner: str) -> str:
-        # In-process Qdrant never frees a deleted point and compares every query with it for ever: there each owner has
+    def _collection_of(self, namespace: str) -> str:
+        # In-process Qdrant never frees a deleted point and compares every query with it for ever: there each namespace has
         # a collection to itself, which goes as a whole. A server wants few collections and many tenants.
-        return f"{self._collection}-{owner}" if self._url is None else self._collection
+        return f"{self._collection}-{namespace}" if self._url is None else self._collection
 
-    def _upsert(self, owner: str, vectors: NDArray[np.float32]) -> None:
-        collection = self._collection_of(owner)
+    def _upsert(self, namespace: str, vectors: NDArray[np.float32]) -> None:
+        collection = self._collection_of(namespace)
         if self._is_missing(collection):  # also of a server that lost what it had
             self._ensure(collection)
         for begin in range(0, len(vectors), _BATCH):
             points = [
                 models.PointStruct(
-                    id=str(uuid.uuid5(_POINT_IDS, f"{owner}/{position}")),
+                    id=str(uuid.uuid5(_POINT_IDS, f"{namespace}/{position}")),
                     vector=vectors[position].tolist(),
-                    payload={"owner": owner, "position": position},
+                    payload={"namespace": namespace, "position": position},
                 )
                 for position in range(begin, min(begin + _BATCH, len(vectors)))
             ]
@@ -158,7 +158,7 @@ class ChunkStore:
                 self._client.create_collection(
                     collection,
                     vectors_config=models.VectorParams(size=self._dimension, distance=models.Distance.COSINE),
-                    # One graph per owner and none across owners, since no search crosses them.
+                    # One graph per namespace and none across namespaces, since no search crosses them.
                     hnsw_config=models.HnswConfigDiff(m=0, payload_m=16) if self._url else None,
                 )
             except UnexpectedResponse as error:
@@ -167,7 +167,7 @@ class ChunkStore:
         if self._url is None:
             return
         self._client.create_payload_index(
-            collection, "owner", models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
+            collection, "namespace", models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
         )
         vectors = self._client.get_collection(collection).config.params.vectors
         size = vectors.size if isinstance(vectors, models.VectorParams) else None
@@ -192,5 +192,5 @@ class ChunkStore:
             ) from error
 
 
-def _of(owner: str) -> models.Filter:
-    return models.Filter(must=[models.FieldCondition(key="owner", match=models.MatchValue(value=owner))])
+def _of(namespace: str) -> models.Filter:
+    return models.Filter(must=[models.FieldCondition(key="namespace", match=models.MatchValue(value=namespace))])

@@ -21,7 +21,7 @@ from benchmarks.common.clients import Asked, Question, ask, new_client
 from deployments.builders import build_engine
 from deployments.config import EngineConfig
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Extend, Opening, Sequence, Task
+from rapid.engine.sequence import ForwardRequest, Sequence, SequenceRequest, Task
 from rapid.engine.verify import prefill
 from rapid.sampling.sampler import SamplingParams
 from rapid.text.prompts import Message, read_chat
@@ -61,7 +61,7 @@ class Replay:
         if not written:
             return 0.0
         tokens = read_chat([Message("user", prompt)], self._tokenizer).tokens
-        sequence = self._engine.open(Opening(tokens, len(written), SamplingParams(temperature=0))).result()
+        sequence = self._engine.open(SequenceRequest(tokens, len(written), SamplingParams(temperature=0))).result()
         try:
             self._engine.submit(prefill(sequence)).result()
             return self._engine.submit(_margin(sequence, written)).result()
@@ -72,7 +72,7 @@ class Replay:
 def _margin(sequence: Sequence, written: list[int]) -> Task[float]:
     worst = 0.0
     for token in written:  # one by one, as plain decoding does
-        logits = yield Extend(sequence, sequence.pending(), 1)
+        logits = yield ForwardRequest(sequence, sequence.pending(), 1)
         assert logits is not None
         worst = max(worst, float(logits[0].max() - logits[0, token]))
         sequence.output.append(token)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from deployments.cli.chat_clients import LocalTalker, RemoteTalker, Talker
+from deployments.cli.chat_clients import ChatClient, LocalTalker, RemoteTalker
 from deployments.cli.inputs import read_document
 from deployments.config import AppConfig
 from rapid.errors import InvalidRequest, RapidError
@@ -58,7 +58,7 @@ class Chat:
     """The conversation and its commands. Answers go to stdout, all else to stderr."""
 
     def __init__(
-        self, talker: Talker, documents: list[str], *, status: Status, strategy: str | None, **options: Any
+        self, talker: ChatClient, documents: list[str], *, status: Status, strategy: str | None, **options: Any
     ) -> None:
         self._talker, self._options, self._status = talker, options, status
         self._messages: list[dict[str, str]] = []

@@ -15,7 +15,7 @@ from rapid.errors import RapidError
 Event = str | dict[str, Any]  # a piece of text; at the end one object with `usage` and, from RAPID, `rapid`
 
 
-class Talker(Protocol):
+class ChatClient(Protocol):
     """Whatever answers; ``extra`` goes with every request."""
 
     model: str
@@ -37,12 +37,12 @@ class LocalTalker:
         from deployments.http.errors import parse
         from deployments.http.rate_limits import PUBLIC
         from deployments.schemas.completions import ChatRequest
-        from deployments.schemas.events import Began, rapid_object, usage
+        from deployments.schemas.events import Started, rapid_object, usage
         from rapid.events import Finish
 
         async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:
             async for event in events:
-                yield "" if isinstance(event, Began) else event.text
+                yield "" if isinstance(event, Started) else event.text
                 if isinstance(event, Finish):
                     yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
 

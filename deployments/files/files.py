@@ -17,10 +17,10 @@ from deployments.files.store import Content, FileNotStored, FileStore, Upload
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
 from rapid.backend.protocol import Backend
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest, RapidError, RetrievalFailed
 from rapid.text.prompts import Message, read_chat
-from retrieval import Kept
+from retrieval import IndexProgress
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ PURPOSES = ("user_data", "assistants")
 _CLAIM_POLL_S = 0.02
 
 
-class KeepingBackend(Backend, Protocol):
+class IndexingBackend(Backend, Protocol):
     """A backend whose retriever keeps documents' vectors."""
 
-    def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+    def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
         """Embeds ``text`` for later requests, and tells how far it is.
 
         Raises:
@@ -39,20 +39,20 @@ class KeepingBackend(Backend, Protocol):
         """
         ...
 
-    async def drop(self, vectors: str) -> None:
+    async def delete(self, vectors: str) -> None:
         """Removes what was kept. Raises RetrievalFailed likewise."""
         ...
 
 
 class Files(Protocol):
-    """`LocalFiles`, or those of another process. A file is nobody's but its owner's: others get FileNotStored."""
+    """`LocalFiles`, or those of another process. A file is nobody's but its tenant's: others get FileNotStored."""
 
-    async def upload(self, owner: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]: ...
-    async def listed(self, owner: str) -> list[dict[str, Any]]: ...
-    async def get(self, owner: str, file_id: str) -> dict[str, Any]: ...
-    async def content(self, owner: str, file_id: str) -> tuple[str, bytes]: ...
-    async def delete(self, owner: str, file_id: str) -> None: ...
-    async def warm(self, owner: str, file_id: str) -> dict[str, Any]: ...
+    async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]: ...
+    async def listed(self, tenant: str) -> list[dict[str, Any]]: ...
+    async def get(self, tenant: str, file_id: str) -> dict[str, Any]: ...
+    async def content(self, tenant: str, file_id: str) -> tuple[str, bytes]: ...
+    async def delete(self, tenant: str, file_id: str) -> None: ...
+    async def warm(self, tenant: str, file_id: str) -> dict[str, Any]: ...
 
 
 class LocalFiles:
@@ -62,7 +62,7 @@ class LocalFiles:
     are not finished sees to it that they will be.
     """
 
-    def __init__(self, config: AppConfig, backend: KeepingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self._store = FileStore(config.files.path)
         self._chunk_tokens = config.retriever.options.chunk_tokens
@@ -70,7 +70,7 @@ class LocalFiles:
         self._embedding: dict[str, asyncio.Task[None]] = {}  # by content
         self._failed: dict[str, str] = {}  # and why; here, since a full disk is one of the reasons
 
-    async def upload(self, owner: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
+    async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
         """Reads a file and begins to embed it; bytes that were read before are not read again.
 
         Raises:
@@ -78,7 +78,7 @@ class LocalFiles:
         """
         if purpose not in PURPOSES:
             raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
-        stored = await asyncio.to_thread(self._store.uploads, owner)
+        stored = await asyncio.to_thread(self._store.uploads, tenant)
         limit = self._config.files.max_stored_mb
         if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
             message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
@@ -90,24 +90,24 @@ class LocalFiles:
         except FileNotStored:
             text, kind = await self._extract(data, filename, param="file")
             content = await asyncio.to_thread(self._describe, text, kind)
-        upload = await asyncio.to_thread(self._store.put, owner, filename, purpose, data, text, content)
+        upload = await asyncio.to_thread(self._store.put, tenant, filename, purpose, data, text, content)
         self._failed.pop(name, None)
         return self._object(upload, self._store.content(name))
 
-    async def listed(self, owner: str) -> list[dict[str, Any]]:
+    async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """OpenAI's file objects, the oldest first."""
-        return [self._object(*known) for known in await asyncio.to_thread(self._known, owner)]
+        return [self._object(*known) for known in await asyncio.to_thread(self._known, tenant)]
 
-    async def get(self, owner: str, file_id: str) -> dict[str, Any]:
-        upload = self._store.upload(owner, file_id)
+    async def get(self, tenant: str, file_id: str) -> dict[str, Any]:
+        upload = self._store.upload(tenant, file_id)
         return self._object(upload, self._store.content(upload.content))
 
-    async def content(self, owner: str, file_id: str) -> tuple[str, bytes]:
+    async def content(self, tenant: str, file_id: str) -> tuple[str, bytes]:
         """(filename, the bytes as they came)."""
-        upload = self._readable(owner, file_id)
+        upload = self._readable(tenant, file_id)
         return upload.filename, await asyncio.to_thread(self._store.original, upload.content)
 
-    async def delete(self, owner: str, file_id: str) -> None:
+    async def delete(self, tenant: str, file_id: str) -> None:
         """Removes the file and, where no other has its text, the text, its vectors, and its keys and values.
 
         One that failed can be done again, until everything is gone.
@@ -115,7 +115,7 @@ class LocalFiles:
         Raises:
             RetrievalFailed: the vectors cannot be reached.
         """
-        name = await asyncio.to_thread(self._store.retire, owner, file_id)
+        name = await asyncio.to_thread(self._store.retire, tenant, file_id)
         with suppress(FileNotStored):  # of the text: the rest had been done when an earlier attempt broke off
             text = await asyncio.to_thread(self._store.text, name)
             async with self._claimed(self._store.content(name).text_sha256):
@@ -123,24 +123,24 @@ class LocalFiles:
                 if vectors is not None:
                     await self._forget(text)
                 if vectors:
-                    await self._backend.drop(vectors)
+                    await self._backend.delete(vectors)
         with suppress(FileNotStored):  # of the record: the same was asked for twice
-            await asyncio.to_thread(self._store.remove, owner, file_id)
+            await asyncio.to_thread(self._store.remove, tenant, file_id)
 
-    async def warm(self, owner: str, file_id: str) -> dict[str, Any]:
+    async def warm(self, tenant: str, file_id: str) -> dict[str, Any]:
         """Reads what every chat begins with whose first message begins with the file, so that the engine has it.
 
         Raises:
             ContextLengthExceeded: it does not fit the target's window.
         """
-        name = self._readable(owner, file_id).content
+        name = self._readable(tenant, file_id).content
         text = await asyncio.to_thread(self._store.text, name)
         prompt = await asyncio.to_thread(self._beginning, text)
         window = self._backend.info("target").window
         if len(prompt) >= window:
             raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=1, window=window, param="file_id")
         try:
-            async with self._backend.lease("target", Opening(prompt, 1, self._config.sampling)) as lease:
+            async with self._backend.lease("target", SequenceRequest(prompt, 1, self._config.sampling)) as lease:
                 prefilled = await lease.prefill()
         finally:
             await self._forget_deleted({name: text})
@@ -153,7 +153,7 @@ class LocalFiles:
         }
 
     @asynccontextmanager
-    async def read(self, completion: Completion, owner: str) -> AsyncIterator[Completion]:
+    async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Completion]:
         """``completion`` with the text of its file parts in their place, for as long as it is being answered.
 
         Raises:
@@ -163,13 +163,13 @@ class LocalFiles:
             yield completion
             return
         used: dict[str, str] = {}  # content to text
-        messages = [await self._read_message(i, message, owner, used) for i, message in enumerate(completion.messages)]
+        messages = [await self._read_message(i, message, tenant, used) for i, message in enumerate(completion.messages)]
         try:
             yield completion.model_copy(update={"messages": messages})
         finally:
             await self._forget_deleted(used)
 
-    async def _read_message(self, i: int, message: ChatMessage, owner: str, used: dict[str, str]) -> ChatMessage:
+    async def _read_message(self, i: int, message: ChatMessage, tenant: str, used: dict[str, str]) -> ChatMessage:
         if not isinstance(message.content, list):
             return message
         parts: list[Any] = []
@@ -178,16 +178,16 @@ class LocalFiles:
                 where = f"messages.{i}.content.{j}.file"
                 if message.role not in ("user", "system", "developer"):
                     raise InvalidRequest(f"a {message.role} message cannot hold a file", param=where)
-                part = DocumentText(type="text", text=await self._text(part, owner, where, used))
+                part = DocumentText(type="text", text=await self._text(part, tenant, where, used))
             parts.append(part)
         return message.model_copy(update={"content": parts})
 
-    async def _text(self, part: FilePart, owner: str, where: str, used: dict[str, str]) -> str:
+    async def _text(self, part: FilePart, tenant: str, where: str, used: dict[str, str]) -> str:
         if part.file.file_id is None:
             data = await asyncio.to_thread(part.file.data, f"{where}.file_data")
             return (await self._extract(data, part.file.filename or "", param=f"{where}.file_data"))[0]
         try:
-            name = self._readable(owner, part.file.file_id).content
+            name = self._readable(tenant, part.file.file_id).content
             text = used[name] = await asyncio.to_thread(self._store.text, name)
         except RapidError as error:
             error.param = f"{where}.file_id"
@@ -195,16 +195,16 @@ class LocalFiles:
         self._see_to_embedding(name, self._store.content(name))
         return text
 
-    def _readable(self, owner: str, file_id: str) -> Upload:
-        upload = self._store.upload(owner, file_id)
+    def _readable(self, tenant: str, file_id: str) -> Upload:
+        upload = self._store.upload(tenant, file_id)
         if upload.is_going:
             raise FileNotStored(f"the file {file_id!r} is being deleted", param="file_id")
         return upload
 
-    def _known(self, owner: str) -> list[tuple[Upload, Content]]:
-        """The owner's files, less those that are deleted meanwhile."""
+    def _known(self, tenant: str) -> list[tuple[Upload, Content]]:
+        """The tenant's files, less those that are deleted meanwhile."""
         known = []
-        for upload in self._store.uploads(owner):
+        for upload in self._store.uploads(tenant):
             with suppress(FileNotStored):
                 known.append((upload, self._store.content(upload.content)))
         return known
@@ -278,13 +278,13 @@ class LocalFiles:
                     content = replace(
                         content,
                         made_with=self._made_with,
-                        vectors=kept.owner,
+                        vectors=kept.namespace,
                         chunks=kept.num_chunks,
                         embedded=kept.num_embedded,
                     )
                     await asyncio.to_thread(self._store.update, name, content)
                 if outdated and outdated != content.vectors:
-                    await self._backend.drop(outdated)
+                    await self._backend.delete(outdated)
         except FileNotStored:  # any more; whoever deletes it waits for the claim, and then drops the vectors
             return
         except Exception as error:

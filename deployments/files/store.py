@@ -1,6 +1,6 @@
 """Uploaded files in a folder that several processes may share, and what is known of each content, once per content.
 
-    owners/<owner>/<file id>.json    one upload: its name, purpose, and which content it has
+    tenants/<tenant>/<file id>.json    one upload: its name, purpose, and which content it has
     contents/<SHA-256>/original      the bytes as they came; `text` is what was read from them, `state.json` a `Content`
     claims/<SHA-256 of a text>       locked by whoever writes or drops that text's vectors
     lock                             held while something comes or goes
@@ -36,7 +36,7 @@ class FileNotStored(RapidError):
 
 @dataclass(frozen=True)
 class Upload:
-    """One owner's file; ``content`` is the SHA-256 of its bytes. Once ``is_going``, it can only be deleted."""
+    """One tenant's file; ``content`` is the SHA-256 of its bytes. Once ``is_going``, it can only be deleted."""
 
     id: str
     filename: str
@@ -77,7 +77,7 @@ class FileStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, owner: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
+    def put(self, tenant: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
         """A new upload. What is known of the same bytes already stays as it is."""
         name = hashlib.sha256(data).hexdigest()
         upload = Upload(f"file-{uuid.uuid4().hex}", filename, purpose, len(data), int(time.time()), name)
@@ -93,26 +93,26 @@ class FileStore:
                 _write(made / "state.json", asdict(content))
                 shutil.rmtree(place, ignore_errors=True)  # what is left where its removal broke off
                 made.rename(place)
-            _write(self._record(owner, upload.id), asdict(upload))
+            _write(self._record(tenant, upload.id), asdict(upload))
         return upload
 
-    def uploads(self, owner: str) -> list[Upload]:
-        """The owner's files, the oldest first."""
-        return sorted(self._uploads(owner), key=lambda upload: (upload.created_at, upload.id))
+    def uploads(self, tenant: str) -> list[Upload]:
+        """The tenant's files, the oldest first."""
+        return sorted(self._uploads(tenant), key=lambda upload: (upload.created_at, upload.id))
 
-    def upload(self, owner: str, file_id: str) -> Upload:
+    def upload(self, tenant: str, file_id: str) -> Upload:
         found = None
         if _FILE_ID.fullmatch(file_id):  # or else it could lead anywhere
-            found = _read(self._record(owner, file_id))
+            found = _read(self._record(tenant, file_id))
         if found is None:
             raise FileNotStored(f"there is no file {file_id!r}", param="file_id")
         return found
 
-    def retire(self, owner: str, file_id: str) -> str:
+    def retire(self, tenant: str, file_id: str) -> str:
         """Begins a file's deletion, or begins it again; which content it has. From now on nobody reads it."""
         with self._locked():
-            upload = replace(self.upload(owner, file_id), is_going=True)
-            _write(self._record(owner, file_id), asdict(upload))
+            upload = replace(self.upload(tenant, file_id), is_going=True)
+            _write(self._record(tenant, file_id), asdict(upload))
             if upload.content not in self._staying():
                 with suppress(FileNotStored):
                     self._set(upload.content, replace(self.content(upload.content), is_going=True))
@@ -136,16 +136,16 @@ class FileStore:
                 self._set(other, replace(self.content(other), made_with="", embedded=0))
             return content.vectors
 
-    def remove(self, owner: str, file_id: str) -> None:
+    def remove(self, tenant: str, file_id: str) -> None:
         """The end of a file's deletion. Its bytes and text go where no other has them, also none that is going."""
         with self._locked():
-            name = self.upload(owner, file_id).content
+            name = self.upload(tenant, file_id).content
             if sum(upload.content == name for upload in self._uploads("*")) == 1:
                 # Without its state the rest counts as not there, wherever this breaks off.
                 (self._content(name) / "state.json").unlink(missing_ok=True)
                 with suppress(FileNotFoundError):
                     shutil.rmtree(self._content(name))
-            self._record(owner, file_id).unlink()
+            self._record(tenant, file_id).unlink()
 
     def has(self, content: str) -> bool:
         """Whether some file that is not going has it."""
@@ -199,11 +199,11 @@ class FileStore:
     def _content(self, name: str) -> Path:
         return self._folder / "contents" / name
 
-    def _record(self, owner: str, file_id: str) -> Path:
-        return self._folder / "owners" / owner / f"{file_id}.json"
+    def _record(self, tenant: str, file_id: str) -> Path:
+        return self._folder / "tenants" / tenant / f"{file_id}.json"
 
-    def _uploads(self, owners: str) -> list[Upload]:
-        found = [_read(path) for path in self._folder.glob(f"owners/{owners}/file-*.json")]
+    def _uploads(self, tenants: str) -> list[Upload]:
+        found = [_read(path) for path in self._folder.glob(f"tenants/{tenants}/file-*.json")]
         return [upload for upload in found if upload]
 
     def _names(self) -> list[str]:

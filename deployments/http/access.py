@@ -1,7 +1,7 @@
 """Who may ask, how often, how much at once and for how long: before a request reaches a route.
 
 A key is never kept as it is, shown or logged: what is known of it here is its SHA-256, and the beginning of that is the
-`owner` that files belong to.
+`tenant` that files belong to.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AccessConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
-from deployments.http.rate_limits import PUBLIC, Client, RateLimited, _Bucket
+from deployments.http.rate_limits import PUBLIC, Client, RateLimited, TokenBucket
 from rapid.errors import InvalidRequest, RapidError
 
 _OPEN = {"/", "/favicon.ico", "/health", "/version"}  # what probes and browsers ask first
@@ -57,8 +57,8 @@ def guard(app: FastAPI, config: AccessConfig) -> None:
             expose_headers=[
                 "Retry-After",
                 "X-Request-Id",
-                *_Bucket(1).headers("requests"),
-                *_Bucket(1).headers("tokens"),
+                *TokenBucket(1).headers("requests"),
+                *TokenBucket(1).headers("tokens"),
             ],
         )
 
@@ -106,7 +106,7 @@ class _Guard:
 
     def _client(self, scope: Scope) -> Client:
         """Raises InvalidKey."""
-        owner, name = PUBLIC, scope["client"][0] if scope.get("client") else ""
+        tenant, name = PUBLIC, scope["client"][0] if scope.get("client") else ""
         if self._keys:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.strip().encode()).digest()
@@ -115,11 +115,11 @@ class _Guard:
             if scheme.lower() != "bearer" or not any(is_known):
                 how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
                 raise InvalidKey(f"an API key is needed: {how}")
-            owner = name = digest.hex()[:32]
+            tenant = name = digest.hex()[:32]
         if name not in self._clients:
             of_requests, of_tokens = self._config.requests_per_minute, self._config.tokens_per_minute
             self._clients[name] = Client(
-                owner, _Bucket(of_requests) if of_requests else None, _Bucket(of_tokens) if of_tokens else None
+                tenant, TokenBucket(of_requests) if of_requests else None, TokenBucket(of_tokens) if of_tokens else None
             )
         self._clients.move_to_end(name)
         if len(self._clients) > _CLIENTS:

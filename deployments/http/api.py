@@ -12,13 +12,13 @@ from deployments.config import AppConfig
 from deployments.http.access import guard
 from deployments.http.errors import handle_errors, read
 from deployments.http.files import add_file_routes
-from deployments.http.openapi import ERRORS, complete, takes
+from deployments.http.openapi import ERRORS, complete, describe_body
 from deployments.http.playground import page
 from deployments.http.rate_limits import Client, client_of
 from deployments.http.request_log import Middleware, Observer
-from deployments.http.responses import Shape, server_sent
+from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
-from deployments.schemas.events import Began, Events, usage
+from deployments.schemas.events import Events, Started, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.service import Service
 from rapid.errors import ModelNotFound
@@ -42,15 +42,15 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 
     async def answer(completion: Completion, client: Client) -> Response:
         check_model(completion.model)
-        events = client.counted(service.generate(completion, client.owner))
+        events = client.counted(service.generate(completion, client.tenant))
         return await _answer(completion, observer.generation(completion, events))
 
-    @app.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
+    @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
         completion = await read(ChatRequest, request)
         return await answer(completion, client_of(request))
 
-    @app.post("/v1/completions", **takes(TextRequest, streams=True))
+    @app.post("/v1/completions", **describe_body(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
         completion = await read(TextRequest, request)
         return await answer(completion, client_of(request))
@@ -73,13 +73,13 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
         check_model(name)
         return await model()
 
-    @app.post("/tokenize", **takes(TokenizeRequest, answer=Tokenized))
+    @app.post("/tokenize", **describe_body(TokenizeRequest, answer=Tokenized))
     async def tokenize(request: Request) -> Tokenized:
         body = await read(TokenizeRequest, request)
         check_model(body.model or model_name)
         return await service.tokenize(body)
 
-    @app.post("/detokenize", **takes(DetokenizeRequest, answer=Detokenized))
+    @app.post("/detokenize", **describe_body(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
         body = await read(DetokenizeRequest, request)
         check_model(body.model or model_name)
@@ -105,15 +105,15 @@ def make_api(config: AppConfig, service: Service) -> FastAPI:
 async def _answer(completion: Completion, events: Events) -> Response:
     # The first tokens come before any header does, so that what is wrong with the request gets its own status.
     began, first = await anext(events), await anext(events)
-    assert isinstance(began, Began) and not isinstance(first, Began)
-    shape = Shape(completion, began)
+    assert isinstance(began, Started) and not isinstance(first, Started)
+    formatter = ResponseFormatter(completion, began)
     if completion.stream:
-        stream = server_sent(shape, first, events)
+        stream = server_sent(formatter, first, events)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    return await _whole(shape, first, events)
+    return await _whole(formatter, first, events)
 
 
-async def _whole(shape: Shape, first: Delta | Finish, events: Events) -> Response:
+async def _whole(formatter: ResponseFormatter, first: Delta | Finish, events: Events) -> Response:
     async with aclosing(events):
-        body = shape.whole([first, *[event async for event in events]])
-    return JSONResponse({**body, "usage": usage(*shape.statistics), **shape.summary()})
+        body = formatter.whole([first, *[event async for event in events]])
+    return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})

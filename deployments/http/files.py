@@ -40,7 +40,7 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
             return await files.upload(
-                client_of(request).owner, file.filename or "file", str(purpose), await file.read()
+                client_of(request).tenant, file.filename or "file", str(purpose), await file.read()
             )
 
     @app.get("/v1/files", responses=ERRORS)
@@ -51,7 +51,7 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
         after: str | None = None,
         purpose: str | None = None,
     ) -> dict[str, Any]:
-        every = await files.listed(client_of(request).owner)
+        every = await files.listed(client_of(request).tenant)
         found = [file for file in every if purpose in (None, file["purpose"])]
         if order == "desc":
             found.reverse()
@@ -66,11 +66,11 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.get("/v1/files/{file_id}", responses=ERRORS)
     async def get(request: Request, file_id: str) -> dict[str, Any]:
-        return await files.get(client_of(request).owner, file_id)
+        return await files.get(client_of(request).tenant, file_id)
 
     @app.get("/v1/files/{file_id}/content", responses=ERRORS)
     async def content(request: Request, file_id: str) -> Response:
-        filename, data = await files.content(client_of(request).owner, file_id)
+        filename, data = await files.content(client_of(request).tenant, file_id)
         # Whatever is in it, a browser is to save it and not to show it as a page of this site.
         headers = {
             "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
@@ -80,12 +80,12 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.delete("/v1/files/{file_id}", responses=ERRORS)
     async def delete(request: Request, file_id: str) -> dict[str, Any]:
-        await files.delete(client_of(request).owner, file_id)
+        await files.delete(client_of(request).tenant, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
     @app.post("/v1/files/{file_id}/warm", responses=ERRORS)
     async def warm(request: Request, file_id: str) -> dict[str, Any]:
         client = client_of(request)
-        warmed = await files.warm(client.owner, file_id)
+        warmed = await files.warm(client.tenant, file_id)
         client.spend(warmed["prompt_tokens"])
         return warmed

@@ -70,7 +70,7 @@ EVENT = {
 }
 
 
-def takes(body: type[BaseModel], *, streams: bool = False, answer: type[BaseModel] = Answer) -> dict[str, Any]:
+def describe_body(body: type[BaseModel], *, streams: bool = False, answer: type[BaseModel] = Answer) -> dict[str, Any]:
     """What a route that reads ``body`` from JSON is declared with."""
     schema = body.model_json_schema(ref_template=REF)
     _allow_null(schema)

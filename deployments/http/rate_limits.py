@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from deployments.schemas.events import Began, Events
+from deployments.schemas.events import Events, Started
 from rapid.errors import RapidError
 from rapid.events import Delta
 
@@ -25,7 +25,7 @@ class RateLimited(RapidError):
         self.retry_after = retry_after
 
 
-class _Bucket:
+class TokenBucket:
     """A minute's allowance, refilled steadily. It may be overdrawn, since what a request costs is known afterwards."""
 
     def __init__(self, per_minute: int) -> None:
@@ -51,14 +51,14 @@ class _Bucket:
 
 @dataclass
 class Client:
-    """Who a request is from; ``owner`` is whose files it sees. Its limits are None where there are none."""
+    """Who a request is from; ``tenant`` is whose files it sees. Its limits are None where there are none."""
 
-    owner: str = PUBLIC
-    requests: _Bucket | None = None
-    tokens: _Bucket | None = None
+    tenant: str = PUBLIC
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
 
     @property
-    def limits(self) -> dict[str, _Bucket]:
+    def limits(self) -> dict[str, TokenBucket]:
         named = {"requests": self.requests, "tokens": self.tokens}
         return {what: bucket for what, bucket in named.items() if bucket is not None}
 
@@ -88,7 +88,7 @@ class Client:
         try:
             async with aclosing(events):
                 async for event in events:
-                    if isinstance(event, Began):
+                    if isinstance(event, Started):
                         prompt_tokens = event.prompt_tokens
                     elif isinstance(event, Delta):
                         self.spend(prompt_tokens + len(event.tokens))

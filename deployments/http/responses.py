@@ -11,7 +11,7 @@ from typing import Any
 
 from deployments.http.errors import server_sent_error
 from deployments.schemas.completions import ChatRequest, Completion
-from deployments.schemas.events import Began, Events, rapid_object, round_object, usage
+from deployments.schemas.events import Events, Started, rapid_object, round_object, usage
 from deployments.schemas.tools import CallReader
 from rapid.events import Delta, Finish, NamedToken, Statistics, TokenLogprobs
 
@@ -19,7 +19,7 @@ from rapid.events import Delta, Finish, NamedToken, Statistics, TokenLogprobs
 class Choice:
     """One of an answer's choices, as it is written: what is to be shown of its events."""
 
-    def __init__(self, completion: Completion, began: Began) -> None:
+    def __init__(self, completion: Completion, began: Started) -> None:
         self.is_chat = isinstance(completion, ChatRequest)
         self.has_logprobs = bool(completion.logprobs) if self.is_chat else completion.logprobs is not None
         self._calls = CallReader(completion.tools_in_use, began.calls) if began.calls else None
@@ -81,13 +81,13 @@ def _token(token: NamedToken) -> dict[str, Any]:
     return {"token": _spelled(token), "logprob": token.logprob, "bytes": list(token.spelled)}
 
 
-class Shape:
+class ResponseFormatter:
     """How one endpoint's answer looks, whole and in chunks.
 
     With n = 1 the `rapid` object is the answer's, on the last chunk of a stream; else each choice has its own.
     """
 
-    def __init__(self, completion: Completion, began: Began) -> None:
+    def __init__(self, completion: Completion, began: Started) -> None:
         self.completion, self._echoed = completion, began.echoed
         self.is_chat = isinstance(completion, ChatRequest)
         self.choices = [Choice(completion, began) for _ in range(completion.n)]
@@ -168,28 +168,28 @@ class Shape:
         return {"rapid": rapid_object(self.statistics[0])} if len(self.choices) == 1 else {}
 
 
-async def server_sent(shape: Shape, first: Delta | Finish, events: Events) -> AsyncGenerator[str, None]:
+async def server_sent(formatter: ResponseFormatter, first: Delta | Finish, events: Events) -> AsyncGenerator[str, None]:
     """The answer as server-sent events. The `rapid` object is on the last chunk, whichever that is."""
-    include_usage = shape.completion.stream_options.include_usage
+    include_usage = formatter.completion.stream_options.include_usage
 
     def sent(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     more = {"usage": None} if include_usage else {}
     try:
-        for chunk in shape.first_chunks():
+        for chunk in formatter.first_chunks():
             yield sent(chunk | more)
         async with aclosing(_chained(first, events)) as all_events:
             async for event in all_events:
-                *before, last = shape.chunks(event) or [None]
+                *before, last = formatter.chunks(event) or [None]
                 for chunk in before:
                     yield sent(chunk | more)
                 if last is None:
                     continue
-                ends = isinstance(event, Finish) and len(shape.statistics) == len(shape.choices)
-                yield sent(last | more | (shape.summary() if ends and not include_usage else {}))
+                ends = isinstance(event, Finish) and len(formatter.statistics) == len(formatter.choices)
+                yield sent(last | more | (formatter.summary() if ends and not include_usage else {}))
         if include_usage:
-            yield sent(last | {"choices": [], "usage": usage(*shape.statistics)} | shape.summary())
+            yield sent(last | {"choices": [], "usage": usage(*formatter.statistics)} | formatter.summary())
     except asyncio.CancelledError:
         raise
     except Exception as error:

@@ -18,13 +18,13 @@ from opentelemetry.trace import Span, Status, StatusCode
 
 from rapid.backend.protocol import Backend, DraftHandle, Lease, Retrieval, Role
 from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
 from rapid.request import GenerationRequest
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 
 _tracer = trace.get_tracer("rapid")
 
@@ -77,7 +77,7 @@ class TracedBackend:
 
     def __init__(self, backend: Backend, parent: Span) -> None:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
-        self.patience_s, self.overlap = backend.patience_s, backend.overlap
+        self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
 
     @property
     def costs(self) -> Costs:
@@ -105,7 +105,7 @@ class TracedBackend:
             return retrieval
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         attributes = {"rapid.role": role, "rapid.prompt_tokens": len(opening.prompt)}
         async with AsyncExitStack() as stack:
             with _ending(_tracer.start_span("queue", self._context, attributes=attributes)):
@@ -117,7 +117,7 @@ class _TracedLease:
     def __init__(self, lease: Lease, context: Context, attributes: dict[str, Any]) -> None:
         self._lease, self._context, self._attributes = lease, context, attributes
 
-    async def prefill(self) -> Prefilled:
+    async def prefill(self) -> PrefillResult:
         with _ending(_tracer.start_span("prefill", self._context, attributes=self._attributes)) as span:
             prefilled = await self._lease.prefill()
             span.set_attribute("rapid.cached_tokens", prefilled.cached_tokens)
@@ -140,7 +140,7 @@ class _TracedLease:
     def ahead(self) -> Awaitable[Draft | None]:
         return self._lease.ahead()
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         if isinstance(draft, asyncio.Future):
             await asyncio.wait([draft])  # a span of its own; what becomes of it is told below
         with _ending(_tracer.start_span("verify", self._context, attributes={"rapid.rule": rule})) as span:

@@ -8,7 +8,7 @@ from deployments.schemas.tools import CallFormat
 from rapid.events import Delta, Finish, Statistics
 
 
-class Began(NamedTuple):
+class Started(NamedTuple):
     """The first event of an answer: its prompt is known, and is now read by the target.
 
     ``echoed`` is what of the prompt comes before the answer. ``calls`` is how the model writes calls, where it may.
@@ -19,7 +19,9 @@ class Began(NamedTuple):
     calls: CallFormat | None = None
 
 
-Events = AsyncGenerator[Began | Delta | Finish, None]  # `Began`, then a `Delta` a round, and a `Finish` for each choice
+Events = AsyncGenerator[
+    Started | Delta | Finish, None
+]  # `Started`, then a `Delta` a round, and a `Finish` for each choice
 
 
 def rapid_object(statistics: Statistics) -> dict[str, Any]:

@@ -16,17 +16,17 @@ from deployments.serve.channel import Channel
 from deployments.serve.engines import Ticket, document_of, engines_of
 from rapid.backend.protocol import DraftHandle, Lease, Retrieval, Role
 from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
-from retrieval import Kept, RetrievalError
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
+from retrieval import IndexProgress, RetrievalError
 
-_PATIENCE_FOR_ANOTHER_S = 300.0  # engine, when one is lost: a new replica has to load its model
-_A_TRY_S = 20.0  # at one: what was asked of a node that is gone is answered by nobody, and Ray notices late
-_PATIENCE_S = 5.0  # with Serve, for what a request can do without
-_ON_ITS_WAY_S = 0.3  # for a ticket, when the request that asked for it is gone
+_RESUME_TIMEOUT_S = 300.0  # engine, when one is lost: a new replica has to load its model
+_LEASE_TIMEOUT_S = 20.0  # at one: what was asked of a node that is gone is answered by nobody, and Ray notices late
+_OPTIONAL_TIMEOUT_S = 5.0  # with Serve, for what a request can do without
+_LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket, when the request that asked for it is gone
 
 
 class RayBackend:
@@ -41,7 +41,7 @@ class RayBackend:
         may_be_away: Collection[Role] = (),
     ) -> None:
         self.costs = Costs()
-        self.patience_s = _PATIENCE_FOR_ANOTHER_S
+        self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap = overlap
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
         self._queue = QueueMetrics(engines)
@@ -79,7 +79,7 @@ class RayBackend:
         stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
         try:
             with _retrieving():
-                async with asyncio.timeout(_PATIENCE_S):
+                async with asyncio.timeout(_OPTIONAL_TIMEOUT_S):
                     await anext(stream)
                 retrieval: Retrieval = await anext(stream)
         except asyncio.CancelledError:
@@ -87,10 +87,10 @@ class RayBackend:
             raise
         except TimeoutError as error:
             stream.cancel()
-            raise RetrievalFailed(f"no retriever answered within {_PATIENCE_S} s") from error
+            raise RetrievalFailed(f"no retriever answered within {_OPTIONAL_TIMEOUT_S} s") from error
         return retrieval
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
         stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens)
         try:
             with _retrieving():
@@ -99,15 +99,15 @@ class RayBackend:
         finally:
             stream.cancel()
 
-    async def drop(self, vectors: str) -> None:
-        dropped = self._retriever.drop.remote(vectors)
+    async def delete(self, vectors: str) -> None:
+        dropped = self._retriever.delete.remote(vectors)
         try:
             with _retrieving():
-                async with asyncio.timeout(_A_TRY_S):
+                async with asyncio.timeout(_LEASE_TIMEOUT_S):
                     await dropped
         except TimeoutError as error:
             dropped.cancel()
-            raise RetrievalFailed(f"no retriever answered within {_A_TRY_S} s") from error
+            raise RetrievalFailed(f"no retriever answered within {_LEASE_TIMEOUT_S} s") from error
 
     async def forget(self, tokens: list[int]) -> None:
         """Every engine of the application, whoever has asked it for something."""
@@ -119,16 +119,16 @@ class RayBackend:
                     await engine.forget.remote(tokens)
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(opening.prompt))
         stream = handle.lease.remote(opening)
         first = asyncio.ensure_future(anext(stream))
         try:
-            patience_s = _A_TRY_S if opening.may_wait else _PATIENCE_S
+            resume_timeout_s = _LEASE_TIMEOUT_S if opening.may_wait else _OPTIONAL_TIMEOUT_S
             with self._queue.waiting(role):
-                while not (await asyncio.wait([first], timeout=patience_s))[0]:
+                while not (await asyncio.wait([first], timeout=resume_timeout_s))[0]:
                     if opening.written or not opening.may_wait:
-                        raise Overloaded(f"no {role} had a place within {patience_s:g} s")
+                        raise Overloaded(f"no {role} had a place within {resume_timeout_s:g} s")
                     if not await self._is_there(role):
                         raise EngineLost(f"there is no {role}")
                     # Busy replicas are waited for in their queue.
@@ -167,7 +167,7 @@ class RayBackend:
         """Ends a lease whose ticket nobody waits for; one that is on its way already is given back by name."""
 
         async def give_back() -> None:
-            done, _ = await asyncio.wait([first], timeout=_ON_ITS_WAY_S)
+            done, _ = await asyncio.wait([first], timeout=_LATE_TICKET_TIMEOUT_S)
             stream.cancel()
             if done and not first.cancelled() and first.exception() is None and isinstance(first.result(), Ticket):
                 first.result().engine.close.remote(first.result().lease_id)
@@ -207,8 +207,8 @@ class _RayLease:
     def __init__(self, channel: Channel, lease_id: str) -> None:
         self._channel, self._id = channel, lease_id
 
-    async def prefill(self) -> Prefilled:
-        prefilled: Prefilled = await self._call("prefill")
+    async def prefill(self) -> PrefillResult:
+        prefilled: PrefillResult = await self._call("prefill")
         return prefilled
 
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
@@ -217,12 +217,12 @@ class _RayLease:
     def ahead(self) -> Awaitable[Draft | None]:
         return self._channel.call("ahead", self._id)
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         try:
             draft = draft if isinstance(draft, Draft) else await draft
         except Exception as error:
             raise DraftLost(f"the drafter failed: {error}") from error
-        verified: Verified = await self._call("verify", draft, rule, transfer_strength)
+        verified: VerifyResult = await self._call("verify", draft, rule, transfer_strength)
         return verified
 
     async def _call(self, method: str, *args: Any) -> Any:

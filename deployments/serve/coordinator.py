@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.schemas.completions import Completion
-from deployments.schemas.events import Began
+from deployments.schemas.events import Started
 from deployments.serve.backend import RayBackend
 from deployments.service import LocalService
 from rapid.backend.protocol import Role
@@ -39,10 +39,12 @@ class Coordinator:
         await backend.connect()
         self._service = LocalService(config, backend, tokenizer)
 
-    async def generate(self, completion: Completion, owner: str) -> AsyncIterator[Began | Delta | Finish | RapidError]:
+    async def generate(
+        self, completion: Completion, tenant: str
+    ) -> AsyncIterator[Started | Delta | Finish | RapidError]:
         """`LocalService.generate`, with what is wrong with the request as its last item."""
         try:
-            async with aclosing(self._service.generate(completion, owner)) as events:
+            async with aclosing(self._service.generate(completion, tenant)) as events:
                 async for event in events:
                     yield event
         except RapidError as error:

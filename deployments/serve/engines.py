@@ -27,12 +27,12 @@ from deployments.observability.metrics import EngineMetrics
 from deployments.serve.channel import Address, Listener
 from rapid.engine.engine import Engine, EngineStats
 from rapid.engine.propose import drafted_ahead, propose
-from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.sequence import Sequence, SequenceRequest
 from rapid.engine.verify import prefill, verify_draft
 from rapid.errors import RapidError
 from rapid.models.info import ModelInfo
-from rapid.models.tensor_parallel import Place
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+from rapid.models.tensor_parallel import RankPlacement
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 
 logger = logging.getLogger("ray.serve")
 
@@ -74,7 +74,7 @@ class RankActor:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    async def follow(self, placement: Place) -> None:
+    async def follow(self, placement: RankPlacement) -> None:
         """Loads this rank's share and computes for the first rank, as long as that lives."""
         from deployments.builders import follow_engine
 
@@ -89,7 +89,7 @@ class EngineActor(RankActor):
     """One model, its engine and the open sequences. All calls but the first ones name a lease.
 
     What a request does again and again goes over a channel of the lease's own, without Ray; the sequence is closed when
-    the channel ends, whatever became of its owner. The process ends when its engine can do nothing any more.
+    the channel ends, whatever became of the coordinator that asked. The process ends when its engine can do nothing any more.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -97,7 +97,7 @@ class EngineActor(RankActor):
         self._leases: dict[str, Sequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
 
-    async def load(self, placement: Place | None) -> tuple[ModelInfo, Address]:
+    async def load(self, placement: RankPlacement | None) -> tuple[ModelInfo, Address]:
         """Loads the model, with the other ranks where there are any, starts the engine, and says where it answers."""
         from deployments.builders import build_engine
 
@@ -115,7 +115,7 @@ class EngineActor(RankActor):
     async def forget(self, tokens: list[int]) -> None:
         await asyncio.wrap_future(self._engine.forget(tokens))
 
-    async def open(self, lease_id: str, opening: Opening) -> None:
+    async def open(self, lease_id: str, opening: SequenceRequest) -> None:
         opened = self._opening[lease_id] = self._engine.open(opening)
         try:
             sequence = self._leases[lease_id] = await asyncio.wrap_future(opened)
@@ -126,7 +126,7 @@ class EngineActor(RankActor):
         finally:
             del self._opening[lease_id]
 
-    async def prefill(self, lease_id: str) -> Prefilled:
+    async def prefill(self, lease_id: str) -> PrefillResult:
         return await self._run(prefill(self._sequence(lease_id)))
 
     async def propose(
@@ -138,7 +138,7 @@ class EngineActor(RankActor):
     async def ahead(self, lease_id: str) -> Draft | None:
         return await drafted_ahead(self._sequence(lease_id).drafting_ahead)
 
-    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> VerifyResult:
         return await self._run(verify_draft(self._sequence(lease_id), draft, rule, transfer_strength))
 
     async def close(self, lease_id: str) -> None:
@@ -189,7 +189,7 @@ class EngineReplica:
         watched = [rank.alive.remote() for rank in (self._engine, *followers)]
         placement = None
         if followers:
-            placement = Place(0, config.tensor_parallel, await self._engine.address.remote())
+            placement = RankPlacement(0, config.tensor_parallel, await self._engine.address.remote())
             watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(followers, 1)]
         self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
@@ -208,7 +208,7 @@ class EngineReplica:
         """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
         return document
 
-    async def lease(self, opening: Opening) -> AsyncIterator[Ticket | RapidError]:
+    async def lease(self, opening: SequenceRequest) -> AsyncIterator[Ticket | RapidError]:
         """Opens a sequence; closing this stream, for whatever reason, frees it.
 
         Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.

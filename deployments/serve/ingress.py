@@ -33,8 +33,8 @@ class RemoteService:
         self._coordinator = coordinator
         self.files = RemoteFiles(self._call)
 
-    async def generate(self, completion: Completion, owner: str) -> Events:
-        events = self._coordinator.options(stream=True).generate.remote(completion, owner)
+    async def generate(self, completion: Completion, tenant: str) -> Events:
+        events = self._coordinator.options(stream=True).generate.remote(completion, tenant)
         try:
             async for event in events:
                 if isinstance(event, RapidError):

@@ -8,7 +8,7 @@ from ray import serve
 
 from deployments.builders import build_retriever, in_threads
 from deployments.config import FilesConfig, RetrieverConfig
-from retrieval import Kept, Retrieval, RetrievalOptions
+from retrieval import IndexProgress, Retrieval, RetrievalOptions
 
 
 @serve.deployment
@@ -28,10 +28,10 @@ class RetrieverReplica:
         yield None
         yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
         """`Retriever.keep`, batch by batch."""
         async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
             yield kept
 
-    async def drop(self, vectors: str) -> None:
-        await asyncio.to_thread(self._retriever.drop, vectors)
+    async def delete(self, vectors: str) -> None:
+        await asyncio.to_thread(self._retriever.delete, vectors)

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from rapid.backend.protocol import Backend, DraftHandle, Lease, Role
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import DraftLost, EngineLost, RapidError
 from rapid.events import Statistics
-from rapid.speculation.draft import Draft, DraftLimits, Verified
+from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -29,7 +29,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0  # between two tries to lease
 class TargetLease:
     """The sequence that verifies. ``output`` is the request's own list, which grows with every round."""
 
-    def __init__(self, backend: Backend, role: Role, opening: Opening, output: list[int], stats: Statistics) -> None:
+    def __init__(
+        self, backend: Backend, role: Role, opening: SequenceRequest, output: list[int], stats: Statistics
+    ) -> None:
         self._backend, self._role, self._stats = backend, role, stats
         self._opening, self._output = opening, output
         self._stack = AsyncExitStack()
@@ -50,7 +52,7 @@ class TargetLease:
             self._stats.cached_tokens = prefilled.cached_tokens
         self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         """One round, on another engine where this one is lost.
 
         Raises:
@@ -86,7 +88,7 @@ class TargetLease:
                 return await self._open()
             except RapidError as error:
                 await self._stack.aclose()
-                if not try_again(error) or time.monotonic() - started + pause > self._backend.patience_s:
+                if not try_again(error) or time.monotonic() - started + pause > self._backend.resume_timeout_s:
                     raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -101,7 +103,7 @@ class DrafterLease:
     def __init__(
         self,
         backend: Backend,
-        read: Callable[[], Awaitable[Opening | None]],
+        read: Callable[[], Awaitable[SequenceRequest | None]],
         output: list[int],
         stats: Statistics,
     ) -> None:
@@ -111,7 +113,7 @@ class DrafterLease:
         self._eos = backend.info("drafter").eos_token_ids
         self._ahead: asyncio.Future[Draft | None] | None = None
         self._knows = 0  # how much of the output the drafter has seen
-        self._opening: Opening | None = None  # once it is read
+        self._opening: SequenceRequest | None = None  # once it is read
         self._tried = asyncio.Event()
         self._trying = asyncio.create_task(self._open())
 
@@ -153,7 +155,7 @@ class DrafterLease:
         self._lease = self._ahead = None
         await self._stack.aclose()
         self._stats.fallback = DraftLost("").code
-        if self._backend.patience_s:
+        if self._backend.resume_timeout_s:
             self._trying = asyncio.create_task(self._open(_FIRST_PAUSE_S * 2**self._stats.drafters_lost))
 
     async def close(self) -> None:
@@ -175,13 +177,13 @@ class DrafterLease:
                 logger.warning("going on without a drafter: %s", error)
                 self._stats.fallback = error.code if isinstance(error, RapidError) else "drafter_failed"
                 await self._stack.aclose()
-                if not self._backend.patience_s or not _may_pass(error):
+                if not self._backend.resume_timeout_s or not _may_pass(error):
                     return
             finally:
                 self._tried.set()
             pause = max(_FIRST_PAUSE_S, 2 * pause)
 
-    async def _open_on(self, opening: Opening) -> None:
+    async def _open_on(self, opening: SequenceRequest) -> None:
         self._stats.draft_prompt_tokens = len(opening.prompt)
         # It never waits for room: requests that hold one engine and wait for the other could wait for ever.
         opening = replace(opening.after(self._output), may_wait=False)

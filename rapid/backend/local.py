@@ -10,12 +10,12 @@ from typing import Any
 from rapid.backend.protocol import DraftHandle, Lease, Retrieval, Role
 from rapid.engine.engine import Engine, EngineStats
 from rapid.engine.propose import drafted_ahead, propose
-from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.sequence import Sequence, SequenceRequest
 from rapid.engine.verify import prefill, verify_draft
 from rapid.errors import DraftLost, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 from rapid.text.tokenizer import check_same_tokenizer
 
 Retrieve = Callable[[list[str], str, Any], Retrieval]
@@ -43,7 +43,7 @@ class LocalBackend:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.costs = Costs()
-        self.patience_s = 0.0
+        self.resume_timeout_s = 0.0
         self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve = retrieve
@@ -66,7 +66,7 @@ class LocalBackend:
             await asyncio.wrap_future(engine.forget(tokens))
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         engine = self._engines[role]
         opened = engine.open(opening)
         try:
@@ -84,7 +84,7 @@ class _LocalLease:
     def __init__(self, role: Role, engine: Engine, sequence: Sequence, on_prefill: OnPrefill) -> None:
         self._role, self._engine, self._sequence, self._on_prefill = role, engine, sequence, on_prefill
 
-    async def prefill(self) -> Prefilled:
+    async def prefill(self) -> PrefillResult:
         running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence)))
         try:
             while not running.done():
@@ -102,7 +102,7 @@ class _LocalLease:
     def ahead(self) -> Awaitable[Draft | None]:
         return asyncio.ensure_future(drafted_ahead(self._sequence.drafting_ahead))
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         try:
             draft = draft if isinstance(draft, Draft) else await draft
         except Exception as error:

@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 from rapid.text.prompts import RetrievedText
 
 Role = Literal["target", "drafter"]
@@ -47,13 +47,13 @@ class Retrieval(Protocol):
 class Lease(Protocol):
     """One sequence on one engine, for as long as the context manager that gave it stays open."""
 
-    async def prefill(self) -> Prefilled: ...
+    async def prefill(self) -> PrefillResult: ...
     def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle: ...
     def ahead(self) -> Awaitable[Draft | None]:
         """What the latest `propose` drafts ahead (`rapid.engine.verify.drafted_ahead`)."""
         ...
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         """One round (`rapid.engine.verify.verify_draft`).
 
         Raises:
@@ -66,12 +66,12 @@ class Lease(Protocol):
 class Backend(Protocol):
     """``costs`` is what rounds of earlier requests took; a request leaves its own there.
 
-    ``patience_s`` is for how long another engine is looked for when one is lost, 0 where there is no other. With
+    ``resume_timeout_s`` is for how long another engine is looked for when one is lost, 0 where there is no other. With
     ``overlap`` drafters draft on while the target verifies.
     """
 
     costs: Costs
-    patience_s: float
+    resume_timeout_s: float
     overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
@@ -91,7 +91,7 @@ class Backend(Protocol):
         """Drops what the engines have cached of a text of these ``tokens``."""
         ...
 
-    def lease(self, role: Role, opening: Opening) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, role: Role, opening: SequenceRequest) -> AbstractAsyncContextManager[Lease]:
         """A sequence on one of the engines.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.sequence import Sequence, SequenceRequest
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.sampling.logits_processor import LogitProcessor
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Arrival(NamedTuple):
-    opening: Opening
+    opening: SequenceRequest
     logits: LogitProcessor | None
     future: Future[Sequence]
 
@@ -50,7 +50,7 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._arrivals)
 
-    def arrive(self, opening: Opening, logits: LogitProcessor | None) -> Future[Sequence]:
+    def arrive(self, opening: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
         """The sequence, once an `update` has let it in; ``logits`` applies what the opening asks of them.
 
         The future fails with `Overloaded` when there is no room and it may not wait, or too many do already. Cancelling
@@ -95,7 +95,7 @@ class Admission:
         """
         self._expire(busy)
         for sequence in [s for s in self._closing if s.id not in busy]:
-            self._pool.index(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
+            self._pool.insert(sequence.cache, sequence.prompt + sequence.output, sequence.cache.length)
             self._pool.close(sequence.cache)
             self._closing.remove(sequence)
         arrivals, self._arrivals = self._arrivals, deque()

@@ -1,6 +1,6 @@
 """The batching loop: one model, one thread, many sequences.
 
-A *task* is a generator that yields `Extend`s ("append these tokens to this sequence and give me the logits of the
+A *task* is a generator that yields `ForwardRequest`s ("append these tokens to this sequence and give me the logits of the
 last rows") and is sent the logits. Prefill, propose and verify (`rapid.engine.verify`) are such generators, so the loop knows
 nothing of drafts or rules: it gathers what all live tasks ask for, cuts it to a token budget, runs one ragged forward
 pass, and hands the rows back. Target and drafter are the same class.
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
-from rapid.engine.scheduler import Running, schedule, settle
-from rapid.engine.sequence import Opening, Sequence, Task
+from rapid.engine.scheduler import RunningTask, schedule, settle
+from rapid.engine.sequence import Sequence, SequenceRequest, Task
 from rapid.engine.torch_thread import compute
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import PoolStats
 from rapid.sampling.logits_processor import LogitProcessor
 
@@ -75,14 +75,14 @@ class Engine:
         self._max_batch_tokens = max_batch_tokens
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
-        self._running: list[Running] = []
+        self._running: list[RunningTask] = []
         self._forward_passes = self._tokens_processed = 0
         self._wake = threading.Condition()
         self._ending: EngineLost | None = None  # why nothing is taken any more
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
-    def open(self, opening: Opening) -> Future[Sequence]:
+    def open(self, opening: SequenceRequest) -> Future[Sequence]:
         """A new sequence, with a random generator of its own.
 
         The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
@@ -142,10 +142,10 @@ class Engine:
         return future
 
     def forget(self, tokens: list[int]) -> Future[int]:
-        """Drops what is cached of a text of these ``tokens`` (`KVPool.drop`); how many pages that were."""
+        """Drops what is cached of a text of these ``tokens`` (`KVPool.forget`); how many pages that were."""
 
         def task() -> Task[int]:
-            return self._pool.drop(tokens)
+            return self._pool.forget(tokens)
             yield
 
         return self.submit(task())
@@ -196,50 +196,50 @@ class Engine:
             self._step()
 
     def _update_admission(self) -> None:
-        self._admission.update({running.extend.sequence.id for running in self._running})
+        self._admission.update({running.request.sequence.id for running in self._running})
 
     def _step(self) -> None:
         """One iteration: schedule, run, send the rows back."""
-        for running in [r for r in self._running if r.extend.tokens is None]:
+        for running in [r for r in self._running if r.request.tokens is None]:
             # Another sequence may have computed the same beginning since the last pass.
-            self._pool.adopt(running.extend.sequence.cache, running.extend.sequence.prompt)
+            self._pool.adopt(running.request.sequence.cache, running.request.sequence.prompt)
             if running.num_left <= 0:
                 self._resume(running, None)
         scheduled = schedule(self._running, self._max_batch_tokens)
         if not scheduled:
             return
-        extensions = [
-            Extension(r.extend.sequence.cache, r.chunk(n), r.extend.num_rows if n == r.num_left else 0)
+        entries = [
+            BatchEntry(r.request.sequence.cache, r.chunk(n), r.request.num_rows if n == r.num_left else 0)
             for r, n in scheduled
         ]
         try:
-            rows = self.model.forward(extensions, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
+            rows = self.model.forward(entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
         except PassAbandoned:
             return
         except _BREAKING:
             raise
         except Exception as error:
-            logger.exception("a forward pass over %d sequences failed", len(extensions))
+            logger.exception("a forward pass over %d sequences failed", len(entries))
             for running, _ in scheduled:
                 self._finish(running, error)
             return
         self._forward_passes += 1
         self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
         for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
-            sequence = running.extend.sequence
+            sequence = running.request.sequence
             sequence.last_used = time.monotonic()
             running.num_done += num_tokens
-            if running.extend.tokens is None:
-                self._pool.index(sequence.cache, sequence.prompt, sequence.cache.length)
+            if running.request.tokens is None:
+                self._pool.insert(sequence.cache, sequence.prompt, sequence.cache.length)
             if running.num_left <= 0:
                 self._resume(running, logits)
 
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
         if not future.cancelled():
-            self._running.append(Running(task, future))
+            self._running.append(RunningTask(task, future))
             self._resume(self._running[-1], None)
 
-    def _resume(self, running: Running, logits: Tensor | None) -> None:
+    def _resume(self, running: RunningTask, logits: Tensor | None) -> None:
         try:
             running.resume(logits)
         except StopIteration as stop:
@@ -249,7 +249,7 @@ class Engine:
         except Exception as error:
             self._finish(running, error)
 
-    def _finish(self, running: Running, outcome: object) -> None:
+    def _finish(self, running: RunningTask, outcome: object) -> None:
         self._running.remove(running)
         settle(running.future, outcome)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapid.engine.sequence import Deliver, Extend, Sequence, Task, _ms_since
+from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task, ms_since
 from rapid.kernels.interface import Tokens
 from rapid.sampling.sampler import SamplingParams, probabilities, sample
 from rapid.speculation.draft import Draft, DraftedToken, DraftLimits
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
-Drafting = Generator[Extend | Deliver, Tensor | None, float]
+Drafting = Generator[ForwardRequest | EarlyResult, Tensor | None, float]
 
 
 def propose(
@@ -69,13 +69,13 @@ def _propose(
             first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-        elapsed_ms, more = _ms_since(started), len(draft.tokens) - num_ahead - 1
+        elapsed_ms, more = ms_since(started), len(draft.tokens) - num_ahead - 1
         step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
         draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
         if rest is None:
             return draft
         ahead = sequence.ahead = Draft(sequence.position)
-        yield Deliver(draft, rest)
+        yield EarlyResult(draft, rest)
         if not eos & set(draft.tokens[-1:]):
             yield from _draw_on(sequence, ahead, limits.longer(1), draft_top_k, eos, at_once=False)
         return draft.followed_by(ahead)
@@ -123,13 +123,13 @@ def _draw_on(
     feed: Tokens = sequence.pending()
     ended = False
     while not ended:
-        logits = yield Extend(sequence, feed, 1)
+        logits = yield ForwardRequest(sequence, feed, 1)
         assert logits is not None
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
         drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
         feed = drawn[-1][0].view(1)
-        first_ms = first_ms or _ms_since(started)
+        first_ms = first_ms or ms_since(started)
         if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
             ended = any(draft.append(token, limits, eos) for token in _bring(drawn))
             drawn = []

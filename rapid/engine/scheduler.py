@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rapid.engine.sequence import Deliver, Task
+from rapid.engine.sequence import EarlyResult, Task
 from rapid.kernels.interface import Tokens
 
 
-class Running:
+class RunningTask:
     """A task between two steps: what it asks for, once it was resumed, and how much of that has been done."""
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
@@ -20,36 +20,36 @@ class Running:
     def resume(self, logits: Tensor | None) -> None:
         """To the next pass that the task asks for; raises what ends it."""
         wish = self.task.send(logits)
-        while isinstance(wish, Deliver):
+        while isinstance(wish, EarlyResult):
             settle(self.future, wish.result)
             self.future = wish.rest
             wish = self.task.send(None)
-        self.extend, self.num_done = wish, 0
+        self.request, self.num_done = wish, 0
 
     @property
     def num_left(self) -> int:
-        sequence, tokens, _ = self.extend
+        sequence, tokens, _ = self.request
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
 
     @property
     def is_unwanted(self) -> bool:
-        return self.extend.sequence.ended.done() or self.future.cancelled()
+        return self.request.sequence.ended.done() or self.future.cancelled()
 
     def chunk(self, num_tokens: int) -> Tokens:
-        sequence, tokens, _ = self.extend
+        sequence, tokens, _ = self.request
         if tokens is None:
             return sequence.prompt[sequence.cache.length : sequence.cache.length + num_tokens]
         return tokens[self.num_done : self.num_done + num_tokens]
 
 
-def schedule(tasks: list[Running], budget: int) -> list[tuple[Running, int]]:
+def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, int]]:
     """Who runs how many tokens: short requests first, and what is left of the budget to the long ones."""
-    scheduled: list[tuple[Running, int]] = []
+    scheduled: list[tuple[RunningTask, int]] = []
     for running in sorted(tasks, key=lambda task: task.num_left):
         # Several rows of logits come from one pass, so what wants them is not cut below them.
         num_tokens = min(running.num_left, budget)
-        if 0 < running.num_left - num_tokens < running.extend.num_rows:
-            num_tokens = running.num_left - running.extend.num_rows
+        if 0 < running.num_left - num_tokens < running.request.num_rows:
+            num_tokens = running.num_left - running.request.num_rows
         if num_tokens > 0:
             scheduled.append((running, num_tokens))
             budget -= num_tokens

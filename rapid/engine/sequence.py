@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Opening:
+class SequenceRequest:
     """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
 
     The last ``written`` tokens of the prompt are output already, of a sequence elsewhere that this one goes on from.
@@ -41,7 +41,7 @@ class Opening:
     def capacity(self) -> int:
         return len(self.prompt) + self.max_new_tokens
 
-    def after(self, output: list[int]) -> Opening:
+    def after(self, output: list[int]) -> SequenceRequest:
         """The same where ``output`` has been written since. What random numbers led to it do not come again."""
         sampling = self.sampling
         if sampling.seed is not None and output:
@@ -122,7 +122,7 @@ def _uncancellable() -> Future[None]:
     return future
 
 
-class Extend(NamedTuple):
+class ForwardRequest(NamedTuple):
     """A task's request: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, as much of it as no other sequence has
@@ -134,15 +134,15 @@ class Extend(NamedTuple):
     num_rows: int
 
 
-class Deliver(NamedTuple):
+class EarlyResult(NamedTuple):
     """A task's result before its end. What it does from there on, nobody waits for, and cancelling ``rest`` ends."""
 
     result: object
     rest: Future[object]
 
 
-Task = Generator[Extend | Deliver, Tensor | None, T]
+Task = Generator[ForwardRequest | EarlyResult, Tensor | None, T]
 
 
-def _ms_since(started: float) -> float:
+def ms_since(started: float) -> float:
     return (time.perf_counter() - started) * 1e3

@@ -11,21 +11,21 @@ import time
 import torch
 from torch import Tensor
 
-from rapid.engine.sequence import Extend, Sequence, Task, _ms_since
+from rapid.engine.sequence import ForwardRequest, Sequence, Task, ms_since
 from rapid.sampling.sampler import probabilities
-from rapid.speculation.draft import Draft, Logprobs, Prefilled, Verified
+from rapid.speculation.draft import Draft, Logprobs, PrefillResult, VerifyResult
 from rapid.speculation.verification import RULES, output_law, verify, verify_greedy
 
 
-def prefill(sequence: Sequence) -> Task[Prefilled]:
+def prefill(sequence: Sequence) -> Task[PrefillResult]:
     """Fills the cache with all of the prompt but its last token, which the first round feeds."""
     started = time.perf_counter()
     if len(sequence.prompt) - 1 > sequence.cache.length:
-        yield Extend(sequence, None, 0)
-    return Prefilled(sequence.cached_tokens, _ms_since(started))
+        yield ForwardRequest(sequence, None, 0)
+    return PrefillResult(sequence.cached_tokens, ms_since(started))
 
 
-def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[Verified]:
+def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[VerifyResult]:
     """One round on the target: scores [last token; draft] in one pass, accepts or recovers, rolls back (paper §3.3).
 
     A draft that was looked up ends before the first token that breaks the request's grammar.
@@ -39,7 +39,7 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
     if sequence.logits is not None:
         draft = _within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
     gamma = len(draft.tokens)
-    logits = yield Extend(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
+    logits = yield ForwardRequest(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
     assert logits is not None
     if sequence.logits is not None:
         logits = sequence.logits(logits, sequence.emitted(draft.offset), draft.tokens)
@@ -61,7 +61,7 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, sequence.num_logprobs)
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-    return Verified(
+    return VerifyResult(
         emitted,
         gamma,
         num_accepted,
@@ -69,7 +69,7 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         draft.confidences,
         draft.elapsed_ms,
         draft.step_ms,
-        _ms_since(started),
+        ms_since(started),
         logprobs,
     )
 

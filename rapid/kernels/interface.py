@@ -12,7 +12,7 @@ from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 Tokens = Sequence[int] | Tensor
 
 
-class Extension(NamedTuple):
+class BatchEntry(NamedTuple):
     """Tokens to append to a sequence's cache, on the host or on the device; the last ``num_rows`` want logits."""
 
     cache: KVCache
@@ -31,8 +31,8 @@ class Batch(Protocol):
         ...
 
 
-class Kernel(Protocol):
+class AttentionBackend(Protocol):
     """How a device stores and reads keys and values."""
 
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool: ...
-    def batch(self, extensions: Sequence[Extension]) -> Batch: ...
+    def batch(self, entries: Sequence[BatchEntry]) -> Batch: ...

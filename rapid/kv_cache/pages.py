@@ -20,7 +20,7 @@ _RUN = 8  # tokens in a row that tell one text from others
 _MIX = np.random.default_rng(0).integers(2**63, size=_RUN)
 
 
-class Pages:
+class PageAllocator:
     """``num_pages`` pages of ``page_size`` tokens. ``num_evicted`` counts since the start."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -43,7 +43,7 @@ class Pages:
         """Of those without users; they could be evicted."""
         return len(self._unused)
 
-    def find(self, tokens: Sequence[int], first: int, before: int | None) -> list[int]:
+    def match_prefix(self, tokens: Sequence[int], first: int, before: int | None) -> list[int]:
         """The indexed pages with ``tokens`` from ``first`` on behind the page ``before``, which get one more user.
 
         The last token is left out. Without a ``before`` the pages are those of a beginning.
@@ -63,7 +63,7 @@ class Pages:
     def is_indexed(self, page: int) -> bool:
         return self._keys_of[page] is not None
 
-    def index(self, page: int, tokens: Sequence[int], before: int | None) -> int:
+    def insert(self, page: int, tokens: Sequence[int], before: int | None) -> int:
         """Lets ``page`` be found by its ``tokens`` behind the page ``before``.
 
         Returns the page to go on with: another one where the same was computed twice at the same time.
@@ -107,12 +107,12 @@ class Pages:
                 else:
                     self._unused[page] = None
 
-    def forget(self) -> None:
+    def evict_unused(self) -> None:
         """Evicts every page without users."""
         while self._unused:
             self._evict()
 
-    def drop(self, tokens: Sequence[int]) -> int:
+    def forget(self, tokens: Sequence[int]) -> int:
         """Forgets the pages with `_RUN` of ``tokens`` in a row in them, wherever that is, and every page behind one.
 
         What has users is found by nobody else from now on, and free once they are gone. Returns how many pages were

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rapid.kv_cache.memory import take_small_pages
-from rapid.kv_cache.pages import Pages
+from rapid.kv_cache.pages import PageAllocator
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class KVPool:
         )
         for rows in (*self.keys, *self.values):
             take_small_pages(rows)
-        self._pages = Pages(self.num_pages, page_size)
+        self._pages = PageAllocator(self.num_pages, page_size)
         self._hits = self._misses = 0
 
     @property
@@ -107,7 +107,7 @@ class KVPool:
         The prompt's last token is never taken from the index: feeding it is what gives the first logits. Returns None
         when there is no room now.
         """
-        shared = self._pages.find(prompt, 0, before=None)
+        shared = self._pages.match_prefix(prompt, 0, before=None)
         own = self._pages.take(self.pages_for(capacity) - len(shared))
         if own is None:
             self._pages.release(shared)
@@ -126,7 +126,7 @@ class KVPool:
         # What is behind a page is known only if that is indexed, and then it is the same as the other sequence's.
         if before is not None and not self._pages.is_indexed(before):
             return
-        found = self._pages.find(tokens, cache.length, before)
+        found = self._pages.match_prefix(tokens, cache.length, before)
         if found:
             self._pages.release(cache.pages[first : first + len(found)])
             cache.pages[first : first + len(found)] = found
@@ -134,7 +134,7 @@ class KVPool:
             gained = len(found) * self.page_size
             self._hits, self._misses = self._hits + gained, self._misses - gained
 
-    def index(self, cache: KVCache, tokens: Sequence[int], num_tokens: int) -> None:
+    def insert(self, cache: KVCache, tokens: Sequence[int], num_tokens: int) -> None:
         """Lets others find the full pages among the first ``num_tokens`` of ``cache``, which hold ``tokens``.
 
         They become read-only: the cache must not be truncated below them while they are shared.
@@ -144,7 +144,7 @@ class KVPool:
             return  # it was dropped, and what is behind it could not be found
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             own = tokens[i * self.page_size : (i + 1) * self.page_size]
-            cache.pages[i] = self._pages.index(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
+            cache.pages[i] = self._pages.insert(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
             cache.moved(shared_until=i + 1)
 
     def close(self, cache: KVCache) -> None:
@@ -153,13 +153,13 @@ class KVPool:
         cache.pages = []
         cache.moved(shared_until=0)
 
-    def forget(self) -> None:
+    def evict_unused(self) -> None:
         """Drops every page that no open sequence uses."""
-        self._pages.forget()
+        self._pages.evict_unused()
 
-    def drop(self, tokens: Sequence[int]) -> int:
-        """Forgets what was computed of a text, wherever in a prompt it stood (`rapid.kv_cache.pages.Pages.drop`)."""
-        return self._pages.drop(tokens)
+    def forget(self, tokens: Sequence[int]) -> int:
+        """Forgets what was computed of a text, wherever in a prompt it stood (`rapid.kv_cache.pages.PageAllocator.forget`)."""
+        return self._pages.forget(tokens)
 
 
 class KVCache:
@@ -176,7 +176,7 @@ class KVCache:
 
     @classmethod
     def at(cls, pool: KVPool, pages: list[int], length: int) -> KVCache:
-        """Pages of ``pool`` that were given out elsewhere, the first ``length`` tokens of which are filled."""
+        """PageAllocator of ``pool`` that were given out elsewhere, the first ``length`` tokens of which are filled."""
         cache = cls(pool, pages, num_shared=0)
         cache.length = length
         return cache

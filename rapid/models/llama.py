@@ -72,8 +72,8 @@ class Decoder:
         self._norm = self._take_norm(body.norm.to(self._head_device))
         self.devices = tuple(layer.device for layer in self._layers)
         sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
-        suited = group is None and CompiledLayers.suited(self._layers, sizes)
-        self._compiled = CompiledLayers(self._layers, sizes) if suited else None
+        can_record = group is None and CompiledLayers.can_record(self._layers, sizes)
+        self._compiled = CompiledLayers(self._layers, sizes) if can_record else None
         self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
         self._head = make_linear(
@@ -95,7 +95,7 @@ class Decoder:
         """
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
-        if self._compiled is not None and self._compiled.takes(batch, len(tokens)):
+        if self._compiled is not None and self._compiled.supports(batch, len(tokens)):
             x = self._compiled(x, cos, sin, batch, abandoned)
         else:
             for i, layer in enumerate(self._layers):
@@ -109,7 +109,7 @@ class Decoder:
             return self._head(self._norm(last)).to(rows.device)
         # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
         logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
-        return self._group.joined(logits, self._num_logits) if len(rows) else logits
+        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
 
     def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)
@@ -127,10 +127,10 @@ class Decoder:
         share = self._group.share(self._num_embeddings)
         ours = (tokens >= share.start) & (tokens < share.stop)
         rows = F.embedding((tokens - share.start).where(ours, 0), self._embedding)
-        return self._group.summed(rows * ours.unsqueeze(-1))
+        return self._group.all_reduce(rows * ours.unsqueeze(-1))
 
     def _summed(self, part: Tensor) -> Tensor:
-        return part if self._group is None else self._group.summed(part)
+        return part if self._group is None else self._group.all_reduce(part)
 
     def _take_layer(self, layer: Any, quantization: str) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rapid.errors import ModelFileError
 from rapid.models.device_map import spread
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Group, Place, together
+from rapid.models.tensor_parallel import Group, RankPlacement, together
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 
@@ -22,7 +22,7 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     quantization: str = "none",
-    placement: Place | None = None,
+    placement: RankPlacement | None = None,
 ) -> Model:
     """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
 

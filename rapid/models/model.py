@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
-from rapid.kernels.interface import Extension, Kernel, Tokens
+from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
 from rapid.kernels.linear import check_scheme
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.models.info import ModelInfo
@@ -37,7 +37,7 @@ class Model:
         name: str,
         *,
         quantization: str = "none",
-        kernel: Kernel | None = None,
+        attention: AttentionBackend | None = None,
         group: Group | None = None,
     ) -> None:
         check_scheme(quantization, network.device, network.dtype)
@@ -58,12 +58,14 @@ class Model:
             devices=self._decoder.devices,
         )
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
-        self.kernel: Kernel = kernel or (RunAttention() if network.device.type == "cpu" else PagedAttention())
+        self.attention: AttentionBackend = attention or (
+            RunAttention() if network.device.type == "cpu" else PagedAttention()
+        )
         self.group = group
         self._graphs = None
         # A graph is of one device, and other ranks are told of each pass by the host.
-        if isinstance(self.kernel, PagedAttention) and group is None and len(devices) == 1:
-            self._graphs = GraphRunner(self._decoder, self.kernel, network.device)
+        if isinstance(self.attention, PagedAttention) and group is None and len(devices) == 1:
+            self._graphs = GraphRunner(self._decoder, self.attention, network.device)
         self.info = ModelInfo(
             name=name,
             window=config.max_position_embeddings,
@@ -84,13 +86,11 @@ class Model:
         """
         if self.group is not None:
             with together(self.info.name):
-                self.group.say(NewPool(budget_bytes))
-        return self.kernel.pool(self.layout, budget_bytes)
+                self.group.broadcast(NewPool(budget_bytes))
+        return self.attention.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
-    def forward(
-        self, extensions: Sequence[Extension], *, abandoned: Callable[[], bool] = lambda: False
-    ) -> list[Tensor]:
+    def forward(self, entries: Sequence[BatchEntry], *, abandoned: Callable[[], bool] = lambda: False) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
         Returns for each extension the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
@@ -102,36 +102,36 @@ class Model:
         """
         if self.group is not None:
             with together(self.info.name):
-                self.group.say(Pass.of(extensions))
-                logits = self.compute(extensions)
-        elif self._graphs is not None and self._graphs.takes(extensions):
-            logits = self._graphs.run(extensions)
+                self.group.broadcast(Pass.of(entries))
+                logits = self.compute(entries)
+        elif self._graphs is not None and self._graphs.supports(entries):
+            logits = self._graphs.run(entries)
         else:
-            logits = self.compute(extensions, abandoned)
-        for cache, tokens, _ in extensions:
+            logits = self.compute(entries, abandoned)
+        for cache, tokens, _ in entries:
             cache.advance(len(tokens))
-        return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in extensions]))
+        return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in entries]))
 
     def warm_up(self) -> None:
         """Runs one pass: it builds kernels and brings the weights into memory, up to a second that no request pays."""
         pool = self.new_pool(1)
         cache = pool.open([0], 1)
         assert cache is not None
-        self.forward([Extension(cache, [0], 1)])
+        self.forward([BatchEntry(cache, [0], 1)])
 
     @torch.inference_mode()
-    def compute(self, extensions: Sequence[Extension], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
+    def compute(self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
         """Logits [rows, padded vocabulary] of the rows that are asked for; no cache gets longer."""
         device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
-        for cache, tokens, num_rows in extensions:
+        for cache, tokens, num_rows in entries:
             positions.extend(range(cache.length, cache.length + len(tokens)))
             wanted.extend(range(len(positions) - num_rows, len(positions)))
         return self._decoder(
-            gather_tokens([tokens for _, tokens, _ in extensions], device),
+            gather_tokens([tokens for _, tokens, _ in entries], device),
             torch.tensor(positions, device=device),
-            self.kernel.batch(extensions),
+            self.attention.batch(entries),
             torch.tensor(wanted, dtype=torch.long, device=device),
             abandoned,
         )

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rapid.errors import PassAbandoned
 from rapid.kernels.cpu.attention import RunBatch
-from rapid.kernels.cpu.attention_plan import Plan, attention_kernel
+from rapid.kernels.cpu.attention_plan import WorkPlan, attention_kernel
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 from rapid.kernels.cpu.linear import CompiledLinear
-from rapid.kernels.cpu.rows import MANY, gate_kernel, norm_kernel, rotation_kernel, storing_kernel, suits, sum_kernel
+from rapid.kernels.cpu.rows import MANY, gate_kernel, norm_kernel, rotation_kernel, storing_kernel, sum_kernel, supports
 from rapid.kernels.interface import Batch
 from rapid.kv_cache.pool import KVPool
 from rapid.models.layers import Heads
@@ -35,7 +35,7 @@ _DTYPE = torch.bfloat16
 
 
 class CompiledLayers:
-    """The decoder's ``layers``, all of which must be `suited`. One pass at a time, whichever thread asks for it."""
+    """The decoder's ``layers``, which must pass `can_record`. One pass at a time, whichever thread asks for it."""
 
     def __init__(self, layers: Sequence[Layer], heads: Heads) -> None:
         self._layers, self._heads = layers, heads
@@ -43,16 +43,16 @@ class CompiledLayers:
         self._lock = threading.Lock()
 
     @staticmethod
-    def suited(layers: Sequence[Layer], heads: Heads) -> bool:
+    def can_record(layers: Sequence[Layer], heads: Heads) -> bool:
         """Whether every operation of the layers has a kernel, and none of them pads its rows."""
         products = [product for layer in layers for product in _products(layer)]
         if not all(isinstance(product, CompiledLinear) and not product.pads for product in products):
             return False
         row = torch.empty(0, dtype=_DTYPE)
-        return all(suits(row, product.num_inputs) for product in products) and suits(row, heads.d // 2)
+        return all(supports(row, product.num_inputs) for product in products) and supports(row, heads.d // 2)
 
     @staticmethod
-    def takes(batch: Batch, rows: int) -> TypeGuard[RunBatch]:
+    def supports(batch: Batch, rows: int) -> TypeGuard[RunBatch]:
         return isinstance(batch, RunBatch) and batch.is_compiled and rows < MANY
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: RunBatch, abandoned: Callable[[], bool]) -> Tensor:
@@ -69,7 +69,7 @@ class CompiledLayers:
 
 
 def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]:
-    """What a suited layer multiplies with."""
+    """The four products of a layer that `CompiledLayers.can_record`."""
     return cast(
         "tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]",
         (layer.qkv, layer.output, layer.gate_up, layer.down),
@@ -145,7 +145,7 @@ class _Pass:
         self._attending.append(len(self._calls))
         attention = attention_kernel(heads.kv, heads.query // heads.kv, d, heads.scaling)
         given = self._qkv, self._qkv.stride(0) * self._qkv.itemsize, self._attended, 0, 0, 0
-        self._call(attention, self._threads, *Plan.NO_WORDS, *given)
+        self._call(attention, self._threads, *WorkPlan.NO_WORDS, *given)
         self._product(output, self._attended, self._part)
         self._add(self._x, self._part)
         self._norm(layer.mlp_norm, self._rows, self._x, self._normed)

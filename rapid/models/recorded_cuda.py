@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.cuda.attention import PagedAttention, PagedBatch
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.models.llama import Decoder
 
 MAX_NEW_TOKENS = 17  # of one sequence: a verification of 16 drafted tokens
@@ -38,47 +38,45 @@ class GraphRunner:
         self._decoder, self._kernel, self._device = decoder, kernel, device
         self._captured: dict[tuple[int, int, int, int], _Captured] = {}
 
-    def takes(self, extensions: Sequence[Extension]) -> bool:
+    def supports(self, entries: Sequence[BatchEntry]) -> bool:
         """Whether the pass is of a shape worth capturing: a few tokens, as many for each sequence."""
-        lengths = {len(tokens) for _, tokens, _ in extensions}
-        return len(lengths) == 1 and max(lengths) <= MAX_NEW_TOKENS and len(extensions) <= MAX_SEQUENCES
+        lengths = {len(tokens) for _, tokens, _ in entries}
+        return len(lengths) == 1 and max(lengths) <= MAX_NEW_TOKENS and len(entries) <= MAX_SEQUENCES
 
-    def run(self, extensions: Sequence[Extension]) -> Tensor:
+    def run(self, entries: Sequence[BatchEntry]) -> Tensor:
         """Logits of the rows that were asked for, [rows, padded vocabulary]; valid until the next run."""
-        pool = extensions[0].cache.pool
-        num_new = len(extensions[0].tokens)
-        tables = [cache.pages[: pool.pages_for(cache.length + num_new)] for cache, _, _ in extensions]
-        width, count = _power_of_two(max(map(len, tables))), _power_of_two(len(extensions))
+        pool = entries[0].cache.pool
+        num_new = len(entries[0].tokens)
+        tables = [cache.pages[: pool.pages_for(cache.length + num_new)] for cache, _, _ in entries]
+        width, count = _power_of_two(max(map(len, tables))), _power_of_two(len(entries))
         key = (id(pool), count, num_new, width)
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(pool_batch=self._kernel.empty_batch(pool, *key[1:]))
-        self._fill(captured, extensions, tables, num_new)
+        self._fill(captured, entries, tables, num_new)
         if captured.graph is None:
             captured.logits = self._call(captured)
         else:
             captured.graph.replay()
-        wanted = [i for s, e in enumerate(extensions) for i in range((s + 1) * num_new - e.num_rows, (s + 1) * num_new)]
+        wanted = [i for s, e in enumerate(entries) for i in range((s + 1) * num_new - e.num_rows, (s + 1) * num_new)]
         if len(wanted) == len(captured.rows):
             return captured.logits
         return captured.logits[torch.tensor(wanted, dtype=torch.long).to(self._device, non_blocking=True)]
 
-    def _fill(
-        self, captured: _Captured, extensions: Sequence[Extension], tables: list[list[int]], num_new: int
-    ) -> None:
+    def _fill(self, captured: _Captured, entries: Sequence[BatchEntry], tables: list[list[int]], num_new: int) -> None:
         """Writes the pass into the static buffers; what is on the device already stays there."""
-        batch, used = captured.batch, len(extensions) * num_new
+        batch, used = captured.batch, len(entries) * num_new
         spare_page = batch.pool.num_pages
         batch.table.copy_(_table(tables, batch.table.shape, spare_page), non_blocking=True)
-        lengths = [cache.length + num_new for cache, _, _ in extensions]
+        lengths = [cache.length + num_new for cache, _, _ in entries]
         lengths += [num_new] * (len(batch.lengths) - len(lengths))
         batch.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
-        slots = [slot for cache, _, _ in extensions for slot in cache.slots(num_new)]
+        slots = [slot for cache, _, _ in entries for slot in cache.slots(num_new)]
         slots += [batch.pool.spare_slot] * (len(batch.slots) - used)
         batch.slots.copy_(torch.tensor(slots), non_blocking=True)
-        positions = [cache.length + i for cache, _, _ in extensions for i in range(num_new)]
+        positions = [cache.length + i for cache, _, _ in entries for i in range(num_new)]
         captured.positions[:used].copy_(torch.tensor(positions), non_blocking=True)
-        for s, (_, tokens, _) in enumerate(extensions):
+        for s, (_, tokens, _) in enumerate(entries):
             source = torch.as_tensor(tokens, dtype=torch.long)
             captured.tokens[s * num_new : (s + 1) * num_new].copy_(source, non_blocking=True)
 

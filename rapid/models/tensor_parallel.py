@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapid.errors import EngineLost
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVPool
 
 if TYPE_CHECKING:
     from rapid.models.model import Model
 
-_MEETING = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
-_STEP = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
-_FOREVER = timedelta(days=365)  # a rank may wait that long for the next pass
+_JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
+_PASS_TIMEOUT = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
+_NEXT_PASS_TIMEOUT = timedelta(days=365)  # a rank may wait that long for the next pass
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlacement:
     """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
 
     rank: int
@@ -45,7 +45,7 @@ class Group:
         EngineLost: the others did not come in time.
     """
 
-    def __init__(self, placement: Place, device: str) -> None:
+    def __init__(self, placement: RankPlacement, device: str) -> None:
         self.placement = placement
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
@@ -54,11 +54,11 @@ class Group:
                 init_method=f"tcp://{placement.address}",
                 rank=placement.rank,
                 world_size=placement.num_ranks,
-                timeout=_MEETING,
+                timeout=_JOIN_TIMEOUT,
             )
             # What is said to the others are host objects: over gloo, they never wait for the device.
-            self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
-            self._compute = dist.new_group(backend=backend, timeout=_STEP)
+            self._control = dist.new_group(backend="gloo", timeout=_NEXT_PASS_TIMEOUT)
+            self._compute = dist.new_group(backend=backend, timeout=_PASS_TIMEOUT)
         except RuntimeError as error:
             raise EngineLost(
                 f"rank {placement.rank} did not meet the others at {placement.address}: {error}"
@@ -79,23 +79,23 @@ class Group:
         """Until all ranks are here, however long that takes them."""
         dist.barrier(group=self._control)
 
-    def say(self, message: object) -> None:
+    def broadcast(self, message: object) -> None:
         """From the first rank to all others."""
         dist.broadcast_object_list([message], src=0, group=self._control)
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """What the first rank says next."""
         heard: list[Any] = [None]
         dist.broadcast_object_list(heard, src=0, group=self._control)
         return heard[0]
 
-    def summed(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x``, in placement where that lies in one piece."""
         x = x.contiguous()  # gloo would sum what lies between its rows, and silently
         dist.all_reduce(x, group=self._compute)
         return x
 
-    def joined(self, x: Tensor, size: int) -> Tensor:
+    def all_gather(self, x: Tensor, size: int) -> Tensor:
         """All ranks' parts of the last dimension, ``size`` in all."""
         part = -(-size // self.placement.num_ranks)
         parts = [x.new_empty((*x.shape[:-1], part)) for _ in range(self.placement.num_ranks)]
@@ -117,17 +117,17 @@ class Pass:
     parts: tuple[tuple[list[int], int, list[int], int], ...]
 
     @classmethod
-    def of(cls, extensions: Sequence[Extension]) -> Pass:
+    def of(cls, entries: Sequence[BatchEntry]) -> Pass:
         return cls(
             tuple(
                 (cache.pages, cache.length, torch.as_tensor(tokens).tolist(), num_rows)
-                for cache, tokens, num_rows in extensions
+                for cache, tokens, num_rows in entries
             )
         )
 
-    def extensions(self, pool: KVPool) -> list[Extension]:
+    def entries(self, pool: KVPool) -> list[BatchEntry]:
         """The same over this rank's ``pool``."""
-        return [Extension(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
+        return [BatchEntry(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -146,12 +146,12 @@ def follow(model: Model) -> None:
     pool: KVPool | None = None
     while True:
         with together(model.info.name):
-            message = model.group.hear()
+            message = model.group.receive()
             if isinstance(message, NewPool):
-                pool = model.kernel.pool(model.layout, message.budget_bytes)
+                pool = model.attention.pool(model.layout, message.budget_bytes)
             else:
                 assert pool is not None
-                model.compute(message.extensions(pool))
+                model.compute(message.entries(pool))
 
 
 @contextmanager

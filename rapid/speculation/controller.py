@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rapid.speculation.draft import _CONFIDENCES, DraftLimits
 
 if TYPE_CHECKING:
-    from rapid.speculation.draft import Verified
+    from rapid.speculation.draft import VerifyResult
 
 MAX_DRAFT_TOKENS = 16
 
@@ -76,7 +76,7 @@ class Costs:
         setattr(self, name, 0.7 * mean + 0.3 * min(value, 2 * mean))
 
 
-class Plan(NamedTuple):
+class RoundPlan(NamedTuple):
     """What the next round verifies: nothing, the model drafter's tokens within ``limits``, or looked-up ``tokens``."""
 
     source: Source
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
     tokens: tuple[int, ...] = ()
 
 
-class Controller:
+class DraftController:
     """One request's choices. ``fixed`` is a given γ, and None chooses.
 
     A request with a seed of its own must not depend on the clock: with ``timed`` False the costs stay what they are.
@@ -98,7 +98,7 @@ class Controller:
         self._rest, self._resting = _FIRST_REST, 0
         self._plain_rounds = 0
 
-    def plan(self, room: int, *, can_draft: bool, found: tuple[int, list[int]] | None = None) -> Plan:
+    def plan(self, room: int, *, can_draft: bool, found: tuple[int, list[int]] | None = None) -> RoundPlan:
         """The next round, which may draft up to ``room`` tokens.
 
         ``found`` is (length of the match, tokens that followed it) of a lookup.
@@ -106,24 +106,24 @@ class Controller:
         if self._fixed is not None:
             gamma = min(self._fixed, room)
             if can_draft and gamma > 0:
-                return Plan("model", DraftLimits(gamma))
-            return Plan("lookup", tokens=tuple(found[1][:gamma])) if found and gamma > 0 else Plan("none")
+                return RoundPlan("model", DraftLimits(gamma))
+            return RoundPlan("lookup", tokens=tuple(found[1][:gamma])) if found and gamma > 0 else RoundPlan("none")
         if self._timed and self._plain_rounds < _PLAIN_ROUNDS:  # what drafting is measured against
-            return Plan("none")
+            return RoundPlan("none")
         plain_rate = 1 / self._costs.plain
         drafting = can_draft and room > 0 and self._drafting_pays()
         rate = max(plain_rate, self._draft_rate() if drafting else 0.0)
         if found is not None:
             tokens, gained = self._follow(found[0], found[1][:room], rate)
             if tokens and (1 + gained) / (self._costs.plain + self._costs.extra * len(tokens)) > rate:
-                return Plan("lookup", tokens=tuple(tokens))
+                return RoundPlan("lookup", tokens=tuple(tokens))
         if not drafting:
-            return Plan("none")
+            return RoundPlan("none")
         # What is expected of the next token is only known once it is drawn; until then it is as good as the mean.
         floor = min(0.9, rate * (self._costs.draft + self._costs.extra) / self._by_confidence.mean())
-        return Plan("model", DraftLimits(min(room, MAX_DRAFT_TOKENS), floor, self._by_confidence.table()))
+        return RoundPlan("model", DraftLimits(min(room, MAX_DRAFT_TOKENS), floor, self._by_confidence.table()))
 
-    def observe(self, plan: Plan, outcome: Verified, round_ms: float, *, match_length: int = 0) -> None:
+    def observe(self, plan: RoundPlan, outcome: VerifyResult, round_ms: float, *, match_length: int = 0) -> None:
         """What came of a round that took ``round_ms``; ``match_length`` is of the lookup it followed."""
         num_drafted, num_accepted = outcome.num_drafted, outcome.num_accepted
         for i, confidence in enumerate(outcome.confidences[: num_accepted + 1]):
@@ -146,7 +146,7 @@ class Controller:
         else:
             self._resting += 1
 
-    def _measure(self, plan: Plan, num_drafted: int, outcome: Verified, round_ms: float) -> None:
+    def _measure(self, plan: RoundPlan, num_drafted: int, outcome: VerifyResult, round_ms: float) -> None:
         if num_drafted == 0:
             self._plain_rounds += 1
             self._costs.update("plain", round_ms)

@@ -118,7 +118,7 @@ class Logprobs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them.
 
     ``logprobs`` has one for each token where the sequence was opened with ``num_logprobs``, else it is empty.
@@ -136,7 +136,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Prefilled:
+class PrefillResult:
     """``cached_tokens`` of the prompt were found in the engine's memory; the rest took ``elapsed_ms``."""
 
     cached_tokens: int

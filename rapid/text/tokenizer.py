@@ -100,7 +100,7 @@ def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     return name.replace("▁", " ").encode()
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into text as they come: never half a character, never a part of a stop string.
 
     ``push`` returns what may be shown now. Once ``stopped`` is True a stop string was met; it and all behind it are

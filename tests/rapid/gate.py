@@ -17,12 +17,12 @@ class Gate:
         self._open = False
         forward = model.forward
 
-        def gated(extensions: Any, **options: Any) -> Any:
-            self.passes.append([len(tokens) for _, tokens, _ in extensions])
+        def gated(entries: Any, **options: Any) -> Any:
+            self.passes.append([len(tokens) for _, tokens, _ in entries])
             self._arrived.release()
             if not self._open:
                 assert self._may_go.acquire(timeout=30)
-            return forward(extensions, **options)
+            return forward(entries, **options)
 
         monkeypatch.setattr(model, "forward", gated)
 

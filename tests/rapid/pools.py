@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.cpu.attention import RunAttention
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 
 LAYOUT = KVLayout(num_kv_heads=3, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
@@ -24,6 +24,6 @@ def opened(pool: KVPool, prompt: list[int], capacity: int | None = None) -> KVCa
 def write(cache: KVCache, keys: Tensor) -> None:
     """Writes ``keys`` and their negatives behind what is filled, in every layer, as a forward pass does."""
     new = keys.transpose(0, 1)
-    batch = RunAttention().batch([Extension(cache, [0] * len(new), 0)])
+    batch = RunAttention().batch([BatchEntry(cache, [0] * len(new), 0)])
     for layer in range(LAYOUT.num_layers):
         batch.attend(layer, new, new, -new, 1.0)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening, Sequence
+from rapid.engine.sequence import Sequence, SequenceRequest
 from rapid.engine.verify import prefill, verify_draft
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
 from rapid.sampling.sampler import SamplingParams
@@ -37,7 +37,7 @@ def new_cache(model: Model, capacity: int) -> KVCache:
 
 def logits_after(model: Model, tokens: list[int]) -> Tensor:
     """[V], from one pass over all of ``tokens``."""
-    return model.forward([Extension(new_cache(model, len(tokens)), tokens, 1)])[0][0]
+    return model.forward([BatchEntry(new_cache(model, len(tokens)), tokens, 1)])[0][0]
 
 
 def contents(cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def assert_cache_is_fresh(sequence: Sequence, model: Model) -> None:
     """What is cached equals a prefill of the same tokens in one pass."""
     length = sequence.cache.length
     fresh = new_cache(model, length)
-    model.forward([Extension(fresh, (sequence.prompt + sequence.output)[:length], 0)])
+    model.forward([BatchEntry(fresh, (sequence.prompt + sequence.output)[:length], 0)])
     for ours, expected in zip(contents(sequence.cache), contents(fresh), strict=True):
         torch.testing.assert_close(ours, expected, **ROUNDING)
 
@@ -70,7 +70,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def begun(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY, room: int = 100) -> Sequence:
     """A new sequence with room for ``room`` new tokens, whose prompt is still to be read."""
-    sequence: Sequence = done(engine.open(Opening(prompt, room, sampling)))
+    sequence: Sequence = done(engine.open(SequenceRequest(prompt, room, sampling)))
     return sequence
 
 

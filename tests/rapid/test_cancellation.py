@@ -12,7 +12,7 @@ from running import GREEDY, begun, done, eventually
 from world import Retrieval, World, complete, first_eight
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.engine.verify import prefill
 from rapid.errors import SequenceClosed
 from rapid.events import Delta
@@ -148,10 +148,10 @@ def test_a_pass_ends_at_the_next_layer_once_all_in_it_are_closed(
     running = engine(model)
     leaving, staying = begun(running, [1, 2, 3]), begun(running, [4, 5, 6])
     layers: list[int] = []
-    batch = model.kernel.batch
+    batch = model.attention.batch
 
-    def closing(extensions: Any) -> Any:
-        attention = batch(extensions)
+    def closing(entries: Any) -> Any:
+        attention = batch(entries)
         attend = attention.attend
 
         def closing_attend(layer: int, *rest: Any) -> Any:
@@ -162,7 +162,7 @@ def test_a_pass_ends_at_the_next_layer_once_all_in_it_are_closed(
         attention.attend = closing_attend
         return attention
 
-    monkeypatch.setattr(model.kernel, "batch", closing)
+    monkeypatch.setattr(model.attention, "batch", closing)
     with pytest.raises(SequenceClosed):
         done(running.submit(prefill(leaving)))
     assert layers == [0]
@@ -174,7 +174,7 @@ def test_a_lease_cancelled_as_it_is_given_is_given_back(world: World) -> None:
     """The engine has admitted the sequence, and whoever asked for it is cancelled before it hears of that."""
 
     async def main() -> None:
-        opening = asyncio.create_task(world.backend().lease("target", Opening([1, 2], 10, GREEDY)).__aenter__())
+        opening = asyncio.create_task(world.backend().lease("target", SequenceRequest([1, 2], 10, GREEDY)).__aenter__())
         await asyncio.sleep(0)
         eventually(lambda: world.num_sequences() == 1)  # without giving way to the event loop
         opening.cancel()

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from rapid.backend.local import LocalBackend
 from rapid.backend.protocol import DraftHandle, Lease, Role
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.events import Delta, Finish, Statistics
 from rapid.generate import generate
 from rapid.models.model import Model
 from rapid.request import GenerationRequest, SpeculationParams
-from rapid.speculation.draft import Draft, Verified
+from rapid.speculation.draft import Draft, VerifyResult
 from rapid.text.prompts import Prompt, read_text
 
 
@@ -78,7 +78,7 @@ class PatientBackend(LocalBackend):
         self.were_here: list[bool] = []
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         async with super().lease(role, opening) as lease:
             yield _PatientLease(lease, self.were_here)
 
@@ -95,7 +95,7 @@ class _PatientLease:
         self._ahead.set(ahead)
         return ahead
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         self._were_here.append(isinstance(draft, Draft))
         draft = draft if isinstance(draft, Draft) else await draft
         if ahead := self._ahead.get(None):

@@ -133,9 +133,9 @@ def test_nothing_stays_after_a_request(retriever, store, prose):
 def test_nothing_stays_after_a_request_that_failed(retriever, store, prose, monkeypatch, step):
     add = store.add
 
-    def fail(owner, *args, **kwargs):
+    def fail(namespace, *args, **kwargs):
         if step == "add":
-            add(owner, args[0][:2])  # a write that breaks off
+            add(namespace, args[0][:2])  # a write that breaks off
         assert in_store(store) > 0
         raise RetrievalError("broken")
 
@@ -189,7 +189,7 @@ def test_a_kept_text_is_embedded_once_across_restarts(retriever, embedder, store
     expected = retriever.retrieve(contents, "the whale", SMALL)
     assert [chunk.position for chunk in found.chunks] == [chunk.position for chunk in expected.chunks] != []
 
-    later.drop(steps[-1].owner)
+    later.delete(steps[-1].namespace)
     embedder.embedded.clear()
     assert list(tmp_path.iterdir()) == []
     made().retrieve(contents[:1], "the whale", SMALL)
@@ -212,8 +212,8 @@ def test_a_broken_write_does_not_poison_kept_contents(retriever, store, prose, m
     expected = retriever.retrieve([prose[:3000]], "the whale", SMALL)
     add = store.add
 
-    def break_off(owner, vectors, **how):
-        add(owner, vectors[:2], **how)
+    def break_off(namespace, vectors, **how):
+        add(namespace, vectors[:2], **how)
         raise RetrievalError("broken")
 
     with monkeypatch.context() as patch, pytest.raises(RetrievalError, match="broken"):
@@ -285,9 +285,9 @@ def test_a_real_embedder_finds_the_answer_in_a_novel(minilm, prose, tokenizer):
 
 def test_what_is_dropped_while_it_is_embedded_is_not_stored(retriever, store, prose):
     keeping = retriever.keep(prose[:3000], SMALL.chunk_tokens)
-    owner = next(keeping).owner
+    namespace = next(keeping).namespace
     next(keeping)
-    retriever.drop(owner)
+    retriever.delete(namespace)
     *_, last = keeping
-    assert last.num_embedded < last.num_chunks and store.count(owner) == 0
-    assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(owner) > 0
+    assert last.num_embedded < last.num_chunks and store.count(namespace) == 0
+    assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(namespace) > 0

@@ -100,14 +100,14 @@ def test_threads_do_not_disturb_each_other(store):
     wrong: list[object] = []
 
     def work(i: int) -> None:
-        owner, n = uuid.uuid4().hex, 3 + i
+        namespace, n = uuid.uuid4().hex, 3 + i
         try:
             for _ in range(5):
-                store.add(owner, rows(*[0.1 * i] * n))
-                found = store.search(owner, EAST, limit=50, threshold=-1)
-                if [position for position, _ in found] != list(range(n)) or store.count(owner) != n:
+                store.add(namespace, rows(*[0.1 * i] * n))
+                found = store.search(namespace, EAST, limit=50, threshold=-1)
+                if [position for position, _ in found] != list(range(n)) or store.count(namespace) != n:
                     wrong.append(found)
-                store.delete(owner)
+                store.delete(namespace)
         except Exception as error:
             wrong.append(error)
 
@@ -153,7 +153,7 @@ def test_a_server_gets_one_collection_indexed_by_owner(server):
         store.add("you", rows(0.1))
         store.close()
     assert [each.name for each in server.qdrant.get_collections().collections] == ["chunks"]
-    assert server.indexes[0] == {"field_name": "owner", "field_schema": {"type": "keyword", "is_tenant": True}}
+    assert server.indexes[0] == {"field_name": "namespace", "field_schema": {"type": "keyword", "is_tenant": True}}
 
 
 def test_losing_the_race_to_create_the_collection_is_no_error(server):

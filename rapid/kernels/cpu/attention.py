@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rapid.kernels.cpu.attention_plan import Plan, Read, suits
+from rapid.kernels.cpu.attention_plan import QuerySpan, WorkPlan, supports
 from rapid.kernels.cpu.rows import store
-from rapid.kernels.interface import Batch, Extension
+from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 MANY = 34  # query tokens: from here on products are compute-bound, and the shapes that suit them change
@@ -28,32 +28,32 @@ class RunAttention:
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         return KVPool(layout, budget_bytes)
 
-    def batch(self, extensions: Sequence[Extension]) -> Batch:
-        return RunBatch(extensions)
+    def batch(self, entries: Sequence[BatchEntry]) -> Batch:
+        return RunBatch(entries)
 
 
 class RunBatch:
     """``slots`` [total] of ``pool`` are where the new keys and values go."""
 
-    def __init__(self, extensions: Sequence[Extension]) -> None:
-        self.pool = extensions[0].cache.pool
-        self.slots = torch.tensor([slot for cache, tokens, _ in extensions for slot in cache.slots(len(tokens))])
-        self.is_compiled = suits(self.pool)
-        self._plan: Plan | None = None  # of the compiled kernel
+    def __init__(self, entries: Sequence[BatchEntry]) -> None:
+        self.pool = entries[0].cache.pool
+        self.slots = torch.tensor([slot for cache, tokens, _ in entries for slot in cache.slots(len(tokens))])
+        self.is_compiled = supports(self.pool)
+        self._plan: WorkPlan | None = None  # of the compiled kernel
         self._reads, self._runs = [], []
         start = 0
-        for cache, tokens, _ in extensions:
+        for cache, tokens, _ in entries:
             n = len(tokens)
             end = cache.length + n
-            self._reads.append(Read(start, n, end, cache.pages))
+            self._reads.append(QuerySpan(start, n, end, cache.pages))
             # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
             split = n >= MANY and self.pool.layout.dtype == torch.float32
             self._runs.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
-    def plan(self, num_heads: int, scaling: float) -> Plan:
+    def plan(self, num_heads: int, scaling: float) -> WorkPlan:
         """Of the compiled kernel, where there is one (``is_compiled``); the same for all layers."""
-        self._plan = self._plan or Plan(self._reads, self.pool.layout, num_heads, scaling)
+        self._plan = self._plan or WorkPlan(self._reads, self.pool.layout, num_heads, scaling)
         return self._plan
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

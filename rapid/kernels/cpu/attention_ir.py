@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rapid.kernels.cpu.ir_builder import LANES, Code, constant, every_float, floats, kind, words
+from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS
 
 BLOCK = 256  # positions that one thread takes at a time
@@ -45,7 +45,7 @@ class Attention:
         turn, weights, merge = self._turn(), self._weights(), self._merge()
         sizes = range(1, self._tile + 1)
         scores, sums = [self._scores(size) for size in sizes], [self._sums(size) for size in sizes]
-        code = Code(self._module, "kernel", 1)
+        code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
         scratch = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
@@ -77,23 +77,23 @@ class Attention:
             code.call(merge, partial, own["blocks"], code.times(own["new"], self._group), output, row_bytes)
         code.finish()
 
-    def _at(self, code: Code, row: Any, kv_head: Any, row_bytes: Any) -> Any:
+    def _at(self, code: KernelBuilder, row: Any, kv_head: Any, row_bytes: Any) -> Any:
         """Where the first query head of a KV head begins, of token ``row``."""
         return code.plus(code.times(row, row_bytes), code.times(kv_head, self._group * self._d * 2))
 
-    def _row(self, code: Code, row: Any, row_bytes: Any) -> Any:
+    def _row(self, code: KernelBuilder, row: Any, row_bytes: Any) -> Any:
         """Where row ``row`` is, from there."""
         token = code.divided(row, self._group)
         head = code.builder.sub(row, code.times(token, self._group))
         return code.plus(code.times(token, row_bytes), code.times(head, self._d * 2))
 
-    def _page(self, code: Code, pages: Any, position: Any) -> Any:
+    def _page(self, code: KernelBuilder, pages: Any, position: Any) -> Any:
         page = code.word(code.plus(pages, code.times(code.divided(position, LANES), 8)))
         return code.times(page, LANES * self._d * 2)
 
     def _turn(self) -> Any:
         """(keys of a page, turned): [16, d] to [d/2, 16] pairs."""
-        code = Code(self._module, "turn", 2)
+        code = KernelBuilder(self._module, "turn", 2)
         keys, turned = code.parameters
         for start in range(0, self._d, 2 * LANES):
             rows = [code.load(words(), code.plus(keys, (t * self._d + start) * 2)) for t in range(LANES)]
@@ -113,7 +113,7 @@ class Attention:
 
     def _scores(self, num_rows: int) -> Any:
         """(row, turned keys, query, its bytes a row, scores): products of a page's keys with ``num_rows`` rows."""
-        code = Code(self._module, f"scores{num_rows}", 5)
+        code = KernelBuilder(self._module, f"scores{num_rows}", 5)
         row, turned, query, row_bytes, scores = code.parameters
         rows = [code.plus(row, i) for i in range(num_rows)]
         queries = [code.plus(query, self._row(code, row, row_bytes)) for row in rows]
@@ -130,7 +130,7 @@ class Attention:
 
     def _weights(self) -> Any:
         """(scores, rows, first, last, length, new, partial): scores to weights, relative to the block's largest."""
-        code = Code(self._module, "weights", 7)
+        code = KernelBuilder(self._module, "weights", 7)
         scores, rows, first, last, length, new, partial = code.parameters
         lanes = constant(words(), list(range(LANES)))
         narrow, wide = kind("i32"), floats()
@@ -164,7 +164,7 @@ class Attention:
 
     def _sums(self, num_rows: int) -> Any:
         """(row, weights, values, pages, first, last, partial): weighted sums of a block's values."""
-        code = Code(self._module, f"sums{num_rows}", 7)
+        code = KernelBuilder(self._module, f"sums{num_rows}", 7)
         row, weights, values, pages, first, last, partial = code.parameters
         rows = [code.plus(row, i) for i in range(num_rows)]
         lines = [code.plus(weights, code.times(row, BLOCK * 4)) for row in rows]
@@ -211,7 +211,7 @@ class Attention:
 
     def _merge(self) -> Any:
         """(partials, blocks, rows, output, its bytes a row): one output of all blocks."""
-        code = Code(self._module, "merge", 5)
+        code = KernelBuilder(self._module, "merge", 5)
         partials, blocks, rows, output, row_bytes = code.parameters
         number = kind("f32")
         stride = code.times(rows, self._partial_bytes)
@@ -239,6 +239,6 @@ class Attention:
         return code.finish()
 
 
-def _fields(code: Code, table: Any, item: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _fields(code: KernelBuilder, table: Any, item: Any, names: tuple[str, ...]) -> dict[str, Any]:
     line = code.plus(table, code.times(item, 8 * len(names)))
     return {name: code.word(line, i) for i, name in enumerate(names)}

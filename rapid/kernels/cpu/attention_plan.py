@@ -21,7 +21,7 @@ from rapid.kv_cache.pool import KVLayout, KVPool
 _TOKENS = 16  # whose scores a thread keeps at a time
 
 
-class Read(NamedTuple):
+class QuerySpan(NamedTuple):
     """One sequence's part of a forward pass: ``new`` tokens from ``row`` of the query on, the last of ``length``."""
 
     row: int
@@ -29,21 +29,21 @@ class Read(NamedTuple):
     length: int
     pages: list[int]
 
-    def parts(self) -> Iterator[Read]:
+    def parts(self) -> Iterator[QuerySpan]:
         """A few tokens at a time, none of which sees more than it should."""
         for start in range(0, self.new, _TOKENS):
             end = min(start + _TOKENS, self.new)
-            yield Read(self.row + start, end - start, self.length - self.new + end, self.pages)
+            yield QuerySpan(self.row + start, end - start, self.length - self.new + end, self.pages)
 
 
-def suits(pool: KVPool) -> bool:
+def supports(pool: KVPool) -> bool:
     """Whether there is a kernel for this cache."""
     dtype, d = pool.layout.dtype, pool.layout.head_dim
     # A page's positions are a register's lanes.
     return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
 
 
-class Plan:
+class WorkPlan:
     """Which thread may take what, the same in every layer of one forward pass over ``num_heads`` query heads.
 
     ``words`` are the first of the kernel's arguments, and say all of it.
@@ -51,7 +51,7 @@ class Plan:
 
     NO_WORDS = (0,) * 8
 
-    def __init__(self, reads: Sequence[Read], layout: KVLayout, num_heads: int, scaling: float) -> None:
+    def __init__(self, reads: Sequence[QuerySpan], layout: KVLayout, num_heads: int, scaling: float) -> None:
         group, d = num_heads // layout.num_kv_heads, layout.head_dim
         items, merges, partial = [], [], 0
         pages: list[int] = []

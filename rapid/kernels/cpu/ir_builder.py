@@ -12,7 +12,7 @@ from rapid.kernels.cpu.jit import ir, multiplies_bfloat16
 LANES = 16
 
 
-class Code:
+class KernelBuilder:
     """Writes one function's body. Values are LLVM's; addresses and counts are 64-bit integers, strides are in bytes."""
 
     def __init__(self, module: Any, name: str, num_parameters: int) -> None:
@@ -202,7 +202,7 @@ _EXP2 = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9
 class Variable:
     """A value that changes, such as a sum in a loop. LLVM keeps it in a register."""
 
-    def __init__(self, code: Code, place: Any, value: Any) -> None:
+    def __init__(self, code: KernelBuilder, place: Any, value: Any) -> None:
         self._code, self._place = code, place
         self.value = value
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cpu.ir_builder import LANES, Code, constant, every_float, floats, kind, words
+from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 
 GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
@@ -113,7 +113,7 @@ class _Product:
 
     def write(self) -> None:
         tiles = [self._tile(size) for size in range(1, _TILE + 1)]
-        code = Code(self._module, "kernel", 1)
+        code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
         sums = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
@@ -146,7 +146,7 @@ class _Product:
                 )
         code.finish()
 
-    def _sum_groups(self, code: Code, given: dict[str, Any], sums: Any) -> None:
+    def _sum_groups(self, code: KernelBuilder, given: dict[str, Any], sums: Any) -> None:
         """The sum of each group of inputs, which an offset is multiplied with. Every thread makes its own."""
         ones = constant(words(), [0x3F803F80] * LANES)
         with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
@@ -155,7 +155,7 @@ class _Product:
 
     def _tile(self, num_rows: int) -> Any:
         """Two panels times ``num_rows`` rows."""
-        code = Code(self._module, f"tile{num_rows}", 10)
+        code = KernelBuilder(self._module, f"tile{num_rows}", 10)
         x, x_bytes, weights, panel_bytes, groups, output, output_bytes, scales, offsets, sums = code.parameters
         rows, panels = range(num_rows), range(_PANELS)
         zero = every_float(0.0)
@@ -202,7 +202,7 @@ class _Product:
             code.store(code.rounded(result), place)
         return code.finish()
 
-    def _pair(self, code: Code, group: Any, pair: int) -> Any:
+    def _pair(self, code: KernelBuilder, group: Any, pair: int) -> Any:
         """The weights of one of a group's pairs of inputs, as 16 pairs of bfloat16."""
         if self._bits == 16:
             return code.load(words(), code.plus(group, pair * LANES * 4))

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cpu.ir_builder import LANES, Code, constant, every_float, floats, kind
+from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind
 from rapid.kernels.cpu.jit import COUNTERS, Kernel, available
 
 MANY = 16  # rows; from here on it pays to wake the other threads
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def suits(x: Tensor, size: int) -> bool:
+def supports(x: Tensor, size: int) -> bool:
     """Whether there are kernels for rows of ``size`` numbers like those of ``x``."""
     return x.device.type == "cpu" and x.dtype in _NAMES and size % LANES == 0 and available()
 
@@ -30,7 +30,7 @@ def suits(x: Tensor, size: int) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + ε) · weight over the last dimension."""
     size = x.shape[-1]
-    if not suits(x, size):
+    if not supports(x, size):
         return F.rms_norm(x, (size,), weight, eps)
     x = x.contiguous()
     output = torch.empty_like(x)
@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated(x: Tensor) -> Tensor:
     """silu(first half) · second half, of every row [rows, 2 · size]."""
     size = x.shape[1] // 2
-    if not suits(x, size):
+    if not supports(x, size):
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
     output = x.new_empty(len(x), size)
@@ -55,7 +55,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
     The contents of ``heads`` are used up.
     """
     rows, num_heads, d = heads.shape
-    if not suits(heads, d // 2):
+    if not supports(heads, d // 2):
         turning = heads[:, :num_rotated]
         first, second = turning.chunk(2, -1)
         turned = turning * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
@@ -68,7 +68,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
 def store(new: Tensor, slots: Tensor, cache: Tensor) -> None:
     """Puts ``new`` [rows, KV heads, d] into ``cache`` [KV heads, slots, d] at ``slots`` [rows]."""
     rows, num_heads, d = new.shape
-    if not suits(new, d) or new.stride(1) != d:
+    if not supports(new, d) or new.stride(1) != d:
         cache.index_copy_(1, slots, new.transpose(0, 1))
         return
     _run(storing_kernel(new.dtype, d, num_heads), rows, new, new.stride(0), slots, cache, cache.stride(0))
@@ -83,7 +83,7 @@ def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kerne
     """A kernel that calls ``write`` with the row's number and the arguments, once for each row."""
 
     def whole(module: Any) -> None:
-        code = Code(module, "kernel", 1)
+        code = KernelBuilder(module, "kernel", 1)
         (data,) = code.parameters
         rows, *arguments = (code.word(data, COUNTERS + i) for i in range(1 + num_arguments))
         with code.items(data, rows) as row:
@@ -100,11 +100,11 @@ class _Rows:
         self.bytes = dtype.itemsize
         self._kind = kind(_NAMES[dtype], LANES)
 
-    def load(self, code: Code, place: Any) -> Any:
+    def load(self, code: KernelBuilder, place: Any) -> Any:
         numbers = code.load(self._kind, place)
         return numbers if self.bytes == 4 else code.builder.fpext(numbers, floats())
 
-    def store(self, code: Code, numbers: Any, place: Any) -> None:
+    def store(self, code: KernelBuilder, numbers: Any, place: Any) -> None:
         code.store(numbers if self.bytes == 4 else code.rounded(numbers), place)
 
 
@@ -112,7 +112,7 @@ class _Rows:
 def norm_kernel(dtype: torch.dtype, size: int, eps: float) -> Kernel:
     rows = _Rows(dtype)
 
-    def write(code: Code, row: Any, x: Any, output: Any, weight: Any) -> None:
+    def write(code: KernelBuilder, row: Any, x: Any, output: Any, weight: Any) -> None:
         offset = code.times(row, size * rows.bytes)
         squares = code.variable(every_float(0.0))
         with code.loop(0, size * rows.bytes, LANES * rows.bytes) as i:
@@ -134,7 +134,7 @@ def norm_kernel(dtype: torch.dtype, size: int, eps: float) -> Kernel:
 def gate_kernel(dtype: torch.dtype, size: int) -> Kernel:
     rows = _Rows(dtype)
 
-    def write(code: Code, row: Any, x: Any, output: Any) -> None:
+    def write(code: KernelBuilder, row: Any, x: Any, output: Any) -> None:
         place = code.plus(x, code.times(row, 2 * size * rows.bytes))
         target = code.plus(output, code.times(row, size * rows.bytes))
         one, zero = every_float(1.0), every_float(0.0)
@@ -155,7 +155,7 @@ def sum_kernel(dtype: torch.dtype, size: int) -> Kernel:
     """(x, y, bytes from a row of y to the next): every row of y added to that of x."""
     rows = _Rows(dtype)
 
-    def write(code: Code, row: Any, x: Any, y: Any, y_bytes: Any) -> None:
+    def write(code: KernelBuilder, row: Any, x: Any, y: Any, y_bytes: Any) -> None:
         x, y = code.plus(x, code.times(row, size * rows.bytes)), code.plus(y, code.times(row, y_bytes))
         with code.loop(0, size * rows.bytes, LANES * rows.bytes) as i:
             place = code.plus(x, i)
@@ -169,7 +169,7 @@ def rotation_kernel(dtype: torch.dtype, d: int, num_rotated: int, num_heads: int
     rows = _Rows(dtype)
     half = d // 2 * rows.bytes
 
-    def write(code: Code, row: Any, heads: Any, cos: Any, sin: Any) -> None:
+    def write(code: KernelBuilder, row: Any, heads: Any, cos: Any, sin: Any) -> None:
         own = code.plus(heads, code.times(row, num_heads * d * rows.bytes))
         angles = code.times(row, d * rows.bytes)
         for i in range(0, half, LANES * rows.bytes):
@@ -190,7 +190,9 @@ def storing_kernel(dtype: torch.dtype, d: int, num_heads: int) -> Kernel:
     size = dtype.itemsize
     part = kind("i16", LANES * size // 2)
 
-    def write(code: Code, row: Any, new: Any, row_stride: Any, slots: Any, cache: Any, head_stride: Any) -> None:
+    def write(
+        code: KernelBuilder, row: Any, new: Any, row_stride: Any, slots: Any, cache: Any, head_stride: Any
+    ) -> None:
         slot = code.word(code.plus(slots, code.times(row, 8)))
         own = code.plus(new, code.times(row, row_stride, size))
         for head in range(num_heads):

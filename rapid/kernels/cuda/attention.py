@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.interface import Batch, Extension
+from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # what FlashAttention 2 asks of a block table
@@ -64,7 +64,7 @@ PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
 
 
 class PagedAttention:
-    """Pages in the layout of FlashAttention's block tables. ``kernel`` is the device's best unless given."""
+    """PageAllocator in the layout of FlashAttention's block tables. ``kernel`` is the device's best unless given."""
 
     def __init__(self, kernel: PagedKernel | None = None, page_size: int = PAGE_SIZE) -> None:
         self._kernel = kernel or best_kernel()
@@ -73,10 +73,10 @@ class PagedAttention:
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         return KVPool(layout, budget_bytes, page_size=self._page_size, slot_major=True)
 
-    def batch(self, extensions: Sequence[Extension]) -> Batch:
-        pool = extensions[0].cache.pool
+    def batch(self, entries: Sequence[BatchEntry]) -> Batch:
+        pool = entries[0].cache.pool
         device, devices = pool.layout.device, pool.layout.devices
-        counts = [(cache, len(tokens)) for cache, tokens, _ in extensions]
+        counts = [(cache, len(tokens)) for cache, tokens, _ in entries]
         tables = [cache.pages[: pool.pages_for(cache.length + n)] for cache, n in counts]
         width = max(len(table) for table in tables)
         batch = PagedBatch(

@@ -22,7 +22,7 @@ from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
 from rapid.errors import RapidError, RetrievalFailed
-from retrieval import Kept
+from retrieval import IndexProgress
 
 OURS = "ours"
 DATA = b"abc abc"
@@ -53,17 +53,17 @@ class Backend:
         self.on[method] = halts
         return begun, goes_on
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
-        owner = hashlib.sha256(text.encode()).hexdigest()
-        if owner not in self.vectors:
-            yield Kept(owner, 0, 2)
+    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+        tenant = hashlib.sha256(text.encode()).hexdigest()
+        if tenant not in self.vectors:
+            yield IndexProgress(tenant, 0, 2)
             await self._at("keep")
-            yield Kept(owner, 1, 2)
-            self.vectors.add(owner)
-        yield Kept(owner, 2, 2)
+            yield IndexProgress(tenant, 1, 2)
+            self.vectors.add(tenant)
+        yield IndexProgress(tenant, 2, 2)
 
-    async def drop(self, vectors: str) -> None:
-        await self._at("drop")
+    async def delete(self, vectors: str) -> None:
+        await self._at("delete")
         self.vectors.discard(vectors)
 
     async def forget(self, tokens: list[int]) -> None:
@@ -100,7 +100,7 @@ async def fails() -> None:
     raise RetrievalFailed("Qdrant is down")
 
 
-@pytest.mark.parametrize("method", ["forget", "drop", "rmtree"])
+@pytest.mark.parametrize("method", ["forget", "delete", "rmtree"])
 def test_a_deletion_that_failed_can_be_done_again(world: World, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         file_id = await world.upload()
@@ -142,7 +142,7 @@ def test_a_deletion_in_the_middle_of_embedding_leaves_nothing(world: World) -> N
 
 
 @pytest.mark.parametrize("data", [DATA, MARKED], ids=["same bytes", "same text"])
-@pytest.mark.parametrize("method", ["forget", "drop"])
+@pytest.mark.parametrize("method", ["forget", "delete"])
 def test_an_upload_during_the_last_deletion_ends_with_its_vectors(world: World, method: str, data: bytes) -> None:
     async def story() -> None:
         first = await world.upload()
@@ -221,10 +221,10 @@ def test_a_list_leaves_out_what_is_deleted_meanwhile(world: World, monkeypatch: 
         stays, goes = await world.upload(), await world.upload(b"cab")
         uploads = FileStore.uploads
 
-        def and_then_one_is_deleted(store: FileStore, owner: str) -> Any:
-            found = uploads(store, owner)
-            store.retire(owner, goes)
-            store.remove(owner, goes)
+        def and_then_one_is_deleted(store: FileStore, tenant: str) -> Any:
+            found = uploads(store, tenant)
+            store.retire(tenant, goes)
+            store.remove(tenant, goes)
             return found
 
         monkeypatch.setattr(FileStore, "uploads", and_then_one_is_deleted)
@@ -236,14 +236,14 @@ def test_a_list_leaves_out_what_is_deleted_meanwhile(world: World, monkeypatch: 
 def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     where: dict[str, set[threading.Thread]] = {}
 
-    def noting(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
+    def noting(tenant: Any, name: str) -> None:
+        real = getattr(tenant, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             where.setdefault(name, set()).add(threading.current_thread())
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, noted)
+        monkeypatch.setattr(tenant, name, noted)
 
     async def story() -> None:
         noting(hashlib, "sha256")
@@ -259,8 +259,8 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
         assert await world.files._text(part, OURS, "here", {}) == "abc"
         await world.files.delete(OURS, file_id)
 
-    async def no_hashing(self: Backend, text: str, chunk_tokens: int) -> AsyncIterator[Kept]:
-        yield Kept("somebody", 1, 1)
+    async def no_hashing(self: Backend, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+        yield IndexProgress("somebody", 1, 1)
 
     asyncio.run(story())
     assert where.keys() >= {"sha256", "b64decode", "text", "put", "retire", "release", "remove", "update"}
@@ -292,10 +292,10 @@ def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         answer = asyncio.get_running_loop().create_future()
-        retriever = SimpleNamespace(drop=SimpleNamespace(remote=lambda _: answer))
+        retriever = SimpleNamespace(delete=SimpleNamespace(remote=lambda _: answer))
         with pytest.raises(RetrievalFailed, match="no retriever answered"):
-            await RayBackend({}, retriever, overlap=False).drop("x")  # type: ignore[arg-type]
+            await RayBackend({}, retriever, overlap=False).delete("x")  # type: ignore[arg-type]
         assert answer.cancelled()
 
-    monkeypatch.setattr(ray_backend, "_A_TRY_S", 0.01)
+    monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
     asyncio.run(story())

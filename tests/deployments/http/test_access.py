@@ -20,8 +20,8 @@ from served import JSON_TYPE, health, local_api
 
 from deployments.config import ConfigError, parse_config
 from deployments.http.api import make_api
-from deployments.http.rate_limits import Client, _Bucket
-from deployments.schemas.events import Began, Events
+from deployments.http.rate_limits import Client, TokenBucket
+from deployments.schemas.events import Events, Started
 from rapid.errors import Overloaded
 from rapid.events import Delta, Finish, Statistics
 
@@ -115,7 +115,7 @@ def spent(events: list[Any], num_read: int) -> float:
                 for _ in range(num_read):
                     await anext(counted)
 
-    client = Client(tokens=(tokens := _Bucket(1000)))
+    client = Client(tokens=(tokens := TokenBucket(1000)))
     asyncio.run(read(client))
     return 1000 - tokens._left
 
@@ -123,9 +123,9 @@ def spent(events: list[Any], num_read: int) -> float:
 def test_a_prompt_is_paid_for_once_and_also_by_who_leaves_early() -> None:
     delta = Delta([1, 2], ["a", "b"], 0, 0, "none", 0, 0, 0, [])
     finish = Finish("", "length", Statistics("rapid", prompt_tokens=80, emitted=4))
-    whole = [Began(80), delta, delta._replace(choice=1), delta, finish, finish._replace(choice=1)]
+    whole = [Started(80), delta, delta._replace(choice=1), delta, finish, finish._replace(choice=1)]
     assert [spent(whole, number) for number in (1, 2, 3, 6)] == [80, 82, 84, 86]
-    assert spent([Began(80), Overloaded("no place")], 2) == 0
+    assert spent([Started(80), Overloaded("no place")], 2) == 0
 
 
 @pytest.mark.parametrize("path", ["completions", "files"])
@@ -231,7 +231,7 @@ def test_what_is_left_of_the_limits_is_told(serve: Serve) -> None:
     assert {"x-request-id", "x-ratelimit-reset-tokens"} <= set(
         names
     ) and "x-ratelimit-limit-tokens" not in exposed.headers
-    bucket = _Bucket(60)
+    bucket = TokenBucket(60)
     bucket.take(90)
     assert bucket.headers("tokens")["x-ratelimit-reset-tokens"] == "1m30s"
 

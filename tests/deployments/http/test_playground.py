@@ -19,7 +19,7 @@ from benchmarks.screenshots import chromium
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 TEXT = document(0, characters=1200)
-PATIENCE_MS = 120_000
+TIMEOUT_MS = 120_000
 expect.set_options(timeout=30_000)
 
 
@@ -62,7 +62,7 @@ def prepare(page: Page, *, tokens: int = 12, gamma: int | None = 3) -> None:
 
 def ask(page: Page) -> None:
     page.get_by_role("button", name="Ask").click()
-    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
+    expect(page.locator("#ask")).to_be_enabled(timeout=TIMEOUT_MS)
 
 
 def request_of_the_page(text: str, model: str) -> dict[str, Any]:
@@ -74,14 +74,14 @@ def request_of_the_page(text: str, model: str) -> dict[str, Any]:
 
 def answer_of_the_api(url: str, text: str, *, model: str = "bytes") -> dict[str, Any]:
     body = request_of_the_page(text, model)
-    answer: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE_MS / 1e3).json()
+    answer: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_MS / 1e3).json()
     return answer
 
 
 def rounds_of_the_api(url: str, text: str, *, model: str) -> list[dict[str, Any]]:
     body = request_of_the_page(text, model) | {"stream": True}
     body["rapid"]["trace"] = True
-    sent = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE_MS / 1e3).text.splitlines()
+    sent = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_MS / 1e3).text.splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in sent if line.startswith("data: {")]
     return [chunk["rapid_round"] for chunk in chunks if "rapid_round" in chunk]
 
@@ -149,7 +149,7 @@ def test_the_map_shows_where_the_retrieved_passages_are(page: Page, bytes_url: s
 def test_stop_frees_the_engines(page: Page, bytes_url: str) -> None:
     prepare(page, tokens=4000)
     page.get_by_role("button", name="Ask").click()
-    page.locator(".text .token").first.wait_for(timeout=PATIENCE_MS)
+    page.locator(".text .token").first.wait_for(timeout=TIMEOUT_MS)
     assert health(bytes_url)["sequences"]["target"] > 0
     page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Stopped.")
@@ -278,7 +278,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     page.get_by_label("Question", exact=True).focus()
     with page.expect_request("**/v1/chat/completions"):
         page.keyboard.press("Control+Enter")
-    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
+    expect(page.locator("#ask")).to_be_enabled(timeout=TIMEOUT_MS)
     for _ in range(30):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('text')"):
@@ -332,6 +332,6 @@ def test_a_key_is_sent_and_stays_in_the_tab(page: Page) -> None:
     with page.expect_request("**/v1/chat/completions") as sent:
         page.get_by_role("button", name="Ask").click()
     assert sent.value.headers["authorization"] == "Bearer secret"
-    expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE_MS)
+    expect(page.locator("#ask")).to_be_enabled(timeout=TIMEOUT_MS)
     assert "secret" not in str(page.evaluate("JSON.stringify(localStorage)"))
     assert not page.context.cookies()

@@ -17,12 +17,12 @@ from deployments.serve import engines
 from deployments.serve.channel import Channel
 from deployments.serve.engines import EngineActor, EngineReplica
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import EngineLost
 from rapid.models.model import Model
 from rapid.sampling.sampler import SamplingParams
 
-OPENING = Opening([1, 2, 3], 4, SamplingParams())
+OPENING = SequenceRequest([1, 2, 3], 4, SamplingParams())
 
 
 @pytest.fixture

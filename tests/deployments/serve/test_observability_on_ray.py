@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from served import JSON_TYPE, LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
 
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.sampling.sampler import SamplingParams
 
 pytestmark = ON_RAY
@@ -217,7 +217,7 @@ def test_two_hundred_who_leave_at_once_hold_nothing_two_seconds_later(cluster: C
 def test_who_waits_for_a_place_is_counted(cluster: Cluster) -> None:
     """All eight places are leased; who comes then waits in Serve's router, of which an engine knows nothing."""
     target = serve.get_deployment_handle("Target", "rapid").options(stream=True)
-    leases = [target.lease.remote(Opening([2, 3], 1, SamplingParams())) for _ in range(8)]
+    leases = [target.lease.remote(SequenceRequest([2, 3], 1, SamplingParams())) for _ in range(8)]
     for lease in leases:
         next(iter(lease))
     with ThreadPoolExecutor(3) as pool:

@@ -13,11 +13,11 @@ from deployments.app import build
 from deployments.config import parse_config
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import EngineLost, InvalidRequest, Overloaded, RapidError
 from rapid.sampling.sampler import SamplingParams
 
-OPENING = Opening([1, 2, 3], 4, SamplingParams())
+OPENING = SequenceRequest([1, 2, 3], 4, SamplingParams())
 
 
 class Queue:
@@ -40,7 +40,7 @@ class Queue:
         self.cancelled.set()
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, opening: Opening, running: list[int]) -> RapidError:
+def asked(monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest, running: list[int]) -> RapidError:
     """What a lease comes to while as many replicas run as ``running`` says, each time somebody looks; then its turn."""
 
     async def main() -> RapidError:
@@ -53,8 +53,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, opening: Opening, running: list[int])
             return SimpleNamespace(applications={"rapid": SimpleNamespace(deployments={"Target": target})})
 
         monkeypatch.setattr(ray_backend.serve, "status", status)
-        monkeypatch.setattr(ray_backend, "_A_TRY_S", 0.01)
-        monkeypatch.setattr(ray_backend, "_PATIENCE_S", 0.01)
+        monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(ray_backend, "_OPTIONAL_TIMEOUT_S", 0.01)
         backend = RayBackend({"target": queue}, queue, overlap=False)  # type: ignore[dict-item, arg-type]
         with pytest.raises(RapidError) as raised:
             async with backend.lease("target", opening):
@@ -74,7 +74,7 @@ def test_a_request_waits_for_its_turn_as_long_as_replicas_run(monkeypatch: pytes
 
 @pytest.mark.parametrize("opening", [OPENING.after([7]), replace(OPENING, may_wait=False)])
 def test_whoever_goes_on_elsewhere_or_may_not_wait_tries_for_some_seconds(
-    monkeypatch: pytest.MonkeyPatch, opening: Opening
+    monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest
 ) -> None:
     error = asked(monkeypatch, opening, [1] * 1000)
     assert (type(error), error.status) == (Overloaded, 503)

@@ -15,11 +15,11 @@ from world import Retrieval, World, complete, first_eight
 from rapid.backend import leases
 from rapid.backend.local import LocalBackend
 from rapid.backend.protocol import DraftHandle, Lease, Role
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.errors import DraftLost, EngineLost, Overloaded
 from rapid.sampling.logits_processor import LogitParams
 from rapid.sampling.sampler import SamplingParams
-from rapid.speculation.draft import Draft, DraftLimits, Prefilled, Verified
+from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 from rapid.strategies import STRATEGIES
 
 Fault = Callable[[Role, str], bool]
@@ -32,13 +32,18 @@ class FaultyBackend(LocalBackend):
     """
 
     def __init__(
-        self, world: World, fault: Fault, *, patience_s: float = 5.0, retrieve: Callable[..., Retrieval] = first_eight
+        self,
+        world: World,
+        fault: Fault,
+        *,
+        resume_timeout_s: float = 5.0,
+        retrieve: Callable[..., Retrieval] = first_eight,
     ) -> None:
         super().__init__(world.target, world.drafter, retrieve, overlap=True)
-        self.patience_s, self.fault = patience_s, fault
+        self.resume_timeout_s, self.fault = resume_timeout_s, fault
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         if self.fault(role, "opening"):
             raise EngineLost("nobody answers")
         async with super().lease(role, opening) as lease:
@@ -56,7 +61,7 @@ class _FaultyLease:
         if self._dead:
             raise EngineLost("the engine died")
 
-    async def prefill(self) -> Prefilled:
+    async def prefill(self) -> PrefillResult:
         self._check("prefill")
         return await self._lease.prefill()
 
@@ -72,7 +77,7 @@ class _FaultyLease:
     def ahead(self) -> Awaitable[Draft | None]:
         return self._lease.ahead()
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> Verified:
+    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
         self._check("before")
         verified = await self._lease.verify(draft, rule, transfer_strength)
         self._check("after")
@@ -143,7 +148,7 @@ def test_patience_ends(world: World) -> None:
 
     async def main() -> None:
         with pytest.raises(EngineLost):
-            await complete(world.request(), FaultyBackend(world, fault, patience_s=0.05))
+            await complete(world.request(), FaultyBackend(world, fault, resume_timeout_s=0.05))
         assert world.num_sequences() == 0
 
     asyncio.run(main())
@@ -155,7 +160,7 @@ def test_whoever_has_begun_to_answer_waits_for_room_elsewhere(world: World, monk
     opened, lease = iter(range(9)), FaultyBackend.lease
 
     @asynccontextmanager
-    async def full(self: FaultyBackend, role: Role, opening: Opening) -> AsyncIterator[Lease]:
+    async def full(self: FaultyBackend, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
         if role == "target" and next(opened) == 1:
             raise Overloaded("no room now")
         async with lease(self, role, opening) as leased:
@@ -206,7 +211,7 @@ def test_random_numbers_do_not_come_again_after_a_death(world: World, role: Role
 
     class Noting(FaultyBackend):
         @asynccontextmanager
-        async def lease(self, leased: Role, opening: Opening) -> AsyncIterator[Lease]:
+        async def lease(self, leased: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
             if leased == role:
                 seeds.append(opening.sampling.seed)
             async with super().lease(leased, opening) as lease:

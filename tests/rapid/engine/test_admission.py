@@ -19,7 +19,7 @@ from running import (
 )
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening
+from rapid.engine.sequence import SequenceRequest
 from rapid.engine.verify import prefill, verify_draft
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.models.model import Model
@@ -46,7 +46,7 @@ def four_pages(model: Model, engine: MakeEngine) -> Engine:
 def test_who_waits_gets_in_in_order(four_pages: Engine) -> None:
     """Nobody small slips past somebody large, who would otherwise starve."""
     first = begun(four_pages, [1], room=40)  # three pages
-    large, small = (four_pages.open(Opening([1], room, GREEDY)) for room in (60, 4))
+    large, small = (four_pages.open(SequenceRequest([1], room, GREEDY)) for room in (60, 4))
     eventually(lambda: four_pages.stats().num_waiting == 2)
     four_pages.get(first.id)
     assert not small.done()
@@ -61,38 +61,38 @@ def test_who_waits_gets_in_in_order(four_pages: Engine) -> None:
 
 def test_a_full_queue_is_answered_429(four_pages: Engine) -> None:
     begun(four_pages, [1], room=60)
-    waiting = [four_pages.open(Opening([1], 10, GREEDY)) for _ in range(2)]
+    waiting = [four_pages.open(SequenceRequest([1], 10, GREEDY)) for _ in range(2)]
     with pytest.raises(Overloaded) as caught:
-        done(four_pages.open(Opening([1], 10, GREEDY)))
+        done(four_pages.open(SequenceRequest([1], 10, GREEDY)))
     assert caught.value.status == 429
     assert not any(future.done() for future in waiting)
     assert waiting[0].cancel()  # whoever gives up makes room in the queue
     eventually(lambda: four_pages.stats().num_waiting == 1)
-    assert not four_pages.open(Opening([1], 10, GREEDY)).done()
+    assert not four_pages.open(SequenceRequest([1], 10, GREEDY)).done()
 
 
 def test_where_nobody_may_wait_whoever_fits_gets_in(model: Model, engine: MakeEngine) -> None:
     running = engine(model, max_queued=0)
-    assert done(running.open(Opening([1], 10, GREEDY))).prompt == [1]
+    assert done(running.open(SequenceRequest([1], 10, GREEDY))).prompt == [1]
 
 
 def test_who_may_not_wait_is_told_at_once(four_pages: Engine) -> None:
     """Also when there is room, and others who came before wait for more of it."""
     begun(four_pages, [1], room=40)
     with pytest.raises(Overloaded) as caught:
-        done(four_pages.open(Opening([1], 20, GREEDY, may_wait=False)))
+        done(four_pages.open(SequenceRequest([1], 20, GREEDY, may_wait=False)))
     assert caught.value.status == 503
-    done(four_pages.open(Opening([1], 10, GREEDY, may_wait=False)))
-    waiting = four_pages.open(Opening([1], 60, GREEDY))
+    done(four_pages.open(SequenceRequest([1], 10, GREEDY, may_wait=False)))
+    waiting = four_pages.open(SequenceRequest([1], 60, GREEDY))
     eventually(lambda: four_pages.stats().num_waiting == 1)
     with pytest.raises(Overloaded):
-        done(four_pages.open(Opening([1], 10, GREEDY, may_wait=False)))
+        done(four_pages.open(SequenceRequest([1], 10, GREEDY, may_wait=False)))
     assert not waiting.done()
 
 
 def test_what_never_fits_is_refused(four_pages: Engine) -> None:
     with pytest.raises(InvalidRequest, match=r"65 tokens .* raise kv_memory") as caught:
-        four_pages.open(Opening([1] * 5, 60, GREEDY))
+        four_pages.open(SequenceRequest([1] * 5, 60, GREEDY))
     assert caught.value.code == "kv_memory_exceeded"
     begun(four_pages, [1] * 4, room=60)
 
@@ -108,7 +108,7 @@ def test_closing_gives_the_room_back(four_pages: Engine) -> None:
 
 def test_a_closed_sequence_s_room_is_not_lost_when_its_opening_was_cancelled(four_pages: Engine) -> None:
     begun(four_pages, [1], room=60)
-    waiting = four_pages.open(Opening([1], 10, GREEDY))
+    waiting = four_pages.open(SequenceRequest([1], 10, GREEDY))
     assert waiting.cancel()
     eventually(lambda: four_pages.stats().num_waiting == 0)
     assert four_pages.stats().num_sequences == 1
@@ -204,7 +204,7 @@ def test_outputs_do_not_depend_on_how_much_room_there_is(model: Model, engine: M
     large = engine(model)
     small = engine(model, kv_bytes=12 * PAGE * model.layout.bytes_per_token, max_batch_tokens=24)
     prompts = [random_tokens(40, seed=i // 4) + random_tokens(7 * i % 50 + 1, seed=i) for i in range(16)]
-    waiting = [small.open(Opening(prompt, 20, GREEDY)) for prompt in prompts]
+    waiting = [small.open(SequenceRequest(prompt, 20, GREEDY)) for prompt in prompts]
     for i, future in enumerate(waiting):
         sequence = done(future)
         done(small.submit(prefill(sequence)))
@@ -219,6 +219,6 @@ def test_outputs_do_not_depend_on_how_much_room_there_is(model: Model, engine: M
 def test_an_expired_sequence_gives_its_room_to_who_waits(model: Model, engine: MakeEngine) -> None:
     running = engine(model, kv_bytes=4 * PAGE * model.layout.bytes_per_token, idle_timeout=0.05)
     forgotten = begun(running, [1], room=60)
-    done(running.open(Opening([1], 60, GREEDY)))
+    done(running.open(SequenceRequest([1], 60, GREEDY)))
     with pytest.raises(SequenceClosed):
         running.get(forgotten.id)

@@ -8,7 +8,7 @@ import torch
 from running import GREEDY, VOCAB, begun, done, random_tokens
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Opening, Task
+from rapid.engine.sequence import SequenceRequest, Task
 from rapid.engine.verify import prefill
 from rapid.errors import EngineLost
 from rapid.models.model import Model
@@ -34,7 +34,7 @@ def test_what_breaks_an_engine_is_told_to_everyone(
 ) -> None:
     running = engine(model, kv_bytes=40 * 16 * model.layout.bytes_per_token)
     sequence, other = (begun(running, random_tokens(20, seed=s), room=280) for s in (17, 18))
-    waiting = running.open(Opening([1, 2], 280, GREEDY))
+    waiting = running.open(SequenceRequest([1, 2], 280, GREEDY))
 
     def broken(*_: Any, **__: Any) -> Any:
         raise error
@@ -43,7 +43,7 @@ def test_what_breaks_an_engine_is_told_to_everyone(
     monkeypatch.setattr(getattr(running, part), method, broken)
     under_way = [running.submit(prefill(s)) for s in (sequence, other)]
     running.ended.result(timeout=30)
-    late = running.submit(prefill(other)), running.open(Opening([1, 2], 10, GREEDY))
+    late = running.submit(prefill(other)), running.open(SequenceRequest([1, 2], 10, GREEDY))
     for failed in (*under_way, waiting, *late):
         with pytest.raises(EngineLost, match=f"broken: .*{error.args[0]}"):
             done(failed)

@@ -22,12 +22,12 @@ from running import (
 )
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Extend, Opening, Sequence, Task
+from rapid.engine.sequence import ForwardRequest, Sequence, SequenceRequest, Task
 from rapid.engine.verify import prefill, verify_draft
 from rapid.errors import SequenceClosed
 from rapid.models.model import Model
 from rapid.sampling.sampler import SamplingParams
-from rapid.speculation.draft import Draft, Verified, certain_draft
+from rapid.speculation.draft import Draft, VerifyResult, certain_draft
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
@@ -68,7 +68,7 @@ def test_many_at_once_equal_each_alone(tiny_model: MakeModel, engine: MakeEngine
     model = tiny_model(VOCAB, seed=3)
     prompts = [random_tokens(n, seed=n) for n in (1, 2, 9, 30, 64, 65, 100, 129, 200, 13, 77, 150)]
 
-    def verification(running: Engine, i: int, sequence: Sequence, round_number: int) -> Future[Verified]:
+    def verification(running: Engine, i: int, sequence: Sequence, round_number: int) -> Future[VerifyResult]:
         draft = certain_draft(len(sequence.output), random_tokens((i + round_number) % 4, seed=i))
         return running.submit(verify_draft(sequence, draft, "augmented", 5.0))
 
@@ -120,7 +120,7 @@ def test_a_task_that_fails_fails_alone(model: Model, engine: MakeEngine) -> None
     def failing(before: bool) -> Task[None]:
         if before:
             raise KeyError("before its first step")
-        yield Extend(other, [1, 2], 1)
+        yield ForwardRequest(other, [1, 2], 1)
         raise KeyError("after a step")
 
     for before in (True, False):
@@ -135,7 +135,7 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
     running = engine(model)
     sequence, other = (opened(running, random_tokens(20, seed=13)) for _ in range(2))
 
-    def broken(extensions: Any, **_: Any) -> Any:
+    def broken(entries: Any, **_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
@@ -214,16 +214,16 @@ def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engin
     first, second, other = (begun(running, random_tokens(100, seed=seed)) for seed in (14, 15, 16))
     reading = running.submit(prefill(first))
     gate.wait()
-    waiting, opening = running.submit(prefill(second)), running.open(Opening([1, 2, 3], 100, GREEDY))
+    waiting, opening = running.submit(prefill(second)), running.open(SequenceRequest([1, 2, 3], 100, GREEDY))
     assert running.submit(prefill(other)).cancel()
-    assert running.open(Opening([1, 2, 3], 10, GREEDY)).cancel()
+    assert running.open(SequenceRequest([1, 2, 3], 10, GREEDY)).cancel()
     stopping = threading.Thread(target=running.shutdown)
     stopping.start()
     eventually(lambda: running.submit(prefill(other)).done())
     gate.open()
     stopping.join(timeout=30)
     assert not stopping.is_alive()
-    late = running.submit(prefill(other)), running.open(Opening([1, 2, 3], 10, GREEDY))
+    late = running.submit(prefill(other)), running.open(SequenceRequest([1, 2, 3], 10, GREEDY))
     for future in (reading, waiting, opening, *late):
         with pytest.raises(SequenceClosed, match="shutting down"):
             done(future)
@@ -251,7 +251,7 @@ def test_rows_that_are_wanted_together_are_never_cut(model: Model, engine: MakeE
     sequence, other = (begun(running, prompt) for prompt in ([1], [1, 2]))
 
     def verification(num_tokens: int, num_rows: int) -> Task[tuple[int, ...]]:
-        logits = yield Extend(sequence, [1] * num_tokens, num_rows)
+        logits = yield ForwardRequest(sequence, [1] * num_tokens, num_rows)
         return tuple(logits.shape)
 
     blocking = running.submit(prefill(other))
@@ -268,7 +268,7 @@ def test_more_rows_than_the_budget_run_alone(model: Model, engine: MakeEngine, g
     sequence, other = (begun(running, random_tokens(n, seed=20)) for n in (1, 11))
 
     def verification() -> Task[tuple[int, ...]]:
-        logits = yield Extend(sequence, [1] * 9, 9)
+        logits = yield ForwardRequest(sequence, [1] * 9, 9)
         return tuple(logits.shape)
 
     reading = running.submit(prefill(other))

@@ -9,10 +9,10 @@ from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opene
 from rapid.engine.engine import Engine
 from rapid.engine.propose import propose
 from rapid.engine.verify import verify_draft
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.models.model import Model
 from rapid.sampling.sampler import SamplingParams, probabilities
-from rapid.speculation.draft import Draft, DraftLimits, Verified, certain_draft
+from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 from rapid.speculation.verification import RULES
 
 MakeModel = Callable[..., Model]
@@ -61,7 +61,7 @@ def test_rolling_back_equals_never_having_drafted(tiny_model: MakeModel, engine:
             draft = done(drafting.submit(propose(short, known, new, DraftLimits(gamma), 8, frozenset())))
             known = len(sequence.output)
             assert_cache_is_fresh(short, drafter)
-        verified: Verified = done(running.submit(verify_draft(sequence, draft, rule, 10.0)))
+        verified: VerifyResult = done(running.submit(verify_draft(sequence, draft, rule, 10.0)))
         seen.add(verified.num_accepted)
         assert sequence.output[draft.offset :] == verified.tokens
         assert sequence.cache.length == len(sequence.prompt) + len(sequence.output) - 1
@@ -103,7 +103,7 @@ def test_a_draft_tells_the_distributions_it_was_drawn_from(
     dense = draft.dense(VOCAB, torch.device("cpu"))
     tokens = torch.tensor(draft.tokens)[:, None]
     assert (dense.gather(-1, tokens) > 0).all()
-    logits = model.forward([Extension(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
+    logits = model.forward([BatchEntry(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
     q = probabilities(logits, sampling)
     sizes = [len(ids) for ids, _ in draft.distributions]
     assert sizes == (q > 0).sum(-1).clamp_max(top_k).tolist()

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from rapid.kernels.cpu import attention
 from rapid.kernels.cpu.attention import MANY, RunAttention
 from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
-from rapid.kernels.interface import Extension, Kernel
+from rapid.kernels.interface import AttentionBackend, BatchEntry
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 from rapid.models.model import Model
 
 MakeModel = Callable[..., Model]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-KERNELS: dict[str, Kernel] = {"run": RunAttention(), "paged": PagedAttention(gathered_sdpa, page_size=16)}
+KERNELS: dict[str, AttentionBackend] = {"run": RunAttention(), "paged": PagedAttention(gathered_sdpa, page_size=16)}
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -64,7 +64,7 @@ def filled_cache(pool: KVPool, pages: list[int], rows: Tensor, slots_first: bool
 
 
 def assert_right(
-    kernel: Kernel,
+    kernel: AttentionBackend,
     dtype: torch.dtype,
     heads: tuple[int, int],
     shapes: list[tuple[int, int]],
@@ -84,17 +84,17 @@ def assert_right(
     order = torch.randperm(pool.num_pages, generator=generator) if scattered else torch.arange(pool.num_pages)
     pages = [part.tolist() for part in order.split(num_pages)]
     sequences = [torch.randn(2, num_kv_heads, sum(shape), d, generator=generator).to(dtype) for shape in shapes]
-    extensions = []
+    entries = []
     for own, rows, (cached, new) in zip(pages, sequences, shapes, strict=True):
         cache = filled_cache(pool, own, rows[:, :, :cached], kernel is KERNELS["paged"])
-        extensions.append(Extension(cache, [0] * new, 0))
+        entries.append(BatchEntry(cache, [0] * new, 0))
     total = sum(new for _, new in shapes)
     query = torch.randn(total, num_kv_heads * group, d, generator=generator).to(dtype)
     keys, values = (
         torch.cat([rows[side, :, cached:] for rows, (cached, _) in zip(sequences, shapes, strict=True)], 1)
         for side in (0, 1)
     )
-    output = kernel.batch(extensions).attend(0, query, keys.transpose(0, 1), values.transpose(0, 1), d**-0.5)
+    output = kernel.batch(entries).attend(0, query, keys.transpose(0, 1), values.transpose(0, 1), d**-0.5)
     parts = query.split([new for _, new in shapes])
     expected = [plain_attention(part, *rows) for part, rows in zip(parts, sequences, strict=True)]
     torch.testing.assert_close(output.double(), torch.cat(expected), **TOLERANCES[dtype])
@@ -105,7 +105,7 @@ def assert_right(
 @pytest.mark.parametrize("cached", [0, 1, 16, 75])
 @pytest.mark.parametrize("heads", [(1, 1), (1, 9), (2, 2), (3, 3), (4, 1)], ids=lambda heads: "x".join(map(str, heads)))
 def test_one_sequence(
-    kernel: Kernel, d: int, dtype: torch.dtype, num_new: int, cached: int, heads: tuple[int, int]
+    kernel: AttentionBackend, d: int, dtype: torch.dtype, num_new: int, cached: int, heads: tuple[int, int]
 ) -> None:
     """Few and many query tokens, empty and filled caches, any number of query heads per KV head."""
     assert_right(kernel, dtype, heads, [(cached, num_new)], d=d)
@@ -113,7 +113,9 @@ def test_one_sequence(
 
 @each_case
 @pytest.mark.parametrize("scattered", [False, True])
-def test_a_ragged_batch_over_scattered_pages(kernel: Kernel, d: int, dtype: torch.dtype, scattered: bool) -> None:
+def test_a_ragged_batch_over_scattered_pages(
+    kernel: AttentionBackend, d: int, dtype: torch.dtype, scattered: bool
+) -> None:
     """Of several sequences, some begin and some go on, in few tokens and in many."""
     assert_right(
         kernel, dtype, (2, 3), [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70), (31, 33)], d=d, scattered=scattered
@@ -122,7 +124,7 @@ def test_a_ragged_batch_over_scattered_pages(kernel: Kernel, d: int, dtype: torc
 
 @each_case
 @pytest.mark.parametrize("num_new", [1, 11, 40])
-def test_a_long_cache(kernel: Kernel, d: int, dtype: torch.dtype, num_new: int) -> None:
+def test_a_long_cache(kernel: AttentionBackend, d: int, dtype: torch.dtype, num_new: int) -> None:
     assert_right(kernel, dtype, (2, 3), [(3000, num_new)], d=d)
 
 
@@ -136,7 +138,7 @@ def test_scores_in_blocks_are_the_same(dtype: torch.dtype, num_new: int, monkeyp
 
 
 @each_case
-def test_memory_that_was_never_written_does_not_matter(kernel: Kernel, d: int, dtype: torch.dtype) -> None:
+def test_memory_that_was_never_written_does_not_matter(kernel: AttentionBackend, d: int, dtype: torch.dtype) -> None:
     """A pool begins with whatever was there before, and nothing times NaN is NaN."""
     assert_right(kernel, dtype, (2, 2), [(5, 3), (40, 3), (0, 3), (270, 2)], d=d, garbage=torch.nan)
 
@@ -144,49 +146,51 @@ def test_memory_that_was_never_written_does_not_matter(kernel: Kernel, d: int, d
 # The same in a whole forward pass
 
 
-def extended(model: Model, shapes: list[tuple[int, int]]) -> list[Extension]:
+def extended(model: Model, shapes: list[tuple[int, int]]) -> list[BatchEntry]:
     """Sequences with (cached, new) tokens, in one pool that others have left in pieces."""
     pool = model.new_pool(2**18)
     others = [pool.open([], 1) for _ in range(pool.num_pages)]
     for other in others[::2]:
         assert other is not None
         pool.close(other)
-    extensions = []
+    entries = []
     for i, (cached, new) in enumerate(shapes):
         tokens = random_tokens(cached + new, seed=i)
         cache = pool.open([], cached + new)
         assert cache is not None
         assert len(cache.runs(cached + new)) == pool.pages_for(cached + new)
         if cached:
-            model.forward([Extension(cache, tokens[:cached], 0)])
-        extensions.append(Extension(cache, tokens[cached:], min(new, 3)))
-    return extensions
+            model.forward([BatchEntry(cache, tokens[:cached], 0)])
+        entries.append(BatchEntry(cache, tokens[cached:], min(new, 3)))
+    return entries
 
 
 @each_kernel
-def test_a_ragged_pass_over_a_fragmented_pool_equals_each_sequence_alone(tiny_model: MakeModel, kernel: Kernel) -> None:
+def test_a_ragged_pass_over_a_fragmented_pool_equals_each_sequence_alone(
+    tiny_model: MakeModel, kernel: AttentionBackend
+) -> None:
     """Sequences of any lengths do not see each other, wherever their pages lie."""
-    model, reference = tiny_model(kernel=kernel), tiny_model()
+    model, reference = tiny_model(attention=kernel), tiny_model()
     shapes = [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70)]
     rows = model.forward(extended(model, shapes))
     for i, (logits, (cached, new)) in enumerate(zip(rows, shapes, strict=True)):
-        alone = Extension(new_cache(reference, cached + new), random_tokens(cached + new, seed=i), min(new, 3))
+        alone = BatchEntry(new_cache(reference, cached + new), random_tokens(cached + new, seed=i), min(new, 3))
         torch.testing.assert_close(logits, reference.forward([alone])[0], **ROUNDING)
 
 
 @each_kernel
 @pytest.mark.parametrize("chunks", [[120], [1, 119], [64, 40, 16], [50, 1, 1, 68]])
 def test_forward_equals_transformers_own(
-    tiny_network: Callable[..., PreTrainedModel], tiny_model: MakeModel, kernel: Kernel, chunks: list[int]
+    tiny_network: Callable[..., PreTrainedModel], tiny_model: MakeModel, kernel: AttentionBackend, chunks: list[int]
 ) -> None:
     """The logits of a prefill in chunks and of decoding one by one are those of transformers' sdpa attention."""
-    model = tiny_model(kernel=kernel)
+    model = tiny_model(attention=kernel)
     tokens = random_tokens(sum(chunks) + 8, seed=1)
     with torch.inference_mode():
         expected = tiny_network()(torch.tensor([tokens])).logits[0]
     cache, rows, done = new_cache(model, len(tokens)), [], 0
     for n in [*chunks, *[1] * 8]:
-        rows.append(model.forward([Extension(cache, tokens[done : done + n], n)])[0])
+        rows.append(model.forward([BatchEntry(cache, tokens[done : done + n], n)])[0])
         done += n
     torch.testing.assert_close(torch.cat(rows), expected, **CLOSE)
 
@@ -194,14 +198,14 @@ def test_forward_equals_transformers_own(
 def test_only_the_wanted_rows_come_back(tiny_model: MakeModel) -> None:
     model = tiny_model()
     tokens = random_tokens(20, seed=2)
-    whole = model.forward([Extension(new_cache(model, 20), tokens, 20)])[0]
+    whole = model.forward([BatchEntry(new_cache(model, 20), tokens, 20)])[0]
     pool = model.new_pool(2**15)
-    extensions = []
+    entries = []
     for num_rows in (0, 1, 3):
         cache = pool.open([], 20)
         assert cache is not None
-        extensions.append(Extension(cache, tokens, num_rows))
-    none, last, three = model.forward(extensions)
+        entries.append(BatchEntry(cache, tokens, num_rows))
+    none, last, three = model.forward(entries)
     assert none.shape == (0, 32)
     torch.testing.assert_close(last, whole[-1:], **CLOSE)
     torch.testing.assert_close(three, whole[-3:], **CLOSE)

@@ -87,7 +87,7 @@ def test_a_number_is_rounded_to_the_nearest_and_halves_to_even(near: float) -> N
     rounded = torch.empty(len(numbers), dtype=torch.bfloat16)
 
     def write(module: Any) -> None:
-        code = kernel_code.Code(module, "kernel", 1)
+        code = kernel_code.KernelBuilder(module, "kernel", 1)
         source, target = (code.word(code.parameters[0], jit.COUNTERS + i) for i in range(2))
         for i in range(0, len(numbers), kernel_code.LANES):
             wide = code.load(kernel_code.floats(), code.plus(source, 4 * i))

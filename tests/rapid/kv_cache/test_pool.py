@@ -15,7 +15,7 @@ def filled(pool: KVPool, tokens: list[int]) -> KVCache:
     """A sequence whose tokens are all computed and can be found."""
     cache = opened(pool, tokens)
     cache.advance(len(tokens) - cache.length)
-    pool.index(cache, tokens, cache.length)
+    pool.insert(cache, tokens, cache.length)
     return cache
 
 
@@ -118,7 +118,7 @@ def test_a_sequence_adopts_what_another_has_computed_since() -> None:
     assert second.length == 0
     for done in (8, 16):
         first.advance(8)
-        pool.index(first, prompt, first.length)
+        pool.insert(first, prompt, first.length)
         pool.adopt(second, prompt)
         assert (second.length, second.capacity) == (done, 20)
         assert second.pages[: done // PAGE] == first.pages[: done // PAGE]
@@ -136,7 +136,7 @@ def test_adopting_compares_with_what_is_still_to_be_read() -> None:
     prompt = [*A[:4], *B]
     cache = opened(pool, prompt)
     cache.advance(4)
-    pool.index(cache, prompt, 4)
+    pool.insert(cache, prompt, 4)
     filled(pool, [*A[:4], *A[:4], 50])
     pool.adopt(cache, prompt)
     assert (cache.length, cache.num_shared) == (4, 1)
@@ -159,7 +159,7 @@ def test_what_two_computed_at_once_is_kept_once() -> None:
     first, second = opened(pool, A), opened(pool, A)
     for cache in (first, second):
         cache.advance(8)
-        pool.index(cache, A, 8)
+        pool.insert(cache, A, 8)
     assert first.pages == second.pages
     assert pool.stats().bytes_used == 2 * pool.page_bytes
     pool.close(first)
@@ -228,7 +228,7 @@ def test_forgetting_drops_what_nobody_uses() -> None:
     pool = pool_of(10)
     pool.close(filled(pool, A))
     filled(pool, B)
-    pool.forget()
+    pool.evict_unused()
     assert (num_known(pool, A), num_known(pool, B)) == (0, 8)
     assert pool.stats()[1:3] == (2 * pool.page_bytes, 0)
 
@@ -238,19 +238,19 @@ def test_dropping_a_text_forgets_it_wherever_it_stands_and_what_follows_it() -> 
     head, question = [300, 301, 302, 303], [310, 311, 312, 313]
     for tokens in (B, [*head, *A, *question], [*B, 77, 78, *A]):
         pool.close(filled(pool, tokens))
-    assert pool.drop(A) == 3 + 1  # of the second text both pages and the question; of the third a page full of A
+    assert pool.forget(A) == 3 + 1  # of the second text both pages and the question; of the third a page full of A
     assert (num_known(pool, [*head, *A]), num_known(pool, [*B, 77, 78, *A])) == (4, 12)
-    assert pool.stats().bytes_cached == 4 * pool.page_bytes and pool.drop(A) == 0 == pool.drop(C)
+    assert pool.stats().bytes_cached == 4 * pool.page_bytes and pool.forget(A) == 0 == pool.forget(C)
 
 
 def test_a_text_dropped_while_it_is_read_goes_with_the_sequence() -> None:
     pool = pool_of(10)
     cache = opened(pool, [*A, *B], 20)
     cache.advance(8)
-    pool.index(cache, [*A, *B], 8)
-    assert pool.drop(A) == 2
+    pool.insert(cache, [*A, *B], 8)
+    assert pool.forget(A) == 2
     assert num_known(pool, A) == 0 and pool.stats().bytes_used == 5 * pool.page_bytes
     cache.advance(8)
-    pool.index(cache, [*A, *B], 16)
+    pool.insert(cache, [*A, *B], 16)
     pool.close(cache)
     assert pool.stats().bytes_cached == 0 and num_known(pool, [*A, *B]) == 0

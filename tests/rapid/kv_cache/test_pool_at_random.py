@@ -41,7 +41,7 @@ class User:
             length = self.cache.length
             if length < last:
                 self.extend(self.prompt[length : min(last, length + rng.randint(1, 9))])
-                pool.index(self.cache, self.prompt, self.cache.length)
+                pool.insert(self.cache, self.prompt, self.cache.length)
             return
         if self.output and rng.random() < 0.3:
             del self.output[rng.randrange(len(self.output)) :]
@@ -67,10 +67,10 @@ def test_whatever_happens_nobody_s_past_changes_and_no_page_is_lost(seed: int) -
             rng.choice(users).step(rng)
         elif action < 0.98 and users:
             user = users.pop(rng.randrange(len(users)))
-            pool.index(user.cache, user.prompt + user.output, user.cache.length)
+            pool.insert(user.cache, user.prompt + user.output, user.cache.length)
             pool.close(user.cache)
         elif action >= 0.98:
-            pool.forget()
+            pool.evict_unused()
         for user in users:
             user.check()
         own = [page for user in users for page in user.cache.pages[user.cache.num_shared :]]
@@ -80,7 +80,7 @@ def test_whatever_happens_nobody_s_past_changes_and_no_page_is_lost(seed: int) -
         assert pool.stats().bytes_used == (len(own) + len(shared)) * pool.page_bytes
     for user in users:
         pool.close(user.cache)
-    pool.forget()
+    pool.evict_unused()
     assert pool.stats()[1:3] == (0, 0)
     assert pool.stats().hit_tokens > 100
     assert pool.stats().evicted_pages > 20

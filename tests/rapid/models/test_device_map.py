@@ -26,7 +26,7 @@ from rapid.engine.engine import Engine
 from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache import memory
 from rapid.kv_cache.memory import FREE_MEMORY_SHARE, kv_budget
 from rapid.kv_cache.pool import KVLayout
@@ -103,7 +103,7 @@ def passes(model: Model) -> list[Tensor]:
     caches = [cache for cache in (pool.open([], 100), pool.open([], 100)) if cache is not None]
     logits = []
     for lengths, num_rows in (((20, 7), 1), ((1, 1), 1), ((4, 2), 2)):
-        logits += model.forward([Extension(c, [1] * n, num_rows) for c, n in zip(caches, lengths, strict=True)])
+        logits += model.forward([BatchEntry(c, [1] * n, num_rows) for c, n in zip(caches, lengths, strict=True)])
     return logits
 
 
@@ -112,7 +112,7 @@ def passes(model: Model) -> list[Tensor]:
 @pytest.mark.parametrize("name", MAPS)
 def test_every_operation_has_all_it_needs_on_one_device(tiny_network: MakeNetwork, name: str, kind: str) -> None:
     network = placed(tiny_network(kind=kind, layers=LAYERS, head_dim=16), MAPS[name])
-    model = Model(network, None, "spread", kernel=PagedAttention(gathered_sdpa, page_size=16))
+    model = Model(network, None, "spread", attention=PagedAttention(gathered_sdpa, page_size=16))
     of_layers = tuple(MAPS[name][f"model.layers.{i}"] for i in range(LAYERS))
     pool = model.new_pool(2**20)
     assert tuple(rows.device for rows in pool.keys) == tuple(rows.device for rows in pool.values) == of_layers
@@ -128,7 +128,7 @@ def test_a_batch_that_stays_on_one_device_is_noticed(
 ) -> None:
     """Else the test above would prove nothing."""
     network = placed(tiny_network(layers=LAYERS), MAPS["halves"])
-    model = Model(network, None, "spread", kernel=PagedAttention(gathered_sdpa, page_size=16))
+    model = Model(network, None, "spread", attention=PagedAttention(gathered_sdpa, page_size=16))
     monkeypatch.setattr(PagedBatch, "on", lambda batch, device: batch)
     with pytest.raises(RuntimeError, match=r"same device.*cuda:1.*cuda:0"):
         passes(model)
@@ -138,7 +138,7 @@ def test_a_batch_that_stays_on_one_device_is_noticed(
 def test_cuda_graphs_are_for_one_device(tiny_network: MakeNetwork) -> None:
     kernel = PagedAttention(gathered_sdpa)
     one, two = (
-        Model(placed(tiny_network(layers=LAYERS), device_map), None, "spread", kernel=kernel)
+        Model(placed(tiny_network(layers=LAYERS), device_map), None, "spread", attention=kernel)
         for device_map in ({"": SECOND}, MAPS["halves"])
     )
     assert one._graphs is not None and two._graphs is None
@@ -212,7 +212,7 @@ def test_where_there_is_no_gpu_nothing_changes(tiny_network: MakeNetwork, tmp_pa
     for how in ("auto", None):
         model = load_model(str(tmp_path), dtype="float32", device_map=how)
         logits.append(logits_after(model, tokens))
-        assert (model.info.device, type(model.kernel)) == ("cpu", RunAttention)
+        assert (model.info.device, type(model.attention)) == ("cpu", RunAttention)
         engine = Engine(model, kv_bytes=2**20)
         texts.append(decode(engine, opened(engine, tokens), 40))
         engine.shutdown()

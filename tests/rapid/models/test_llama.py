@@ -9,7 +9,7 @@ from running import new_cache, random_tokens
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from rapid.errors import ModelFileError
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.models.layers import RMSNorm
 from rapid.models.model import Model
 from rapid.models.registry import ARCHITECTURES
@@ -53,7 +53,7 @@ def test_logits_are_transformers_own(tiny_network: MakeNetwork, kind: str, more:
     model = Model(network, None, kind)
     cache, rows = new_cache(model, 100), []
     for chunk in (tokens[:60], tokens[60:99], tokens[99:]):
-        rows.append(model.forward([Extension(cache, chunk, len(chunk))])[0])
+        rows.append(model.forward([BatchEntry(cache, chunk, len(chunk))])[0])
     torch.testing.assert_close(torch.cat(rows), expected, rtol=1e-4, atol=2e-5)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rapid.errors import PassAbandoned
 from rapid.kernels.cpu import jit
 from rapid.kernels.cpu.rows import MANY
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
 
@@ -58,7 +58,7 @@ def both_ways(model: Model, other: Model, shapes: list[tuple[int, int]]) -> Iter
         for i, (before, _) in enumerate(shapes):
             cache = pool.open([], 200)
             assert cache is not None
-            each.forward([Extension(cache, random_tokens(before, seed=i), 0)])
+            each.forward([BatchEntry(cache, random_tokens(before, seed=i), 0)])
             caches.append(cache)
         yield each, caches
 
@@ -84,7 +84,7 @@ def test_logits_keys_and_values_are_the_same(
         rows: list[Tensor] = []
         for repeat in range(3):  # the first pass writes the calls, the others find them
             new = [random_tokens(count, seed=90 + repeat) for _, count in shapes]
-            rows += each.forward([Extension(c, tokens, len(tokens)) for c, tokens in zip(caches, new, strict=True)])
+            rows += each.forward([BatchEntry(c, tokens, len(tokens)) for c, tokens in zip(caches, new, strict=True)])
         seen.append([*rows, *(part for cache in caches for part in contents(cache))])
     assert model._decoder._compiled._passes
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
@@ -96,7 +96,7 @@ def test_a_pool_takes_the_place_of_another(tiny_network: MakeNetwork) -> None:
     for seed, pair in enumerate(zip(caches[::2], caches[1::2], strict=True)):
         for count in (MANY, 6):  # the first are too many for calls that are written beforehand
             tokens = random_tokens(count, seed)
-            rows = [e.forward([Extension(c, tokens, count)])[0] for e, c in zip((model, other), pair, strict=True)]
+            rows = [e.forward([BatchEntry(c, tokens, count)])[0] for e, c in zip((model, other), pair, strict=True)]
             assert torch.equal(*rows)
 
 
@@ -105,10 +105,10 @@ def test_an_abandoned_pass_leaves_no_trace_in_the_next(tiny_network: MakeNetwork
     asked = iter([False, True])
     cache = new_cache(model, 50)
     with pytest.raises(PassAbandoned):
-        model.forward([Extension(cache, [1, 2, 3], 3)], abandoned=lambda: next(asked))
+        model.forward([BatchEntry(cache, [1, 2, 3], 3)], abandoned=lambda: next(asked))
     assert cache.length == 0
     ours, theirs = (
-        e.forward([Extension(c, [4, 5, 6], 3)])[0] for e, c in ((model, cache), (other, new_cache(other, 50)))
+        e.forward([BatchEntry(c, [4, 5, 6], 3)])[0] for e, c in ((model, cache), (other, new_cache(other, 50)))
     )
     assert torch.equal(ours, theirs)
 
@@ -117,4 +117,4 @@ def test_an_abandoned_pass_leaves_no_trace_in_the_next(tiny_network: MakeNetwork
 def test_sizes_without_kernels_go_layer_by_layer(tiny_network: MakeNetwork, more: dict[str, int]) -> None:
     model = make(tiny_network, **more)
     assert model._decoder._compiled is None
-    assert model.forward([Extension(new_cache(model, 9), [1, 2], 1)])[0].isfinite().all()
+    assert model.forward([BatchEntry(new_cache(model, 9), [1, 2], 1)])[0].isfinite().all()

@@ -7,7 +7,7 @@ import torch
 from running import ROUNDING, logits_after, random_tokens
 
 from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.models.model import Model
 from rapid.models.recorded_cuda import MAX_NEW_TOKENS, MAX_SEQUENCES, GraphRunner
@@ -18,14 +18,14 @@ KERNEL = PagedAttention(gathered_sdpa, page_size=16)
 @pytest.fixture
 def model(tiny_model: Callable[..., Model]) -> Model:
     """Passes of a repeating shape go through a GraphRunner, the others do not."""
-    return tiny_model(kernel=KERNEL)
+    return tiny_model(attention=KERNEL)
 
 
 def filled(model: Model, pool: KVPool, tokens: list[int]) -> KVCache:
     cache = pool.open([], len(tokens) + 80)
     assert cache is not None
     if tokens:
-        model.compute([Extension(cache, tokens, 0)])
+        model.compute([BatchEntry(cache, tokens, 0)])
         cache.advance(len(tokens))
     return cache
 
@@ -42,15 +42,15 @@ def test_replayed_passes_equal_eager_ones(
     caches = [filled(model, pool, text) for text in texts]
     for taking in (count, count, max(1, count - 1), count):
         new = [random_tokens(num_new, seed=i + len(texts[i])) for i in range(taking)]
-        extensions = [
-            Extension(cache, torch.tensor(tokens) if as_tensor else tokens, num_rows)
+        entries = [
+            BatchEntry(cache, torch.tensor(tokens) if as_tensor else tokens, num_rows)
             for cache, tokens, num_rows in zip(caches, new, (1, num_new, 0), strict=False)
         ]
-        assert model._graphs is not None and model._graphs.takes(extensions)
-        rows = model.forward(extensions)
+        assert model._graphs is not None and model._graphs.supports(entries)
+        rows = model.forward(entries)
         for i, tokens in enumerate(new):
             texts[i] = texts[i] + tokens
-            assert (caches[i].length, len(rows[i])) == (len(texts[i]), extensions[i].num_rows)
+            assert (caches[i].length, len(rows[i])) == (len(texts[i]), entries[i].num_rows)
             if len(rows[i]):
                 torch.testing.assert_close(rows[i][-1], logits_after(reference, texts[i]), **ROUNDING)
         if num_new > 2:  # as a rejected draft is rolled back
@@ -59,7 +59,7 @@ def test_replayed_passes_equal_eager_ones(
                 caches[i].truncate(len(texts[i]))
     for cache, text in zip(caches, texts, strict=True):  # and nobody's past was written to
         cache.truncate(len(text) - 1)
-        logits = model.compute([Extension(cache, text[-1:], 1)])[0]
+        logits = model.compute([BatchEntry(cache, text[-1:], 1)])[0]
         torch.testing.assert_close(logits, logits_after(reference, text), **ROUNDING)
 
 
@@ -68,14 +68,14 @@ def test_only_few_tokens_as_many_for_each_are_worth_a_graph(model: Model) -> Non
     assert isinstance(runner, GraphRunner)
     cache = filled(model, model.new_pool(2**16), [])
 
-    def takes(*lengths: int) -> bool:
-        return runner.takes([Extension(cache, [0] * length, 1) for length in lengths])
+    def supports(*lengths: int) -> bool:
+        return runner.supports([BatchEntry(cache, [0] * length, 1) for length in lengths])
 
-    assert takes(1)
-    assert takes(*[MAX_NEW_TOKENS] * MAX_SEQUENCES)
-    assert not takes(1, 2)
-    assert not takes(MAX_NEW_TOKENS + 1)
-    assert not takes(*[1] * (MAX_SEQUENCES + 1))
+    assert supports(1)
+    assert supports(*[MAX_NEW_TOKENS] * MAX_SEQUENCES)
+    assert not supports(1, 2)
+    assert not supports(MAX_NEW_TOKENS + 1)
+    assert not supports(*[1] * (MAX_SEQUENCES + 1))
 
 
 def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[..., Model], model: Model) -> None:
@@ -85,6 +85,6 @@ def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[...,
         rows.fill_(torch.nan)
     texts = [random_tokens(length, seed=length) for length in (3, 20, 50)]
     caches = [filled(model, pool, text[:-1]) for text in texts]
-    outputs = model.forward([Extension(cache, text[-1:], 1) for cache, text in zip(caches, texts, strict=True)])
+    outputs = model.forward([BatchEntry(cache, text[-1:], 1) for cache, text in zip(caches, texts, strict=True)])
     for logits, text in zip(outputs, texts, strict=True):
         torch.testing.assert_close(logits[0], logits_after(tiny_model(), text), **ROUNDING)

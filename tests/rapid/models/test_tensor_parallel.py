@@ -20,10 +20,10 @@ from rapid.engine.engine import Engine
 from rapid.engine.propose import propose
 from rapid.engine.verify import prefill, verify_draft
 from rapid.errors import EngineLost, ModelFileError
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Group, Place, follow
+from rapid.models.tensor_parallel import Group, RankPlacement, follow
 from rapid.speculation.draft import Draft, DraftLimits
 from rapid.text.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ def free_address() -> str:
 
 def follow_first(rank: int, address: str, folder: str) -> None:
     torch.set_num_threads(1)
-    model = load_model(folder, dtype="float32", placement=Place(rank + 1, RANKS, address))
+    model = load_model(folder, dtype="float32", placement=RankPlacement(rank + 1, RANKS, address))
     with pytest.raises(EngineLost):  # the first rank has left
         follow(model)
 
@@ -69,7 +69,7 @@ def shared(folder: Path) -> Iterator[Model]:
     """The first rank's model; the other ranks are processes of their own."""
     address = free_address()
     others = multiprocessing.spawn(follow_first, (address, str(folder)), nprocs=RANKS - 1, join=False)
-    yield load_model(str(folder), dtype="float32", placement=Place(0, RANKS, address))
+    yield load_model(str(folder), dtype="float32", placement=RankPlacement(0, RANKS, address))
     dist.destroy_process_group()
     for process in others.processes:
         process.terminate()
@@ -91,7 +91,7 @@ def test_a_pass_of_three_ranks_equals_one_of_all(shared: Model, whole: Model, le
         tokens = [random_tokens(n, seed=n) for n in lengths]
         for rounds in range(2):  # the second goes on behind the first
             logits = model.forward(
-                [Extension(c, t, rounds) for c, t in zip(caches, tokens, strict=True) if c is not None]
+                [BatchEntry(c, t, rounds) for c, t in zip(caches, tokens, strict=True) if c is not None]
             )
         return logits
 
@@ -125,11 +125,11 @@ def test_the_engine_drafts_verifies_and_rolls_back_alike(shared: Model, whole: M
 def test_a_rank_that_hears_nothing_is_an_engine_that_is_lost(
     shared: Model, monkeypatch: pytest.MonkeyPatch, use: Callable[[Model], Any]
 ) -> None:
-    def say(message: object) -> None:
+    def broadcast(message: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
     assert shared.group is not None
-    monkeypatch.setattr(shared.group, "say", say)
+    monkeypatch.setattr(shared.group, "broadcast", broadcast)
     with pytest.raises(EngineLost, match="closed by peer"):
         use(shared)
 
@@ -139,11 +139,11 @@ def test_the_first_pass_waits_until_all_ranks_have_loaded(folder: Path, monkeypa
     called: list[str] = []
 
     class Alone(Group):
-        def __init__(self, placement: Place, device: str) -> None:
+        def __init__(self, placement: RankPlacement, device: str) -> None:
             self.placement = placement
 
         def __getattribute__(self, name: str) -> Any:
-            if name not in ("say", "wait", "summed", "joined"):
+            if name not in ("broadcast", "wait", "all_reduce", "all_gather"):
                 return object.__getattribute__(self, name)
             called.append(name)
             return lambda x=None, *_: x
@@ -152,13 +152,13 @@ def test_the_first_pass_waits_until_all_ranks_have_loaded(folder: Path, monkeypa
             return None
 
     monkeypatch.setattr("rapid.models.loader.Group", Alone)
-    load_model(str(folder), dtype="float32", placement=Place(0, 1, ""))
-    assert called[:2] == ["wait", "say"]
+    load_model(str(folder), dtype="float32", placement=RankPlacement(0, 1, ""))
+    assert called[:2] == ["wait", "broadcast"]
 
 
 def read_in_few_bits(rank: int, address: str, folder: str, read: Any) -> None:
     torch.set_num_threads(1)
-    model = load_model(folder, quantization="int8", placement=Place(rank, RANKS, address))
+    model = load_model(folder, quantization="int8", placement=RankPlacement(rank, RANKS, address))
     if rank == 0:
         read.put(logits_after(model, random_tokens(40, seed=1)).tolist())
     else:
@@ -180,8 +180,8 @@ def test_ranks_that_never_meet_are_an_error() -> None:
     meet = f"""
 from datetime import timedelta
 from rapid.models import tensor_parallel as parallel
-parallel._MEETING = timedelta(milliseconds=200)
-parallel.Group(parallel.Place(1, 2, "{free_address()}"), "cpu")
+parallel._JOIN_TIMEOUT = timedelta(milliseconds=200)
+parallel.Group(parallel.RankPlacement(1, 2, "{free_address()}"), "cpu")
 """
     ended = subprocess.run([sys.executable, "-c", meet], capture_output=True, text=True)
     assert "EngineLost: rank 1 did not meet the others" in ended.stderr

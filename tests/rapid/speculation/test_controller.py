@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Controller, Costs, Plan
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Costs, DraftController, RoundPlan
 from rapid.speculation.draft import DraftLimits
 
 FOUND = (5, list(range(100, 140)))
@@ -30,7 +30,7 @@ class World(NamedTuple):
     accepts: Callable[[int], int] = lambda gamma: gamma
     confidence: float = 0.99
 
-    def play(self, controller: Controller, plan: Plan, *, match_length: int = 0) -> None:
+    def play(self, controller: DraftController, plan: RoundPlan, *, match_length: int = 0) -> None:
         """Runs the planned round; a drafter that is sure drafts all it may."""
         gamma = len(plan.tokens) if plan.source == "lookup" else plan.limits.max_tokens
         draft_ms = gamma * self.draft + self.catching_up if plan.source == "model" else 0.0
@@ -38,7 +38,7 @@ class World(NamedTuple):
         outcome = Outcome(gamma, accepted, [self.confidence] * gamma, draft_ms, self.draft if draft_ms else 0.0)
         controller.observe(plan, outcome, self.plain + draft_ms + gamma * self.extra, match_length=match_length)
 
-    def sources(self, controller: Controller, num_rounds: int) -> list[str]:
+    def sources(self, controller: DraftController, num_rounds: int) -> list[str]:
         sources = []
         for _ in range(num_rounds):
             plan = controller.plan(100, can_draft=True)
@@ -51,21 +51,21 @@ GOOD, BAD = World(), World(draft=30.0, accepts=lambda gamma: 0)
 
 
 def test_a_fixed_number_is_drafted_every_round_as_far_as_there_is_room() -> None:
-    controller = Controller(5, Costs(plain=1.0, draft=1000.0))  # whatever it costs
+    controller = DraftController(5, Costs(plain=1.0, draft=1000.0))  # whatever it costs
     for _ in range(20):
         plan = controller.plan(100, can_draft=True, found=FOUND)
-        assert plan == Plan("model", DraftLimits(5))
+        assert plan == RoundPlan("model", DraftLimits(5))
         assert not plan.limits.stop_after([0.001] * 4)
         BAD.play(controller, plan)
-    assert controller.plan(3, can_draft=True) == Plan("model", DraftLimits(3))
+    assert controller.plan(3, can_draft=True) == RoundPlan("model", DraftLimits(3))
     assert controller.plan(0, can_draft=True, found=FOUND).source == "none"
-    assert controller.plan(100, can_draft=False, found=FOUND) == Plan("lookup", tokens=(100, 101, 102, 103, 104))
+    assert controller.plan(100, can_draft=False, found=FOUND) == RoundPlan("lookup", tokens=(100, 101, 102, 103, 104))
     assert controller.plan(100, can_draft=False).source == "none"
-    assert Controller(0, Costs()).plan(100, can_draft=True, found=FOUND).source == "none"
+    assert DraftController(0, Costs()).plan(100, can_draft=True, found=FOUND).source == "none"
 
 
 def test_plain_rounds_come_first_to_compare_with() -> None:
-    sources = GOOD.sources(Controller(None, Costs()), 10)
+    sources = GOOD.sources(DraftController(None, Costs()), 10)
     assert sources[0] == "none"
     assert sources[-1] == "model"
 
@@ -73,11 +73,11 @@ def test_plain_rounds_come_first_to_compare_with() -> None:
 @pytest.mark.parametrize("world", [GOOD, World(accepts=lambda gamma: gamma // 2), World(catching_up=500.0)])
 def test_drafting_that_pays_goes_on(world: World) -> None:
     """Also where much had to be read once to catch up: that is not what a draft costs."""
-    assert set(world.sources(Controller(None, Costs()), 200)[10:]) == {"model"}
+    assert set(world.sources(DraftController(None, Costs()), 200)[10:]) == {"model"}
 
 
 def test_drafting_that_does_not_pay_stops_and_is_tried_again_more_and_more_rarely() -> None:
-    sources = BAD.sources(Controller(None, Costs()), 1500)
+    sources = BAD.sources(DraftController(None, Costs()), 1500)
     tried = [i for i, source in enumerate(sources) if source == "model"]
     rests = [after - before for before, after in pairwise(tried) if after - before > 1]
     assert len(tried) < 40
@@ -87,13 +87,13 @@ def test_drafting_that_does_not_pay_stops_and_is_tried_again_more_and_more_rarel
 
 
 def test_a_drafter_that_gets_better_is_taken_back() -> None:
-    controller = Controller(None, Costs())
+    controller = DraftController(None, Costs())
     assert BAD.sources(controller, 200)[-1] == "none"
     assert GOOD.sources(controller, 1000)[-100:] == ["model"] * 100
 
 
 def test_nothing_is_drafted_without_a_drafter_or_room() -> None:
-    controller = Controller(None, Costs())
+    controller = DraftController(None, Costs())
     GOOD.sources(controller, 10)
     assert controller.plan(100, can_draft=False).source == "none"
     assert controller.plan(0, can_draft=True, found=FOUND).source == "none"
@@ -113,7 +113,7 @@ def test_a_draft_ends_where_its_next_token_would_hardly_stand() -> None:
 
 def test_dear_drafts_end_earlier_than_cheap_ones() -> None:
     def length(costs: Costs) -> int:
-        limits = Controller(None, costs, timed=False).plan(100, can_draft=True).limits
+        limits = DraftController(None, costs, timed=False).plan(100, can_draft=True).limits
         return next(n for n in range(1, 100) if n == limits.max_tokens or limits.stop_after([0.7] * n))
 
     assert 1 <= length(Costs(draft=12.0)) < length(Costs(draft=1.0, extra=0.2))
@@ -121,7 +121,7 @@ def test_dear_drafts_end_earlier_than_cheap_ones() -> None:
 
 def test_what_is_looked_up_is_followed_further_the_longer_its_match() -> None:
     def followed(match_length: int) -> int:
-        controller = Controller(None, Costs(plain=40.0, extra=10.0), timed=False)
+        controller = DraftController(None, Costs(plain=40.0, extra=10.0), timed=False)
         plan = controller.plan(100, can_draft=False, found=(match_length, FOUND[1]))
         assert plan.tokens == tuple(FOUND[1][: len(plan.tokens)])
         return len(plan.tokens)
@@ -132,13 +132,13 @@ def test_what_is_looked_up_is_followed_further_the_longer_its_match() -> None:
 
 
 def test_a_lookup_costs_nothing_to_draft_and_is_taken_where_it_promises_more() -> None:
-    controller = Controller(None, Costs(draft=12.0), timed=False)
+    controller = DraftController(None, Costs(draft=12.0), timed=False)
     assert controller.plan(100, can_draft=True, found=(32, FOUND[1])).source == "lookup"
     assert controller.plan(2, can_draft=True, found=(32, FOUND[1])).tokens == (100, 101)
 
 
 def test_lookups_that_never_stand_are_no_longer_followed() -> None:
-    controller, wrong = Controller(None, Costs(extra=10.0), timed=False), World(accepts=lambda gamma: 0)
+    controller, wrong = DraftController(None, Costs(extra=10.0), timed=False), World(accepts=lambda gamma: 0)
     for _ in range(60):
         plan = controller.plan(100, can_draft=False, found=FOUND)
         if plan.source == "none":
@@ -149,7 +149,7 @@ def test_lookups_that_never_stand_are_no_longer_followed() -> None:
 
 def test_with_a_seed_plans_do_not_depend_on_the_clock() -> None:
     """The same outcomes at another speed lead to the same plans."""
-    quick, slow = (Controller(None, Costs(), timed=False) for _ in range(2))
+    quick, slow = (DraftController(None, Costs(), timed=False) for _ in range(2))
     fast_world = World(plain=1.0, draft=0.01, accepts=lambda gamma: gamma // 3)
     slow_world = World(plain=100.0, draft=90.0, catching_up=50.0, accepts=lambda gamma: gamma // 3)
     sources = set()

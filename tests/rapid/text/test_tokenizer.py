@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rapid.errors import ModelFileError, ModelMismatch
-from rapid.kernels.interface import Extension
+from rapid.kernels.interface import BatchEntry
 from rapid.models.model import Model
-from rapid.text.tokenizer import TextStream, check_same_tokenizer, load_tokenizer
+from rapid.text.tokenizer import Detokenizer, check_same_tokenizer, load_tokenizer
 
 TEXTS = [
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse.",
@@ -32,7 +32,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def stream(tokenizer: PreTrainedTokenizerFast, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[str, bool]:
     """All that a stream returns, and whether it stopped; checks on the way that ``text`` is what was returned."""
-    streaming, shown = TextStream(tokenizer, stop), ""
+    streaming, shown = Detokenizer(tokenizer, stop), ""
     for token in tokens:
         shown += streaming.push(token)
         assert streaming.text == shown
@@ -61,9 +61,9 @@ def test_any_tokens_at_all_stream_as_they_decode(chat_tokenizer: PreTrainedToken
 
 def test_half_a_character_is_never_shown(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = encode(chat_tokenizer, "👩‍🚀 中文 🏴‍☠️")
-    streaming = TextStream(chat_tokenizer)
+    streaming = Detokenizer(chat_tokenizer)
     assert not any("\ufffd" in streaming.push(token) for token in tokens)
-    cut = TextStream(chat_tokenizer)
+    cut = Detokenizer(chat_tokenizer)
     assert cut.push(tokens[0]) == ""
     assert "\ufffd" in cut.finish()  # what will not be completed is shown as it decodes
 
@@ -87,7 +87,7 @@ def test_nothing_of_a_stop_string_and_nothing_behind_it_is_shown(chat_tokenizer:
 def test_text_that_only_began_like_a_stop_string_is_released(letter_tokenizer: Callable[..., object]) -> None:
     """It is held back while it may become one, shown as soon as it cannot, and at the end of the text."""
     tokenizer = letter_tokenizer(8)
-    streaming = TextStream(tokenizer, ("abc", "bd"))
+    streaming = Detokenizer(tokenizer, ("abc", "bd"))
     shown = [streaming.push(token) for token in encode(tokenizer, "abaabb")]
     assert shown == ["", "", "ab", "a", "", "ab"]
     assert streaming.finish() == "b"
@@ -97,7 +97,7 @@ def test_text_that_only_began_like_a_stop_string_is_released(letter_tokenizer: C
 def test_a_stopped_stream_stays_stopped(letter_tokenizer: Callable[..., object]) -> None:
     """Tokens of the same round that lie behind the stop string are not shown."""
     tokenizer = letter_tokenizer(8)
-    streaming = TextStream(tokenizer, ("bc",))
+    streaming = Detokenizer(tokenizer, ("bc",))
     assert "".join(streaming.push(token) for token in encode(tokenizer, "aabcddd")) == "aa"
     assert streaming.stopped
     assert streaming.finish() == ""
@@ -196,7 +196,7 @@ def test_a_padded_checkpoint_never_writes_beyond_the_tokenizer(
     assert network.config.vocab_size == 32
     cache = model.new_pool(2**12).open([], 4)
     assert cache is not None
-    assert model.forward([Extension(cache, [1, 2, 3], 2)])[0].shape == (2, 7)
+    assert model.forward([BatchEntry(cache, [1, 2, 3], 2)])[0].shape == (2, 7)
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
