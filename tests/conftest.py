@@ -101,10 +101,10 @@ def tiny_network() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_network: Callable[..., PreTrainedModel]) -> Callable[..., Model]:
-    """Models of tiny networks; ``kernel`` and ``quantization`` are the model's, all else the network's."""
+    """Models of tiny networks; ``attention`` and ``quantization`` are the model's, all else the network's."""
 
     def make(vocab_size: int = 32, *, seed: int = 0, **options: Any) -> Model:
-        chosen = {name: options.pop(name) for name in ("kernel", "quantization") if name in options}
+        chosen = {name: options.pop(name) for name in ("attention", "quantization") if name in options}
         return Model(tiny_network(vocab_size, seed=seed, **options), None, f"tiny-{seed}", **chosen)
 
     return make
