@@ -44,7 +44,7 @@ async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
 
 
 class LocalIndexingBackend(LocalBackend):
-    """One whose retriever also keeps documents (`deployments.files.files.IndexingBackend`)."""
+    """One whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`)."""
 
     def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
         super().__init__(target, drafter, retriever.retrieve, **how)

@@ -1,14 +1,15 @@
-"""What the API serves, wherever the engines are: reads a request's body, runs the decode loop, tells what is held."""
+"""The service behind the API, wherever the engines are: reads requests, runs the decode loop, reports health."""
+
+from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Protocol
 
 from deployments.config import AppConfig
-from deployments.files.files import Files, IndexingBackend, LocalFiles
+from deployments.files.files import Files, LocalFiles
+from deployments.files.indexing import IndexingBackend
 from deployments.observability.tracing import Trace
 from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events, Started
@@ -18,11 +19,15 @@ from rapid.choices import generate_choices
 from rapid.errors import ContextLengthExceeded
 from rapid.events import Finish, Statistics
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Service(Protocol):
-    """`LocalService`, or one that is asked over Ray (`deployments.serve.ingress`). ``tenant`` is who asks."""
+    """`LocalService`, or one in another process (`deployments.serve.ingress`). ``tenant`` is the client's."""
 
-    files: Files
+    @property
+    def files(self) -> Files: ...
 
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
@@ -32,29 +37,29 @@ class Service(Protocol):
 
 
 class LocalService:
-    """Over engines that ``backend`` reaches from this process."""
+    """A service over the engines that ``backend`` reaches from this process."""
 
     def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self.files = LocalFiles(config, backend, tokenizer)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
-        """Writes the choices of one completion; closing it frees all they hold.
+        """Writes the choices of one completion. Closing the generator frees everything that they hold.
 
         Raises:
-            RapidError: what is wrong with the request, or with the engines.
+            RapidError: the request is wrong, or an engine failed.
         """
-        async with self.files.read(completion, tenant) as whole:
-            # Tokenizing a whole book takes a second, and the other requests' rounds must go on meanwhile.
+        async with self.files.attachments.read(completion, tenant) as whole:
+            # In a thread: tokenizing a book takes a second, and the rounds of other requests go on meanwhile.
             request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
-            if whole is not completion:  # its files are kept already, by themselves, and go when they are deleted
+            if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > (window := await self.window()):
                 raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
             yield Started(num_tokens, completion.echoed(self._tokenizer), calls)
-            if completion.max_tokens == 0:  # the prompt is repeated, and no engine has anything to do
+            if completion.max_tokens == 0:  # the answer is the prompt, which no engine has to read
                 for choice in range(completion.n):
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
                     yield Finish("", "length", statistics, choice=choice)
@@ -67,7 +72,7 @@ class LocalService:
                         yield event
 
     async def health(self) -> Health:
-        """What each engine holds that is there; raises when one does not answer."""
+        """What each running engine holds. Raises where an engine does not answer."""
         stats = await self._backend.stats()
         return Health(
             status="ok",
@@ -77,7 +82,7 @@ class LocalService:
         )
 
     async def window(self) -> int:
-        """How many tokens the target can read and write."""
+        """How many tokens the target can read and write together."""
         return self._backend.info("target").window
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:

@@ -1,7 +1,7 @@
-"""The text of an uploaded file. What kind of file it is its content says, and never its name.
+"""The text of an uploaded file. The content decides what kind of file it is, never the name.
 
-PDF and HTML readers are big, and files come from strangers: each is read in a process of its own, which may take so
-much memory and so long. Run as a program (by its path, so that nothing else is imported) this reads a file from stdin
+PDF and HTML readers are big, and files come from strangers, so each file is read in a process of its own with limited
+memory and time. Run as a program (by its path, so that nothing else is imported), this module reads a file from stdin
 and writes a line of JSON: {"text": …}, or {"error": …, "status": …}.
 """
 
@@ -15,15 +15,15 @@ from contextlib import suppress
 _MEMORY_BYTES = 2 * 2**30
 _MAX_PAGES = 5_000
 _MAX_CHARACTERS = 16 * 2**20
-_SNIFFED = 1024  # bytes of the beginning that tell the kind
+_SNIFFED = 1024  # bytes; the kind shows at the beginning
 
 PDF, HTML, TEXT = "application/pdf", "text/html", "text/plain"
-_SUFFIXES = {".pdf": PDF}  # named so, a file that is something else is damaged
+_SUFFIXES = {".pdf": PDF}  # a file that is named so and is of another kind is damaged
 
 
 class Unreadable(Exception):
-    """No text can be had of a file; ``status`` is HTTP's: 415 for a kind that is not read, 400 for a bad one of its
-    kind, 413 for too much of it."""
+    """A file has no readable text. ``status`` is HTTP's: 415 for a kind that is not read, 400 for a damaged file, 413
+    for one that is too long."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -31,10 +31,10 @@ class Unreadable(Exception):
 
 
 def kind_of(data: bytes, filename: str = "") -> str:
-    """The media type of ``data``: PDF, HTML, or text, which Markdown is.
+    """The media type of ``data``: PDF, HTML, or text, Markdown included.
 
     Raises:
-        Unreadable: it is none of them.
+        Unreadable: ``data`` is of another kind.
     """
     beginning = data[:_SNIFFED]
     kind = TEXT
@@ -56,10 +56,10 @@ _READ_HERE = "what is read here is UTF-8 text, Markdown, HTML and PDF"
 
 
 async def extract(data: bytes, *, filename: str = "", timeout_s: float) -> tuple[str, str]:
-    """(text, media type) of a file. PDF and HTML take a process that is killed after ``timeout_s``.
+    """(text, media type) of a file. The process for PDF and HTML is killed after ``timeout_s``.
 
     Raises:
-        Unreadable: it is of another kind, broken, encrypted, too big, or without any text.
+        Unreadable: the file is of another kind, damaged, encrypted, too long, or without any text.
     """
     kind = kind_of(data, filename)
     text = await (asyncio.to_thread(_decoded, data) if kind == TEXT else _in_a_process(data, timeout_s))
@@ -73,7 +73,7 @@ async def extract(data: bytes, *, filename: str = "", timeout_s: float) -> tuple
 
 
 async def _in_a_process(data: bytes, timeout_s: float) -> str:
-    # -P: what lies beside this file is not to be taken for somebody's package.
+    # -P: Python must not import the files beside this one as packages.
     reader = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", __file__, str(int(timeout_s) + 1)),
         stdin=asyncio.subprocess.PIPE,
@@ -113,7 +113,7 @@ def _read_pdf(data: bytes) -> str:
 
     try:
         reader = PdfReader(io.BytesIO(data))
-        # Many are encrypted only so that a program may forbid printing: these open without a password.
+        # Many PDFs are encrypted only to forbid printing: these open without a password.
         if reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED:
             raise Unreadable("the PDF is encrypted: remove its password first")
         if len(reader.pages) > _MAX_PAGES:
@@ -147,12 +147,12 @@ def _read_html(data: bytes) -> str:
 def main() -> None:
     seconds = int(sys.argv[1])
     data = sys.stdin.buffer.read()
-    with suppress(ValueError, OSError):  # not everywhere
+    with suppress(ValueError, OSError):  # some systems refuse it
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     try:
         text = _read_pdf(data) if kind_of(data) == PDF else _read_html(data)
-        answer = {"text": text.encode("utf-8", "replace").decode("utf-8")}
+        answer: dict[str, str | int] = {"text": text.encode("utf-8", "replace").decode("utf-8")}
     except Unreadable as error:
         answer = {"error": error.message, "status": error.status}
     except (Exception, RecursionError) as error:

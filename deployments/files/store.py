@@ -1,12 +1,12 @@
 """Uploaded files in a folder that several processes may share, and what is known of each content, once per content.
 
-    tenants/<tenant>/<file id>.json    one upload: its name, purpose, and which content it has
+    tenants/<tenant>/<file id>.json  one upload: its name, purpose, and which content it has
     contents/<SHA-256>/original      the bytes as they came; `text` is what was read from them, `state.json` a `Content`
-    claims/<SHA-256 of a text>       locked by whoever writes or drops that text's vectors
-    lock                             held while something comes or goes
+    claims/<SHA-256 of a text>       locked by the process that writes or deletes that text's vectors
+    lock                             held while a file is added or removed
 
-Everything is written beside its place and renamed, so that nobody ever reads half of it. A file's record is the last of
-it to go, so that a deletion which broke off can be done again.
+Every file is written beside its place and renamed, so that no process reads half of it. An upload's record is removed
+last, so that a deletion which broke off can be repeated.
 """
 
 import fcntl
@@ -24,11 +24,12 @@ from pathlib import Path
 
 from rapid.errors import RapidError
 
+PURPOSES = ("user_data", "assistants")
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
 
 class FileNotStored(RapidError):
-    """There is no such file, or it is another key's."""
+    """The file is absent, or belongs to another tenant."""
 
     _code = "file_not_found"
     _status = 404
@@ -36,7 +37,7 @@ class FileNotStored(RapidError):
 
 @dataclass(frozen=True)
 class Upload:
-    """One tenant's file; ``content`` is the SHA-256 of its bytes. Once ``is_going``, it can only be deleted."""
+    """One tenant's file; ``content`` is the SHA-256 of its bytes. A file that ``is_going`` can only be deleted."""
 
     id: str
     filename: str
@@ -49,10 +50,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class Content:
-    """What is known of a content: its text, and how far its vectors are.
+    """One content: its text, and how many of its ``chunks`` are ``embedded``.
 
-    ``made_with`` tells what the chunks depend on; they lie in the vector store under ``vectors``. It ``is_going`` when
-    all files are that have it.
+    ``made_with`` names what the chunks depend on; ``vectors`` is their namespace in the vector store. A content
+    ``is_going`` when every file that has it is.
     """
 
     media_type: str
@@ -69,16 +70,13 @@ class Content:
 
 
 class FileStore:
-    """The files under ``folder``, which is made when the first one comes.
-
-    What is asked for and not there raises FileNotStored.
-    """
+    """The files under ``folder``, which the first upload creates. An absent file raises FileNotStored."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def put(self, tenant: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
-        """A new upload. What is known of the same bytes already stays as it is."""
+        """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is."""
         name = hashlib.sha256(data).hexdigest()
         upload = Upload(f"file-{uuid.uuid4().hex}", filename, purpose, len(data), int(time.time()), name)
         with self._locked():
@@ -91,7 +89,7 @@ class FileStore:
                 (made / "original").write_bytes(data)
                 (made / "text").write_text(text, encoding="utf-8", newline="")
                 _write(made / "state.json", asdict(content))
-                shutil.rmtree(place, ignore_errors=True)  # what is left where its removal broke off
+                shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
                 made.rename(place)
             _write(self._record(tenant, upload.id), asdict(upload))
         return upload
@@ -101,15 +99,23 @@ class FileStore:
         return sorted(self._uploads(tenant), key=lambda upload: (upload.created_at, upload.id))
 
     def upload(self, tenant: str, file_id: str) -> Upload:
+        """One of the tenant's files."""
         found = None
-        if _FILE_ID.fullmatch(file_id):  # or else it could lead anywhere
+        if _FILE_ID.fullmatch(file_id):  # another string could be a path to any file
             found = _read(self._record(tenant, file_id))
         if found is None:
             raise FileNotStored(f"there is no file {file_id!r}", param="file_id")
         return found
 
+    def readable(self, tenant: str, file_id: str) -> Upload:
+        """One of the tenant's files. Raises FileNotStored also while the file is being deleted."""
+        upload = self.upload(tenant, file_id)
+        if upload.is_going:
+            raise FileNotStored(f"the file {file_id!r} is being deleted", param="file_id")
+        return upload
+
     def retire(self, tenant: str, file_id: str) -> str:
-        """Begins a file's deletion, or begins it again; which content it has. From now on nobody reads it."""
+        """Begins the deletion of a file, or repeats it. Returns the file's content; no request reads the file now."""
         with self._locked():
             upload = replace(self.upload(tenant, file_id), is_going=True)
             _write(self._record(tenant, file_id), asdict(upload))
@@ -119,16 +125,16 @@ class FileStore:
         return upload.content
 
     def release(self, name: str) -> str | None:
-        """Where the vectors lie that nobody needs any more; None where a file that stays has the text of ``name``.
+        """The namespace of the vectors that no file needs any more; None where a file that stays has the same text.
 
-        For whoever has claimed that text. Vectors that may now be dropped count as gone already, so that whatever
-        becomes of that, no later upload takes them for there.
+        The caller holds the claim on that text. The vectors count as deleted from now on: a later upload embeds them
+        again even if their deletion fails.
         """
         with self._locked():
             content = self.content(name)
             alike = {other for other in self._names() if self.content(other).text_sha256 == content.text_sha256}
             for other in (staying := alike & self._staying()):
-                if not self.content(other).vectors:  # which it shares, and has not asked for yet
+                if not self.content(other).vectors:  # it shares them, and has not asked for them yet
                     self._set(other, replace(self.content(other), vectors=content.vectors))
             if staying:
                 return None
@@ -137,49 +143,52 @@ class FileStore:
             return content.vectors
 
     def remove(self, tenant: str, file_id: str) -> None:
-        """The end of a file's deletion. Its bytes and text go where no other has them, also none that is going."""
+        """Ends the deletion of a file. The last file of a content, going or not, takes the bytes and the text along."""
         with self._locked():
             name = self.upload(tenant, file_id).content
             if sum(upload.content == name for upload in self._uploads("*")) == 1:
-                # Without its state the rest counts as not there, wherever this breaks off.
+                # Without its state a content counts as absent, wherever this removal breaks off.
                 (self._content(name) / "state.json").unlink(missing_ok=True)
                 with suppress(FileNotFoundError):
                     shutil.rmtree(self._content(name))
             self._record(tenant, file_id).unlink()
 
     def has(self, content: str) -> bool:
-        """Whether some file that is not going has it."""
+        """Whether a file that is not going has ``content``."""
         try:
             return not self.content(content).is_going
         except FileNotStored:
             return False
 
     def content(self, name: str) -> Content:
+        """What is known of one content."""
         state = json.loads(self._bytes(name, "state.json"))
         return Content(**{field.name: state[field.name] for field in fields(Content) if field.name in state})
 
     def update(self, name: str, content: Content) -> None:
-        """Raises FileNotStored when it was deleted meanwhile, or is going."""
+        """Replaces what is known of a content. Raises FileNotStored where the content is gone or going."""
         with self._locked():
             if not self.has(name):
                 raise FileNotStored("the file was deleted")
             self._set(name, content)
 
     def text(self, name: str) -> str:
+        """The text that was read from a content."""
         return self._bytes(name, "text").decode("utf-8")
 
     def original(self, name: str) -> bytes:
+        """The bytes of a content as they came."""
         return self._bytes(name, "original")
 
     @contextmanager
     def claimed(self, text_sha256: str) -> Iterator[bool]:
-        """Whether this caller is the one that works on a text's vectors now; the system frees what a dead one held."""
+        """Claims a text's vectors; yields whether that succeeded. The system frees the claims of a dead process."""
         path = self._folder / "claims" / text_sha256
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it before may have removed the file that was locked here.
+                # The previous holder may have removed the file that was locked here.
                 is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except (BlockingIOError, FileNotFoundError):
                 is_ours = False
@@ -224,7 +233,7 @@ class FileStore:
 
 
 def _read(path: Path) -> Upload | None:
-    """None where it was deleted meanwhile."""
+    """None where the record was deleted meanwhile."""
     try:
         return Upload(**json.loads(path.read_bytes()))
     except FileNotFoundError:

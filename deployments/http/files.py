@@ -1,18 +1,23 @@
-"""OpenAI's routes for files, and `warm`, which is ours."""
+"""OpenAI's routes for files, and RAPID's own `warm`."""
 
-from typing import Annotated, Any, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from starlette.datastructures import UploadFile
 
-from deployments.files.files import PURPOSES, Files
+from deployments.files.store import PURPOSES
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import client_of
 from rapid.errors import InvalidRequest
 
-# What the route reads from the form itself, since a file may be large and the errors are to have OpenAI's shape.
+if TYPE_CHECKING:
+    from deployments.files.files import Files
+
+# The route reads the form itself: a file may be large, and errors have OpenAI's shape.
 _FORM = {
     "type": "object",
     "properties": {
@@ -26,7 +31,7 @@ _TAKES_FORM = {"requestBody": {"required": True, "content": {"multipart/form-dat
 
 
 def add_file_routes(app: FastAPI, files: Files) -> None:
-    """`/v1/files`: every answer is about the asking key's own files."""
+    """`/v1/files`: every answer is about the client's own files."""
 
     @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
     async def upload(request: Request) -> dict[str, Any]:
@@ -44,14 +49,14 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
             )
 
     @app.get("/v1/files", responses=ERRORS)
-    async def listed(
+    async def list_files(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
         purpose: str | None = None,
     ) -> dict[str, Any]:
-        every = await files.listed(client_of(request).tenant)
+        every = await files.list_files(client_of(request).tenant)
         found = [file for file in every if purpose in (None, file["purpose"])]
         if order == "desc":
             found.reverse()
@@ -71,7 +76,7 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
     @app.get("/v1/files/{file_id}/content", responses=ERRORS)
     async def content(request: Request, file_id: str) -> Response:
         filename, data = await files.content(client_of(request).tenant, file_id)
-        # Whatever is in it, a browser is to save it and not to show it as a page of this site.
+        # A browser saves the file, whatever is in it, and does not show it as a page of this site.
         headers = {
             "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
             "X-Content-Type-Options": "nosniff",

@@ -53,7 +53,7 @@ class FilePart(Body):
 
 
 class DocumentText(TextPart):
-    """What takes a file part's place once the file has been read (`deployments.files.files`)."""
+    """What takes a file part's place once the file has been read (`deployments.files.attachments`)."""
 
 
 def _kind(part: Any) -> str | None:

@@ -20,8 +20,8 @@ class RemoteFiles:
     """`deployments.files.files.Files`, each method asked for with ``call``."""
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
-        names = ("upload", "listed", "get", "content", "delete", "warm")
-        self.upload, self.listed, self.get, self.content, self.delete, self.warm = (
+        names = ("upload", "list_files", "get", "content", "delete", "warm")
+        self.upload, self.list_files, self.get, self.content, self.delete, self.warm = (
             partial(call, f"files.{name}") for name in names
         )
 

@@ -115,7 +115,7 @@ def test_a_deletion_that_failed_can_be_done_again(world: World, method: str, mon
             with pytest.raises(FileNotStored):
                 await use(OURS, file_id)
         if method != "rmtree":
-            [file] = await world.files.listed(OURS)
+            [file] = await world.files.list_files(OURS)
             assert (file["id"], file["status"]) == (file_id, "error")
         world.backend.on.clear()
         await world.files.delete(OURS, file_id)
@@ -228,7 +228,7 @@ def test_a_list_leaves_out_what_is_deleted_meanwhile(world: World, monkeypatch: 
             return found
 
         monkeypatch.setattr(FileStore, "uploads", and_then_one_is_deleted)
-        assert [file["id"] for file in await world.files.listed(OURS)] == [stays]
+        assert [file["id"] for file in await world.files.list_files(OURS)] == [stays]
 
     asyncio.run(story())
 
@@ -256,7 +256,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
             file_id = await world.upload()
             await world.status(file_id)
         part = FilePart(type="file", file=FileReference(file_data="YWJj"))
-        assert await world.files._text(part, OURS, "here", {}) == "abc"
+        assert await world.files.attachments._text(part, OURS, "here", {}) == "abc"
         await world.files.delete(OURS, file_id)
 
     async def no_hashing(self: Backend, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:

@@ -1,0 +1,112 @@
+"""Attachments of a chat: the text of a file takes the place of the message part that names it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from deployments.files.extraction import Unreadable, extract
+from deployments.files.indexing import FileIndexer
+from deployments.files.store import FileStore
+from deployments.schemas.completions import ChatRequest, Completion
+from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
+from rapid.backend.protocol import Backend
+from rapid.errors import InvalidRequest, RapidError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+async def extract_text(data: bytes, filename: str, *, timeout_s: float, param: str) -> tuple[str, str]:
+    """(text, media type) of a file.
+
+    Raises:
+        InvalidRequest: the file has no readable text; the error names ``param``.
+    """
+    try:
+        return await extract(data, filename=filename, timeout_s=timeout_s)
+    except Unreadable as error:
+        code = "unsupported_file" if error.status == 415 else "unreadable_file"
+        raise InvalidRequest(error.message, code=code, status=error.status, param=param) from error
+
+
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a file's text, as they stand in the middle of a prompt."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class Attachments:
+    """Reads the file parts of chats, and has engines forget the texts that are deleted.
+
+    Args:
+        timeout_s: for the text of one inline file.
+    """
+
+    def __init__(
+        self,
+        store: FileStore,
+        indexer: FileIndexer,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._store, self._indexer, self._backend = store, indexer, backend
+        self._tokenizer, self._timeout_s = tokenizer, timeout_s
+
+    @asynccontextmanager
+    async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Completion]:
+        """``completion`` with the text of its files in their place, until the block ends.
+
+        Raises:
+            FileNotStored, InvalidRequest: ``param`` names the part.
+        """
+        if not isinstance(completion, ChatRequest) or not completion.has_files:
+            yield completion
+            return
+        used: dict[str, str] = {}  # content to text
+        messages = [await self._read_message(i, message, tenant, used) for i, message in enumerate(completion.messages)]
+        try:
+            yield completion.model_copy(update={"messages": messages})
+        finally:
+            await self.forget_deleted(used)
+
+    async def forget(self, text: str) -> None:
+        """Drops the keys and values of ``text`` from every engine."""
+        await self._backend.forget(await asyncio.to_thread(tokens_of, text, self._tokenizer))
+
+    async def forget_deleted(self, used: dict[str, str]) -> None:
+        """Forgets the texts that were deleted while a request used them (content to text) and engines read them."""
+        for text in [text for name, text in used.items() if not self._store.has(name)]:
+            await self.forget(text)
+
+    async def _read_message(self, i: int, message: ChatMessage, tenant: str, used: dict[str, str]) -> ChatMessage:
+        if not isinstance(message.content, list):
+            return message
+        parts: list[Any] = []
+        for j, part in enumerate(message.content):
+            if isinstance(part, FilePart):
+                where = f"messages.{i}.content.{j}.file"
+                if message.role not in ("user", "system", "developer"):
+                    raise InvalidRequest(f"a {message.role} message cannot hold a file", param=where)
+                part = DocumentText(type="text", text=await self._text(part, tenant, where, used))
+            parts.append(part)
+        return message.model_copy(update={"content": parts})
+
+    async def _text(self, part: FilePart, tenant: str, where: str, used: dict[str, str]) -> str:
+        """The text of an inline or a stored file; a stored one is noted in ``used`` and indexed."""
+        if part.file.file_id is None:
+            param = f"{where}.file_data"
+            data = await asyncio.to_thread(part.file.data, param)
+            text, _ = await extract_text(data, part.file.filename or "", timeout_s=self._timeout_s, param=param)
+            return text
+        try:
+            name = self._store.readable(tenant, part.file.file_id).content
+            text = used[name] = await asyncio.to_thread(self._store.text, name)
+        except RapidError as error:
+            error.param = f"{where}.file_id"
+            raise
+        self._indexer.ensure(name, self._store.content(name))
+        return text
