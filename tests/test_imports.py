@@ -1,4 +1,7 @@
-"""Who may import whom: the core runs with torch, transformers and accelerate alone, and every library has one door."""
+"""Who may import whom: the core runs with torch, transformers and accelerate alone, and every library has one door.
+
+The API is made and tested without Ray.
+"""
 
 import ast
 import subprocess
@@ -16,6 +19,7 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 CORE = {"torch", "transformers", "accelerate"}
 BROUGHT_BY_CORE = {"huggingface_hub", "jinja2", "numpy", "tokenizers", "tqdm"}
 OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not installed, an error says so
+ON_RAY = ("deployments/serve/", "deployments/app.py", "deployments/cli/serve.py")
 DOORS = {
     "qdrant_client": "retrieval/store.py",
     "FlagEmbedding": "retrieval/embedding.py",
@@ -45,6 +49,13 @@ def parsed(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text())
 
 
+def loaded_by(*modules: str) -> set[str]:
+    """The top-level packages that a new process has loaded once it has imported ``modules``."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return {module.partition(".")[0] for module in result.stdout.split()}
+
+
 @parametrize("rapid/")
 def test_the_core_imports_only_its_three_libraries(name: str) -> None:
     assert imported(parsed(name)) <= sys.stdlib_module_names | CORE | BROUGHT_BY_CORE | OPTIONAL | {"rapid"}
@@ -62,6 +73,11 @@ def test_packages_know_neither_each_other_nor_ray(name: str) -> None:
     assert not imported(parsed(name)) & others
 
 
+@parametrize("deployments/")
+def test_ray_is_imported_only_where_the_application_runs_on_it(name: str) -> None:
+    assert name.startswith(ON_RAY) or "ray" not in imported(parsed(name))
+
+
 @parametrize(*PACKAGES)
 def test_a_library_is_imported_through_its_one_door(name: str) -> None:
     assert not imported(parsed(name)) & {library for library, door in DOORS.items() if door != name}
@@ -73,11 +89,12 @@ def test_imports_are_absolute(name: str) -> None:
 
 
 def test_importing_all_of_the_core_loads_nothing_of_the_rest() -> None:
-    modules = [
-        file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in (ROOT / "rapid").rglob("*.py")
-    ]
-    code = f"import sys, {', '.join(sorted(modules))}; print(*sys.modules)".replace(".__init__", "")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    loaded = {module.partition(".")[0] for module in result.stdout.split()}
+    names = [file.relative_to(ROOT).with_suffix("").as_posix() for file in (ROOT / "rapid").rglob("*.py")]
+    loaded = loaded_by(*sorted(name.removesuffix("/__init__").replace("/", ".") for name in names))
     assert "rapid" in loaded
     assert not loaded & {"torchao", "llguidance", "ray", "FlagEmbedding", "qdrant_client", "fastapi", *PACKAGES[1:]}
+
+
+def test_the_api_and_all_behind_it_are_loaded_without_ray() -> None:
+    loaded = loaded_by("deployments.http.api", "deployments.service", "deployments.builders", "deployments.config")
+    assert "deployments" in loaded and "ray" not in loaded

@@ -1,9 +1,11 @@
-"""OpenAI's HTTP API over a `Service`: checks bodies and shapes answers; knows one model by name."""
+"""OpenAI's HTTP API over a `Service`: checks bodies, formats answers, and serves one model by name."""
+
+from __future__ import annotations
 
 import time
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,22 +19,33 @@ from deployments.http.playground import page
 from deployments.http.rate_limits import Client, client_of
 from deployments.http.request_log import Middleware, Observer
 from deployments.http.responses import ResponseFormatter, server_sent
+from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
 from deployments.schemas.events import Events, Started, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from deployments.service import Service
 from rapid.errors import ModelNotFound
 from rapid.events import Delta, Finish
 
+if TYPE_CHECKING:
+    from deployments.service import Service
 
-def make_api(config: AppConfig, service: Service) -> FastAPI:
-    """The application that answers over HTTP."""
+
+def make_api(
+    config: AppConfig, service: Service, *, exporter: MetricsExporter | None = None, returns_id: bool = True
+) -> FastAPI:
+    """The application that answers over HTTP.
+
+    Args:
+        exporter: publishes the metrics of requests; without one they are not published.
+        returns_id: whether answers name their request in a header (`request_log.Middleware`).
+    """
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
     complete(app)
     guard(app, config.access)
-    observer = Observer(config)
-    app.add_middleware(Middleware, observer=observer)  # around the guard, so that it counts whom that turns away
+    observer = Observer(config, RequestMetrics(exporter or NoExporter()))
+    # Around the guard, so that refused requests are counted, too.
+    app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
 

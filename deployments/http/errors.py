@@ -1,4 +1,6 @@
-"""What goes wrong, as a client sees it: OpenAI's error object with the status that belongs to it."""
+"""Errors as a client sees them: OpenAI's error object, with the status that belongs to it."""
+
+from __future__ import annotations
 
 import json
 from typing import Any, TypeVar
@@ -8,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from ray.exceptions import RayError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -36,11 +37,9 @@ def error_object(error: RapidError) -> dict[str, Any]:
 
 
 def as_rapid_error(error: Exception) -> RapidError:
-    """What a client may see of ``error``: our own errors as they are, of all others only that it is not their fault."""
+    """``error`` where it is a RapidError; else an internal error, which tells a client no details."""
     if isinstance(error, RapidError):
         return error
-    if isinstance(error, RayError):
-        return RapidError("a part of the service stopped while it worked on this request; try again", status=503)
     return RapidError("internal error; the server's log has the details")
 
 
@@ -52,7 +51,7 @@ def error_response(error: Exception, headers: dict[str, str] | None = None) -> J
 
 
 def server_sent_error(error: Exception) -> str:
-    """The end of an event stream that failed."""
+    """The last event of a stream that failed, before its [DONE]."""
     return f"event: error\ndata: {json.dumps(error_object(as_rapid_error(error)), ensure_ascii=False)}\n\n"
 
 
@@ -70,13 +69,13 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> str:
-    """What the path of ``request`` takes: each method has a route of its own, and Starlette names the first's alone."""
+    """The methods that the path of ``request`` takes: each has its own route, and Starlette names only one route's."""
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
 async def _on_half_a_body(request: Request, _: Exception) -> JSONResponse:
-    # Nobody reads it; but it is no error of ours, which would be logged.
+    # No client reads this answer, but as an error of the server the request would be logged with a traceback.
     return await _on_error(request, InvalidRequest("the connection ended before the body did"))
 
 
@@ -88,7 +87,7 @@ async def _on_wrong_parameter(request: Request, error: Exception) -> JSONRespons
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Makes ``app`` answer in OpenAI's shape what is wrong with a request; what nobody expected, `Middleware` does."""
+    """Has ``app`` answer wrong requests with OpenAI's error object; `Middleware` answers unexpected errors."""
     app.add_exception_handler(RapidError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
@@ -99,7 +98,7 @@ async def read(kind: type[T], request: Request) -> T:
     """The body of ``request``.
 
     Raises:
-        InvalidRequest: it is not said to be JSON (415), or as `parse` says.
+        InvalidRequest: its media type is not JSON (415), or as `parse`.
     """
     if not is_json(request.headers):
         message = "the body must be JSON: send the header `Content-Type: application/json`"
@@ -108,7 +107,7 @@ async def read(kind: type[T], request: Request) -> T:
 
 
 def is_json(headers: Headers) -> bool:
-    """Whether a body is said to be JSON. A browser sends none for a page of another origin before it has asked."""
+    """Whether the media type is JSON. For a page of another origin a browser sends such a body only with permission."""
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
@@ -117,7 +116,7 @@ def parse(kind: type[T], body: bytes) -> T:
     """The request in ``body``.
 
     Raises:
-        InvalidRequest: it is no JSON, or a field is missing, unknown or wrong; ``param`` names the first.
+        InvalidRequest: the body is no JSON, or a field is missing, unknown or wrong; ``param`` names the first.
     """
     try:
         return kind.model_validate_json(body)
@@ -127,16 +126,16 @@ def parse(kind: type[T], body: bytes) -> T:
         raise InvalidRequest(f"the body is not valid JSON: {errors[0]['msg']}", code="invalid_json")
     sent = from_json(body)
     first = _field(errors[0], sent)
-    # Where several kinds of value are allowed, each says what it misses; who came furthest knows what was meant.
+    # A field of several kinds has an error from each kind. The deepest one is of the kind that the client meant.
     of_it = [(field, wrong) for wrong in errors if (field := _field(wrong, sent))[: len(first)] == first]
     path = max((field for field, _ in of_it), key=len)
     said = " or ".join(dict.fromkeys(_in_words(wrong) for field, wrong in of_it if field == path))
-    field = ".".join(path) or None
-    raise InvalidRequest(f"{field}: {said}" if field else said, param=field)
+    name = ".".join(path) or None
+    raise InvalidRequest(f"{name}: {said}" if name else said, param=name)
 
 
 def _field(wrong: Any, sent: Any) -> list[str]:
-    """Which field an error is of, as the client wrote it: pydantic puts kinds and the like between the names."""
+    """The path of a wrong field as the client wrote it: pydantic puts names of kinds between the fields."""
     path = []
     *outer, last = wrong["loc"] or ("",)
     for part in outer:

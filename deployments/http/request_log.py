@@ -1,8 +1,10 @@
-"""What is told of each HTTP request: metrics while it runs, and one line in the log at its end.
+"""Observes each HTTP request: metrics while it runs, and one line in the log at its end.
 
 The line's fields are attributes of the log record, so Ray Serve writes them as JSON where its `logging_config` says so.
-No text of a prompt or an answer is among them, unless `observability.log_prompts` asks for it.
+They hold no text of a prompt or an answer, unless `observability.log_prompts` asks for it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import logging
@@ -14,8 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
-from ray.serve.exceptions import RayServeException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,18 +29,18 @@ from rapid.events import Finish, Statistics
 
 logger = logging.getLogger("ray.serve")
 
-CLIENT_LEFT = 499  # no status of HTTP's own says so; nginx's is what dashboards know
+CLIENT_LEFT = 499  # nginx's status, which dashboards know; HTTP has none for this
 _ID_HEADER, _ID_CHARACTERS = "X-Request-Id", 128
 
 
 class _Observed:
-    """One request so far. ``fields`` are the log line's."""
+    """One request so far. ``fields`` go into its line of the log."""
 
     def __init__(self, request_id: str) -> None:
         self.started = time.perf_counter()
         self.fields: dict[str, Any] = {"request_id": request_id}
         self.status: int | None = None
-        self.error: Exception | None = None  # also behind the first tokens, where the status was sent long ago
+        self.error: Exception | None = None  # also one that came after the status was sent
         self.is_complete = False
 
     @property
@@ -50,7 +50,7 @@ class _Observed:
 
 @dataclass
 class _Written:
-    """What there is of one choice, and when it came."""
+    """The tokens of one choice so far, and when they came."""
 
     num_first: int = 0
     num_tokens: int = 0
@@ -58,7 +58,7 @@ class _Written:
     last_at: float = 0.0
 
     def push(self, num_tokens: int) -> bool:
-        """Counts a round's tokens; whether they are the first."""
+        """Counts a round's tokens. Returns whether they are the first."""
         self.last_at = time.perf_counter()
         self.num_tokens += num_tokens
         if self.num_first:
@@ -68,7 +68,7 @@ class _Written:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Behind the first round's; None where nothing came after it."""
+        """Of the rounds after the first; None where there is none."""
         later = self.num_tokens - self.num_first
         return (self.last_at - self.first_at) / later if later else None
 
@@ -77,17 +77,17 @@ _observed: ContextVar[_Observed] = ContextVar("observed")
 
 
 class Observer:
-    """Observes the requests of one application; `Middleware` goes around it, `generation` around each completion."""
+    """Observes the requests of one API: `Middleware` wraps the API, `generation` wraps each completion."""
 
-    def __init__(self, config: AppConfig) -> None:
-        self._config, self.metrics = config, RequestMetrics()
+    def __init__(self, config: AppConfig, metrics: RequestMetrics) -> None:
+        self._config, self.metrics = config, metrics
 
     async def generation(self, completion: Completion, events: Events) -> Events:
-        """``events`` as they are; closing this closes them."""
+        """``events`` unchanged. Closing the generator closes ``events``."""
         observed = _observed.get()
         strategy = completion.rapid.strategy or self._config.speculation.strategy
         texts: list[str] = []
-        choices: dict[int, _Written] = defaultdict(_Written)  # n may be any number yet
+        choices: dict[int, _Written] = defaultdict(_Written)  # n was not checked yet
         finished: list[Finish] = []
         try:
             async with aclosing(events):
@@ -128,11 +128,14 @@ class Observer:
 
 
 class Middleware:
-    """Around the application: names each request, counts it, and logs it when it has ended."""
+    """Names each request of ``app``, counts it, and logs it when it has ended.
 
-    def __init__(self, app: ASGIApp, observer: Observer) -> None:
-        self._app, self._metrics = app, observer.metrics
-        self._names_requests = not _is_replica()
+    Args:
+        returns_id: whether answers get the request's name as a header, which a proxy in front may do instead.
+    """
+
+    def __init__(self, app: ASGIApp, observer: Observer, *, returns_id: bool) -> None:
+        self._app, self._metrics, self._returns_id = app, observer.metrics, returns_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -145,7 +148,7 @@ class Middleware:
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start":
                 observed.status = message["status"]
-                if self._names_requests:
+                if self._returns_id:
                     MutableHeaders(scope=message)[_ID_HEADER] = request_id
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -156,7 +159,7 @@ class Middleware:
             await self._app(scope, receive, watch)
         except ClientDisconnect:
             raise
-        except Exception as error:  # nothing of ours expected it; the line in the log has all of it
+        except Exception as error:  # unexpected: the line in the log has the traceback
             observed.error = error
             if observed.status is not None:
                 raise
@@ -166,7 +169,7 @@ class Middleware:
             self._ended(scope, observed)
 
     def _ended(self, scope: Scope, observed: _Observed) -> None:
-        # The route's pattern, since a path may hold a name that a client chose.
+        # The route's pattern: a path may hold a name that a client chose.
         endpoint = getattr(scope.get("route"), "path", "other")
         status = observed.status or CLIENT_LEFT
         code = None
@@ -191,12 +194,3 @@ class Middleware:
             extra=fields,
             exc_info=failed,
         )
-
-
-def _is_replica() -> bool:
-    """Whether Ray Serve's proxy is in front, which names requests itself and returns the name."""
-    try:
-        serve.get_replica_context()
-    except RayServeException:
-        return False
-    return True

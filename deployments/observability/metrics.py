@@ -1,26 +1,25 @@
-"""The Prometheus metrics of requests and engines. Ray exports them on every node's metrics port, as `ray_rapid_…`.
+"""What requests count. An exporter publishes the numbers; Ray's is in `deployments.serve.metrics`.
 
 Names are vLLM's where it has one. Labels take few values, and none that a client chooses. Ray rebuilds a histogram's
-sum from the middles of its buckets, so what is to be exact is a counter: seconds too.
+sum from the middles of its buckets, so a sum that is to be exact is a counter, seconds too.
 """
 
+from __future__ import annotations
+
 import time
-from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from ray.serve.metrics import Counter, Gauge, Histogram
-
-from rapid.engine.engine import EngineStats
 from rapid.events import Delta, Finish, Statistics
 
 _SECONDS = [10.0**power * step for power in range(-3, 3) for step in (1, 2, 5)]  # 1 ms to 500 s
 _SCORES = [step / 20 for step in range(1, 21)]
-_LAST_POSITION = 15  # of a draft's tokens; what lies behind counts as this one
-_FLUSH_S = 1.0  # a call of Ray's takes as long as all that a round counts
+_LAST_POSITION = 15  # of a draft's tokens; every later one counts as this one
+_FLUSH_S = 1.0  # one call of the exporter takes as long as all that a round counts
 
 _STRATEGY = ("strategy",)
-_COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
+COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "requests": ("HTTP requests answered; status 499: the client left before the end", ("endpoint", "status")),
     "prompt_tokens": ("Tokens of the prompts of finished answers", _STRATEGY),
     "prompt_tokens_cached": ("Those of them that the target had in its KV memory", _STRATEGY),
@@ -34,7 +33,7 @@ _COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "fallbacks": ("Answers that ended without a drafter though their strategy has one", ("reason",)),
     "engines_lost": ("Engines that were lost under a running answer", ("role",)),
 }
-_HISTOGRAMS: dict[str, tuple[str, Sequence[str], list[float]]] = {
+HISTOGRAMS: dict[str, tuple[str, Sequence[str], list[float]]] = {
     "time_to_first_token_seconds": ("From the request to its first tokens", _STRATEGY, _SECONDS),
     "time_per_output_token_seconds": ("Seconds a token after the first ones, of finished answers", _STRATEGY, _SECONDS),
     "request_duration_seconds": ("From the request to the end of its answer", ("endpoint",), _SECONDS),
@@ -43,31 +42,41 @@ _HISTOGRAMS: dict[str, tuple[str, Sequence[str], list[float]]] = {
     "retrieval_seconds": ("Retrieving: chunk, embed, store, search", (), _SECONDS),
     "retrieval_score": ("Cosine similarity to the query of each chunk that was kept", (), _SCORES),
 }
+GAUGES = {"num_requests_running": "HTTP requests that are being answered"}
+
+
+class MetricsExporter(Protocol):
+    """Publishes metrics, each by its name in `COUNTERS`, `HISTOGRAMS` or `GAUGES`."""
+
+    def increment(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
+    def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
+    def set(self, name: str, value: float) -> None: ...
+
+
+class NoExporter:
+    """Publishes nothing: for an API outside a cluster."""
+
+    def increment(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
+    def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
+    def set(self, name: str, value: float) -> None: ...
 
 
 class RequestMetrics:
-    """What the requests of this process did. Counted in Python, and handed to Ray about once a second."""
+    """What the requests of this process did. Counters reach the exporter about once a second."""
 
-    def __init__(self) -> None:
-        self._counters = {
-            name: Counter(f"rapid_{name}", words, tag_keys=tuple(labels)) for name, (words, labels) in _COUNTERS.items()
-        }
-        self._histograms = {
-            name: Histogram(f"rapid_{name}", words, boundaries=buckets, tag_keys=tuple(labels))
-            for name, (words, labels, buckets) in _HISTOGRAMS.items()
-        }
-        self._running = Gauge("rapid_num_requests_running", "HTTP requests that are being answered")
+    def __init__(self, exporter: MetricsExporter) -> None:
+        self._exporter = exporter
         self._num_running = 0
-        self._tally: Tally[tuple[str, ...]] = Tally()
+        self._counted: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self._flushed = time.monotonic()
 
     def began(self) -> None:
         self._num_running += 1
-        self._running.set(self._num_running)
+        self._exporter.set("num_requests_running", self._num_running)
 
     def ended(self, endpoint: str, status: int, seconds: float) -> None:
         self._num_running -= 1
-        self._running.set(self._num_running)
+        self._exporter.set("num_requests_running", self._num_running)
         self._observe("request_duration_seconds", seconds, endpoint)
         self._count("requests", 1, endpoint, str(status))
         self._flush()
@@ -118,71 +127,13 @@ class RequestMetrics:
         self._count("engines_lost", stats.drafters_lost, "drafter")
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
-        self._tally[(name, *labels)] += amount
+        self._counted[(name, *labels)] += amount
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
-        self._histograms[name].observe(value, dict(zip(_HISTOGRAMS[name][1], labels, strict=True)))
+        self._exporter.observe(name, value, dict(zip(HISTOGRAMS[name][1], labels, strict=True)))
 
     def _flush(self) -> None:
-        tally, self._tally, self._flushed = self._tally, Tally(), time.monotonic()
-        for (name, *labels), amount in tally.items():
+        counted, self._counted, self._flushed = self._counted, defaultdict(float), time.monotonic()
+        for (name, *labels), amount in counted.items():
             if amount > 0:  # Ray refuses 0
-                self._counters[name].inc(amount, dict(zip(_COUNTERS[name][1], labels, strict=True)))
-
-
-class QueueMetrics:
-    """Who waits for a place on an engine, counted where they wait: Serve hands a replica no more than it has places."""
-
-    def __init__(self, roles: Iterable[str]) -> None:
-        self._waiting = Gauge("rapid_num_requests_waiting", "Waiting for a place on an engine", tag_keys=("role",))
-        self._numbers = dict.fromkeys(roles, 0)
-        for role in self._numbers:
-            self._add(role, 0)
-
-    @contextmanager
-    def waiting(self, role: str) -> Iterator[None]:
-        """Counts one more until the block ends."""
-        self._add(role, 1)
-        try:
-            yield
-        finally:
-            self._add(role, -1)
-
-    def _add(self, role: str, number: int) -> None:
-        self._numbers[role] += number
-        self._waiting.set(self._numbers[role], {"role": role})
-
-
-class EngineMetrics:
-    """What the engine of this replica holds and has done; Serve adds the labels `deployment` and `replica`."""
-
-    def __init__(self) -> None:
-        self._kv = Gauge("rapid_kv_bytes", "KV memory: used by open sequences, cached, total", tag_keys=("state",))
-        self._sequences = Gauge("rapid_leases", "Open sequences")
-        self._waiting = Gauge("rapid_num_requests_waiting_for_kv", "Sequences that wait for room in the KV memory")
-        self._counters = {
-            "prefix_cache_hit_tokens": Counter("rapid_prefix_cache_hit_tokens", "Prompt tokens found in the KV memory"),
-            "prefix_cache_miss_tokens": Counter("rapid_prefix_cache_miss_tokens", "Prompt tokens that were not there"),
-            "kv_evicted_pages": Counter("rapid_kv_evicted_pages", "Pages of the KV memory given to others"),
-            "forward_passes": Counter("rapid_forward_passes", "Forward passes of the model"),
-            "forward_pass_tokens": Counter("rapid_forward_pass_tokens", "Tokens computed by them"),
-        }
-        self._seen: dict[str, int] = dict.fromkeys(self._counters, 0)
-
-    def update(self, stats: EngineStats) -> None:
-        kv = stats.kv
-        for state, size in (("used", kv.bytes_used), ("cached", kv.bytes_cached), ("total", kv.bytes_total)):
-            self._kv.set(size, {"state": state})
-        self._sequences.set(stats.num_sequences)
-        self._waiting.set(stats.num_waiting)
-        totals = {
-            "prefix_cache_hit_tokens": kv.hit_tokens,
-            "prefix_cache_miss_tokens": kv.miss_tokens,
-            "kv_evicted_pages": kv.evicted_pages,
-            "forward_passes": stats.forward_passes,
-            "forward_pass_tokens": stats.tokens_processed,
-        }
-        for name, total in totals.items():
-            if total > self._seen[name]:
-                self._counters[name].inc(total - self._seen[name])
-        self._seen = totals
+                self._exporter.increment(name, amount, dict(zip(COUNTERS[name][1], labels, strict=True)))

@@ -11,9 +11,9 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.observability.metrics import QueueMetrics
 from deployments.serve.channel import Channel
 from deployments.serve.engines import Ticket, document_of, engines_of
+from deployments.serve.metrics import QueueMetrics
 from rapid.backend.protocol import DraftHandle, Lease, Retrieval, Role
 from rapid.engine.engine import EngineStats
 from rapid.engine.sequence import SequenceRequest

@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.scaling import KV_SHARE
 from deployments.config import EngineConfig
-from deployments.observability.metrics import EngineMetrics
 from deployments.serve.channel import Address, Listener
+from deployments.serve.metrics import EngineMetrics
 from rapid.engine.engine import Engine, EngineStats
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.sequence import Sequence, SequenceRequest
