@@ -1,13 +1,14 @@
-"""Who may ask, how often, how much at once and for how long: before a request reaches a route.
+"""The guard of the API. It checks key, origin, rate, size and time before a request reaches a route.
 
-A key is never kept as it is, shown or logged: what is known of it here is its SHA-256, and the beginning of that is the
-`tenant` that files belong to.
+A key is never kept as it is, shown or logged: the guard knows its SHA-256, whose beginning is the `tenant` that files
+belong to.
 """
+
+from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -17,36 +18,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import AccessConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
-from deployments.http.rate_limits import PUBLIC, Client, RateLimited, TokenBucket
+from deployments.http.rate_limits import HEADERS, PUBLIC, Client, Clients, RateLimited
 from rapid.errors import InvalidRequest, RapidError
 
-_OPEN = {"/", "/favicon.ico", "/health", "/version"}  # what probes and browsers ask first
-_CLIENTS = 10_000  # whose rates are remembered
+_OPEN = {"/", "/favicon.ico", "/health", "/version"}  # without a key, for probes and browsers
 
 
 class InvalidKey(RapidError):
-    """There is no key, or one that is not known."""
+    """The key is missing or unknown."""
 
     _code = "invalid_api_key"
     _status = 401
 
 
 class OriginRefused(RapidError):
-    """A page of another origin sends what a browser sends without asking first whether it may."""
+    """A page of another origin sends a request for which its browser does not ask permission first."""
 
     _code = "origin_not_allowed"
     _status = 403
 
 
 class TimedOut(RapidError):
-    """The request took longer than it may."""
+    """The request took longer than its limit."""
 
     _code = "request_timeout"
     _status = 504
 
 
 def guard(app: FastAPI, config: AccessConfig) -> None:
-    """Holds every request to ``app`` to ``config``; pages of other origins may ask where it names them."""
+    """Guards ``app`` as ``config`` says; it names the origins whose pages may send requests."""
     app.add_middleware(_Guard, config=config)
     if config.cors_origins:
         app.add_middleware(
@@ -54,12 +54,7 @@ def guard(app: FastAPI, config: AccessConfig) -> None:
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[
-                "Retry-After",
-                "X-Request-Id",
-                *TokenBucket(1).headers("requests"),
-                *TokenBucket(1).headers("tokens"),
-            ],
+            expose_headers=["Retry-After", "X-Request-Id", *HEADERS],
         )
 
 
@@ -67,7 +62,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
         self._app, self._config = app, config
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
-        self._clients: OrderedDict[str, Client] = OrderedDict()
+        self._clients = Clients(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,36 +90,29 @@ class _Guard:
             await exchange.end(error)
 
     def _check_origin(self, method: str, headers: Headers) -> None:
-        """Raises OriginRefused. Of anything but a form or a bare POST, browsers ask first, and CORS answers."""
+        """Raises OriginRefused. For all but a form or a bare POST the browser asks permission first, from CORS."""
         origin = headers.get("origin")
         if method != "POST" or is_json(headers) or origin is None:
             return
-        # What is before a server may change its name, but not what a browser says of the page.
+        # A proxy may change the host's name, but not what the browser says about the page.
         is_own = headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
         if not is_own and not {"*", origin} & set(self._config.cors_origins):
             raise OriginRefused("pages of this origin may not ask here: access.cors_origins names those that may")
 
     def _client(self, scope: Scope) -> Client:
         """Raises InvalidKey."""
-        tenant, name = PUBLIC, scope["client"][0] if scope.get("client") else ""
-        if self._keys:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            digest = hashlib.sha256(key.strip().encode()).digest()
-            # All of them, always: how long it takes says nothing about which one is nearly right.
-            is_known = [hmac.compare_digest(digest, known) for known in self._keys]
-            if scheme.lower() != "bearer" or not any(is_known):
-                how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
-                raise InvalidKey(f"an API key is needed: {how}")
-            tenant = name = digest.hex()[:32]
-        if name not in self._clients:
-            of_requests, of_tokens = self._config.requests_per_minute, self._config.tokens_per_minute
-            self._clients[name] = Client(
-                tenant, TokenBucket(of_requests) if of_requests else None, TokenBucket(of_tokens) if of_tokens else None
-            )
-        self._clients.move_to_end(name)
-        if len(self._clients) > _CLIENTS:
-            self._clients.popitem(last=False)
-        return self._clients[name]
+        if not self._keys:
+            address = scope["client"][0] if scope.get("client") else ""
+            return self._clients.get(address, PUBLIC)
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        # Always all keys: the time that this takes must not tell which key is nearly right.
+        is_known = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(is_known):
+            how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
+            raise InvalidKey(f"an API key is needed: {how}")
+        tenant = digest.hex()[:32]
+        return self._clients.get(tenant, tenant)
 
     def _timed_out(self, has_body: bool) -> TimedOut:
         limit = f"{self._config.request_timeout_s:g} s"
@@ -135,7 +123,7 @@ class _Guard:
 
 @dataclass
 class _Exchange:
-    """A request's messages: how much has come, and what has been sent."""
+    """The messages of one request: it counts the bytes that come and remembers whether the answer has begun."""
 
     _scope: Scope
     _receive: Receive
@@ -146,7 +134,7 @@ class _Exchange:
     started: Message | None = field(default=None)
 
     def check_length(self, headers: Headers) -> None:
-        """Raises InvalidRequest when more is announced than may come."""
+        """Raises InvalidRequest where the announced body is too large."""
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
             raise self._too_large()
@@ -168,7 +156,7 @@ class _Exchange:
         await self._send(message)
 
     async def end(self, error: RapidError, headers: dict[str, str] | None = None) -> None:
-        """Answers with ``error``; what has begun already ends with it where it is an event stream, and else is cut."""
+        """Answers with ``error``. An event stream that has begun ends with it; another answer is cut off."""
         self._scope.setdefault("state", {})["error"] = error  # for the log
         if self.started is None:
             return await error_response(error, headers)(self._scope, self._receive, self.send)

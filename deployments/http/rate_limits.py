@@ -1,21 +1,29 @@
-"""How much one client may ask in a minute."""
+"""Rate limits: the requests and tokens that one client may have in a minute."""
+
+from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import Request
 
+from deployments.config import AccessConfig
 from deployments.schemas.events import Events, Started
 from rapid.errors import RapidError
 from rapid.events import Delta
 
-PUBLIC = "public"  # whose the files are where there are no keys
+PUBLIC = "public"  # the tenant of every client where there are no keys
+HEADERS = [
+    f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
+]
+_MAX_CLIENTS = 10_000  # whose rates are remembered
 
 
 class RateLimited(RapidError):
-    """One key's requests or tokens of a minute are used up for ``retry_after`` seconds."""
+    """A client has used its requests or tokens of a minute; ``retry_after`` seconds later there are more."""
 
     _code = "rate_limit_exceeded"
     _status = 429
@@ -26,13 +34,13 @@ class RateLimited(RapidError):
 
 
 class TokenBucket:
-    """A minute's allowance, refilled steadily. It may be overdrawn, since what a request costs is known afterwards."""
+    """A minute's allowance, refilled steadily. It may be overdrawn, since the cost of a request is known afterwards."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute, self._left, self._at = per_minute, float(per_minute), time.monotonic()
 
     def seconds_until(self, amount: int) -> float:
-        """How long until ``amount`` is there."""
+        """How long until the bucket holds ``amount``."""
         now = time.monotonic()
         self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
         self._at = now
@@ -42,16 +50,16 @@ class TokenBucket:
         self._left -= amount
 
     def headers(self, what: str) -> dict[str, str]:
-        """OpenAI's headers: what a minute has, what is left of it, and when all of it is there again."""
+        """OpenAI's headers: the allowance, the rest of it, and when the bucket is full again."""
         minutes, seconds = divmod(self.seconds_until(self.per_minute), 60)
         reset = f"{minutes:.0f}m{seconds:.0f}s" if minutes else f"{seconds:.3f}s"
-        told = {"limit": str(self.per_minute), "remaining": str(max(0, math.floor(self._left))), "reset": reset}
-        return {f"x-ratelimit-{name}-{what}": value for name, value in told.items()}
+        values = {"limit": str(self.per_minute), "remaining": str(max(0, math.floor(self._left))), "reset": reset}
+        return {f"x-ratelimit-{name}-{what}": value for name, value in values.items()}
 
 
 @dataclass
 class Client:
-    """Who a request is from; ``tenant`` is whose files it sees. Its limits are None where there are none."""
+    """Where a request comes from. It sees the files of ``tenant``; a limit that is None does not hold."""
 
     tenant: str = PUBLIC
     requests: TokenBucket | None = None
@@ -66,7 +74,7 @@ class Client:
         """Counts a request.
 
         Raises:
-            RateLimited: there were too many, or too many tokens.
+            RateLimited: the client has used its requests or its tokens.
         """
         for what, bucket in self.limits.items():
             if (wait := bucket.seconds_until(1)) > 0:
@@ -80,9 +88,9 @@ class Client:
             self.tokens.take(num_tokens)
 
     async def counted(self, events: Events) -> Events:
-        """``events``, whose tokens count for this client: what is written at once, and with the first of it the prompt.
+        """``events``, whose tokens count for this client: each as it is written, and the prompt with the first of them.
 
-        Whoever leaves while the prompt is read has cost that, too; whoever is turned away has not.
+        A client that leaves while its prompt is read pays for the prompt; a client whose request is refused does not.
         """
         prompt_tokens = 0
         try:
@@ -101,7 +109,27 @@ class Client:
             self.spend(prompt_tokens)
 
 
+class Clients:
+    """The clients whose rates are remembered, by name; the least recently seen is forgotten first."""
+
+    def __init__(self, config: AccessConfig) -> None:
+        self._config = config
+        self._clients: OrderedDict[str, Client] = OrderedDict()
+
+    def get(self, name: str, tenant: str) -> Client:
+        """The client called ``name``, with a full allowance where it is new."""
+        if name not in self._clients:
+            requests, tokens = self._config.requests_per_minute, self._config.tokens_per_minute
+            self._clients[name] = Client(
+                tenant, TokenBucket(requests) if requests else None, TokenBucket(tokens) if tokens else None
+            )
+        self._clients.move_to_end(name)
+        if len(self._clients) > _MAX_CLIENTS:
+            self._clients.popitem(last=False)
+        return self._clients[name]
+
+
 def client_of(request: Request) -> Client:
-    """Who ``request`` is from."""
+    """The client of ``request``, as `access.guard` found it."""
     client: Client = request.scope["rapid.client"]
     return client
