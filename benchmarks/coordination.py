@@ -27,14 +27,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from benchmarks.common.results import write
 from deployments.app import build
 from deployments.config import parse_config
-from deployments.serve.backend import RayBackend, _RayLease
+from deployments.serve.backend import RayBackend, lease_over
 from deployments.serve.channel import Address, Channel, Listener
-from rapid.engine.sequence import SequenceRequest
-from rapid.request import SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
+from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
+from rapid.speculation.params import SpeculationParams
 
 GAMMA, VOCAB = 10, 128_256
+TOP_K = SpeculationParams().draft_top_k
 
 
 def save_next_to_nothing(folder: Path) -> None:
@@ -58,30 +59,31 @@ class EmptyEngine:
     """Answers as an engine does, with drafts and verdicts that are always the same."""
 
     async def listen(self) -> Address:
-        methods = {"propose": self.propose, "verify": self.verify}
-        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods, ended=self.ended)
+        address = ray.util.get_node_ip_address()
+        self._listener = await Listener.start(address, {"call": self.call}, ended=self.ended)
         return self._listener.address
 
     async def ended(self, lease_id: str) -> None:
         pass
 
-    async def propose(self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, top_k: int) -> Draft:
-        pairs = [(np.arange(i, i + top_k, dtype=np.int32), np.full(top_k, 1 / top_k, np.float32)) for i in range(GAMMA)]
-        return Draft(offset, list(range(GAMMA)), pairs, [0.5] * GAMMA)
-
-    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        return VerifyResult([*draft.tokens, VOCAB - 1], GAMMA, GAMMA, 0, draft.confidences, 0.0, 0.0, 0.0)
+    async def call(self, lease_id: str, method: str, request: Any) -> Draft | VerifyResult:
+        if method == "verify":
+            draft = request.draft
+            return VerifyResult([*draft.tokens, VOCAB - 1], GAMMA, GAMMA, 0, draft.confidences, 0.0, 0.0, 0.0)
+        weights = np.full(TOP_K, 1 / TOP_K, np.float32)
+        pairs = [(np.arange(i, i + TOP_K, dtype=np.int32), weights) for i in range(GAMMA)]
+        return Draft(request.offset, list(range(GAMMA)), pairs, [0.5] * GAMMA)
 
 
 async def empty_rounds(num: int) -> dict[str, Any]:
     actors = [ray.remote(EmptyEngine).remote() for _ in range(2)]
     channels = [await Channel.connect(await actor.listen.remote(), "lease") for actor in actors]
-    target, drafter = (_RayLease(channel, "lease") for channel in channels)
-    top_k, times = SpeculationParams().draft_top_k, []
+    target, drafter = (lease_over(channel, "lease") for channel in channels)
+    times = []
     for i in range(num):
         started = time.perf_counter()
-        draft = drafter.propose(i, [1, 2, 3], DraftLimits(GAMMA), top_k)
-        await target.verify(draft, "published", 10.0)
+        draft = await drafter.propose(DraftRequest(i, [1, 2, 3], DraftLimits(GAMMA)))
+        await target.verify(VerifyRequest(draft, transfers=True))
         times.append((time.perf_counter() - started) * 1e3)
     times = times[num // 10 :]  # after connections are made
     return {
@@ -95,7 +97,6 @@ async def rounds(num: int) -> dict[str, Any]:
     backend = RayBackend(handles, serve.get_deployment_handle("Retriever", "rapid"), overlap=False)  # type: ignore[arg-type]
     await backend.connect()
     costs, whole, sizes = [], [], []
-    top_k = SpeculationParams().draft_top_k
     async with AsyncExitStack() as stack:
         room = num * (GAMMA + 1) + GAMMA + 1
         target, drafter = [
@@ -106,19 +107,19 @@ async def rounds(num: int) -> dict[str, Any]:
         knows, output = 0, list[int]()
         for _ in range(num):
             started = time.perf_counter()
-            draft = drafter.propose(knows, output[knows:], DraftLimits(GAMMA), top_k)
-            verified = await target.verify(draft, "published", 10.0)
+            draft = await drafter.propose(DraftRequest(knows, output[knows:], DraftLimits(GAMMA)))
+            verified = await target.verify(VerifyRequest(draft, transfers=True))
             took = (time.perf_counter() - started) * 1e3
             knows = len(output)
             output += verified.tokens
             whole.append(took)
             costs.append(took - verified.draft_ms - verified.verify_ms)
-            sizes.append((len(cloudpickle.dumps(await draft)), len(cloudpickle.dumps(verified))))
+            sizes.append((len(cloudpickle.dumps(draft)), len(cloudpickle.dumps(verified))))
     skip = num // 10  # while connections are made
     drafts, verdicts = zip(*sizes, strict=True)
     return {
         "rounds": num,
-        "draft_top_k": top_k,
+        "draft_TOP_K": TOP_K,
         "coordination_ms_median": round(statistics.median(costs[skip:]), 2),
         "coordination_ms_p95": round(statistics.quantiles(costs[skip:], n=20)[-1], 2),
         "round_ms_median": round(statistics.median(whole[skip:]), 2),

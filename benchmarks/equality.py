@@ -27,8 +27,9 @@ from deployments.config import AppConfig, parse_config
 from rapid.backend.local import LocalBackend
 from rapid.events import Finish
 from rapid.generate import generate
-from rapid.request import GenerationRequest, SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.request import GenerationRequest
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.params import SpeculationParams
 from rapid.speculation.verification import RULES
 from rapid.text.prompts import Message, read_chat
 from rapid.text.tokenizer import load_tokenizer

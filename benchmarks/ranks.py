@@ -19,14 +19,15 @@ import torch.multiprocessing as multiprocessing
 from benchmarks.common.questions import questions
 from benchmarks.common.results import write
 from rapid.engine.engine import Engine
+from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.engine.propose import propose
-from rapid.engine.sequence import SequenceRequest
 from rapid.engine.verify import prefill
 from rapid.errors import EngineLost
+from rapid.models.info import RankPlacement
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import RankPlacement, follow
-from rapid.sampling.sampler import SamplingParams
+from rapid.models.tensor_parallel import follow
+from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import DraftLimits
 from rapid.text.tokenizer import load_tokenizer
 
@@ -41,7 +42,7 @@ def drafts(model: Model, prompts: list[list[int]], num_tokens: int) -> list[list
     for prompt in prompts:
         sequence = engine.open(SequenceRequest(prompt, num_tokens, SamplingParams(temperature=0))).result()
         engine.submit(prefill(sequence)).result()
-        draft = engine.submit(propose(sequence, 0, [], DraftLimits(num_tokens), 64, frozenset())).result()
+        draft = engine.submit(propose(sequence, DraftRequest(0, [], DraftLimits(num_tokens)), frozenset())).result()
         found.append(draft.tokens)
         engine.close(sequence)
     engine.shutdown()

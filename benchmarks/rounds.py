@@ -21,9 +21,10 @@ from cluster.capacity.planner import Round, per_token_acceptance
 from deployments.builders import local_backend
 from rapid.events import Delta
 from rapid.generate import generate
-from rapid.request import GenerationRequest, SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.request import GenerationRequest
+from rapid.sampling.params import SamplingParams
 from rapid.speculation.controller import MAX_DRAFT_TOKENS
+from rapid.speculation.params import SpeculationParams
 from rapid.text.tokenizer import load_tokenizer
 
 GAMMAS = (0, 2, 4)

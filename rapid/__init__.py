@@ -1,4 +1,10 @@
-"""The core of RAPID: models, KV caches, the batching engine, verification rules and the decode loop; free of Ray."""
+"""The core of RAPID: models, KV caches, the batching engine, verification rules and the decode loop; free of Ray.
+
+Its rooms from the lowest to the highest; a room imports itself and the rooms below it (`tests/test_imports.py`):
+
+    errors strategies weights text kv_cache kernels models sampling speculation engine request events output
+    backend drafters generate
+"""
 
 import ctypes
 import os

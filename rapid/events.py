@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from rapid.speculation.controller import Source
-
 
 @dataclass
 class Statistics:
-    """What one request did; times in milliseconds. The README defines each field.
+    """What one request did; times in milliseconds. docs/openai_api.md defines each field.
 
     ``queueing`` is the time until the target had a place.
     ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
@@ -113,7 +111,7 @@ class Delta(NamedTuple):
     pieces: list[str]
     num_drafted: int
     num_accepted: int
-    source: Source
+    source: str
     elapsed_ms: float
     draft_ms: float
     verify_ms: float

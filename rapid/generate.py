@@ -1,4 +1,4 @@
-"""The decode loop: plan, propose, verify, emit, until done.
+"""The decode loop: ask for offers, choose, propose, verify, roll back, emit, until done. Start reading here.
 
 `generate` sees the world through a `Backend`, which retrieves and leases sequences on engines. In one process that is
 `rapid.backend.local.LocalBackend`; on a cluster the engines are processes of their own.
@@ -9,31 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from rapid.backend.leases import DrafterLease, TargetLease
-from rapid.backend.protocol import Backend, DraftHandle, Retrieval, Role
-from rapid.drafters.lookup import Lookup
-from rapid.engine.sequence import SequenceRequest
+from rapid.backend.leases import TargetLease
+from rapid.backend.protocol import Backend, Retrieval, Role
+from rapid.drafters.interface import Drafter, drafter_class
+from rapid.drafters.session import Retrieve, Session
+from rapid.engine.messages import SequenceRequest, VerifyRequest
 from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.events import Delta, Finish, Statistics
 from rapid.output import OutputWriter
 from rapid.request import GenerationRequest
-from rapid.sampling.logits_processor import LogitParams
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Costs, DraftController, RoundPlan
-from rapid.speculation.draft import Draft, VerifyResult, certain_draft
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, PLAIN_ROUND, Costs, DraftController
+from rapid.speculation.draft import Draft, VerifyResult
 from rapid.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
-
-Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
-
-# The drafter's random numbers must not be the target's: acceptance has to be independent of what was drafted.
-_DRAFTER_SEED = 0x5DEECE66D
 
 
 async def generate(
@@ -43,145 +37,92 @@ async def generate(
 
     ``retrieve`` takes the place of the backend's, where several completions share what is retrieved.
 
-    The first tokens do not wait for the drafter, unless γ is fixed or the request has a seed that must be honoured.
-    A drafter that is lost is done without until there is another; a target that is lost is replaced, and the same text
-    goes on. Closing the iterator early, or cancelling the task that reads it, frees both sequences.
+    The first tokens do not wait for a drafter, unless γ is fixed or the request has a seed that must be honoured. When
+    a drafter is lost, the target goes on alone until there is another; when the target is lost, another one goes on
+    with the same text. Closing the iterator early, or cancelling the task that reads it, frees all sequences.
 
     Raises:
         ContextLengthExceeded: prompt and output do not fit the window of the model that reads them.
         EngineLost: the target was lost, and no other could be had.
     """
     started = time.perf_counter()
-    spec, strategy = request.speculation, STRATEGIES[request.speculation.strategy]
-    rule, transfer_strength = (spec.verification, spec.transfer_strength) if strategy.transfers else ("lossless", 0.0)
-    stats = Statistics(spec.strategy, prompt_tokens=len(request.prompt.tokens))
-    by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
-    costs = replace(backend.costs) if by_the_clock else Costs()
-    controller = DraftController(spec.fixed_draft_tokens, costs, timed=by_the_clock)
-    output: list[int] = []
+    session = Session(request, backend, retrieve or backend.retrieve)
+    strategy, stats, output = STRATEGIES[request.speculation.strategy], session.statistics, session.output
+    costs = backend.costs.copy() if session.by_the_clock else Costs()
+    controller = DraftController(request.speculation.fixed_draft_tokens, costs, timed=session.by_the_clock)
     async with AsyncExitStack() as leases:
-        retrieve = retrieve or backend.retrieve
-        target, drafter, max_tokens = await _prepare(request, backend, retrieve, leases, output, stats)
-        if drafter is not None and not (by_the_clock and spec.num_draft_tokens == "auto"):
-            await drafter.first_try()
-        lookup = await asyncio.to_thread(Lookup, request.prompt.tokens) if strategy.looks_up else None
+        target, drafters, max_tokens = await _open(session, leases)
         eos = frozenset[int]() if request.ignore_eos else backend.info("target").eos_token_ids
         writer = OutputWriter(request, eos, max_tokens)
         while writer.reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
-            found = lookup.find(room) if lookup is not None and room > 0 else None
-            plan = controller.plan(room, can_draft=drafter is not None and drafter.is_ready, found=found)
-            draft: DraftHandle | Draft = Draft(len(output))
-            if plan.source == "lookup":
-                draft = certain_draft(len(output), list(plan.tokens))
-            elif plan.source == "model" and drafter is not None:
-                # How far it comes ahead depends on the clock, and with that which random numbers are used for what.
-                limits = replace(plan.limits, ahead=backend.overlap and by_the_clock)
-                draft = drafter.propose(limits, spec.draft_top_k)
-            # What was looked up has no q worth transferring.
-            how = (rule, transfer_strength) if plan.source == "model" else ("lossless", 0.0)
-            try:
-                verified = await target.verify(draft, *how)
-            except DraftLost as error:
-                assert drafter is not None
-                logger.warning("going on without a drafter: %s", error.message)
-                await drafter.lost()
-                plan, verified = RoundPlan("none"), await target.verify(Draft(len(output)), "lossless", 0.0)
-            emitted, pieces, logprobs = writer.write(verified.tokens, verified.logprobs)
+            offers = [drafter.offer(room) for drafter in drafters.values()] if room > 0 else []
+            plan = controller.choose([offer for offer in offers if offer is not None])
+            drafter, draft = drafters.get(plan.source), Draft(len(output))
+            if drafter is not None:
+                try:
+                    draft = await drafter.propose(plan.limits)
+                except DraftLost as error:
+                    logger.warning("going on without a drafter: %s", error.message)
+                    await drafter.lost()
+                    plan = PLAIN_ROUND
+            transfers = drafter is not None and drafter.sampled and strategy.transfers
+            # The engine also rolls back: its sequence ends behind the last token of the verdict.
+            verdict = await target.verify(VerifyRequest(draft, transfers))
+            emitted, pieces, logprobs = writer.write(verdict.tokens, verdict.logprobs)
             output += emitted
-            if lookup is not None:
-                lookup.extend(emitted)
             round_ms = (time.perf_counter() - round_started) * 1e3
-            controller.observe(plan, verified, round_ms, match_length=found[0] if found else 0)
-            _count_round(stats, plan, verified, len(emitted), round_ms)
-            counts = verified.num_drafted, verified.num_accepted
-            times_ms = round_ms, verified.draft_ms, verified.verify_ms
+            controller.observe(plan, verdict, round_ms)
+            for each in drafters.values():
+                each.observe(verdict)
+            _count_round(stats, plan.source, verdict, len(emitted), round_ms)
+            counts = verdict.num_drafted, verdict.num_accepted
+            times_ms = round_ms, verdict.draft_ms, verdict.verify_ms
             yield Delta(emitted, pieces, *counts, plan.source, *times_ms, stats.chunks, logprobs)
-    if by_the_clock:
+    if session.by_the_clock:
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
     yield Finish(rest, writer.reason, stats, logprobs)
 
 
-async def _prepare(
-    request: GenerationRequest,
-    backend: Backend,
-    retrieve: Retrieve,
-    leases: AsyncExitStack,
-    output: list[int],
-    stats: Statistics,
-) -> tuple[TargetLease, DrafterLease | None, int]:
-    """Leases and prefills the target, and starts doing so for the drafter where the strategy has one.
+async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, dict[str, Drafter], int]:
+    """Leases and prefills the target, and starts the strategy's drafters beside it.
 
-    Returns (target, drafter, how many tokens may be written).
+    Returns (target, drafters by label, how many tokens may be written).
     """
+    request, backend, stats = session.request, session.backend, session.statistics
     spec, strategy = request.speculation, STRATEGIES[request.speculation.strategy]
-    prompt = request.prompt.tokens
-    reader: Role = "target"
-    if strategy.retrieves and not strategy.drafts:  # "rag": one model, on the retrieved context
-        reader = "drafter" if spec.rag_model == "drafter" else "target"
+    prompt, reader = request.prompt.tokens, "target"
+    if strategy.reads == "retrieved":
+        reader = spec.rag_model
         try:
-            prompt = await _retrieve(request, retrieve, stats) or prompt
+            prompt = await session.retrieved_prompt() or prompt
         except RetrievalFailed as error:
             logger.warning("reading the whole context: %s", error.message)
             stats.fallback = error.code
-    max_tokens = _fit(request, prompt, backend.info(reader).window)
-    logits = request.logits.on(request.prompt.tokens, backend.info("target"))
-    room = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
-    drafter = None
-    if strategy.drafts:
-        read = partial(_read_short, request, backend, retrieve, stats, room, logits)
-        drafter = DrafterLease(backend, read, output, stats)
+    role: Role = "drafter" if reader == "drafter" else "target"
+    max_tokens = _fit(request, prompt, backend.info(role).window)
+    session.logits = request.logits.on(request.prompt.tokens, backend.info("target"))
+    session.max_new_tokens = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
+    drafters = [drafter_class(reference)(session) for reference in strategy.drafters]
+    for drafter in drafters:
         leases.push_async_callback(drafter.close)
-    opening = SequenceRequest(prompt, room, request.sampling, logits=logits, num_logprobs=request.num_logprobs)
-    target = TargetLease(backend, reader, opening, output, stats)
+    sequence = SequenceRequest(
+        prompt,
+        session.max_new_tokens,
+        request.sampling,
+        spec,
+        logits=session.logits,
+        num_logprobs=request.num_logprobs,
+    )
+    target = TargetLease(backend, role, sequence, session.output, stats)
     leases.push_async_callback(target.close)
     await target.open()
-    return target, drafter, max_tokens
-
-
-async def _read_short(
-    request: GenerationRequest,
-    backend: Backend,
-    retrieve: Retrieve,
-    stats: Statistics,
-    room: int,
-    logits: LogitParams | None,
-) -> SequenceRequest | None:
-    """What the drafter is opened with; None, with the reason in ``stats.fallback``, where there is nothing to read."""
-    short = await _retrieve(request, retrieve, stats)
-    if short is None:
-        return None
-    sampling = request.sampling
-    if sampling.seed is not None:
-        sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-    opening = SequenceRequest(short, room, sampling, logits=logits)
-    if opening.capacity - 1 > backend.info("drafter").window:  # the last token that it may write is never read
-        stats.fallback = "drafter_window_exceeded"
-        return None
-    return opening
-
-
-async def _retrieve(request: GenerationRequest, retrieve: Retrieve, stats: Statistics) -> list[int] | None:
-    """The shortened prompt; None, with the reason in ``stats.fallback``, when there is none to be had."""
-    prompt = request.prompt
-    if not prompt.contents:
-        stats.fallback = "no_long_context"
-        return None
-    started = time.perf_counter()
-    retrieval = await retrieve(prompt.contents, prompt.query, request.retrieval)
-    stats.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
-    stats.context_tokens, stats.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
-    stats.chunks = [
-        {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
-        for c in retrieval.chunks
-    ]
-    if not retrieval.chunks:
-        stats.fallback = "nothing_above_threshold"
-        return None
-    return prompt.shortened(retrieval.chunks)
+    for drafter in drafters:
+        await drafter.start(wait=not (session.by_the_clock and spec.num_draft_tokens == "auto"))
+    return target, {drafter.label: drafter for drafter in drafters}, max_tokens
 
 
 def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:
@@ -193,18 +134,76 @@ def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:
     return wanted or min(request.default_max_tokens, fits)
 
 
-def _count_round(
-    stats: Statistics, plan: RoundPlan, verified: VerifyResult, num_emitted: int, elapsed_ms: float
-) -> None:
+def _count_round(stats: Statistics, source: str, verdict: VerifyResult, num_emitted: int, elapsed_ms: float) -> None:
     stats.rounds += 1
     stats.emitted += num_emitted
-    accepted = min(verified.num_accepted, num_emitted)
-    stats.drafted += verified.num_drafted
+    accepted = min(verdict.num_accepted, num_emitted)
+    stats.drafted += verdict.num_drafted
     stats.accepted += accepted
-    stats.drafted_ahead += verified.num_ahead
-    if plan.source == "lookup":
-        stats.lookup_drafted += verified.num_drafted
+    stats.drafted_ahead += verdict.num_ahead
+    if source == "lookup":
+        stats.lookup_drafted += verdict.num_drafted
         stats.lookup_accepted += accepted
-    stats.timings_ms["drafting"] += verified.draft_ms
-    stats.timings_ms["verification"] += verified.verify_ms
-    stats.timings_ms["transport"] += max(0.0, elapsed_ms - verified.draft_ms - verified.verify_ms)
+    stats.timings_ms["drafting"] += verdict.draft_ms
+    stats.timings_ms["verification"] += verdict.verify_ms
+    stats.timings_ms["transport"] += max(0.0, elapsed_ms - verdict.draft_ms - verdict.verify_ms)
+
+
+async def generate_choices(
+    request: GenerationRequest, num_choices: int, backend: Backend
+) -> AsyncGenerator[Delta | Finish, None]:
+    """`generate`, ``num_choices`` times; ``choice`` says which one an event is of, and each ends with a `Finish`.
+
+    The choices share what is retrieved, and the keys and values of the prompt. Choice i has the seed plus i, where
+    there is one: the same request with n = 1 and that seed writes the same. An error in one choice ends them all.
+    """
+    if num_choices == 1:
+        async with aclosing(generate(request, backend)) as only:
+            async for delta in only:
+                yield delta
+        return
+    shared = _RetrieveOnce(backend)
+    events: asyncio.Queue[Delta | Finish | Exception] = asyncio.Queue()
+
+    async def write(choice: int) -> None:
+        try:
+            async with aclosing(generate(_seeded(request, choice), backend, shared.retrieve)) as deltas:
+                async for event in deltas:
+                    events.put_nowait(event._replace(choice=choice))
+        except Exception as error:
+            events.put_nowait(error)
+
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(write(choice)) for choice in range(num_choices)]
+    try:
+        num_left = num_choices
+        while num_left:
+            event = await events.get()
+            if isinstance(event, Exception):
+                raise event
+            num_left -= isinstance(event, Finish)
+            yield event
+    finally:
+        for task in (tasks := [*tasks, *shared.tasks]):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _seeded(request: GenerationRequest, choice: int) -> GenerationRequest:
+    seed = request.sampling.seed
+    if seed is None:
+        return request
+    wrapped = (seed + choice + 2**63) % 2**64 - 2**63
+    return replace(request, sampling=replace(request.sampling, seed=wrapped))
+
+
+class _RetrieveOnce:
+    """Asks the retriever for the first choice that wants to know, and tells the others the same."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.tasks: list[asyncio.Task[Retrieval]] = []
+
+    async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        if not self.tasks:
+            self.tasks.append(asyncio.create_task(self._backend.retrieve(contents, query, options)))
+        return await asyncio.shield(self.tasks[0])

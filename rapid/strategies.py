@@ -1,26 +1,61 @@
-"""The strategies: how a request may be decoded."""
+"""The strategies and the verification rules, by name: how a request may be decoded.
+
+Both tables stand here alone. The command line, its completion, the page, the API's description and the README read
+them from here, or a test compares. This module imports nothing, so that a process without torch can read it.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 
-class Strategy(NamedTuple):
-    """``retrieves``: a model reads the retrieved context. ``drafts``: it drafts from it, and the target verifies.
+@dataclass(frozen=True)
+class Strategy:
+    """One row of the table.
 
-    ``transfers``: the target's distribution is augmented by the drafter's. ``looks_up``: drafts come from the text too.
+    ``reads`` is what the target is opened with: the whole context, or only what was retrieved of it. ``drafters`` are
+    classes of `rapid.drafters` as "module:Class", in the order in which a fixed γ prefers them; a class is imported
+    when a request needs it. With ``transfers`` a drafter's q may move the output (η, paper §3.3).
     """
 
-    retrieves: bool
-    drafts: bool
-    transfers: bool
-    looks_up: bool
+    name: str
+    summary: str
+    reads: Literal["context", "retrieved"] = "context"
+    drafters: tuple[str, ...] = ()
+    transfers: bool = False
 
+
+_RETRIEVAL, _LOOKUP = "retrieval:RetrievalDrafter", "lookup:LookupDrafter"
 
 STRATEGIES: dict[str, Strategy] = {
-    "autoregressive": Strategy(False, False, False, False),  # the long context, plain decoding
-    "rag": Strategy(True, False, False, False),  # one model on the retrieved context alone
-    "lookup": Strategy(False, False, False, True),  # drafts found in the text, no drafter: lossless
-    "speculative": Strategy(True, True, False, False),  # a RAG drafter, η = 0: lossless
-    "rapid": Strategy(True, True, True, True),
+    strategy.name: strategy
+    for strategy in (
+        Strategy("autoregressive", "the target decodes alone, from the whole prompt"),
+        Strategy("rag", "one model reads the retrieved passages alone", reads="retrieved"),
+        Strategy(
+            "lookup",
+            "drafts are looked up in the text itself; the output is exactly the target's own",
+            drafters=(_LOOKUP,),
+        ),
+        Strategy(
+            "speculative",
+            "a drafter that reads the retrieved passages drafts; the output is exactly the target's own",
+            drafters=(_RETRIEVAL,),
+        ),
+        Strategy(
+            "rapid",
+            "drafts from the passages and from lookups; the target's distribution is moved towards the drafter's (η)",
+            drafters=(_RETRIEVAL, _LOOKUP),
+            transfers=True,
+        ),
+    )
+}
+
+# Name → summary; `rapid.speculation.verification.RULES` has the functions.
+VERIFICATION_RULES: dict[str, str] = {
+    "published": "Eq. 9 and 10 of the paper as printed: shifted towards the drafter",
+    "reference": "the mask of the paper's released code, with Eq. 10",
+    "augmented": "exactly p̂, the renormalised Eq. 9",
+    "lossless": "exactly p, the target's own distribution",
 }

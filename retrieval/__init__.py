@@ -1,24 +1,23 @@
 """Find the parts of a long context that matter to a query.
 
-    embedder = load_embedder("BAAI/bge-m3")
-    retriever = Retriever(embedder, ChunkStore(dimension=embedder.dimension), tokenizer)
+    embedder = retrieval.embedding.load_embedder("BAAI/bge-m3")
+    retriever = Retriever(embedder, retrieval.store.ChunkStore(dimension=embedder.dimension), tokenizer)
     retriever.retrieve(contents, query, RetrievalOptions()).chunks
 
 Contents go in as the chat has them, and the chunks worth keeping come back in document order. One call chunks, embeds,
 stores, searches and deletes. The package knows nothing of chats, models that generate, or clusters; its results are
 plain data that can be pickled. Failures outside the caller's code are RetrievalError.
 
-`ChunkStore` is in `retrieval.store`, which loads Qdrant's client; who only names options need not wait for that.
+`retrieval.store` and `retrieval.embedding` are imported by name: the first loads Qdrant's client and the second torch,
+and a process that only names options needs neither.
 """
 
 from retrieval.chunking import Chunk, Tokenizer, split
-from retrieval.embedding import Embedder, load_embedder
 from retrieval.errors import RetrievalError
 from retrieval.retriever import IndexProgress, Retrieval, RetrievalOptions, RetrievedChunk, Retriever
 
 __all__ = [
     "Chunk",
-    "Embedder",
     "IndexProgress",
     "Retrieval",
     "RetrievalError",
@@ -26,6 +25,5 @@ __all__ = [
     "RetrievedChunk",
     "Retriever",
     "Tokenizer",
-    "load_embedder",
     "split",
 ]

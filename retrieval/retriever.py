@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.chunking import Tokenizer, split
-from retrieval.embedding import Embedder
 
 if TYPE_CHECKING:
+    from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
 _BATCH = 8  # chunks between two words about how far `keep` is

@@ -1,6 +1,6 @@
 """Vectors in Qdrant: in this process, or on a server. The only module that knows Qdrant.
 
-Every point belongs to an namespace (one request, or one kept document) and is invisible to all others. In-process Qdrant
+Every point belongs to a namespace (one request, or one kept document) and is invisible to all others. In-process Qdrant
 forgets when the process ends; what is to be kept then lies in a folder too, a file of numbers for each namespace, from
 which it is put back when it is first asked for. (Qdrant's own folder admits one process, and reads all of it to start.)
 """

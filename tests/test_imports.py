@@ -1,6 +1,6 @@
 """Who may import whom: the core runs with torch, transformers and accelerate alone, and every library has one door.
 
-The API is made and tested without Ray.
+The API is made and tested without Ray, and the process that listens loads no model's libraries.
 """
 
 import ast
@@ -98,3 +98,69 @@ def test_importing_all_of_the_core_loads_nothing_of_the_rest() -> None:
 def test_the_api_and_all_behind_it_are_loaded_without_ray() -> None:
     loaded = loaded_by("deployments.http.api", "deployments.service", "deployments.builders", "deployments.config")
     assert "deployments" in loaded and "ray" not in loaded
+
+
+def test_the_process_that_listens_loads_no_models_libraries() -> None:
+    loaded = loaded_by("deployments.serve.ingress")
+    assert "ray" in loaded and not loaded & CORE
+
+
+def rooms() -> list[str]:
+    """The folders and files of the core as `rapid`'s docstring orders them, the lowest first."""
+    docstring = ast.get_docstring(parsed("rapid/__init__.py"))
+    assert docstring is not None
+    return docstring.partition("tests/test_imports.py`):")[2].split()
+
+
+def modules_imported(tree: ast.AST) -> set[str]:
+    """Full names, those for type checkers and those inside functions included."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_room_of_the_core_has_its_place_in_the_order() -> None:
+    there = {
+        path.stem for path in (ROOT / "rapid").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert sorted(rooms()) == sorted(there - {"__init__"})
+
+
+@parametrize("rapid/")
+def test_no_import_runs_upward_between_the_rooms_of_the_core(name: str) -> None:
+    order, room = rooms(), Path(name).parts[1].removesuffix(".py")
+    if room == "__init__":
+        return
+    above = set(order[order.index(room) + 1 :])
+    assert (
+        not {module.split(".")[1] for module in modules_imported(parsed(name)) if module.startswith("rapid.")} & above
+    )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_goes_round_in_a_circle(package: str) -> None:
+    """At run time: what only type checkers see, or a function imports when it is called, closes no circle."""
+    graph: dict[str, set[str]] = {}
+    for file in (ROOT / package).rglob("*.py"):
+        module = file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        tree = parsed(file.relative_to(ROOT).as_posix())
+        graph[module] = modules_imported(
+            ast.Module(
+                [
+                    n
+                    for n in tree.body
+                    if not isinstance(n, ast.If | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                ],
+                [],
+            )
+        )
+    graph = {module: (found & graph.keys()) - {module} for module, found in graph.items()}
+    while leaves := [module for module, found in graph.items() if not found]:
+        for leaf in leaves:
+            del graph[leaf]
+        graph = {module: found.difference(leaves) for module, found in graph.items()}
+    assert not graph, f"these import each other: {sorted(graph)}"

@@ -10,8 +10,9 @@ from deployments.config import AppConfig, parse_config
 from rapid.backend.local import LocalBackend
 from rapid.events import Finish, Statistics
 from rapid.generate import generate
-from rapid.request import GenerationRequest, SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.request import GenerationRequest
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import Prompt
 
 MODEL = "smollm2-135m-instruct"

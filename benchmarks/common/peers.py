@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 
 GAMMA = 10
 
 
 def load(model: str, dtype: torch.dtype) -> PreTrainedModel:
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(catalog.resolve(model), dtype=dtype)
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(embedded_models.resolve(model), dtype=dtype)
     return network.eval()
 
 

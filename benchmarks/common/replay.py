@@ -21,9 +21,10 @@ from benchmarks.common.clients import Asked, Question, ask, new_client
 from deployments.builders import build_engine
 from deployments.config import EngineConfig
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import ForwardRequest, Sequence, SequenceRequest, Task
+from rapid.engine.messages import SequenceRequest
+from rapid.engine.sequence import ForwardRequest, Sequence, Task
 from rapid.engine.verify import prefill
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
 from rapid.text.prompts import Message, read_chat
 from rapid.text.tokenizer import load_tokenizer, spell
 

@@ -1,16 +1,19 @@
 """What the shell offers on Tab: values of options and arguments. Nothing slow is imported for it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rapid.weights import embedded_models as catalog
+from rapid.strategies import STRATEGIES, VERIFICATION_RULES
+from rapid.weights import embedded_models
 
 CONFIG = Path("serve_config.yaml")
 
-# Their own modules load PyTorch, and whoever presses Tab does not wait for that; a test holds these to them.
-STRATEGIES = ("autoregressive", "rag", "lookup", "speculative", "rapid")
-RULES = ("published", "reference", "augmented", "lossless")
+
+def one_of(names: Iterable[str]) -> str:
+    """An option's help: "a, b or c."."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}."
 
 
 def _offered(values: Callable[[str], Iterator[str]]) -> dict[str, Any]:
@@ -29,11 +32,11 @@ def _folders_and_yaml(incomplete: str) -> Iterator[str]:
 
 
 def _model_names(kind: str | None) -> Iterator[str]:
-    return (entry.name for entry in catalog.entries() if kind in (None, entry.kind))
+    return (entry.name for entry in embedded_models.entries() if kind in (None, entry.kind))
 
 
 strategies = _offered(lambda _: iter(STRATEGIES))
-rules = _offered(lambda _: iter(RULES))
+rules = _offered(lambda _: iter(VERIFICATION_RULES))
 configs = _offered(_folders_and_yaml)
 model_names = _offered(lambda _: _model_names("llm"))
 embedded = _offered(lambda _: _model_names(None))

@@ -1,32 +1,31 @@
 """OpenTelemetry spans of what a request does: retrieve, queue, prefill, draft and verify, under one called generate.
 
-Whoever runs the process says where spans go: under Ray Serve by RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH, which may be
-`deployments.observability.tracing:otlp`. Serve's own spans then lead from the client's `traceparent` to ours. As long as nobody says,
-nothing is recorded, and nothing is in the way of a round.
+The operator says where spans go: under Ray Serve by RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH, which may be
+`deployments.observability.tracing:otlp`. Serve's own spans then lead from the client's `traceparent` to ours. Without
+that variable nothing is recorded, and nothing is in the way of a round.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.context import Context
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, Status, StatusCode
 
-from rapid.backend.protocol import Backend, DraftHandle, Lease, Retrieval, Role
-from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import SequenceRequest
+from rapid.backend.protocol import Backend, Lease, Retrieval, Role
+from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
 from rapid.request import GenerationRequest
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 
 _tracer = trace.get_tracer("rapid")
+_SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify"}  # by the lease's call
 
 
 def otlp() -> list[SpanProcessor]:
@@ -49,7 +48,7 @@ class Trace:
     @contextmanager
     def start(cls, request: GenerationRequest, backend: Backend) -> "Iterator[Trace]":
         """A span under the one that is current, until the block ends."""
-        attributes = {
+        attributes: dict[str, Any] = {
             "gen_ai.operation.name": "generate_content",
             "gen_ai.request.model": backend.info("target").name,
             "gen_ai.usage.input_tokens": len(request.prompt.tokens),
@@ -96,7 +95,7 @@ class TracedBackend:
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         with _ending(_tracer.start_span("retrieve", self._context)) as span:
             retrieval = await self._backend.retrieve(contents, query, options)
-            attributes = {
+            attributes: dict[str, Any] = {
                 "rapid.context_tokens": retrieval.context_tokens,
                 "rapid.retrieved_tokens": retrieval.retrieved_tokens,
                 "rapid.scores": [chunk.score for chunk in retrieval.chunks],
@@ -104,50 +103,32 @@ class TracedBackend:
             span.set_attributes(attributes)
             return retrieval
 
+    async def forget(self, tokens: list[int]) -> None:
+        await self._backend.forget(tokens)
+
     @asynccontextmanager
-    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
-        attributes = {"rapid.role": role, "rapid.prompt_tokens": len(opening.prompt)}
+    async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
+        attributes = {"rapid.role": role, "rapid.prompt_tokens": len(request.prompt)}
         async with AsyncExitStack() as stack:
             with _ending(_tracer.start_span("queue", self._context, attributes=attributes)):
-                lease = await stack.enter_async_context(self._backend.lease(role, opening))
-            yield _TracedLease(lease, self._context, attributes)
+                lease = await stack.enter_async_context(self._backend.lease(role, request))
+            yield Lease(partial(self._call, lease, attributes))
 
+    def _call(self, lease: Lease, attributes: dict[str, Any], method: str, *message: Any) -> Awaitable[Any]:
+        """One call of ``lease``, as a span with what its message and its result say of themselves."""
+        if method not in _SPANS:
+            return lease.call(method, *message)
+        said = message[0].attributes() if message else attributes
+        span = _tracer.start_span(_SPANS[method], self._context, attributes=said)
+        answer = asyncio.ensure_future(lease.call(method, *message))
 
-class _TracedLease:
-    def __init__(self, lease: Lease, context: Context, attributes: dict[str, Any]) -> None:
-        self._lease, self._context, self._attributes = lease, context, attributes
-
-    async def prefill(self) -> PrefillResult:
-        with _ending(_tracer.start_span("prefill", self._context, attributes=self._attributes)) as span:
-            prefilled = await self._lease.prefill()
-            span.set_attribute("rapid.cached_tokens", prefilled.cached_tokens)
-            return prefilled
-
-    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
-        attributes = {"rapid.offset": offset + len(tokens), "rapid.max_tokens": limits.max_tokens}
-        span = _tracer.start_span("draft", self._context, attributes=attributes)
-
-        def drafted(handle: asyncio.Future[Draft]) -> None:
-            # Nobody may wait for it any more.
+        def answered(done: asyncio.Future[Any]) -> None:
+            # The answer may no longer be waited for.
             with suppress(Exception, asyncio.CancelledError), _ending(span):
-                draft = handle.result()
-                span.set_attributes({"rapid.drafted": len(draft.tokens), "rapid.drafted_ahead": draft.num_ahead})
+                span.set_attributes(done.result().attributes())
 
-        handle = asyncio.ensure_future(self._lease.propose(offset, tokens, limits, draft_top_k))
-        handle.add_done_callback(drafted)
-        return handle
-
-    def ahead(self) -> Awaitable[Draft | None]:
-        return self._lease.ahead()
-
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        if isinstance(draft, asyncio.Future):
-            await asyncio.wait([draft])  # a span of its own; what becomes of it is told below
-        with _ending(_tracer.start_span("verify", self._context, attributes={"rapid.rule": rule})) as span:
-            verified = await self._lease.verify(draft, rule, transfer_strength)
-            attributes = {"rapid.drafted": verified.num_drafted, "rapid.accepted": verified.num_accepted}
-            span.set_attributes(attributes)
-            return verified
+        answer.add_done_callback(answered)
+        return answer
 
 
 @contextmanager

@@ -14,13 +14,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.serve.channel import Channel
 from deployments.serve.engines import Ticket, document_of, engines_of
 from deployments.serve.metrics import QueueMetrics
-from rapid.backend.protocol import DraftHandle, Lease, Retrieval, Role
-from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import SequenceRequest
-from rapid.errors import DraftLost, EngineLost, Overloaded, RapidError, RetrievalFailed
+from rapid.backend.protocol import Lease, Retrieval, Role
+from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.errors import EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 from retrieval import IndexProgress, RetrievalError
 
 _RESUME_TIMEOUT_S = 300.0  # engine, when one is lost: a new replica has to load its model
@@ -119,15 +117,15 @@ class RayBackend:
                     await engine.forget.remote(tokens)
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
-        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(opening.prompt))
-        stream = handle.lease.remote(opening)
+    async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
+        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(request.prompt))
+        stream = handle.lease.remote(request)
         first = asyncio.ensure_future(anext(stream))
         try:
-            resume_timeout_s = _LEASE_TIMEOUT_S if opening.may_wait else _OPTIONAL_TIMEOUT_S
+            resume_timeout_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
             with self._queue.waiting(role):
                 while not (await asyncio.wait([first], timeout=resume_timeout_s))[0]:
-                    if opening.written or not opening.may_wait:
+                    if request.written or not request.may_wait:
                         raise Overloaded(f"no {role} had a place within {resume_timeout_s:g} s")
                     if not await self._is_there(role):
                         raise EngineLost(f"there is no {role}")
@@ -150,7 +148,7 @@ class RayBackend:
                 raise EngineLost(f"the {role}'s engine cannot be reached: {error}") from error
             self._keep(_close_with(stream, channel))
             try:
-                yield _RayLease(channel, ticket.lease_id)
+                yield lease_over(channel, ticket.lease_id)
             finally:
                 channel.close()
         finally:
@@ -203,30 +201,17 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
         channel.close()
 
 
-class _RayLease:
-    def __init__(self, channel: Channel, lease_id: str) -> None:
-        self._channel, self._id = channel, lease_id
+def lease_over(channel: Channel, lease_id: str) -> Lease:
+    """A lease whose calls go over ``channel``, each sent when it is made."""
 
-    async def prefill(self) -> PrefillResult:
-        prefilled: PrefillResult = await self._call("prefill")
-        return prefilled
+    def call(method: str, *message: Any) -> Awaitable[Any]:
+        return _or_lost(channel.call("call", lease_id, method, *message))
 
-    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
-        return self._channel.call("propose", self._id, offset, tokens, limits, draft_top_k)
+    return Lease(call)
 
-    def ahead(self) -> Awaitable[Draft | None]:
-        return self._channel.call("ahead", self._id)
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        try:
-            draft = draft if isinstance(draft, Draft) else await draft
-        except Exception as error:
-            raise DraftLost(f"the drafter failed: {error}") from error
-        verified: VerifyResult = await self._call("verify", draft, rule, transfer_strength)
-        return verified
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        try:
-            return await self._channel.call(method, self._id, *args)
-        except ConnectionError as error:
-            raise EngineLost("the engine is gone") from error
+async def _or_lost(answer: Awaitable[Any]) -> Any:
+    try:
+        return await answer
+    except ConnectionError as error:
+        raise EngineLost("the engine is gone") from error

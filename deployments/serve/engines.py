@@ -5,6 +5,8 @@ that Serve's count of ongoing requests is the number of sequences, and a client 
 between goes straight to the engine actor, over a channel.
 """
 
+from __future__ import annotations
+
 import asyncio
 import hashlib
 import logging
@@ -15,7 +17,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -25,14 +27,14 @@ from cluster.scaling import KV_SHARE
 from deployments.config import EngineConfig
 from deployments.serve.channel import Address, Listener
 from deployments.serve.metrics import EngineMetrics
-from rapid.engine.engine import Engine, EngineStats
-from rapid.engine.propose import drafted_ahead, propose
-from rapid.engine.sequence import Sequence, SequenceRequest
-from rapid.engine.verify import prefill, verify_draft
+from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.errors import RapidError
-from rapid.models.info import ModelInfo
-from rapid.models.tensor_parallel import RankPlacement
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
+from rapid.models.info import ModelInfo, RankPlacement
+
+if TYPE_CHECKING:  # the replica holds no model: only the actor's process loads torch
+    from rapid.engine.engine import Engine
+    from rapid.engine.lease import LeasedSequence
+    from rapid.engine.sequence import Sequence
 
 logger = logging.getLogger("ray.serve")
 
@@ -94,7 +96,7 @@ class EngineActor(RankActor):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self._leases: dict[str, Sequence] = {}
+        self._leases: dict[str, LeasedSequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
 
     async def load(self, placement: RankPlacement | None) -> tuple[ModelInfo, Address]:
@@ -104,8 +106,8 @@ class EngineActor(RankActor):
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement)
-        methods = {name: getattr(self, name) for name in ("prefill", "propose", "ahead", "verify")}
-        self._listener = await Listener.start(ray.util.get_node_ip_address(), methods, ended=self.close)
+        address = ray.util.get_node_ip_address()
+        self._listener = await Listener.start(address, {"call": self.call}, ended=self.close)
         self._engine.ended.add_done_callback(lambda _: os._exit(1))
         return self._engine.model.info, self._listener.address
 
@@ -115,10 +117,13 @@ class EngineActor(RankActor):
     async def forget(self, tokens: list[int]) -> None:
         await asyncio.wrap_future(self._engine.forget(tokens))
 
-    async def open(self, lease_id: str, opening: SequenceRequest) -> None:
-        opened = self._opening[lease_id] = self._engine.open(opening)
+    async def open(self, lease_id: str, request: SequenceRequest) -> None:
+        from rapid.engine.lease import LeasedSequence
+
+        opened = self._opening[lease_id] = self._engine.open(request)
         try:
-            sequence = self._leases[lease_id] = await asyncio.wrap_future(opened)
+            sequence = await asyncio.wrap_future(opened)
+            self._leases[lease_id] = LeasedSequence(self._engine, sequence)
             sequence.ended.add_done_callback(lambda _: self._leases.pop(lease_id, None))  # it may have ended already
         except asyncio.CancelledError:
             self._engine.abandon(opened)
@@ -126,41 +131,30 @@ class EngineActor(RankActor):
         finally:
             del self._opening[lease_id]
 
-    async def prefill(self, lease_id: str) -> PrefillResult:
-        return await self._run(prefill(self._sequence(lease_id)))
+    async def call(self, lease_id: str, method: str, *message: Any) -> Any:
+        """One call of a lease (`rapid.engine.lease.LeasedSequence`).
 
-    async def propose(
-        self, lease_id: str, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int
-    ) -> Draft:
-        eos = self._engine.model.info.eos_token_ids
-        return await self._run(propose(self._sequence(lease_id), offset, tokens, limits, draft_top_k, eos))
-
-    async def ahead(self, lease_id: str) -> Draft | None:
-        return await drafted_ahead(self._sequence(lease_id).drafting_ahead)
-
-    async def verify(self, lease_id: str, draft: Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        return await self._run(verify_draft(self._sequence(lease_id), draft, rule, transfer_strength))
+        Raises:
+            SequenceClosed: the sequence was closed, or expired.
+        """
+        leased = self._leases.get(lease_id)
+        self._engine.get(leased.sequence.id if leased else 0)  # which is in use again
+        assert leased is not None
+        return await leased.call(method, *message)
 
     async def close(self, lease_id: str) -> None:
         """Frees the sequence, or ends its wait for room; harmless when it is already gone."""
         if lease_id in self._opening:
             self._engine.abandon(self._opening[lease_id])
-        sequence = self._leases.get(lease_id)
-        if sequence is not None:
-            self._engine.close(sequence)
+        leased = self._leases.get(lease_id)
+        if leased is not None:
+            self._engine.close(leased.sequence)
 
     async def ended(self, lease_id: str) -> None:
         """Returns when the sequence is closed, by whomever."""
-        sequence = self._leases.get(lease_id)
-        if sequence is not None:
-            await asyncio.wrap_future(sequence.ended)
-
-    def _sequence(self, lease_id: str) -> Sequence:
-        sequence = self._leases.get(lease_id)
-        return self._engine.get(sequence.id if sequence else 0)
-
-    async def _run(self, task: Any) -> Any:
-        return await asyncio.wrap_future(self._engine.submit(task))
+        leased = self._leases.get(lease_id)
+        if leased is not None:
+            await asyncio.wrap_future(leased.sequence.ended)
 
 
 @serve.deployment
@@ -208,7 +202,7 @@ class EngineReplica:
         """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
         return document
 
-    async def lease(self, opening: SequenceRequest) -> AsyncIterator[Ticket | RapidError]:
+    async def lease(self, request: SequenceRequest) -> AsyncIterator[Ticket | RapidError]:
         """Opens a sequence; closing this stream, for whatever reason, frees it.
 
         Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.
@@ -217,7 +211,7 @@ class EngineReplica:
         lease_id = uuid.uuid4().hex
         try:
             try:
-                await self._engine.open.remote(lease_id, opening)
+                await self._engine.open.remote(lease_id, request)
                 if document := serve.get_multiplexed_model_id():
                     await self._remember(document)
             except RapidError as error:

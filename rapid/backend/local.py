@@ -7,16 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rapid.backend.protocol import DraftHandle, Lease, Retrieval, Role
-from rapid.engine.engine import Engine, EngineStats
-from rapid.engine.propose import drafted_ahead, propose
-from rapid.engine.sequence import Sequence, SequenceRequest
-from rapid.engine.verify import prefill, verify_draft
-from rapid.errors import DraftLost, RetrievalFailed
+from rapid.backend.protocol import Lease, Retrieval, Role
+from rapid.engine.engine import Engine
+from rapid.engine.lease import LeasedSequence
+from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.sequence import Sequence
+from rapid.errors import RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
 from rapid.text.tokenizer import check_same_tokenizer
+
+_REPORT_EVERY_S = 0.2
 
 Retrieve = Callable[[list[str], str, Any], Retrieval]
 OnPrefill = Callable[[Role, int, int], None]
@@ -66,46 +67,32 @@ class LocalBackend:
             await asyncio.wrap_future(engine.forget(tokens))
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         engine = self._engines[role]
-        opened = engine.open(opening)
+        opened = engine.open(request)
         try:
             sequence = await asyncio.wrap_future(opened)
         except asyncio.CancelledError:
             engine.abandon(opened)
             raise
+        leased = LeasedSequence(engine, sequence)
+
+        def call(method: str, *message: Any) -> Awaitable[Any]:
+            answer = leased.call(method, *message)
+            return self._report(role, sequence, answer) if method == "prefill" else answer
+
         try:
-            yield _LocalLease(role, engine, sequence, self._on_prefill)
+            yield Lease(call)
         finally:
             engine.close(sequence)
 
-
-class _LocalLease:
-    def __init__(self, role: Role, engine: Engine, sequence: Sequence, on_prefill: OnPrefill) -> None:
-        self._role, self._engine, self._sequence, self._on_prefill = role, engine, sequence, on_prefill
-
-    async def prefill(self) -> PrefillResult:
-        running = asyncio.wrap_future(self._engine.submit(prefill(self._sequence)))
+    async def _report(self, role: Role, sequence: Sequence, answer: Awaitable[Any]) -> Any:
+        """Waits for a prefill, and tells how far it is."""
+        running = asyncio.ensure_future(answer)
         try:
             while not running.done():
-                await asyncio.wait([running], timeout=0.2)
-                self._on_prefill(self._role, self._sequence.cache.length, len(self._sequence.prompt) - 1)
+                await asyncio.wait([running], timeout=_REPORT_EVERY_S)
+                self._on_prefill(role, sequence.cache.length, len(sequence.prompt) - 1)
             return running.result()
         finally:
-            running.cancel()  # nobody waits for it any more; closing the sequence ends the work
-
-    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
-        eos = self._engine.model.info.eos_token_ids
-        task = propose(self._sequence, offset, tokens, limits, draft_top_k, eos)
-        return asyncio.wrap_future(self._engine.submit(task))
-
-    def ahead(self) -> Awaitable[Draft | None]:
-        return asyncio.ensure_future(drafted_ahead(self._sequence.drafting_ahead))
-
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        try:
-            draft = draft if isinstance(draft, Draft) else await draft
-        except Exception as error:
-            raise DraftLost(f"the drafter failed: {error}") from error
-        task = verify_draft(self._sequence, draft, rule, transfer_strength)
-        return await asyncio.wrap_future(self._engine.submit(task))
+            running.cancel()  # closing the sequence ends the work

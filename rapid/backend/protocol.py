@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
-from rapid.engine.engine import EngineStats
-from rapid.engine.sequence import SequenceRequest
+from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, SequenceRequest, VerifyRequest
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
+from rapid.speculation.draft import Draft, VerifyResult
 from rapid.text.prompts import RetrievedText
 
 Role = Literal["target", "drafter"]
-DraftHandle = Awaitable[Draft]
+Call = Callable[..., Awaitable[Any]]  # (method, message) → result
 
 
 class RetrievedChunk(RetrievedText, Protocol):
@@ -44,23 +43,32 @@ class Retrieval(Protocol):
     def retrieved_tokens(self) -> int: ...
 
 
-class Lease(Protocol):
-    """One sequence on one engine, for as long as the context manager that gave it stays open."""
+class Lease:
+    """One sequence on one engine, for as long as the context manager that gave it stays open.
 
-    async def prefill(self) -> PrefillResult: ...
-    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle: ...
-    def ahead(self) -> Awaitable[Draft | None]:
-        """What the latest `propose` drafts ahead (`rapid.engine.verify.drafted_ahead`)."""
-        ...
+    ``call`` is the transport: it brings a method's name and its message to a `rapid.engine.lease.LeasedSequence`, in
+    this process or in another, and the result back. A call is sent when it is made, and calls are carried out in order.
+    Every call raises EngineLost where the engine is gone.
+    """
 
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        """One round (`rapid.engine.verify.verify_draft`).
+    def __init__(self, call: Call) -> None:
+        self.call = call
 
-        Raises:
-            DraftLost: the draft did not come; nothing was changed.
-            EngineLost: this lease's engine is gone.
-        """
-        ...
+    def prefill(self) -> Awaitable[PrefillResult]:
+        """Reads the prompt."""
+        return self.call("prefill")
+
+    def propose(self, request: DraftRequest) -> Awaitable[Draft]:
+        """A draft (`rapid.engine.propose.propose`)."""
+        return self.call("propose", request)
+
+    def drafted_ahead(self) -> Awaitable[Draft | None]:
+        """What the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
+        return self.call("drafted_ahead")
+
+    def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
+        """One round (`rapid.engine.verify.verify_draft`)."""
+        return self.call("verify", request)
 
 
 class Backend(Protocol):
@@ -83,7 +91,7 @@ class Backend(Protocol):
         """What of ``contents`` matters to ``query``.
 
         Raises:
-            RetrievalFailed: nobody can tell now.
+            RetrievalFailed: the retriever cannot tell now.
         """
         ...
 
@@ -91,11 +99,11 @@ class Backend(Protocol):
         """Drops what the engines have cached of a text of these ``tokens``."""
         ...
 
-    def lease(self, role: Role, opening: SequenceRequest) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, role: Role, request: SequenceRequest) -> AbstractAsyncContextManager[Lease]:
         """A sequence on one of the engines.
 
         Raises:
-            Overloaded: there is no room, and it may not wait or too many do.
+            Overloaded: there is no room, and the request may not wait or too many requests do.
             EngineLost: no engine answers.
         """
         ...

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from rapid.engine.sequence import Sequence, SequenceRequest
+from rapid.engine.messages import SequenceRequest
+from rapid.engine.sequence import Sequence
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.sampling.logits_processor import LogitProcessor
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Arrival(NamedTuple):
-    opening: SequenceRequest
+    request: SequenceRequest
     logits: LogitProcessor | None
     future: Future[Sequence]
 
@@ -50,8 +51,8 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._arrivals)
 
-    def arrive(self, opening: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
-        """The sequence, once an `update` has let it in; ``logits`` applies what the opening asks of them.
+    def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
+        """The sequence, once an `update` has let it in; ``logits`` applies what the request asks of its logits.
 
         The future fails with `Overloaded` when there is no room and it may not wait, or too many do already. Cancelling
         it ends the wait.
@@ -59,15 +60,15 @@ class Admission:
         Raises:
             InvalidRequest: it needs more than the whole pool.
         """
-        if self._pool.pages_for(opening.capacity) > self._pool.num_pages:
-            needed = opening.capacity * self._pool.layout.bytes_per_token
+        if self._pool.pages_for(request.capacity) > self._pool.num_pages:
+            needed = request.capacity * self._pool.layout.bytes_per_token
             total = self._pool.num_pages * self._pool.page_bytes
             raise InvalidRequest(
-                f"{opening.capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self._name} has "
+                f"{request.capacity} tokens need {needed / 2**20:.0f} MiB of KV memory, and {self._name} has "
                 f"{total / 2**20:.0f} MiB in all: shorten the request or raise kv_memory_gib",
                 code="kv_memory_exceeded",
             )
-        self._arrivals.append(_Arrival(opening, logits, Future()))
+        self._arrivals.append(_Arrival(request, logits, Future()))
         return self._arrivals[-1].future
 
     def get(self, sequence_id: int) -> Sequence:
@@ -100,17 +101,17 @@ class Admission:
             self._closing.remove(sequence)
         arrivals, self._arrivals = self._arrivals, deque()
         for arrival in arrivals:
-            opening, _, future = arrival
+            request, _, future = arrival
             if future.cancelled():
                 continue
-            cache = self._pool.open(opening.prompt, opening.capacity) if not self._arrivals else None
+            cache = self._pool.open(request.prompt, request.capacity) if not self._arrivals else None
             if cache is not None:
                 self._admit(arrival, cache)
-            elif opening.may_wait and len(self._arrivals) < self._max_queued:
+            elif request.may_wait and len(self._arrivals) < self._max_queued:
                 self._arrivals.append(arrival)
             elif future.set_running_or_notify_cancel():
                 waiting = f"no KV memory is free now, and {len(self._arrivals)} requests wait for it"
-                future.set_exception(Overloaded(f"{self._name}: {waiting}", status=429 if opening.may_wait else 503))
+                future.set_exception(Overloaded(f"{self._name}: {waiting}", status=429 if request.may_wait else 503))
         self.kv = self._pool.stats()
 
     def refuse(self, error: Exception) -> None:
@@ -121,23 +122,13 @@ class Admission:
         self._arrivals.clear()
 
     def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
-        opening, logits, future = arrival
+        request, logits, future = arrival
         generator = torch.Generator(self._pool.layout.device)
-        if opening.sampling.seed is None:
+        if request.sampling.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(opening.sampling.seed)
-        sequence = Sequence(
-            next(self._ids),
-            cache,
-            opening.sampling,
-            generator,
-            opening.prompt,
-            opening.written,
-            logits,
-            opening.num_logprobs,
-            cached_tokens=cache.length,
-        )
+            generator.manual_seed(request.sampling.seed)
+        sequence = Sequence(next(self._ids), request, cache, generator, logits, cached_tokens=cache.length)
         if not future.set_running_or_notify_cancel():
             self._pool.close(cache)
             return

@@ -14,18 +14,18 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
+from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.engine.scheduler import RunningTask, schedule, settle
-from rapid.engine.sequence import Sequence, SequenceRequest, Task
+from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import PoolStats
 from rapid.sampling.logits_processor import LogitProcessor
 
 if TYPE_CHECKING:
@@ -36,17 +36,6 @@ logger = logging.getLogger(__name__)
 
 # After these no pass will ever do: a rank is gone, or the device's context is broken. (Memory that ran out is neither.)
 _BREAKING = (EngineLost, torch.AcceleratorError)
-
-
-class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory held by the ``num_sequences`` open sequences; ``kv`` has it in full."""
-
-    num_sequences: int
-    num_waiting: int
-    kv_bytes: int
-    kv: PoolStats
-    forward_passes: int
-    tokens_processed: int
 
 
 class Engine:
@@ -82,7 +71,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
-    def open(self, opening: SequenceRequest) -> Future[Sequence]:
+    def open(self, request: SequenceRequest) -> Future[Sequence]:
         """A new sequence, with a random generator of its own.
 
         The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
@@ -92,25 +81,25 @@ class Engine:
             InvalidRequest: it needs more than the whole budget.
         """
         logits = None
-        if opening.logits is not None:
+        if request.logits is not None:
             model = self.model
-            logits = LogitProcessor(opening.logits, model.tokenizer, model.vocab_size, model.layout.device)
+            logits = LogitProcessor(request.logits, model.tokenizer, model.vocab_size, model.layout.device)
         with self._wake:
-            future = self._admission.arrive(opening, logits)
+            future = self._admission.arrive(request, logits)
             if self._ending:
                 self._admission.refuse(copy.copy(self._ending))  # whoever raises an error leaves a trace in it
             self._wake.notify()
         return future
 
-    def abandon(self, opening: Future[Sequence]) -> None:
+    def abandon(self, opened: Future[Sequence]) -> None:
         """Ends the wait for room that `open` began, or closes the sequence if it came at the same moment."""
 
-        def give_back(opened: Future[Sequence]) -> None:
-            if not opened.cancelled() and opened.exception() is None:
-                self.close(opened.result())
+        def give_back(done: Future[Sequence]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.close(done.result())
 
-        opening.cancel()
-        opening.add_done_callback(give_back)
+        opened.cancel()
+        opened.add_done_callback(give_back)
 
     def get(self, sequence_id: int) -> Sequence:
         """The open sequence of that id.

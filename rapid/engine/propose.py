@@ -1,4 +1,4 @@
-"""The task that proposes a draft."""
+"""The task that proposes a draft: rolls back to what was written, samples token by token, and may go on ahead."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapid.engine.messages import DraftRequest
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task, ms_since
 from rapid.kernels.interface import Tokens
-from rapid.sampling.sampler import SamplingParams, probabilities, sample
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities, sample
 from rapid.speculation.draft import Draft, DraftedToken, DraftLimits
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
 Drafting = Generator[ForwardRequest | EarlyResult, Tensor | None, float]
 
 
-def propose(
-    sequence: Sequence, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int, eos: frozenset[int]
-) -> Task[Draft]:
-    """Samples a draft after the output up to ``offset`` and the newly emitted ``tokens``.
+def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
+    """Samples a draft after the output up to ``request.offset`` and the ``request.tokens`` that were written since.
 
-    Whatever was drafted before and does not agree with ``tokens`` is rolled back; what it drafted ahead behind
-    them, if they came as it guessed, is the beginning of this draft. The draft ends at an end of sequence, or where
-    ``limits`` say that its next token would hardly stand.
+    The task rolls back what was drafted before and does not agree with these tokens. What was drafted ahead behind
+    them, if they came as guessed, is the beginning of this draft. The draft ends at an end of sequence, or where the
+    request's limits say that its next token would hardly stand.
 
-    This much is done by whoever asks, while the engine may be in a pass: one that follows a wrong guess ends early.
+    The caller's thread runs this function, while the engine may be in a pass: a pass that follows a wrong guess ends
+    early. The engine runs the task that it returns.
     """
+    offset, tokens, limits = request.offset, request.tokens, request.limits
     before, rest = sequence.drafting_ahead, Future[Any]() if limits.ahead else None
     if before is not None and sequence.ahead is not None and sequence.position >= offset:
         drafted = sequence.output[offset - sequence.written :] + sequence.ahead.tokens
         if any(ours != theirs for ours, theirs in zip(drafted, tokens, strict=False)):
             before.cancel()
     sequence.drafting_ahead = rest
-    return _propose(sequence, offset, tokens, limits, draft_top_k, eos, before, rest)
+    return _propose(sequence, request, eos, before, rest)
 
 
 def _propose(
     sequence: Sequence,
-    offset: int,
-    tokens: list[int],
-    limits: DraftLimits,
-    draft_top_k: int,
+    request: DraftRequest,
     eos: frozenset[int],
     before: Future[Any] | None,
     rest: Future[Any] | None,
 ) -> Task[Draft]:
-    """``before`` is what the last one still drafts ahead, ``rest`` what this one is to."""
+    """``before`` is what the last draft request still drafts ahead, ``rest`` what this one is to draft ahead."""
     started = time.perf_counter()
+    offset, tokens, limits = request.offset, request.tokens, request.limits
     try:
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
@@ -66,7 +66,7 @@ def _propose(
         if not ended:
             # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
             at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
-            first_ms = yield from _draw_on(sequence, draft, limits, draft_top_k, eos, at_once=at_once)
+            first_ms = yield from _draw_on(sequence, draft, limits, eos, at_once=at_once)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
         elapsed_ms, more = ms_since(started), len(draft.tokens) - num_ahead - 1
@@ -77,7 +77,7 @@ def _propose(
         ahead = sequence.ahead = Draft(sequence.position)
         yield EarlyResult(draft, rest)
         if not eos & set(draft.tokens[-1:]):
-            yield from _draw_on(sequence, ahead, limits.longer(1), draft_top_k, eos, at_once=False)
+            yield from _draw_on(sequence, ahead, limits.longer(1), eos, at_once=False)
         return draft.followed_by(ahead)
     except BaseException:
         if rest is not None:
@@ -110,9 +110,7 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
-def _draw_on(
-    sequence: Sequence, draft: Draft, limits: DraftLimits, draft_top_k: int, eos: frozenset[int], *, at_once: bool
-) -> Drafting:
+def _draw_on(sequence: Sequence, draft: Draft, limits: DraftLimits, eos: frozenset[int], *, at_once: bool) -> Drafting:
     """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
 
     Tokens come to the host one by one, or ``at_once``: a GPU would otherwise wait for each. What then lies behind the
@@ -120,6 +118,7 @@ def _draw_on(
     """
     started, first_ms = time.perf_counter(), 0.0
     drawn: list[Drawn] = []
+    draft_top_k = sequence.request.speculation.draft_top_k
     feed: Tokens = sequence.pending()
     ended = False
     while not ended:
@@ -127,7 +126,7 @@ def _draw_on(
         assert logits is not None
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        drawn.append(_draw(logits[0], sequence.sampling, draft_top_k, sequence.generator))
+        drawn.append(_draw(logits[0], sequence.request.sampling, draft_top_k, sequence.generator))
         feed = drawn[-1][0].view(1)
         first_ms = first_ms or ms_since(started)
         if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:

@@ -5,78 +5,48 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from rapid.engine.messages import SequenceRequest
 from rapid.kernels.interface import Tokens
 from rapid.kv_cache.pool import KVCache
-from rapid.sampling.logits_processor import LogitParams, LogitProcessor
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.logits_processor import LogitProcessor
 from rapid.speculation.draft import Draft
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SequenceRequest:
-    """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
-
-    The last ``written`` tokens of the prompt are output already, of a sequence elsewhere that this one goes on from.
-    One that may not wait for room gets it at once or not at all. With ``num_logprobs`` each token that is written comes
-    with its log-probability, and those of that many most likely ones.
-    """
-
-    prompt: list[int]
-    max_new_tokens: int
-    sampling: SamplingParams
-    written: int = 0
-    may_wait: bool = True
-    logits: LogitParams | None = None
-    num_logprobs: int | None = None
-
-    @property
-    def capacity(self) -> int:
-        return len(self.prompt) + self.max_new_tokens
-
-    def after(self, output: list[int]) -> SequenceRequest:
-        """The same where ``output`` has been written since. What random numbers led to it do not come again."""
-        sampling = self.sampling
-        if sampling.seed is not None and output:
-            sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
-        return replace(
-            self,
-            prompt=self.prompt + output,
-            max_new_tokens=self.max_new_tokens - len(output),
-            sampling=sampling,
-            written=self.written + len(output),
-        )
 
 
 @dataclass(eq=False)
 class Sequence:
     """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
 
-    The last ``written`` tokens of the prompt are output too, of a sequence elsewhere that this one goes on from.
-    ``ended`` is done once the sequence is closed, by its owner or for being idle.
+    ``ended`` is done once the sequence is closed, by the request that opened it or for being idle.
     """
 
     id: int
+    request: SequenceRequest
     cache: KVCache
-    sampling: SamplingParams
     generator: torch.Generator
-    prompt: list[int]
-    written: int = 0
     logits: LogitProcessor | None = None
-    num_logprobs: int | None = None
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
     ahead: Draft | None = None  # what is being drafted behind the output
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it ends that
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt
+
+    @property
+    def written(self) -> int:
+        """How many tokens at the prompt's end are output of a sequence elsewhere, which this one goes on from."""
+        return self.request.written
 
     @property
     def position(self) -> int:
@@ -123,7 +93,7 @@ def _uncancellable() -> Future[None]:
 
 
 class ForwardRequest(NamedTuple):
-    """A task's request: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them.
+    """What a task asks of the next pass: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, as much of it as no other sequence has
     computed meanwhile.

@@ -1,20 +1,22 @@
-"""What an engine is asked to do for a request: prefill a prompt, propose a draft, verify a draft.
+"""The tasks on the target: prefill a prompt, verify a draft.
 
-Each is a task for `rapid.engine.engine.Engine`. Positions are counted in the output: ``offset`` is the number of output tokens
-that the caller has, so that a lost or doubled token is an error and never a wrong text.
+Each is a task for `rapid.engine.engine.Engine`. A verification fails where its draft was made for another position of
+the output, so a lost or doubled token is an error and never a wrong text.
 """
 
 from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rapid.engine.messages import PrefillResult, VerifyRequest
 from rapid.engine.sequence import ForwardRequest, Sequence, Task, ms_since
 from rapid.sampling.sampler import probabilities
-from rapid.speculation.draft import Draft, Logprobs, PrefillResult, VerifyResult
-from rapid.speculation.verification import RULES, output_law, verify, verify_greedy
+from rapid.speculation.draft import Draft, Logprobs, VerifyResult
+from rapid.speculation.verification import LOSSLESS, RULES, Rule, output_law, verify, verify_greedy
 
 
 def prefill(sequence: Sequence) -> Task[PrefillResult]:
@@ -25,7 +27,7 @@ def prefill(sequence: Sequence) -> Task[PrefillResult]:
     return PrefillResult(sequence.cached_tokens, ms_since(started))
 
 
-def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength: float) -> Task[VerifyResult]:
+def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResult]:
     """One round on the target: scores [last token; draft] in one pass, accepts or recovers, rolls back (paper §3.3).
 
     A draft that was looked up ends before the first token that breaks the request's grammar.
@@ -34,6 +36,7 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         ValueError: the draft was made for another position of the output, or was drawn in spite of the grammar.
     """
     started = time.perf_counter()
+    draft, sampling, num_logprobs = request.draft, sequence.request.sampling, sequence.request.num_logprobs
     if draft.offset != sequence.position:
         raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
     if sequence.logits is not None:
@@ -45,20 +48,21 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         logits = sequence.logits(logits, sequence.emitted(draft.offset), draft.tokens)
     drafted = torch.tensor(draft.tokens, dtype=torch.long).to(logits.device)
     law = None
-    if sequence.sampling.temperature == 0:
+    if sampling.temperature == 0:
         verdict = verify_greedy(drafted, logits)
     else:
-        target_probs = probabilities(logits, sequence.sampling)
-        draft_probs = draft.dense(logits.shape[-1], logits.device)
-        verdict = verify(RULES[rule], drafted, draft_probs, target_probs, transfer_strength, sequence.generator)
-        if sequence.num_logprobs is not None:
-            law = output_law(RULES[rule], draft_probs, target_probs, transfer_strength).log()
+        target_probs = probabilities(logits, sampling)
+        draft_probs = dense(draft, logits.shape[-1], logits.device)
+        rule, strength = _rule(request, sequence)
+        verdict = verify(rule, drafted, draft_probs, target_probs, strength, sequence.generator)
+        if num_logprobs is not None:
+            law = output_law(rule, draft_probs, target_probs, strength).log()
     num_accepted, next_token = torch.stack(verdict).tolist()  # the one copy to the host
     emitted = [*draft.tokens[:num_accepted], next_token]
     logprobs = []
-    if sequence.num_logprobs is not None:
+    if num_logprobs is not None:
         # A greedy choice is certain, which says nothing: there it is the unwarped distribution's.
-        logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, sequence.num_logprobs)
+        logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, num_logprobs)
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     return VerifyResult(
@@ -72,6 +76,20 @@ def verify_draft(sequence: Sequence, draft: Draft, rule: str, transfer_strength:
         ms_since(started),
         logprobs,
     )
+
+
+def _rule(request: VerifyRequest, sequence: Sequence) -> tuple[Rule, float]:
+    """The verification rule and η of this draft: lossless where q is not to move the output."""
+    speculation = sequence.request.speculation
+    return (RULES[speculation.verification], speculation.transfer_strength) if request.transfers else (LOSSLESS, 0.0)
+
+
+def dense(draft: Draft, vocab_size: int, device: torch.device) -> Tensor:
+    """The draft's q as a [γ, V] float32 tensor."""
+    probs = torch.zeros(len(draft.tokens), vocab_size)
+    for row, (ids, weights) in zip(probs, draft.distributions, strict=True):
+        row[torch.from_numpy(ids.astype(np.int64))] = torch.from_numpy(weights.copy())
+    return probs.to(device)
 
 
 def _within_grammar(draft: Draft, num_allowed: int) -> Draft:

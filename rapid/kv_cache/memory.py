@@ -9,9 +9,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FREE_MEMORY_SHARE = 0.3  # of what is free, for one engine's keys and values, unless it is told
 
@@ -19,6 +21,8 @@ FREE_MEMORY_SHARE = 0.3  # of what is free, for one engine's keys and values, un
 def free_memory(device: torch.device) -> int:
     """Bytes that could be taken now: of a GPU's memory, or of the host's within the limits of this container."""
     if device.type == "cuda":
+        import torch  # here, since processes without a model read this module's constant
+
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

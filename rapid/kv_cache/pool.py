@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rapid.kv_cache.memory import take_small_pages
 from rapid.kv_cache.pages import PageAllocator
+from rapid.kv_cache.stats import PoolStats
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,6 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-
-class PoolStats(NamedTuple):
-    """Bytes and counts since the start. ``bytes_used`` belong to open sequences; ``bytes_cached`` could be evicted.
-
-    ``hit_tokens`` were found when prompts came in, ``miss_tokens`` had to be computed.
-    """
-
-    bytes_total: int
-    bytes_used: int
-    bytes_cached: int
-    hit_tokens: int
-    miss_tokens: int
-    evicted_pages: int
 
 
 class KVPool:

@@ -18,3 +18,12 @@ class ModelInfo:
     device: str
     weight_bytes: int
     kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class RankPlacement:
+    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
+
+    rank: int
+    num_ranks: int
+    address: str

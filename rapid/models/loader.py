@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from rapid.errors import ModelFileError
 from rapid.models.device_map import spread
+from rapid.models.info import RankPlacement
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Group, RankPlacement, together
+from rapid.models.tensor_parallel import Group, together
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 

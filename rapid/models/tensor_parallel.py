@@ -20,6 +20,7 @@ from torch import Tensor
 from rapid.errors import EngineLost
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVPool
+from rapid.models.info import RankPlacement
 
 if TYPE_CHECKING:
     from rapid.models.model import Model
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 _JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
 _PASS_TIMEOUT = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
 _NEXT_PASS_TIMEOUT = timedelta(days=365)  # a rank may wait that long for the next pass
-
-
-@dataclass(frozen=True)
-class RankPlacement:
-    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
-
-    rank: int
-    num_ranks: int
-    address: str
 
 
 class Group:

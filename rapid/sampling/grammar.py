@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from numpy.typing import NDArray
 
 from rapid.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 # White space between JSON's tokens is fixed as Python writes it: a small model would else go on with blank lines.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -121,14 +120,14 @@ class Grammar:
         self._go_to(output)
         return int(self._matcher.validate_tokens(tokens))
 
-    def allowed(self, output: list[int]) -> Tensor:
+    def allowed(self, output: list[int]) -> NDArray[np.bool_]:
         """[V], True where a token may follow ``output``. Where the grammar is at its end, only an end of sequence."""
         self._go_to(output)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         if not bits.any():
             raise InvalidRequest("no token of this model can go on as the grammar asks", param="response_format")
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab_size]).bool()
+        return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
     def _go_to(self, output: list[int]) -> None:
         # An end of sequence is no token of the grammar's, and llguidance would not take it back.

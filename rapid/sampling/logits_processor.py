@@ -7,80 +7,19 @@ remembered but what those tokens say, so there is nothing to roll back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rapid.errors import InvalidRequest
 from rapid.sampling.grammar import Grammar
-
-if TYPE_CHECKING:
-    from rapid.models.info import ModelInfo
+from rapid.sampling.params import LogitParams
 
 # A model's vocabulary takes most of a second, which the sequences that an engine has already need not wait for.
 _builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-
-
-@dataclass(frozen=True)
-class LogitParams:
-    """What one request asks for, in the order in which it is applied; penalties are vLLM's.
-
-    ``logit_bias`` is added to the logits of its token ids. ``repetition_penalty`` divides a positive logit and
-    multiplies a negative one, of every token of the prompt or the output. ``frequency_penalty`` is subtracted as often
-    as a token was written, ``presence_penalty`` once. ``grammar`` leaves the tokens that may follow. Neither an end of
-    sequence nor one of ``stop_token_ids`` comes among the first ``min_tokens``.
-
-    ``prompt`` and ``eos`` are filled in by `on`: a drafter, which reads another prompt, counts the target's.
-
-    Raises:
-        InvalidRequest: a value is out of range; ``param`` names the field.
-    """
-
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    grammar: str | None = None
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    prompt: tuple[int, ...] = ()
-    eos: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, param: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
-
-        for param in ("frequency_penalty", "presence_penalty"):
-            require(-2 <= getattr(self, param) <= 2, param, "between -2 and 2")
-        usable = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        require(usable, "repetition_penalty", "above 0")
-        require(all(-100 <= b <= 100 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100")
-
-    def on(self, prompt: list[int], target: ModelInfo) -> LogitParams | None:
-        """As the two sequences of a request about ``prompt`` are opened with; None where nothing is asked for.
-
-        Raises:
-            InvalidRequest: a biased token does not exist, the model can end no grammar, or every token is an end.
-        """
-        if self == LogitParams():
-            return None
-        beyond = [token for token in self.logit_bias if not 0 <= token < target.vocab_size]
-        if beyond:
-            raise InvalidRequest(f"logit_bias: there is no token {beyond[0]} in {target.name}", param="logit_bias")
-        if self.grammar is not None and not target.eos_token_ids:
-            what = f"response_format: {target.name} has no end of sequence to end a grammar with"
-            raise InvalidRequest(what, param="response_format")
-        if self.min_tokens and len({*self.stop_token_ids, *target.eos_token_ids}) >= target.vocab_size:
-            raise InvalidRequest("stop_token_ids: with min_tokens one token must be left", param="stop_token_ids")
-        counted = tuple(sorted(set(prompt))) if self.repetition_penalty != 1 else ()
-        return replace(self, prompt=counted, eos=tuple(sorted(target.eos_token_ids)))
 
 
 class LogitProcessor:
@@ -127,7 +66,7 @@ class LogitProcessor:
         if self._grammar is not None:
             grammar = self._grammar.result()
             rows = [grammar.allowed([*output, *draft[:i]]) for i in range(len(draft) + 1)]
-            logits = logits.masked_fill(~torch.stack(rows).to(logits.device), -torch.inf)
+            logits = logits.masked_fill(~torch.from_numpy(np.stack(rows)).to(logits.device), -torch.inf)
         return logits
 
     def _counts(self, output: list[int], draft: Sequence[int]) -> Tensor:

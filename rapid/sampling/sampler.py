@@ -6,39 +6,10 @@ the drafter's logits, so that p and q of the paper are always the distributions 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from rapid.errors import InvalidRequest
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request samples. A temperature of 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
-
-    Raises:
-        InvalidRequest: a value is out of range; ``param`` names the field.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, param: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
-
-        require(math.isfinite(self.temperature) and 0 <= self.temperature <= 10, "temperature", "between 0 and 10")
-        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        require(self.top_k >= 0, "top_k", "0 (off) or positive")
-        require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+from rapid.sampling.params import SamplingParams
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

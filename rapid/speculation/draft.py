@@ -1,21 +1,19 @@
-"""What travels between the engines of a request: drafts, and verdicts on them."""
+"""Drafts, where they end, and what the target made of them. Free of torch, since every process of a request reads it."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 Pairs = tuple[np.ndarray, np.ndarray]
 DraftedToken = tuple[int, Pairs, float]
 
 
-_CONFIDENCES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+CONFIDENCES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class DraftLimits:
             return False
         survives = 1.0
         for confidence in confidences:
-            survives *= self.acceptance[bisect_right(_CONFIDENCES, confidence)]
+            survives *= self.acceptance[bisect_right(CONFIDENCES, confidence)]
         return survives < self.floor
 
 
@@ -61,6 +59,9 @@ class Draft:
     elapsed_ms: float = 0.0
     step_ms: float = 0.0  # of a pass that had nothing else to read; 0 where there was none
     num_ahead: int = 0  # of the tokens, drafted while the target verified those before
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.drafted": len(self.tokens), "rapid.drafted_ahead": self.num_ahead}
 
     def each(self) -> Iterator[DraftedToken]:
         return zip(self.tokens, self.distributions, self.confidences, strict=True)
@@ -96,13 +97,6 @@ class Draft:
             num_ahead=len(ahead.tokens),
         )
 
-    def dense(self, vocab_size: int, device: torch.device) -> Tensor:
-        """q as a [γ, V] float32 tensor."""
-        probs = torch.zeros(len(self.tokens), vocab_size)
-        for row, (ids, weights) in zip(probs, self.distributions, strict=True):
-            row[torch.from_numpy(ids.astype(np.int64))] = torch.from_numpy(weights.copy())
-        return probs.to(device)
-
 
 def certain_draft(offset: int, tokens: list[int]) -> Draft:
     """A draft that was looked up and not sampled: each q is one-hot."""
@@ -121,7 +115,8 @@ class Logprobs(NamedTuple):
 class VerifyResult:
     """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them.
 
-    ``logprobs`` has one for each token where the sequence was opened with ``num_logprobs``, else it is empty.
+    ``confidences`` are those of the draft tokens that were verified. ``logprobs`` has one entry for each token where
+    the sequence was opened with ``num_logprobs``, else it is empty.
     """
 
     tokens: list[int]
@@ -134,13 +129,5 @@ class VerifyResult:
     verify_ms: float
     logprobs: list[Logprobs] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class PrefillResult:
-    """``cached_tokens`` of the prompt were found in the engine's memory; the rest took ``elapsed_ms``."""
-
-    cached_tokens: int
-    elapsed_ms: float
-
-
-# Classes of the drafter's confidence, and of the length of the match that a looked-up continuation follows.
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.drafted": self.num_drafted, "rapid.accepted": self.num_accepted}

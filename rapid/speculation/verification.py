@@ -97,6 +97,8 @@ RULES: dict[str, Rule] = {
     "lossless": Rule(untouched, residual_excess),
 }
 
+LOSSLESS = RULES["lossless"]
+
 
 class Verdict(NamedTuple):
     """``num_accepted`` [...] drafted tokens stand; ``next_token`` [...] follows them (recovered, or the bonus)."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rapid.errors import ModelFileError, ModelMismatch
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
@@ -21,12 +26,30 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
         ModelFileError: it is missing or unreadable.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(catalog.resolve(ref))
+        files = embedded_models.resolve(ref)
+        tokenizer: PreTrainedTokenizerBase = _loader_of(files).from_pretrained(files)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the tokenizer of {ref!r} could not be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ModelFileError(f"{ref!r} has no fast tokenizer (tokenizer.json); RAPID needs one for streaming")
     return tokenizer
+
+
+def _loader_of(files: str) -> Any:
+    """The class that loads the tokenizer in ``files``: AutoTokenizer, or the class that it would choose.
+
+    AutoTokenizer imports torch to choose, some 280 MB in a process that holds no model. Where the files themselves name
+    the class of every tokenizer.json, there is nothing to choose.
+    """
+    config = Path(files, "tokenizer_config.json")
+    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_same_tokenizer(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> None:

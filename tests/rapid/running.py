@@ -4,19 +4,23 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import Sequence, SequenceRequest
+from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
+from rapid.engine.propose import propose
+from rapid.engine.sequence import Sequence, Task
 from rapid.engine.verify import prefill, verify_draft
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
-from rapid.sampling.sampler import SamplingParams
-from rapid.speculation.draft import Draft
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
+from rapid.speculation.params import SpeculationParams
 
 GREEDY = SamplingParams(temperature=0)
 VOCAB = 32
@@ -84,5 +88,22 @@ def opened(engine: Engine, prompt: list[int], sampling: SamplingParams = GREEDY,
 def decode(engine: Engine, sequence: Sequence, num_tokens: int) -> list[int]:
     """Plain decoding, a token a round."""
     for _ in range(num_tokens):
-        done(engine.submit(verify_draft(sequence, Draft(len(sequence.output)), "lossless", 0.0)))
+        done(engine.submit(verification(sequence, Draft(len(sequence.output)))))
     return sequence.output
+
+
+def verification(
+    sequence: Sequence, draft: Draft, rule: str = "lossless", transfer_strength: float = 0.0
+) -> Task[VerifyResult]:
+    """Verifies ``draft`` as if the sequence had been opened with this rule and η."""
+    params = SpeculationParams(verification=rule, transfer_strength=transfer_strength)
+    sequence.request = replace(sequence.request, speculation=params)
+    return verify_draft(sequence, VerifyRequest(draft, transfers=True))
+
+
+def proposal(
+    sequence: Sequence, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int, eos: frozenset[int]
+) -> Task[Draft]:
+    """Drafts as if the sequence had been opened with this ``draft_top_k``."""
+    sequence.request = replace(sequence.request, speculation=SpeculationParams(draft_top_k=draft_top_k))
+    return propose(sequence, DraftRequest(offset, tokens, limits), eos)

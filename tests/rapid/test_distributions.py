@@ -14,10 +14,11 @@ from running import logits_after
 from world import World, complete, first_eight, run
 
 from benchmarks.common.closed_forms import Array, law
-from rapid.choices import generate_choices
+from rapid.generate import generate_choices
 from rapid.models.model import Model
 from rapid.request import GenerationRequest
-from rapid.sampling.sampler import SamplingParams, probabilities
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities
 from rapid.speculation.verification import RULES
 
 

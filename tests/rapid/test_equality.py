@@ -15,8 +15,9 @@ from rapid.events import Finish, Statistics
 from rapid.generate import generate
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.request import GenerationRequest, SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.request import GenerationRequest
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.params import SpeculationParams
 from rapid.speculation.verification import RULES
 from rapid.text.prompts import Message, Prompt, read_chat
 

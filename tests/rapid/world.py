@@ -4,20 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from running import GREEDY, logits_after
 from transformers import PreTrainedTokenizerFast
 
 from rapid.backend.local import LocalBackend
-from rapid.backend.protocol import DraftHandle, Lease, Role
+from rapid.backend.protocol import Lease, Role
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import SequenceRequest
+from rapid.engine.messages import SequenceRequest, VerifyRequest
 from rapid.events import Delta, Finish, Statistics
 from rapid.generate import generate
 from rapid.models.model import Model
-from rapid.request import GenerationRequest, SpeculationParams
+from rapid.request import GenerationRequest
 from rapid.speculation.draft import Draft, VerifyResult
+from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import Prompt, read_text
 
 
@@ -78,29 +80,33 @@ class PatientBackend(LocalBackend):
         self.were_here: list[bool] = []
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
-        async with super().lease(role, opening) as lease:
-            yield _PatientLease(lease, self.were_here)
+    async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
+        async with super().lease(role, request) as lease:
+            yield Lease(partial(self._call, lease))
 
+    def _call(self, lease: Lease, method: str, *message: Any) -> Awaitable[Any]:
+        if method == "verify":
+            return self._verify(lease, *message)
+        answer = lease.call(method, *message)
+        if method == "propose":
+            _asked.set(asyncio.ensure_future(answer))
+        elif method == "drafted_ahead":
+            _ahead.set(answer)
+        return answer
 
-class _PatientLease:
-    _ahead: ContextVar[Awaitable[Draft | None]] = ContextVar("ahead")  # of the request's drafter, to its target
-
-    def __init__(self, lease: Lease, were_here: list[bool]) -> None:
-        self._lease, self._were_here = lease, were_here
-        self.prefill, self.propose = lease.prefill, lease.propose
-
-    def ahead(self) -> Awaitable[Draft | None]:
-        ahead = self._lease.ahead()
-        self._ahead.set(ahead)
-        return ahead
-
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        self._were_here.append(isinstance(draft, Draft))
-        draft = draft if isinstance(draft, Draft) else await draft
-        if ahead := self._ahead.get(None):
+    async def _verify(self, lease: Lease, request: VerifyRequest) -> VerifyResult:
+        # A draft that was waited for is done by now; one that was here already was used before its answer came.
+        asked = _asked.get(None)
+        self.were_here.append(asked is None or not asked.done())
+        _asked.set(None)
+        if ahead := _ahead.get(None):
             await ahead
-        return await self._lease.verify(draft, rule, transfer_strength)
+        return await lease.verify(request)
+
+
+# Of the request's drafter, for its target.
+_asked: ContextVar[asyncio.Future[Any] | None] = ContextVar("asked", default=None)
+_ahead: ContextVar[Awaitable[Draft | None] | None] = ContextVar("ahead", default=None)
 
 
 class World(NamedTuple):

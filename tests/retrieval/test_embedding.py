@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
-from retrieval import Embedder, RetrievalError, load_embedder
+from retrieval import RetrievalError
+from retrieval.embedding import Embedder, load_embedder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from retrieval import RetrievalError, RetrievalOptions, Retriever, load_embedder
+from retrieval import RetrievalError, RetrievalOptions, Retriever
+from retrieval.embedding import load_embedder
 from retrieval.store import ChunkStore
 
 SMALL = RetrievalOptions(chunk_tokens=32, min_tokens=64, threshold=0.2)

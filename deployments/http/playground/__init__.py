@@ -2,11 +2,15 @@
 
 import base64
 import hashlib
+import json
 from html import escape
 from importlib.resources import files
 from string import Template
 
 from fastapi import Response
+
+from rapid.speculation.params import SpeculationParams
+from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
 _SCRIPTS = ("server.js", "document.js", "answer.js", "page.js")
 
@@ -15,7 +19,7 @@ def page() -> Response:
     """The page, under a policy that lets it run its own script and talk to its own server, and nothing else."""
     source = files(__package__)
     style = source.joinpath("page.css").read_text(encoding="utf-8")
-    script = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = "\n".join([_tables(), *(source.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)])
     example = escape(source.joinpath("example.txt").read_text(encoding="utf-8").strip())
     html = Template(source.joinpath("page.html").read_text(encoding="utf-8"))
     policy = {
@@ -33,8 +37,15 @@ def page() -> Response:
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
-    content = html.substitute(style=style, script=script, example=example)
+    rules = "".join(f"<option>{name}</option>" for name in VERIFICATION_RULES)
+    content = html.substitute(style=style, script=script, example=example, rules=rules)
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def _tables() -> str:
+    """What the scripts know of the strategies: names and summaries, as the table has them."""
+    summaries = {name: strategy.summary for name, strategy in STRATEGIES.items()}
+    return f"const STRATEGIES = {json.dumps(summaries)};\nconst DEFAULT_STRATEGY = {json.dumps(SpeculationParams().strategy)};"
 
 
 def _hashed(inline: str) -> str:

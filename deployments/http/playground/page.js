@@ -1,13 +1,5 @@
 // The page: asks, stops, compares, and says how it goes.
 
-const STRATEGIES = {
-  rapid: "the drafter reads the passages and drafts, or a lookup does; the target has read all, and verifies",
-  speculative: "as rapid, but lossless: the target is not swayed by the drafter, and nothing is looked up",
-  lookup: "no drafter: drafts are what followed earlier in the text where it went like this",
-  autoregressive: "no drafts: the target reads all, and writes a token a round",
-  rag: "no drafts: the model reads the passages alone",
-};
-
 let running = null; // what stops the answer that is being written
 let model = null;
 
@@ -175,6 +167,7 @@ function begin() {
     byId(id).append(...Object.keys(STRATEGIES).map((name) => new Option(name)));
     byId(id).onchange = hint;
   }
+  byId("strategy").value = DEFAULT_STRATEGY;
   byId("other").value = "autoregressive";
   byId("compare").onchange = hint;
   hint();

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rapid.kernels.cpu import attention_ir
 from rapid.kernels.cpu.attention_ir import BLOCK, Attention, Scratch
 from rapid.kernels.cpu.ir_builder import LANES
 from rapid.kernels.cpu.jit import Kernel, available
@@ -87,4 +88,6 @@ class WorkPlan:
 @functools.cache
 def attention_kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
     name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
-    return Kernel(name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write())
+    return Kernel(
+        name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write(), attention_ir.__file__
+    )

@@ -8,6 +8,7 @@ with it. Where llvmlite or that team is missing, `available` says so and PyTorch
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import functools
@@ -60,8 +61,9 @@ class Kernel:
     What was compiled once for this CPU is kept beside the models, so that no later start waits for it.
     """
 
-    def __init__(self, name: str, write: Callable[[Any], None]) -> None:
-        """``write`` puts a function "kernel" of one parameter into a module; ``name`` tells kernels apart."""
+    def __init__(self, name: str, write: Callable[[Any], None], source: str) -> None:
+        """``write``, which is in the file ``source``, puts a function "kernel" of one parameter into a module; ``name``
+        tells kernels apart."""
         openmp = _openmp()
         assert openmp is not None
         llvm.initialize_native_target()
@@ -72,7 +74,7 @@ class Kernel:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
         )
-        kept = cache_dir() / "kernels" / f"{name}-{_version()}.o"
+        kept = cache_dir() / "kernels" / f"{name}-{_version(Path(source))}.o"
         code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -126,8 +128,21 @@ def _keep(code: bytes, path: Path) -> bytes:
 
 
 @functools.cache
-def _version() -> str:
-    """Of everything that compiled code depends on but its kernel's own parameters."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+def _version(source: Path) -> str:
+    """Of what the compiled code of the kernels in ``source`` depends on but their own parameters.
+
+    That is this machine, LLVM, the writer and the compiler of kernels as they compute: not their comments.
+    """
+    written_by = [Path(__file__), Path(__file__).with_name("ir_builder.py"), source]
     parts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]
-    return hashlib.sha256("".join(parts).encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    parts += [code_of(path.read_text(encoding="utf-8")) for path in written_by]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def code_of(source: str) -> str:
+    """Python source without what does not compute: comments, docstrings, white space."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)

@@ -101,7 +101,7 @@ def _panels(rows: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(bits: int) -> Kernel:
-    return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write())
+    return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write(), __file__)
 
 
 class _Product:

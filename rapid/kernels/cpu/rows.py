@@ -90,7 +90,7 @@ def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kerne
             write(code, row, *arguments)
         code.finish()
 
-    return Kernel(name, whole)
+    return Kernel(name, whole, __file__)
 
 
 class _Rows:

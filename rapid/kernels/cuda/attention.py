@@ -64,7 +64,7 @@ PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
 
 
 class PagedAttention:
-    """PageAllocator in the layout of FlashAttention's block tables. ``kernel`` is the device's best unless given."""
+    """Pages in the layout of FlashAttention's block tables. ``kernel`` is the device's best unless given."""
 
     def __init__(self, kernel: PagedKernel | None = None, page_size: int = PAGE_SIZE) -> None:
         self._kernel = kernel or best_kernel()

@@ -14,12 +14,12 @@ from world import Retrieval, World, complete, first_eight
 
 from rapid.backend import leases
 from rapid.backend.local import LocalBackend
-from rapid.backend.protocol import DraftHandle, Lease, Role
-from rapid.engine.sequence import SequenceRequest
+from rapid.backend.protocol import Lease, Role
+from rapid.drafters import retrieval
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import DraftLost, EngineLost, Overloaded
-from rapid.sampling.logits_processor import LogitParams
-from rapid.sampling.sampler import SamplingParams
-from rapid.speculation.draft import Draft, DraftLimits, PrefillResult, VerifyResult
+from rapid.sampling.params import LogitParams, SamplingParams
+from rapid.speculation.draft import Draft
 from rapid.strategies import STRATEGIES
 
 Fault = Callable[[Role, str], bool]
@@ -43,50 +43,48 @@ class FaultyBackend(LocalBackend):
         self.resume_timeout_s, self.fault = resume_timeout_s, fault
 
     @asynccontextmanager
-    async def lease(self, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
+    async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         if self.fault(role, "opening"):
             raise EngineLost("nobody answers")
-        async with super().lease(role, opening) as lease:
-            yield _FaultyLease(lease, role, self.fault)
+        async with super().lease(role, request) as lease:
+            yield Lease(_FaultyCalls(lease, role, self.fault))
 
 
-class _FaultyLease:
-    """Once its engine is dead it stays dead."""
+class _FaultyCalls:
+    """A lease's calls. Once its engine is dead it stays dead."""
 
     def __init__(self, lease: Lease, role: Role, fault: Fault) -> None:
         self._lease, self._role, self._fault, self._dead = lease, role, fault, False
+
+    def __call__(self, method: str, *message: Any) -> Awaitable[Any]:
+        if method == "propose":
+            try:
+                self._check("proposing")
+            except EngineLost as error:
+                failed: asyncio.Future[Draft] = asyncio.get_running_loop().create_future()
+                failed.set_exception(error)
+                return failed
+        if method in ("prefill", "verify"):
+            return self._checked(method, *message)
+        return self._lease.call(method, *message)
+
+    async def _checked(self, method: str, *message: Any) -> Any:
+        self._check("prefill" if method == "prefill" else "before")
+        result = await self._lease.call(method, *message)
+        if method == "verify":
+            self._check("after")
+        return result
 
     def _check(self, when: str) -> None:
         self._dead = self._dead or self._fault(self._role, when)
         if self._dead:
             raise EngineLost("the engine died")
 
-    async def prefill(self) -> PrefillResult:
-        self._check("prefill")
-        return await self._lease.prefill()
-
-    def propose(self, offset: int, tokens: list[int], limits: DraftLimits, draft_top_k: int) -> DraftHandle:
-        try:
-            self._check("proposing")
-        except EngineLost as error:
-            failed: asyncio.Future[Draft] = asyncio.get_running_loop().create_future()
-            failed.set_exception(error)
-            return failed
-        return self._lease.propose(offset, tokens, limits, draft_top_k)
-
-    def ahead(self) -> Awaitable[Draft | None]:
-        return self._lease.ahead()
-
-    async def verify(self, draft: DraftHandle | Draft, rule: str, transfer_strength: float) -> VerifyResult:
-        self._check("before")
-        verified = await self._lease.verify(draft, rule, transfer_strength)
-        self._check("after")
-        return verified
-
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_FIRST_PAUSE_S", 0.001)
+    for module in (leases, retrieval):
+        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.001)
 
 
 def nth(role: Role, when: str, n: int) -> Fault:
@@ -160,10 +158,10 @@ def test_whoever_has_begun_to_answer_waits_for_room_elsewhere(world: World, monk
     opened, lease = iter(range(9)), FaultyBackend.lease
 
     @asynccontextmanager
-    async def full(self: FaultyBackend, role: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
+    async def full(self: FaultyBackend, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         if role == "target" and next(opened) == 1:
             raise Overloaded("no room now")
-        async with lease(self, role, opening) as leased:
+        async with lease(self, role, request) as leased:
             yield leased
 
     monkeypatch.setattr(FaultyBackend, "lease", full)
@@ -211,10 +209,10 @@ def test_random_numbers_do_not_come_again_after_a_death(world: World, role: Role
 
     class Noting(FaultyBackend):
         @asynccontextmanager
-        async def lease(self, leased: Role, opening: SequenceRequest) -> AsyncIterator[Lease]:
+        async def lease(self, leased: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
             if leased == role:
-                seeds.append(opening.sampling.seed)
-            async with super().lease(leased, opening) as lease:
+                seeds.append(request.sampling.seed)
+            async with super().lease(leased, request) as lease:
                 yield lease
 
     request = world.request(sampling=SamplingParams(seed=7), max_tokens=60)

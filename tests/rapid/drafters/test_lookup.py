@@ -1,10 +1,15 @@
 """What followed the last time is found, by the longest match."""
 
+import asyncio
 import random
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import pytest
 
-from rapid.drafters.lookup import NGRAM, Lookup
+from rapid.drafters.lookup import NGRAM, Lookup, LookupDrafter
+from rapid.drafters.session import Session
+from rapid.speculation.draft import DraftLimits, VerifyResult
 
 
 def found(text: str, max_tokens: int = 3) -> tuple[int, str] | None:
@@ -62,3 +67,54 @@ def test_what_is_found_is_in_the_text_behind_its_match() -> None:
             assert any(text[i : i + len(whole)] == whole for i in range(len(text) - length))
             num_found += 1
     assert num_found > 30
+
+
+class Asked(NamedTuple):
+    """As much of a session as a lookup reads."""
+
+    request: Any
+    output: list[int]
+
+
+def drafter_of(text: list[int], output: list[int]) -> LookupDrafter:
+    request = SimpleNamespace(prompt=SimpleNamespace(tokens=text))
+    drafter = LookupDrafter(cast(Session, Asked(request, output)))
+    asyncio.run(drafter.start(wait=False))
+    return drafter
+
+
+def verdict(tokens: list[int], num_drafted: int) -> VerifyResult:
+    return VerifyResult(tokens, num_drafted, len(tokens) - 1, 0, [1.0] * num_drafted, 0.0, 0.0, 1.0)
+
+
+def test_a_draft_is_what_followed_and_goes_on_behind_the_output() -> None:
+    output: list[int] = []
+    drafter = drafter_of([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], output)
+    offer = drafter.offer(100)
+    assert offer is not None and offer.known is not None and offer.max_tokens == len(offer.known) == 7
+    draft = asyncio.run(drafter.propose(DraftLimits(2)))
+    assert (draft.offset, draft.tokens) == (0, [4, 5])
+    output += [4, 5, 6]
+    drafter.observe(verdict([4, 5, 6], 2))
+    draft = asyncio.run(drafter.propose(DraftLimits(drafter.offer(3).max_tokens)))  # type: ignore[union-attr]
+    assert (draft.offset, draft.tokens) == (3, [7, 1, 2])
+
+
+def test_a_lookup_learns_from_its_own_drafts_alone() -> None:
+    drafter = drafter_of([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], [])
+
+    def promised() -> float:
+        """That the first token behind a match of three stands."""
+        offer = drafter.offer(100)
+        assert offer is not None and offer.known is not None
+        return offer.known[0]
+
+    before = promised()
+    drafter.observe(verdict([9, 1, 2, 3], 3))  # another drafter's
+    assert promised() == before
+    for _ in range(20):
+        asyncio.run(drafter.propose(DraftLimits(2)))
+        drafter.observe(verdict([9], 2))
+        drafter.observe(verdict([1, 2, 3], 2))
+        promised()
+    assert promised() < before / 2

@@ -16,11 +16,12 @@ from running import (
     logits_after,
     opened,
     random_tokens,
+    verification,
 )
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import SequenceRequest
-from rapid.engine.verify import prefill, verify_draft
+from rapid.engine.messages import SequenceRequest
+from rapid.engine.verify import prefill
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.models.model import Model
 from rapid.speculation.draft import certain_draft
@@ -191,7 +192,7 @@ def test_rolling_back_does_not_touch_what_is_shared(model: Model, engine: MakeEn
     before = contents(second.cache)
     for round_number in range(8):
         draft = certain_draft(len(first.output), random_tokens(5, seed=round_number))
-        done(running.submit(verify_draft(first, draft, "published", 10.0)))
+        done(running.submit(verification(first, draft, "published", 10.0)))
     for now, then in zip(contents(second.cache), before, strict=True):
         assert torch.equal(now, then)
     assert decode(running, second, len(first.output)) == first.output

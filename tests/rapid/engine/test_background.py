@@ -11,16 +11,20 @@ from world import Retrieval, World, complete, first_eight, greedily, run
 
 from rapid.errors import InvalidRequest, ModelNotFound
 from rapid.events import Delta
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
 from rapid.speculation.controller import Costs
 
-CHEAP_DRAFTS, DEAR_DRAFTS = Costs(plain=1000.0, draft=0.1, extra=0.1), Costs(plain=0.1, draft=1000.0, extra=1000.0)
+CHEAP_DRAFTS, DEAR_DRAFTS = (
+    Costs(plain=1000.0, draft={"model": 0.1}, extra=0.1),
+    Costs(plain=0.1, draft={"model": 1000.0}, extra=1000.0),
+)
 
 
 @pytest.fixture
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured changes nothing."""
-    monkeypatch.setattr(Costs, "update", lambda *_: None)
+    for method in ("update", "update_draft"):
+        monkeypatch.setattr(Costs, method, lambda *_: None)
 
 
 def sources(deltas: list[Delta]) -> set[str]:

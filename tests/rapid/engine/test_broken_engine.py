@@ -8,7 +8,8 @@ import torch
 from running import GREEDY, VOCAB, begun, done, random_tokens
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import SequenceRequest, Task
+from rapid.engine.messages import SequenceRequest
+from rapid.engine.sequence import Task
 from rapid.engine.verify import prefill
 from rapid.errors import EngineLost
 from rapid.models.model import Model

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from gate import Gate
-from running import VOCAB, assert_cache_is_fresh, done, opened, random_tokens
+from running import VOCAB, assert_cache_is_fresh, done, opened, proposal, random_tokens
 from world import Chunk, Retrieval, World, complete
 
 from rapid.engine.engine import Engine
-from rapid.engine.propose import drafted_ahead, propose
+from rapid.engine.propose import drafted_ahead
 from rapid.models.model import Model
 from rapid.speculation.draft import Draft, DraftLimits
 
@@ -27,19 +27,19 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 def test_a_right_guess_is_the_next_draft(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
     prompt = random_tokens(20, seed=1)
-    expected = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(11), 8, NO_EOS))).tokens
+    expected = done(running.submit(proposal(opened(running, prompt), 0, [], DraftLimits(11), 8, NO_EOS))).tokens
     sequence = opened(running, prompt)
-    first: Draft = done(running.submit(propose(sequence, 0, [], AHEAD, 8, NO_EOS)))
+    first: Draft = done(running.submit(proposal(sequence, 0, [], AHEAD, 8, NO_EOS)))
     drafted = asyncio.run(drafted_ahead(sequence.drafting_ahead))
     assert drafted is not None
     assert (drafted.offset, drafted.tokens, drafted.num_ahead) == (0, expected[:7], 4)
 
     passes = running.stats().forward_passes
-    second: Draft = done(running.submit(propose(sequence, 0, expected[:4], DraftLimits(3), 8, NO_EOS)))
+    second: Draft = done(running.submit(proposal(sequence, 0, expected[:4], DraftLimits(3), 8, NO_EOS)))
     assert running.stats().forward_passes == passes  # it only had to be handed over
     assert (first.tokens, second.tokens, second.num_ahead) == (expected[:3], expected[4:7], 3)
     assert_cache_is_fresh(sequence, model)
-    third: Draft = done(running.submit(propose(sequence, 4, expected[4:8], DraftLimits(3), 8, NO_EOS)))
+    third: Draft = done(running.submit(proposal(sequence, 4, expected[4:8], DraftLimits(3), 8, NO_EOS)))
     assert third.tokens == expected[8:]
 
 
@@ -51,14 +51,14 @@ def test_only_a_wrong_guess_s_pass_is_given_up_at_once(
     sequence = opened(running, random_tokens(20, seed=2))
     gate = gates(model)
     limits = DraftLimits(1, ahead=True)
-    proposed = running.submit(propose(sequence, 0, [], limits, 8, NO_EOS))
+    proposed = running.submit(proposal(sequence, 0, [], limits, 8, NO_EOS))
     gate.wait()
     gate.step()  # now the first token drafted ahead is being computed
     drafting = sequence.drafting_ahead
     assert drafting is not None
     right = done(proposed).tokens[0]
     emitted = [right, 5] if guessed else [(right + 1) % VOCAB]  # what follows the draft nobody knows yet
-    again = running.submit(propose(sequence, 0, emitted, DraftLimits(1), 8, NO_EOS))
+    again = running.submit(proposal(sequence, 0, emitted, DraftLimits(1), 8, NO_EOS))
     assert drafting.cancelled() is not guessed
     gate.open()
     assert len(done(again).tokens) == 1

@@ -19,14 +19,16 @@ from running import (
     eventually,
     opened,
     random_tokens,
+    verification,
 )
 
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import ForwardRequest, Sequence, SequenceRequest, Task
-from rapid.engine.verify import prefill, verify_draft
+from rapid.engine.messages import SequenceRequest
+from rapid.engine.sequence import ForwardRequest, Sequence, Task
+from rapid.engine.verify import prefill
 from rapid.errors import SequenceClosed
 from rapid.models.model import Model
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import Draft, VerifyResult, certain_draft
 
 MakeModel = Callable[..., Model]
@@ -68,20 +70,20 @@ def test_many_at_once_equal_each_alone(tiny_model: MakeModel, engine: MakeEngine
     model = tiny_model(VOCAB, seed=3)
     prompts = [random_tokens(n, seed=n) for n in (1, 2, 9, 30, 64, 65, 100, 129, 200, 13, 77, 150)]
 
-    def verification(running: Engine, i: int, sequence: Sequence, round_number: int) -> Future[VerifyResult]:
+    def a_round(running: Engine, i: int, sequence: Sequence, round_number: int) -> Future[VerifyResult]:
         draft = certain_draft(len(sequence.output), random_tokens((i + round_number) % 4, seed=i))
-        return running.submit(verify_draft(sequence, draft, "augmented", 5.0))
+        return running.submit(verification(sequence, draft, "augmented", 5.0))
 
     running = engine(model, max_batch_tokens=48)
     together = [begun(running, prompt, sampling) for prompt in prompts]
     list(map(done, [running.submit(prefill(sequence)) for sequence in together]))
     for round_number in range(6):
-        list(map(done, [verification(running, i, s, round_number) for i, s in enumerate(together)]))
+        list(map(done, [a_round(running, i, s, round_number) for i, s in enumerate(together)]))
     lonely = engine(model, max_batch_tokens=48)
     for i, prompt in enumerate(prompts):
         alone = opened(lonely, prompt, sampling)
         for round_number in range(6):
-            done(verification(lonely, i, alone, round_number))
+            done(a_round(lonely, i, alone, round_number))
         assert together[i].output == alone.output
 
 
@@ -140,7 +142,7 @@ def test_a_forward_pass_that_fails_is_told_to_all_in_it_and_the_next_one_works(
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", broken)
-        for failed in [running.submit(verify_draft(s, Draft(0), "lossless", 0.0)) for s in (sequence, other)]:
+        for failed in [running.submit(verification(s, Draft(0), "lossless", 0.0)) for s in (sequence, other)]:
             with pytest.raises(RuntimeError, match="out of memory"):
                 done(failed)
     assert sequence.cache.length == 19  # the interrupted pass left nothing behind

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opened, random_tokens
+from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opened, proposal, random_tokens, verification
 
 from rapid.engine.engine import Engine
-from rapid.engine.propose import propose
-from rapid.engine.verify import verify_draft
+from rapid.engine.verify import dense
 from rapid.kernels.interface import BatchEntry
 from rapid.models.model import Model
-from rapid.sampling.sampler import SamplingParams, probabilities
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 from rapid.speculation.verification import RULES
 
@@ -37,7 +37,7 @@ def test_a_greedy_round_accepts_the_right_part_of_a_draft_and_rolls_back(
         at = len(sequence.output)
         wrong = [(token + 1) % VOCAB for token in expected[at + num_right : at + 5]]
         draft = certain_draft(at, expected[at : at + num_right] + wrong)
-        verified = done(running.submit(verify_draft(sequence, draft, "published", 10.0)))
+        verified = done(running.submit(verification(sequence, draft, "published", 10.0)))
         assert (verified.num_drafted, verified.num_accepted) == (5, num_right)
         assert verified.tokens == expected[at : at + num_right + 1]
         assert sequence.output == expected[: at + num_right + 1]
@@ -58,10 +58,10 @@ def test_rolling_back_equals_never_having_drafted(tiny_model: MakeModel, engine:
         draft = Draft(len(sequence.output))
         if gamma:
             new = sequence.output[known:]
-            draft = done(drafting.submit(propose(short, known, new, DraftLimits(gamma), 8, frozenset())))
+            draft = done(drafting.submit(proposal(short, known, new, DraftLimits(gamma), 8, frozenset())))
             known = len(sequence.output)
             assert_cache_is_fresh(short, drafter)
-        verified: VerifyResult = done(running.submit(verify_draft(sequence, draft, rule, 10.0)))
+        verified: VerifyResult = done(running.submit(verification(sequence, draft, rule, 10.0)))
         seen.add(verified.num_accepted)
         assert sequence.output[draft.offset :] == verified.tokens
         assert sequence.cache.length == len(sequence.prompt) + len(sequence.output) - 1
@@ -73,9 +73,9 @@ def test_a_recovered_token_may_be_the_rejected_one(model: Model, engine: MakeEng
     """Eq. 10's residual can draw the very token that was rejected: nothing disagrees, and drafting must still go on."""
     running = engine(model)
     sequence = opened(running, random_tokens(20, seed=5))
-    first = done(running.submit(propose(sequence, 0, [], DraftLimits(5), 8, frozenset()))).tokens
+    first = done(running.submit(proposal(sequence, 0, [], DraftLimits(5), 8, frozenset()))).tokens
     for kept in range(6):
-        again = done(running.submit(propose(sequence, 0, first[:kept], DraftLimits(5 - kept), 8, frozenset())))
+        again = done(running.submit(proposal(sequence, 0, first[:kept], DraftLimits(5 - kept), 8, frozenset())))
         assert (again.offset, again.tokens) == (kept, first[kept:])
         assert_cache_is_fresh(sequence, model)
         sequence.output[:] = first
@@ -84,9 +84,9 @@ def test_a_recovered_token_may_be_the_rejected_one(model: Model, engine: MakeEng
 def test_a_draft_ends_at_an_end_of_sequence(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
     prompt = random_tokens(20, seed=6)
-    whole = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset()))).tokens
+    whole = done(running.submit(proposal(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset()))).tokens
     eos = whole[3]
-    draft = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset([eos]))))
+    draft = done(running.submit(proposal(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset([eos]))))
     assert draft.tokens == whole[: whole.index(eos) + 1]
 
 
@@ -99,10 +99,10 @@ def test_a_draft_tells_the_distributions_it_was_drawn_from(
     """The k likeliest that are possible at all, renormalised, the drafted token among them; dense() spreads them."""
     running = engine(model)
     sequence = opened(running, random_tokens(20, seed=7), sampling)
-    draft: Draft = done(running.submit(propose(sequence, 0, [], DraftLimits(6), top_k, frozenset())))
-    dense = draft.dense(VOCAB, torch.device("cpu"))
+    draft: Draft = done(running.submit(proposal(sequence, 0, [], DraftLimits(6), top_k, frozenset())))
+    spread = dense(draft, VOCAB, torch.device("cpu"))
     tokens = torch.tensor(draft.tokens)[:, None]
-    assert (dense.gather(-1, tokens) > 0).all()
+    assert (spread.gather(-1, tokens) > 0).all()
     logits = model.forward([BatchEntry(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
     q = probabilities(logits, sampling)
     sizes = [len(ids) for ids, _ in draft.distributions]
@@ -111,7 +111,7 @@ def test_a_draft_tells_the_distributions_it_was_drawn_from(
     kept = torch.stack(
         [torch.where(row >= row.topk(size).values[-1], row, 0) for row, size in zip(q, sizes, strict=True)]
     )
-    torch.testing.assert_close(dense, kept / kept.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(spread, kept / kept.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
     confidences = logits.softmax(-1).gather(-1, tokens)[:, 0]
     torch.testing.assert_close(torch.tensor(draft.confidences), confidences, rtol=1e-4, atol=1e-6)
 
@@ -120,16 +120,16 @@ def test_a_draft_ends_behind_a_token_that_leaves_little_hope(model: Model, engin
     """And the sequence forgets nothing and keeps nothing of what was not drafted."""
     running = engine(model)
     prompt = random_tokens(20, seed=7)
-    whole: Draft = done(running.submit(propose(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset())))
+    whole: Draft = done(running.submit(proposal(opened(running, prompt), 0, [], DraftLimits(8), 8, frozenset())))
     certain = (1.0,) * 9
     limits = DraftLimits(8, floor=0.5, acceptance=(*(0.0 for _ in certain[1:]), 1.0))  # stops at any token under 97 %
     sequence = opened(running, prompt)
-    draft: Draft = done(running.submit(propose(sequence, 0, [], limits, 8, frozenset())))
+    draft: Draft = done(running.submit(proposal(sequence, 0, [], limits, 8, frozenset())))
     stop = next(i for i, confidence in enumerate(whole.confidences) if confidence < 0.97)
     assert draft.tokens == whole.tokens[: stop + 1] == sequence.output
     assert_cache_is_fresh(sequence, model)
     limits = DraftLimits(8, floor=0.5, acceptance=certain)
-    assert done(running.submit(propose(sequence, 0, [], limits, 8, frozenset()))).tokens == whole.tokens
+    assert done(running.submit(proposal(sequence, 0, [], limits, 8, frozenset()))).tokens == whole.tokens
 
 
 def test_a_draft_for_another_position_is_an_error(model: Model, engine: MakeEngine) -> None:
@@ -139,6 +139,6 @@ def test_a_draft_for_another_position_is_an_error(model: Model, engine: MakeEngi
     before = list(decode(running, sequence, 2))
     for offset in (0, 1, 3):
         with pytest.raises(ValueError, match=f"position {offset} met a sequence at 2"):
-            done(running.submit(verify_draft(sequence, certain_draft(offset, [1]), "published", 1.0)))
+            done(running.submit(verification(sequence, certain_draft(offset, [1]), "published", 1.0)))
     assert sequence.output == before
     assert len(decode(running, sequence, 1)) == 3

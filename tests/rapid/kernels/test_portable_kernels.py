@@ -94,7 +94,7 @@ def test_a_number_is_rounded_to_the_nearest_and_halves_to_even(near: float) -> N
             code.store(code.rounded(wide), code.plus(target, 2 * i))
         code.finish()
 
-    jit.Kernel("rounding", write).alone(numbers.data_ptr(), rounded.data_ptr())
+    jit.Kernel("rounding", write, __file__).alone(numbers.data_ptr(), rounded.data_ptr())
     assert torch.equal(rounded, numbers.bfloat16())
 
 
@@ -121,3 +121,10 @@ def undefined(code: bytes) -> set[str]:
     entries = (struct.unpack_from("<IBBH", code, at) for at in range(start, start + length, 24))
     needed = (sections[names][4] + name for name, _, _, section in entries if name and not section)
     return {code[at : code.index(0, at)].decode() for at in needed}
+
+
+def test_kept_kernels_outlive_a_comment_and_no_change_of_what_computes() -> None:
+    source = 'def write(x):\n    """Adds one."""\n    return x + 1\n'
+    commented = '# A comment.\ndef write(x):\n    """Adds one, as the paper does."""\n\n    return x + 1  # one\n'
+    assert jit.code_of(source) == jit.code_of(commented)
+    assert jit.code_of(source) != jit.code_of(source.replace("+ 1", "+ 2"))

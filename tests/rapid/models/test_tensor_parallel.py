@@ -13,17 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from running import GREEDY, ROUNDING, begun, done, logits_after, new_cache, random_tokens
+from running import GREEDY, ROUNDING, begun, done, logits_after, new_cache, proposal, random_tokens, verification
 from transformers import PreTrainedModel
 
 from rapid.engine.engine import Engine
-from rapid.engine.propose import propose
-from rapid.engine.verify import prefill, verify_draft
+from rapid.engine.verify import prefill
 from rapid.errors import EngineLost, ModelFileError
 from rapid.kernels.interface import BatchEntry
+from rapid.models.info import RankPlacement
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import Group, RankPlacement, follow
+from rapid.models.tensor_parallel import Group, follow
 from rapid.speculation.draft import Draft, DraftLimits
 from rapid.text.tokenizer import load_tokenizer
 
@@ -106,10 +106,10 @@ def drafts(model: Model) -> list[list[int]]:
     for tail in ([], [5]):
         sequence = begun(engine, prompt + tail)
         done(engine.submit(prefill(sequence)))
-        draft = done(engine.submit(propose(sequence, 0, [], DraftLimits(6), 8, frozenset())))
-        again = done(engine.submit(propose(sequence, 0, [*draft.tokens[:2], 9], DraftLimits(6), 8, frozenset())))
+        draft = done(engine.submit(proposal(sequence, 0, [], DraftLimits(6), 8, frozenset())))
+        again = done(engine.submit(proposal(sequence, 0, [*draft.tokens[:2], 9], DraftLimits(6), 8, frozenset())))
         target = begun(engine, prompt + tail)
-        verified = done(engine.submit(verify_draft(target, Draft(0, draft.tokens), "lossless", 0.0)))
+        verified = done(engine.submit(verification(target, Draft(0, draft.tokens), "lossless", 0.0)))
         assert target.cached_tokens or not tail
         drafted += [draft.tokens, again.tokens, verified.tokens]
     engine.shutdown()

@@ -24,8 +24,9 @@ from rapid.engine.engine import Engine
 from rapid.errors import InvalidRequest
 from rapid.models.model import Model
 from rapid.sampling.grammar import Framed, Grammar, json_grammar, json_in_text
-from rapid.sampling.logits_processor import LogitParams, LogitProcessor
-from rapid.sampling.sampler import SamplingParams, probabilities
+from rapid.sampling.logits_processor import LogitProcessor
+from rapid.sampling.params import LogitParams, SamplingParams
+from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, certain_draft
 
 END = 256
@@ -117,7 +118,7 @@ def test_greedy_text_is_the_argmax_of_what_the_grammar_allows(world: World, stra
     output: list[int] = []
     while output[-1:] != [END]:
         logits = logits_after(world.target.model, request.prompt.tokens + output)
-        output.append(int(logits.masked_fill(~matcher.allowed(output), -torch.inf).argmax()))
+        output.append(int(logits.masked_fill(~torch.from_numpy(matcher.allowed(output)), -torch.inf).argmax()))
     assert run(request, world.backend()).tokens == output
 
 
@@ -174,13 +175,13 @@ def test_a_rejected_draft_leaves_no_trace(byte_tokenizer: PreTrainedTokenizerFas
     wandering = Grammar(grammar, byte_tokenizer, 257, [END])
     for here, there in itertools.product(outputs, repeat=2):
         for text in (here, there):
-            assert torch.equal(wandering.allowed(tokens_of(text)), fresh[text])
+            assert np.array_equal(wandering.allowed(tokens_of(text)), fresh[text])
     whole = tokens_of('{"a": "", "c": "no"}')
-    assert wandering.allowed(whole).nonzero().flatten().tolist() == [END]
+    assert np.flatnonzero(wandering.allowed(whole)).tolist() == [END]
     assert wandering.num_allowed(whole[:-3], [*whole[-3:], END, 5, 6]) == 4
     assert wandering.num_allowed(whole, tokens_of("}")) == 0
-    assert torch.equal(wandering.allowed([*whole, END])[:END], fresh['{"a": "", "c": "no"}'][:END])
-    assert torch.equal(wandering.allowed(whole[:8]), Grammar(grammar, byte_tokenizer, 257, [END]).allowed(whole[:8]))
+    assert np.array_equal(wandering.allowed([*whole, END])[:END], fresh['{"a": "", "c": "no"}'][:END])
+    assert np.array_equal(wandering.allowed(whole[:8]), Grammar(grammar, byte_tokenizer, 257, [END]).allowed(whole[:8]))
 
 
 def test_a_looked_up_draft_ends_where_it_breaks_the_grammar(byte_tokenizer: PreTrainedTokenizerFast) -> None:

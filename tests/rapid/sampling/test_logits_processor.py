@@ -22,8 +22,9 @@ from world import World, complete, first_eight, run
 from benchmarks.common.closed_forms import law
 from rapid.errors import InvalidRequest
 from rapid.request import GenerationRequest
-from rapid.sampling.logits_processor import LogitParams, LogitProcessor
-from rapid.sampling.sampler import SamplingParams, probabilities
+from rapid.sampling.logits_processor import LogitProcessor
+from rapid.sampling.params import LogitParams, SamplingParams
+from rapid.sampling.sampler import probabilities
 from rapid.speculation.verification import RULES
 
 EVERY = LogitParams(logit_bias={3: 1.5, 5: -2.0}, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4)

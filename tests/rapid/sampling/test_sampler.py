@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from rapid.errors import InvalidRequest
-from rapid.sampling.sampler import SamplingParams, probabilities, sample
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities, sample
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

