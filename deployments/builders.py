@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -14,21 +15,23 @@ from rapid.engine.engine import Engine
 from rapid.engine.torch_thread import compute
 from rapid.errors import RetrievalFailed
 from rapid.kv_cache.memory import kv_budget
+from rapid.models.info import RankPlacement
 from rapid.models.loader import load_model
 from rapid.models.model import Model
-from rapid.models.tensor_parallel import RankPlacement, follow
+from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
-from rapid.weights import embedded_models as catalog
-from retrieval import IndexProgress, RetrievalError, Retriever, load_embedder
+from rapid.weights import embedded_models
+from retrieval import IndexProgress, RetrievalError, Retriever
 
 T = TypeVar("T")
 
 
 def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
     """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
+    from retrieval.embedding import load_embedder
     from retrieval.store import ChunkStore
 
-    embedder = load_embedder(catalog.resolve(config.embedder), device=config.device)
+    embedder = load_embedder(embedded_models.resolve(config.embedder), device=config.device)
     configured = config.qdrant_api_key
     key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
     folder = files.path / "vectors"
@@ -37,14 +40,13 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
 
 
 async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
-    """What ``steps`` gives, each step taken in a thread."""
-    end = object()
-    while (step := await asyncio.to_thread(next, steps, end)) is not end:
-        yield step
+    """The items of ``steps``, each computed in a thread."""
+    while step := await asyncio.to_thread(lambda: list(islice(steps, 1))):
+        yield step[0]
 
 
 class LocalIndexingBackend(LocalBackend):
-    """One whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`)."""
+    """A local backend whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`)."""
 
     def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
         super().__init__(target, drafter, retriever.retrieve, **how)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from rapid.errors import InvalidRequest, RapidError
 from rapid.kv_cache.memory import FREE_MEMORY_SHARE
-from rapid.request import SpeculationParams
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions

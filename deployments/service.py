@@ -15,9 +15,9 @@ from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events, Started
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
-from rapid.choices import generate_choices
 from rapid.errors import ContextLengthExceeded
 from rapid.events import Finish, Statistics
+from rapid.generate import generate_choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

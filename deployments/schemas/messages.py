@@ -1,19 +1,23 @@
 """The messages of a chat as a client sends them, and the prompt that they make."""
 
+from __future__ import annotations
+
 import base64
 import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from transformers import PreTrainedTokenizerBase
 
 from deployments.schemas.body import Body, wrong
 from deployments.schemas.tools import Tool, ToolCall, call_format, check_calls_are_shown, template_of
 from rapid.errors import InvalidRequest
 from rapid.text.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextPart(Body):
@@ -27,7 +31,7 @@ class FileReference(Body):
     filename: str | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> "FileReference":
+    def _one_of_both(self) -> FileReference:
         if (self.file_id is None) == (self.file_data is None):
             raise wrong("", "give either file_id or file_data")
         return self
@@ -36,7 +40,7 @@ class FileReference(Body):
         """The bytes of ``file_data``, a data URL or base64 alone.
 
         Raises:
-            InvalidRequest: it is neither; it names ``param``.
+            InvalidRequest: ``file_data`` is neither; the error names ``param``.
         """
         head, comma, tail = (self.file_data or "").partition(",")
         if head.startswith("data:") and not (comma and head.endswith(";base64")):
@@ -53,7 +57,7 @@ class FilePart(Body):
 
 
 class DocumentText(TextPart):
-    """What takes a file part's place once the file has been read (`deployments.files.attachments`)."""
+    """The text of a file in the place of its file part (`deployments.files.attachments`)."""
 
 
 def _kind(part: Any) -> str | None:
@@ -61,7 +65,7 @@ def _kind(part: Any) -> str | None:
     return f"Part:{kind}"
 
 
-# Told apart before they are read, so that an error names the field that is wrong and not every kind there is.
+# The discriminator chooses the kind before a part is read, so that an error names the wrong field and not every kind.
 Part = Annotated[
     Annotated[TextPart, Tag("Part:text")] | Annotated[FilePart, Tag("Part:file")],
     Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
@@ -80,7 +84,7 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "ChatMessage":
+    def _says_something(self) -> ChatMessage:
         if "content" not in self.model_fields_set and not self.tool_calls:
             raise wrong("content", "is required")
         if self.tool_calls and self.role != "assistant":
@@ -117,7 +121,7 @@ def read_messages(
     """The prompt of a chat; ``template_kwargs`` are variables of the model's chat template.
 
     Raises:
-        InvalidRequest: the chat template refuses it, or would leave out calls, tools or one of ``template_kwargs``.
+        InvalidRequest: the chat template refuses the messages, or leaves out calls, tools or a variable.
     """
     own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
     for name in template_kwargs:

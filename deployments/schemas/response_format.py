@@ -1,11 +1,10 @@
-"""`response_format`: text, any JSON object, or JSON by a schema; and the grammar that each asks for."""
+"""`response_format`: text, any JSON object, or JSON by a schema; and the grammar of each."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from deployments.schemas.body import Body
-from rapid.sampling.grammar import Framed, json_grammar
 
 
 class JsonSchema(Body):
@@ -26,7 +25,7 @@ class AsObject(Body):
     type: Literal["json_object"]
 
     def grammar(self) -> str | None:
-        return json_grammar(Framed({"type": "object"}))
+        return _json_grammar({"type": "object"})
 
 
 class AsSchema(Body):
@@ -34,7 +33,14 @@ class AsSchema(Body):
     json_schema: JsonSchema
 
     def grammar(self) -> str | None:
-        return json_grammar(Framed(self.json_schema.json_schema))
+        return _json_grammar(self.json_schema.json_schema)
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    # Here, since it loads PyTorch: the process that listens only checks bodies.
+    from rapid.sampling.grammar import Framed, json_grammar
+
+    return json_grammar(Framed(schema))
 
 
 ResponseFormat = Annotated[AsText | AsObject | AsSchema, Field(discriminator="type")]

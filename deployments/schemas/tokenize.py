@@ -1,14 +1,18 @@
-"""`POST /tokenize` and `/detokenize`, as vLLM has them."""
+"""The bodies of `POST /tokenize` and `/detokenize`, which are vLLM's."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, model_validator
-from transformers import PreTrainedTokenizerBase
 
 from deployments.schemas.body import Body, wrong
 from deployments.schemas.messages import ChatMessage, read_messages
 from deployments.schemas.tools import Tool
 from rapid.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenizeRequest(Body):
@@ -23,7 +27,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "TokenizeRequest":
+    def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise wrong("prompt", "send either prompt or messages")
         if self.messages is not None and "add_special_tokens" in self.model_fields_set:
@@ -33,7 +37,7 @@ class TokenizeRequest(Body):
                 raise wrong(field, "goes with messages")
         return self
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> "Tokenized":
+    def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> Tokenized:
         """The tokens; ``window`` is how many the model can read.
 
         Raises:
@@ -59,11 +63,11 @@ class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase) -> "Detokenized":
+    def answer(self, tokenizer: PreTrainedTokenizerBase) -> Detokenized:
         """The text, special tokens included.
 
         Raises:
-            InvalidRequest: there is no such token.
+            InvalidRequest: a token does not exist.
         """
         unknown = [token for token in self.tokens if not 0 <= token < len(tokenizer)]
         if unknown:

@@ -1,16 +1,19 @@
-"""Tools: OpenAI's fields, how a model's chat template has calls written, and how they are read from what it writes."""
+"""Tools: OpenAI's fields, the format in which a model writes calls, and the reader that finds calls in its text."""
+
+from __future__ import annotations
 
 import json
 import re
 import uuid
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from deployments.schemas.body import Body
 from rapid.errors import InvalidRequest
-from rapid.sampling.grammar import Framed, json_grammar, json_in_text, json_or_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Function(Body):
@@ -50,7 +53,7 @@ class ToolCall(Body):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments as JSON themselves, so they are given the object."""
+        """The call with its arguments as an object, which templates write as JSON themselves."""
         try:
             arguments = json.loads(self.function.arguments or "{}")
         except ValueError as error:
@@ -72,10 +75,10 @@ _LLAMA = CallFormat("", "parameters", "")  # Llama 3.1
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
-    """How calls are written for this model, as its chat template says.
+    """The format in which the model writes calls, as its chat template says.
 
     Raises:
-        InvalidRequest: the template takes no tools, or has calls written in a way that is not known here.
+        InvalidRequest: the template takes no tools, or its format is unknown.
     """
     template = template_of(tokenizer)
     if "tools" not in template:
@@ -102,14 +105,17 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, several: bool) -> str | None:
-    """What holds the output to calls of ``tools``, where something does.
+    """The grammar that holds the output to calls of ``tools``; None where the output is free.
 
-    A ``choice`` of a named tool, or of any, is one call. With "auto" there may be text as well or instead, and a call
-    of a strict tool follows its schema; ``several`` is whether there may be more than one.
+    A ``choice`` of a named tool, or "required", is one call. With "auto" the output may also be text, or hold text, and
+    a call of a strict tool follows its schema; ``several`` is whether there may be more than one call.
 
     Raises:
-        InvalidRequest: no such tool is there, or parameters cannot be enforced.
+        InvalidRequest: the named tool does not exist, or its parameters cannot be enforced.
     """
+    # Here, since it loads PyTorch: the process that listens only checks bodies.
+    from rapid.sampling.grammar import Framed, json_grammar, json_in_text, json_or_text
+
     functions = [tool.function for tool in tools]
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function.name == choice.function.name]
@@ -131,12 +137,12 @@ def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, sev
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _OPENING = "<tool_call>"
-_BARE = ('{"name"', '{"type"')  # what a call without an opening begins with, white space apart
+_BARE = ('{"name"', '{"type"')  # the beginnings of a call without an opening, white space apart
 _BARE_BEGINNING = r'\s*\{\s*"(name|type)"'
 
 
 class CallReader:
-    """Tells calls of ``tools`` from text, as it comes. A call is given out whole, once the text is at its end."""
+    """Separates calls of ``tools`` from text while it is written. Calls are returned whole, at the end of the text."""
 
     def __init__(self, tools: list[Tool], form: CallFormat) -> None:
         self._names = [tool.function.name for tool in tools]  # no set: a model may write any JSON for a name
@@ -144,14 +150,14 @@ class CallReader:
         self._text, self._shown = "", 0
 
     def push(self, text: str) -> str:
-        """What is no part of a call, of all that came so far."""
+        """Adds ``text``; returns the text that is not part of a call and was not returned before."""
         self._text += text
         end = self._bare_call() if self._is_bare else self._tagged_call()
         shown, self._shown = self._text[self._shown : end], end
         return shown
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """(the rest of the text, the calls in OpenAI's form); what only looks like a call is text."""
+        """(the rest of the text, the calls in OpenAI's form). What only looks like a call is text."""
         rest = self._text[self._shown :]
         try:
             bodies = _one_after_another(rest) if self._is_bare else [json.loads(body) for body in _CALL.findall(rest)]
@@ -163,13 +169,14 @@ class CallReader:
         return "" if self._is_bare else _CALL.sub("", rest).strip(), [call for call in calls if call]
 
     def _bare_call(self) -> int:
-        """Where calls begin, or may: at once or not at all. Behind the end of the text where there can be none."""
+        """Where calls may begin: at the start of the text, or nowhere, which is the end of the text so far."""
         if self._shown:
             return len(self._text)
         begins = "".join(self._text[:200].split())
         return 0 if any(begins.startswith(head[: len(begins)]) for head in _BARE) else len(self._text)
 
     def _tagged_call(self) -> int:
+        """Where the first opening begins, or may begin at the end of the text so far."""
         end = self._text.find(_OPENING)
         if end < 0:
             held = (n for n in range(len(_OPENING) - 1, 0, -1) if self._text.endswith(_OPENING[:n]))

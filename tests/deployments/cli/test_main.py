@@ -22,7 +22,7 @@ from deployments.config import AppConfig, parse_config
 from rapid.errors import RapidError
 from rapid.speculation.verification import RULES
 from rapid.strategies import STRATEGIES
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 
 DOCUMENT = "\n\n".join(
     f"In week {week} the keeper of lighthouse {week % 5} wrote that the lamp had burned for {week * 7} hours."
@@ -199,7 +199,7 @@ def test_models_list_names_each_and_its_folder(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setenv("RAPID_CACHE", str(tmp_path))
     code, out, _ = run("models", "list")
     assert code == 0
-    for entry, line in zip(catalog.entries(), out.splitlines()[1:], strict=True):
+    for entry, line in zip(embedded_models.entries(), out.splitlines()[1:], strict=True):
         assert line.split() == [
             entry.name, entry.kind, f"{entry.wheel.num_bytes / 1e6:.0f}", "MB", "no", str(tmp_path / entry.name)
         ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_models_list_as_json_says_the_same(run: Run, monkeypatch: pytest.MonkeyP
     code, out, _ = run("models", "list", "--json")
     assert code == 0
     assert [(row["name"], row["ready"], row["folder"]) for row in json.loads(out)] == [
-        (entry.name, False, str(tmp_path / entry.name)) for entry in catalog.entries()
+        (entry.name, False, str(tmp_path / entry.name)) for entry in embedded_models.entries()
     ]
 
 
@@ -250,7 +250,7 @@ def test_serve_pulls_what_it_will_use_and_nothing_else(
         asked.append(ref)
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(catalog, "local_path", lambda name: asked.append(name) or Path("/models", name))
+    monkeypatch.setattr(embedded_models, "local_path", lambda name: asked.append(name) or Path("/models", name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     code, _, err = run("serve", config(args, "http_options: {host: 127.0.0.1, port: 0}"))
     assert code == 1

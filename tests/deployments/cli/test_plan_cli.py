@@ -16,7 +16,7 @@ import yaml
 from cluster.capacity.devices import GPUS
 from deployments.cli.main import main
 from deployments.cli.plan import shape_of
-from rapid.weights import embedded_models as catalog
+from rapid.weights import embedded_models
 
 ROOT = Path(__file__).parents[3]
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct"}
@@ -143,7 +143,7 @@ def test_a_measured_machine_is_a_device_too(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_a_folder_gives_the_shape_that_the_table_has() -> None:
-    folder = catalog.local_path("smollm2-135m-instruct")
+    folder = embedded_models.local_path("smollm2-135m-instruct")
     assert shape_of(str(folder)) == shape_of("smollm2-135m-instruct")
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.cli import shell_completion as completion
 from rapid.speculation.verification import RULES
-from rapid.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,7 +38,3 @@ def offered(line: str) -> list[str]:
 )
 def test_values_are_completed(line: str, values: list[str]) -> None:
     assert offered(line) == values
-
-
-def test_nothing_that_there_is_is_missing() -> None:
-    assert (tuple(STRATEGIES), tuple(RULES)) == (completion.STRATEGIES, completion.RULES)

@@ -16,7 +16,7 @@ from openai import OpenAI
 from pypdf import PdfReader, PdfWriter
 from served import MODEL, QUESTION, document, embedded, local_api
 
-from retrieval import Embedder
+from retrieval.embedding import Embedder
 
 ENGINE = {"model": MODEL, "dtype": "float32", "kv_memory_gib": 1}
 OPTIONS = {"chunk_tokens": 64, "min_tokens": 192, "threshold": 0.1}
