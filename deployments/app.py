@@ -36,12 +36,13 @@ def build(config: AppConfig) -> Application:
         "graceful_shutdown_timeout_s": drain_timeout_s,
     }
     coordinator = Coordinator.options(name="Coordinator", **light).bind(config, target, drafter, retriever)
-    return Ingress.options(name="Ingress", **light).bind(config, coordinator)
+    ingress: Application = Ingress.options(name="Ingress", **light).bind(config, coordinator)
+    return ingress
 
 
 def _engine(name: str, config: EngineConfig) -> Application:
     bundles = engine_bundles(num_cpus=config.num_cpus, num_gpus=config.num_gpus, num_ranks=config.tensor_parallel)
-    return EngineReplica.options(
+    engine: Application = EngineReplica.options(
         name=name,
         max_ongoing_requests=config.max_sequences,
         max_queued_requests=config.max_queued,
@@ -54,6 +55,7 @@ def _engine(name: str, config: EngineConfig) -> Application:
         request_router_config=RequestRouterConfig(request_router_class=LeaseRouter),
         **_replicas(config),
     ).bind(config)
+    return engine
 
 
 def _replicas(config: EngineConfig) -> dict[str, Any]:

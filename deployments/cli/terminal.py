@@ -60,7 +60,7 @@ class Terminal:
 
     async def compare(self, request: GenerationRequest, config: AppConfig) -> None:
         """Answers by every strategy in turn; prints a table and the beginnings of the answers."""
-        answers = []
+        answers: list[Answer] = []
         with self._loaded(config) as run:
             for strategy in STRATEGIES:
                 self._stderr.print(f"rapid: {strategy} ({len(answers) + 1} of {len(STRATEGIES)})")

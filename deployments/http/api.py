@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -116,17 +117,23 @@ def make_api(
 
 
 async def _answer(completion: Completion, events: Events) -> Response:
-    # The first tokens come before any header does, so that what is wrong with the request gets its own status.
-    began, first = await anext(events), await anext(events)
-    assert isinstance(began, Started) and not isinstance(first, Started)
-    formatter = ResponseFormatter(completion, began)
+    # The first tokens come before the headers, so that an error in the request gets its own status.
+    started, first = await anext(events), await anext(events)
+    assert isinstance(started, Started) and not isinstance(first, Started)
+    formatter = ResponseFormatter(completion, started)
+    written = _written(first, events)
     if completion.stream:
-        stream = server_sent(formatter, first, events)
+        stream = server_sent(formatter, written)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    return await _whole(formatter, first, events)
-
-
-async def _whole(formatter: ResponseFormatter, first: Delta | Finish, events: Events) -> Response:
-    async with aclosing(events):
-        body = formatter.whole([first, *[event async for event in events]])
+    async with aclosing(written):
+        body = formatter.whole([event async for event in written])
     return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
+
+
+async def _written(first: Delta | Finish, rest: Events) -> AsyncGenerator[Delta | Finish, None]:
+    """``first`` and the ``rest`` of the events after `Started`. Closing the generator closes ``rest``."""
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            assert not isinstance(event, Started)
+            yield event

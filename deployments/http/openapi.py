@@ -1,8 +1,10 @@
-"""What /openapi.json says of the API: bodies, answers and errors.
+"""The API's description in /openapi.json: bodies, answers and errors.
 
-The routes read their bodies themselves, so that every error has OpenAI's shape; FastAPI sees neither, and is told here
-(of the one form, in `deployments.http.files`).
+The routes read their bodies themselves, so that every error has OpenAI's shape. FastAPI sees neither bodies nor errors,
+so they are described here; the form of an upload is described in `deployments.http.files`.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -15,7 +17,7 @@ REF = "#/components/schemas/{model}"
 
 
 class Error(BaseModel):
-    """What is wrong, in words and for programs; ``param`` names the field of the request that is to blame."""
+    """An error in words, and as a ``code`` for programs; ``param`` names the wrong field of the request."""
 
     message: str
     type: str
@@ -71,7 +73,7 @@ EVENT = {
 
 
 def describe_body(body: type[BaseModel], *, streams: bool = False, answer: type[BaseModel] = Answer) -> dict[str, Any]:
-    """What a route that reads ``body`` from JSON is declared with."""
+    """The keyword arguments of a route that reads ``body`` from JSON."""
     schema = body.model_json_schema(ref_template=REF)
     _allow_null(schema)
     described = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -85,7 +87,7 @@ def describe_body(body: type[BaseModel], *, streams: bool = False, answer: type[
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """A field that is null counts as absent, which no model's schema says."""
+    """Allows null for every optional field: `Body` takes it as absent, and its schema does not say so."""
     for model in (schema, *schema.get("$defs", {}).values()):
         for name in set(model.get("properties", {})) - set(model.get("required", ())):
             allowed = model["properties"][name]
@@ -94,7 +96,7 @@ def _allow_null(schema: dict[str, Any]) -> None:
 
 
 def complete(app: FastAPI) -> None:
-    """Has ``app`` put the models of its bodies where their references look for them."""
+    """Has ``app`` put the models of bodies where the references in its description point."""
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -104,4 +106,4 @@ def complete(app: FastAPI) -> None:
                 made.setdefault("components", {}).setdefault("schemas", {}).update(content["schema"].pop("$defs", {}))
         return made
 
-    app.openapi = openapi  # as FastAPI's manual has it
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it

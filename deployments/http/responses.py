@@ -1,4 +1,6 @@
-"""How answers look over HTTP: whole, and as server-sent events."""
+"""Answers over HTTP: whole, and as server-sent events."""
+
+from __future__ import annotations
 
 import asyncio
 import codecs
@@ -11,25 +13,25 @@ from typing import Any
 
 from deployments.http.errors import server_sent_error
 from deployments.schemas.completions import ChatRequest, Completion
-from deployments.schemas.events import Events, Started, rapid_object, round_object, usage
+from deployments.schemas.events import Started, rapid_object, round_object, usage
 from deployments.schemas.tools import CallReader
 from rapid.events import Delta, Finish, NamedToken, Statistics, TokenLogprobs
 
 
 class Choice:
-    """One of an answer's choices, as it is written: what is to be shown of its events."""
+    """One choice of an answer: turns its events into text, calls and log-probabilities."""
 
-    def __init__(self, completion: Completion, began: Started) -> None:
+    def __init__(self, completion: Completion, started: Started) -> None:
         self.is_chat = isinstance(completion, ChatRequest)
-        self.has_logprobs = bool(completion.logprobs) if self.is_chat else completion.logprobs is not None
-        self._calls = CallReader(completion.tools_in_use, began.calls) if began.calls else None
+        self.has_logprobs = completion.num_logprobs is not None
+        self._calls = CallReader(completion.tools_in_use, started.calls) if started.calls else None
         self._called: list[dict[str, Any]] = []
         self._offset, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("ignore")
-        self._told: list[dict[str, float]] = []  # which chunks a trace has named
+        self._traced: list[dict[str, float]] = []  # the chunks that the trace has named
         self.statistics: Statistics | None = None  # at the end
 
     def text_of(self, event: Delta | Finish) -> str:
-        """The text that ``event`` brings, without what is part of a call."""
+        """The text of ``event`` that is not part of a call."""
         text = self._calls.push(event.text) if self._calls else event.text
         if isinstance(event, Finish):
             self.statistics = event.statistics
@@ -39,19 +41,19 @@ class Choice:
         return text
 
     def round(self, delta: Delta) -> dict[str, Any]:
-        """What a trace says of ``delta``; the retrieved chunks once they are known."""
-        news, self._told = delta.chunks if delta.chunks != self._told else None, delta.chunks
-        return {"rapid_round": round_object(delta, news)}
+        """The trace of ``delta``; the retrieved chunks are in it where they changed."""
+        changed, self._traced = delta.chunks if delta.chunks != self._traced else None, delta.chunks
+        return {"rapid_round": round_object(delta, changed)}
 
     def calls(self) -> list[dict[str, Any]]:
-        """The calls, known at the end."""
+        """The calls; empty before the end of the choice."""
         return self._called
 
     def reason(self, finish: Finish) -> str:
         return "tool_calls" if self._called and finish.reason == "stop" else finish.reason
 
     def logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
-        """``entries`` in the endpoint's form; None where none were asked for."""
+        """``entries`` in the endpoint's form; None where the request asks for none."""
         if not self.has_logprobs:
             return None
         if self.is_chat:
@@ -70,7 +72,7 @@ class Choice:
 
 
 def _spelled(token: NamedToken) -> str:
-    """A token's text; its bytes, as OpenAI writes them, where they are no whole characters."""
+    """A token's text; where its bytes are no whole characters, the bytes as OpenAI writes them."""
     try:
         return token.spelled.decode()
     except UnicodeDecodeError:
@@ -82,15 +84,15 @@ def _token(token: NamedToken) -> dict[str, Any]:
 
 
 class ResponseFormatter:
-    """How one endpoint's answer looks, whole and in chunks.
+    """Formats one answer for its endpoint, whole or in chunks.
 
-    With n = 1 the `rapid` object is the answer's, on the last chunk of a stream; else each choice has its own.
+    With n = 1 the `rapid` object belongs to the answer, on the last chunk of a stream; else each choice has its own.
     """
 
-    def __init__(self, completion: Completion, began: Started) -> None:
-        self.completion, self._echoed = completion, began.echoed
+    def __init__(self, completion: Completion, started: Started) -> None:
+        self.completion, self._echoed = completion, started.echoed
         self.is_chat = isinstance(completion, ChatRequest)
-        self.choices = [Choice(completion, began) for _ in range(completion.n)]
+        self.choices = [Choice(completion, started) for _ in range(completion.n)]
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
 
@@ -98,15 +100,20 @@ class ResponseFormatter:
     def statistics(self) -> list[Statistics]:
         return [choice.statistics for choice in self.choices if choice.statistics is not None]
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended."""
+        return len(self.statistics) == len(self.choices)
+
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What comes before any text: of a chat the role, of a completion the prompt that is to be repeated."""
+        """The chunks before any text: the role of a chat, the echoed prompt of a completion."""
         indices = range(len(self.choices))
         if self.is_chat:
             return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}) for i in indices]
         return [self._chunk(i, {"text": self._echoed, "logprobs": None}) for i in indices if self._echoed]
 
     def chunks(self, event: Delta | Finish) -> list[dict[str, Any]]:
-        """What a stream says of ``event``."""
+        """The chunks of a stream for ``event``."""
         index, choice = event.choice, self.choices[event.choice]
         text, logprobs = choice.text_of(event), choice.logprobs(event.logprobs)
         sent = []
@@ -121,7 +128,7 @@ class ResponseFormatter:
         return sent
 
     def whole(self, events: list[Delta | Finish]) -> dict[str, Any]:
-        """The answer that ``events`` make, each choice's in order."""
+        """The whole answer. The ``events`` of each choice are in order."""
         return self._body("chat.completion" if self.is_chat else "text_completion", *map(self._whole, self._by(events)))
 
     def _by(self, events: list[Delta | Finish]) -> list[list[Delta | Finish]]:
@@ -145,8 +152,7 @@ class ResponseFormatter:
         return self._chunk(index, shown | {"logprobs": logprobs}, reason, own)
 
     def _chunk(self, index: int, shown: dict[str, Any], reason: str | None = None, own: Any = None) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self._body(kind, self._choice(index, shown, reason, own))
+        return self._body(self._kind_of_chunk, self._choice(index, shown, reason, own))
 
     def _choice(
         self, index: int, shown: dict[str, Any], reason: str | None, own: Statistics | None = None
@@ -163,13 +169,23 @@ class ResponseFormatter:
             "choices": list(choices),
         }
 
+    @property
+    def _kind_of_chunk(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk of a stream whose `stream_options` ask for the usage."""
+        return self._body(self._kind_of_chunk) | {"usage": usage(*self.statistics)} | self.summary()
+
     def summary(self) -> dict[str, Any]:
         """The `rapid` object of an answer with one choice."""
         return {"rapid": rapid_object(self.statistics[0])} if len(self.choices) == 1 else {}
 
 
-async def server_sent(formatter: ResponseFormatter, first: Delta | Finish, events: Events) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events. The `rapid` object is on the last chunk, whichever that is."""
+async def server_sent(
+    formatter: ResponseFormatter, events: AsyncGenerator[Delta | Finish, None]
+) -> AsyncGenerator[str, None]:
+    """The answer as server-sent events. The `rapid` object is on the last chunk."""
     include_usage = formatter.completion.stream_options.include_usage
 
     def sent(body: dict[str, Any]) -> str:
@@ -179,26 +195,17 @@ async def server_sent(formatter: ResponseFormatter, first: Delta | Finish, event
     try:
         for chunk in formatter.first_chunks():
             yield sent(chunk | more)
-        async with aclosing(_chained(first, events)) as all_events:
-            async for event in all_events:
-                *before, last = formatter.chunks(event) or [None]
-                for chunk in before:
+        async with aclosing(events):
+            async for event in events:
+                chunks = formatter.chunks(event)
+                if formatter.is_finished and not include_usage:
+                    chunks[-1] |= formatter.summary()
+                for chunk in chunks:
                     yield sent(chunk | more)
-                if last is None:
-                    continue
-                ends = isinstance(event, Finish) and len(formatter.statistics) == len(formatter.choices)
-                yield sent(last | more | (formatter.summary() if ends and not include_usage else {}))
         if include_usage:
-            yield sent(last | {"choices": [], "usage": usage(*formatter.statistics)} | formatter.summary())
+            yield sent(formatter.usage_chunk())
     except asyncio.CancelledError:
         raise
     except Exception as error:
         yield server_sent_error(error)
     yield "data: [DONE]\n\n"
-
-
-async def _chained(first: Delta | Finish, rest: Events) -> Events:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
