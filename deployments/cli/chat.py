@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from deployments.cli.chat_clients import ChatClient, LocalTalker, RemoteTalker
+from deployments.cli.chat_clients import ChatClient, LocalChatClient, RemoteChatClient
 from deployments.cli.inputs import read_document
 from deployments.config import AppConfig
 from rapid.errors import InvalidRequest, RapidError
@@ -46,21 +47,21 @@ def chat_here(config: AppConfig, documents: list[str], **how: Any) -> bool:
     with status, local_backend(config, on_prefill=on_prefill) as backend:
         service = LocalService(config, backend, load_tokenizer(config.target.model))
         status.stop()
-        return Chat(LocalTalker(config.model_name, service), documents, status=status, **how).run()
+        return Chat(LocalChatClient(config.model_name, service), documents, status=status, **how).run()
 
 
 def chat_with(url: str, model: str | None, documents: list[str], **how: Any) -> bool:
     """A conversation with a server, and the first of its models unless one is named."""
-    return Chat(RemoteTalker(url, model), documents, status=Console(stderr=True).status(""), **how).run()
+    return Chat(RemoteChatClient(url, model), documents, status=Console(stderr=True).status(""), **how).run()
 
 
 class Chat:
     """The conversation and its commands. Answers go to stdout, all else to stderr."""
 
     def __init__(
-        self, talker: ChatClient, documents: list[str], *, status: Status, strategy: str | None, **options: Any
+        self, client: ChatClient, documents: list[str], *, status: Status, strategy: str | None, **options: Any
     ) -> None:
-        self._talker, self._options, self._status = talker, options, status
+        self._client, self._options, self._status = client, options, status
         self._messages: list[dict[str, str]] = []
         self._documents = documents
         self._num_shown = 0  # how many of the documents are in the messages
@@ -76,7 +77,7 @@ class Chat:
         if is_typed:
             import readline  # noqa: F401  # gives `input` a history, which is never written anywhere
 
-            self._say(f"[bold]{self._talker.model}[/bold] · /help lists the commands, Ctrl-C stops an answer")
+            self._say(f"[bold]{self._client.model}[/bold] · /help lists the commands, Ctrl-C stops an answer")
         went_well = True
         with asyncio.Runner() as runner:
             while True:
@@ -105,7 +106,7 @@ class Chat:
     def _ask(self, runner: asyncio.Runner, question: str) -> None:
         content = "\n\n".join([*self._documents[self._num_shown :], question])
         messages = [*self._messages, {"role": "user", "content": content}]
-        body = {"model": self._talker.model, "messages": messages, **self._talker.extra}
+        body = {"model": self._client.model, "messages": messages, **self._client.extra}
         body |= {name: value for name, value in self._options.items() if value is not None}
         if self._strategy:
             body["rapid"] = body.get("rapid", {}) | {"strategy": self._strategy}
@@ -125,7 +126,7 @@ class Chat:
         times = [time.perf_counter()]
         self._last = {}
         with self._status:
-            async with aclosing(self._talker.answer(body)) as events:
+            async with aclosing(self._client.answer(body)) as events:
                 async for event in events:
                     if isinstance(event, dict):
                         self._last = event
@@ -138,7 +139,7 @@ class Chat:
         self._say(f"[dim]{_summary(self._last, times)}[/dim]")
 
     def _command(self, name: str, argument: str = "") -> None:
-        commands = {
+        commands: dict[str, Callable[..., None]] = {
             "/document": self._add,
             "/strategy": self._use,
             "/stats": self._tell,

@@ -1,22 +1,26 @@
-"""Who answers in `rapid chat`: models in this process, or a server that speaks OpenAI's API."""
+"""The clients of `rapid chat`: one for models in this process, one for a server that speaks OpenAI's API."""
+
+from __future__ import annotations
 
 import json
 import os
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
 
-from deployments.service import Service
 from rapid.errors import RapidError
 
-Event = str | dict[str, Any]  # a piece of text; at the end one object with `usage` and, from RAPID, `rapid`
+if TYPE_CHECKING:
+    from deployments.service import Service
+
+Event = str | dict[str, Any]  # a piece of text; the last event is an object with `usage` and, from RAPID, `rapid`
 
 
 class ChatClient(Protocol):
-    """Whatever answers; ``extra`` goes with every request."""
+    """Answers chats with ``model``. The fields of ``extra`` go with every request."""
 
     model: str
     extra: dict[str, Any]
@@ -24,10 +28,10 @@ class ChatClient(Protocol):
     def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
 
 
-class LocalTalker:
-    """Models in this process."""
+class LocalChatClient:
+    """A client of models in this process."""
 
-    # The next question is likely about the same documents, and this process's store goes with it.
+    # The next question is likely about the same documents, and the store ends with this process.
     extra = {"rapid": {"retrieval": {"keep": True}}}  # noqa: RUF012
 
     def __init__(self, model: str, service: Service) -> None:
@@ -47,8 +51,8 @@ class LocalTalker:
                     yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
 
 
-class RemoteTalker:
-    """A server. Its key is $RAPID_API_KEY, or $OPENAI_API_KEY."""
+class RemoteChatClient:
+    """A client of a server. The key is $RAPID_API_KEY, or $OPENAI_API_KEY."""
 
     extra: dict[str, Any] = {}  # noqa: RUF012
 
@@ -58,7 +62,7 @@ class RemoteTalker:
             "base_url": url.rstrip("/"),
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": httpx.Timeout(10, read=None),  # a long document is read for minutes
-            # What the environment names as a proxy does not lead to this machine.
+            # A proxy that the environment names does not lead to this machine.
             "trust_env": urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
         }
         self.model = model or self._first_model()

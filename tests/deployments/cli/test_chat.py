@@ -157,14 +157,14 @@ class Interrupted:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talker = Interrupted()
+    client = Interrupted()
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\nAnd then?\n"))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        assert Chat(talker, [], status=Console(stderr=True).status(""), strategy=None).run()
+        assert Chat(client, [], status=Console(stderr=True).status(""), strategy=None).run()
     finally:
         signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert (out, "stopped" in err) == ("Because\nBecause\n", True)
-    assert talker.was_closed
-    assert [message["content"] for message in talker.bodies[1]["messages"]] == ["Why?", "Because", "And then?"]
+    assert client.was_closed
+    assert [message["content"] for message in client.bodies[1]["messages"]] == ["Why?", "Because", "And then?"]
