@@ -47,7 +47,7 @@ class Memory:
         resident: dict[str, float] = {}
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
-                resident[f"{_name(process)} {process.pid}"] = round(process.memory_info().rss / 2**20, 1)
+                resident[f"{process_name(process)} {process.pid}"] = round(process.memory_info().rss / 2**20, 1)
         return resident
 
     def report(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Memory:
         }
 
 
-def _name(process: psutil.Process) -> str:
+def process_name(process: psutil.Process) -> str:
     """What Ray calls an actor's process (without what it does just now), or the name of a program or a script."""
     command = process.cmdline()
     if command and command[0].startswith("ray::"):

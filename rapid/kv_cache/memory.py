@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import sys
@@ -54,3 +56,14 @@ def take_small_pages(tensor: Tensor) -> None:
     size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_NOHUGEPAGE)
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what was freed so far, where the C library can.
+
+    `rapid` has glibc keep freed memory for the next pass's activations. After a load that is the checkpoint as it was
+    read, several times what a pass needs.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)

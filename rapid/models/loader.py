@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rapid.errors import ModelFileError
+from rapid.kv_cache.memory import return_freed_memory
 from rapid.models.device_map import spread
 from rapid.models.info import RankPlacement
 from rapid.models.model import Model
@@ -52,9 +53,11 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
     model = Model(network, tokenizer, ref, quantization=quantization, group=group)
+    del network  # its weights are repacked
     if group is not None:
         with together(ref):
             group.wait()  # one rank's disk is slower than another's, and a pass has a deadline that loading has not
+    return_freed_memory()
     if group is None or group.placement.rank == 0:
         model.warm_up()
     return model
