@@ -1,6 +1,6 @@
 """The configuration: the `args` of the application in serve_config.yaml, typed and strict.
 
-A field that `rapid` or `retrieval` already has is declared there, with its default; here are the application's own.
+`rapid` and `retrieval` declare their own fields, with the defaults; this module declares the application's.
 """
 
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
@@ -22,7 +22,7 @@ from retrieval import RetrievalOptions
 
 
 class ConfigError(RapidError):
-    """The configuration file is unreadable or says something impossible; the message names the field."""
+    """The configuration file is unreadable or a value is wrong; the message names the field."""
 
     _code = "config_error"
 
@@ -36,7 +36,7 @@ class Strict(BaseModel):
 class ReplicasConfig(Strict):
     """How many replicas there are. Between the bounds they follow the open leases and the KV memory in use."""
 
-    min: int = Field(1, ge=0, description="0 lets a drafter go away while nobody needs it")
+    min: int = Field(1, ge=0, description="0 lets a drafter go away while no request needs it")
     max: int = Field(1, ge=1)
     target_leases: float | None = Field(
         None, gt=0, description="open leases a replica is meant to have; three quarters of max_sequences when not set"
@@ -99,7 +99,7 @@ class EngineConfig(Strict):
 
 
 class RetrieverConfig(Strict):
-    """The embedder, the vector store, and what requests get unless they ask otherwise."""
+    """The embedder, the vector store, and the defaults of requests."""
 
     embedder: str = Field("all-minilm-l6-v2", description="embedded name, local folder, or Hugging Face hub id")
     device: str = "cpu"
@@ -112,7 +112,7 @@ class RetrieverConfig(Strict):
 
 
 class FilesConfig(Strict):
-    """Uploaded files, and the vectors that are kept of them."""
+    """Uploaded files and their vectors."""
 
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
     max_stored_mb: float = Field(1024, gt=0, description="what one key's files may take together; more is a 413")
@@ -120,13 +120,13 @@ class FilesConfig(Strict):
 
     @property
     def path(self) -> Path:
-        """Of the process that asks."""
+        """The folder, as the environment of this process names it."""
         named = self.folder or os.environ.get("RAPID_FILES")
         return Path(named).expanduser() if named else cache_dir() / "files"
 
 
 class AccessConfig(Strict):
-    """Who may ask, and for how much. Without keys everyone may, and limits hold for each client address."""
+    """API keys and limits. Without keys every client may ask, and limits hold for each client address."""
 
     api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
@@ -139,7 +139,7 @@ class AccessConfig(Strict):
 
     @property
     def keys(self) -> list[str]:
-        """All valid keys, also those that the environment of this process names."""
+        """All valid keys, with those in the environment of this process."""
         named = [key.get_secret_value() for key in self.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
         return [key.strip() for key in named if key.strip()]
 
@@ -152,13 +152,13 @@ class AccessConfig(Strict):
 
 
 class ObservabilityConfig(Strict):
-    """What is told of requests besides numbers."""
+    """What the log says about requests besides numbers."""
 
     log_prompts: bool = Field(False, description="write prompts and answers into the log's line of each request, too")
 
 
 class AppConfig(Strict):
-    """Everything a running application can be told."""
+    """The whole configuration of a running application."""
 
     served_model: str | None = Field(None, description="the model's name over HTTP; target.model when not set")
     target: EngineConfig = EngineConfig()
@@ -187,7 +187,7 @@ class AppConfig(Strict):
 
     @property
     def drafting_engine(self) -> EngineConfig:
-        """What drafts: the target's own engine where they are colocated."""
+        """The engine that drafts: the target's own where the two are colocated."""
         return self.target if self.colocated else self.drafter
 
     @property

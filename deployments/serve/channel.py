@@ -1,11 +1,12 @@
-"""Calls to another process over a connection that stays open, for those that a request makes every round.
+"""Calls to another process over a connection that stays open, for the calls that a request makes every round.
 
-A Ray actor call goes through several threads and two event loops on either side, and a round would make two; here a
-call is a message there and a message back. Ray starts the processes, says where they listen, and when one has died.
+A Ray actor call goes through several threads and two event loops on either side, and a round would make two. Here a
+call is one message each way. Ray starts the processes, tells where they listen, and notices when one has died.
 
-A channel has a name, so that whoever listens knows whose end it was when it ends.
+A channel has a name, so that the listener knows which channel ended.
 
-A message is a pickle behind its length. Unpickling can run anything, so nobody is read who does not know the secret.
+A message is a pickle after its length. Unpickling can run any code, so a listener reads only from callers that know its
+secret.
 """
 
 import asyncio
@@ -26,12 +27,12 @@ Method = Callable[..., Awaitable[Any]]
 Ended = Callable[[str], Awaitable[None]]
 
 _SECRET_BYTES, _LENGTH_BYTES = 32, 8
-_GONE = (asyncio.IncompleteReadError, OSError)  # what reading raises when the other process is
+_GONE = (asyncio.IncompleteReadError, OSError)  # reading raises these when the other process is gone
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a process listens. Whoever has the secret may call it, so it goes nowhere but through Ray."""
+    """Where a process listens. Every holder of the secret may call it, so an address is sent through Ray alone."""
 
     host: str
     port: int
@@ -39,7 +40,7 @@ class Address:
 
 
 class Listener:
-    """Answers calls of some methods, many at once, to whoever has its ``address``."""
+    """Answers the callers that have its ``address``, many calls at once."""
 
     address: Address
 
@@ -51,7 +52,7 @@ class Listener:
     async def start(cls, host: str, methods: Mapping[str, Method], *, ended: Ended) -> "Listener":
         """Listens on a free port of ``host``, for calls of ``methods`` by name.
 
-        When a channel ends, for whatever reason, ``ended`` is called with its name.
+        When a channel ends, for any reason, the listener calls ``ended`` with its name.
         """
         listener = cls(methods, ended)
         listener._server = await asyncio.start_server(listener._converse, host, 0)
@@ -60,7 +61,7 @@ class Listener:
         return listener
 
     def close(self) -> None:
-        """Lets nobody in any more."""
+        """Refuses new channels; open ones stay."""
         self._server.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,7 +88,7 @@ class Listener:
         except RapidError as error:
             failed, outcome = True, error
         except Exception as error:
-            # Not every exception can be unpickled, and none brings the place with it where it arose.
+            # Not every exception can be unpickled, and none carries its traceback.
             logger.exception("a call of %s failed", name)
             failed, outcome = True, RuntimeError(f"{type(error).__name__}: {error}")
         if not writer.is_closing():
@@ -95,7 +96,7 @@ class Listener:
 
 
 class Channel:
-    """Calls to whoever listens at an address. Many may be under way at once; they begin in order."""
+    """Calls to the listener at an address. Many may be under way at once; they begin in order."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -108,15 +109,15 @@ class Channel:
     async def connect(cls, address: Address, name: str) -> "Channel":
         """
         Raises:
-            OSError: nobody listens there.
+            OSError: no process listens there.
         """
         reader, writer = await asyncio.open_connection(address.host, address.port)
         writer.write(address.secret + _message(name))
         return cls(reader, writer)
 
     def call(self, method: str, *args: Any) -> asyncio.Future[Any]:
-        """Sends the call at once. The future has what the method returned, or what it raised; `ConnectionError` where
-        the other process is gone or the channel is closed. A cancelled call is carried out all the same."""
+        """Sends the call at once. The future gets the method's result or its exception; a `ConnectionError` where the
+        other process is gone or the channel is closed. A cancelled call is carried out all the same."""
         future = asyncio.get_running_loop().create_future()
         if self._listening.done():
             future.set_exception(_gone())
@@ -127,7 +128,7 @@ class Channel:
         return future
 
     def close(self) -> None:
-        """Fails the calls that are under way; harmless when it is closed already."""
+        """Fails the calls that are under way; harmless when the channel is closed already."""
         self._listening.cancel()
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:

@@ -1,4 +1,4 @@
-"""The Retriever: embedder and vector store behind one call."""
+"""The Retriever: a Serve replica with the embedder and the vector store."""
 
 import asyncio
 import os
@@ -13,25 +13,26 @@ from retrieval import IndexProgress, Retrieval, RetrievalOptions
 
 @serve.deployment
 class RetrieverReplica:
-    """Retrieves in threads, so that a long document does not hold up its neighbours' queries."""
+    """Retrieves in threads, so that a long document does not hold up the queries of other requests."""
 
     def __init__(self, config: RetrieverConfig, files: FilesConfig, target_model: str) -> None:
-        # Where the engines share its cores they go first: each of their steps is waited for by every request.
+        # Engines on the same cores go first: every running request waits for each of their steps.
         os.nice(19)
         self._retriever = build_retriever(config, files, target_model)
 
     async def retrieve(
         self, contents: list[str], query: str, options: RetrievalOptions
     ) -> AsyncIterator[Retrieval | None]:
-        """None as soon as a replica has the question, so that whoever asks can tell a long document from nobody there;
-        then the answer."""
+        """Yields None as soon as a replica has the query, then the answer: so a caller can tell a long document from an
+        absent retriever."""
         yield None
         yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
 
     async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
-        """`Retriever.keep`, batch by batch."""
+        """The progress of `Retriever.keep`, batch by batch."""
         async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
             yield kept
 
     async def delete(self, vectors: str) -> None:
+        """`Retriever.delete`."""
         await asyncio.to_thread(self._retriever.delete, vectors)

@@ -1,16 +1,16 @@
-"""How leases reach replicas: Serve's router, without what it would keep for ever."""
+"""The router of leases: Serve's, without the finished requests that it would keep for ever."""
 
 from ray.serve._private.request_router import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 
-_MOST_NAMES = 10_000  # of documents that no replica was known to have read when they were asked about
+_MAX_NAMES = 10_000  # of documents that no replica was known to have read when their requests came
 
 
 class LeaseRouter(PowerOfTwoChoicesRequestRouter):
     """Prefers replicas that have read a document (Serve's "multiplexed model"), and takes the less busy of two.
 
-    Ray 2.60 leaves a request in its lists when it is done, until another one about the same document comes. Models are
-    few, but documents are not, and each of these requests holds a whole prompt.
+    Ray 2.60 leaves a finished request in its lists until another request about the same document comes. Models are few,
+    but documents are many, and each of these requests holds a whole prompt.
     """
 
     def _remove_pending_request_from_indices(self, pending_request: PendingRequest) -> None:
@@ -19,5 +19,5 @@ class LeaseRouter(PowerOfTwoChoicesRequestRouter):
         waiting = self._pending_requests_to_fulfill
         while waiting and waiting[0].future.done():
             waiting.popleft()
-        if len(self._multiplexed_model_id_fallback_match) > _MOST_NAMES:
+        if len(self._multiplexed_model_id_fallback_match) > _MAX_NAMES:
             self._multiplexed_model_id_fallback_match.clear()

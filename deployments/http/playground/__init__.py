@@ -45,7 +45,8 @@ def page() -> Response:
 def _tables() -> str:
     """What the scripts know of the strategies: names and summaries, as the table has them."""
     summaries = {name: strategy.summary for name, strategy in STRATEGIES.items()}
-    return f"const STRATEGIES = {json.dumps(summaries)};\nconst DEFAULT_STRATEGY = {json.dumps(SpeculationParams().strategy)};"
+    default = SpeculationParams().strategy
+    return f"const STRATEGIES = {json.dumps(summaries)};\nconst DEFAULT_STRATEGY = {json.dumps(default)};"
 
 
 def _hashed(inline: str) -> str:
