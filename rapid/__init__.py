@@ -1,6 +1,7 @@
 """The core of RAPID: models, KV caches, the batching engine, verification rules and the decode loop; free of Ray.
 
-Its rooms from the lowest to the highest; a room imports itself and the rooms below it (`tests/test_imports.py`):
+The modules and packages below are listed from the lowest to the highest. Each one imports only itself and the ones
+before it; `tests/test_imports.py` checks this.
 
     errors strategies weights text kv_cache kernels models sampling speculation engine request events output
     backend drafters generate
@@ -10,18 +11,19 @@ import ctypes
 import os
 import sys
 
-# All of this is read when torch loads or first allocates, so it has to be set before; what the user set stays.
+# torch reads these variables when it loads or first allocates, so they are set here. The user's own values stay.
 #
-# PyTorch's CPU threads busy-wait between operators. A decode step is hundreds of short ones, so threads that sleep at
-# once are woken hundreds of times; but with two engines on the same cores, as target and drafter are on one machine,
-# threads that spin for long burn each other's time slices. So they spin for a short while.
+# PyTorch's CPU threads busy-wait between operators. A decode step has hundreds of short operators. Threads that sleep
+# at once must be woken hundreds of times; threads that spin for long burn the time slices of a second engine on the
+# same cores (target and drafter on one machine). So the threads spin for a short while.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
-# Weights and KV caches in huge pages: a decode step reads hundreds of megabytes, and would miss the TLB all along.
+# Weights and KV caches lie in huge pages: a decode step reads hundreds of megabytes; small pages would miss the TLB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if sys.platform == "linux":
-    # glibc returns a freed activation to the system and faults it in again for the next operator, thousands of pages a
-    # step. Let it keep them. (M_MMAP_THRESHOLD, at its largest; M_TRIM_THRESHOLD; other C libraries ignore the call.)
+    # By default glibc returns a freed activation to the system and faults it in again for the next operator: thousands
+    # of pages a step. These settings make glibc keep the memory (M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD).
+    # Other C libraries ignore the call.
     try:
         _libc = ctypes.CDLL(None)
         _libc.mallopt(-3, 32 * 2**20)

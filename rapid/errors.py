@@ -1,7 +1,34 @@
-"""Every error a caller can meet, each with a machine-readable code and an HTTP-style status.
+"""The errors that a caller can meet. Each has a machine-readable code and an HTTP status.
 
-They cross process boundaries, so each one unpickles to an equal error. The attributes live on the instance, never on
-the class: Ray hands a caller a subclass of the error's type that looks up on the real error only what the type lacks.
+    RapidError                       internal_error           500
+        InvalidRequest               invalid_request          400
+            ContextLengthExceeded    context_length_exceeded  400
+        ModelNotFound                model_not_found          404
+        ModelMismatch                model_mismatch           500
+        ModelFileError               model_file_error         500
+        EngineLost                   engine_lost              503
+            SequenceClosed           sequence_closed          503
+        DraftLost                    drafter_lost             503
+        RetrievalFailed              retrieval_failed         503
+        Overloaded                   overloaded               503, or 429
+    PassAbandoned                    (internal: it never leaves the engine)
+
+The package deployments adds subclasses of RapidError:
+
+        ConfigError                  config_error             500   deployments.config
+        ManifestError                manifest_error           500   deployments.cli.manifests
+        InvalidKey                   invalid_api_key          401   deployments.http.access
+        OriginRefused                origin_not_allowed       403   deployments.http.access
+        TimedOut                     request_timeout          504   deployments.http.access
+        RateLimited                  rate_limit_exceeded      429   deployments.http.rate_limits
+        FileNotStored                file_not_found           404   deployments.files.store
+
+Where an error is raised it may set another code or status. `retrieval.errors.RetrievalError` is no RapidError: the
+package retrieval works without this one, and the backends turn its error into RetrievalFailed.
+
+Errors cross process boundaries, so each one unpickles to an equal error. The attributes live on the instance and not on
+the class: Ray hands the caller a subclass of the error's type, and this subclass looks up on the real error only the
+attributes that the type lacks.
 """
 
 from __future__ import annotations
@@ -11,9 +38,9 @@ from typing import Any
 
 
 class RapidError(Exception):
-    """An error with a `message` for people, a `code` for programs, and the request field (`param`) that caused it.
+    """An error with a `message` for people, a `code` for programs, and the request field that caused it (`param`).
 
-    `status` is the HTTP status the error becomes when it reaches the HTTP layer.
+    The HTTP layer answers with `status`.
     """
 
     _code = "internal_error"
@@ -29,19 +56,19 @@ class RapidError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own calls the class with `args`, which a subclass with other parameters would refuse.
+        # Exception.__reduce__ calls the class with `args`; a subclass with other parameters would refuse them.
         return __newobj__, (type(self), *self.args), self.__dict__
 
 
 class InvalidRequest(RapidError):
-    """The request is malformed or asks for something that cannot be had."""
+    """The request is malformed, or it asks for something that this service does not have."""
 
     _code = "invalid_request"
     _status = 400
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt and the tokens asked for do not fit the model's window. All three counts are in tokens."""
+    """The prompt and the requested tokens do not fit the model's window. All three counts are in tokens."""
 
     _code = "context_length_exceeded"
 
@@ -57,14 +84,14 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class ModelNotFound(RapidError):
-    """No model of that name is served, or none is embedded."""
+    """The service has no model of that name, or no model of that name is embedded."""
 
     _code = "model_not_found"
     _status = 404
 
 
 class ModelMismatch(RapidError):
-    """Target and drafter do not share a tokenizer, so one's draft means nothing to the other."""
+    """Target and drafter have different tokenizers, so the target cannot read the drafter's token ids."""
 
     _code = "model_mismatch"
 
@@ -76,38 +103,41 @@ class ModelFileError(RapidError):
 
 
 class EngineLost(RapidError):
-    """The engine that held a sequence is gone, or no longer holds it; another one may go on."""
+    """The engine that held a sequence is gone, or no longer holds it. Another engine may continue the request."""
 
     _code = "engine_lost"
     _status = 503
 
 
 class SequenceClosed(EngineLost):
-    """The sequence was cancelled, or its lease expired: there is nothing left to extend."""
+    """The request was cancelled, or the sequence's lease expired: the engine no longer has the sequence."""
 
     _code = "sequence_closed"
 
 
 class DraftLost(RapidError):
-    """A draft that was asked for did not come: its drafter is gone, or failed. The target can do without."""
+    """The drafter is gone or failed, so a draft did not come. The target continues without it."""
 
     _code = "drafter_lost"
     _status = 503
 
 
 class RetrievalFailed(RapidError):
-    """The retriever, or its store, is gone or failed. An answer can do without: the target reads the whole context."""
+    """The retriever or its store is gone or failed. The target then reads the whole context."""
 
     _code = "retrieval_failed"
     _status = 503
 
 
 class Overloaded(RapidError):
-    """No capacity now; the same request may succeed later. Status 503, or 429 where this caller's own queue is full."""
+    """The engines have no capacity now; the same request may succeed later.
+
+    Status 503; or 429 where the queue of the engine is full.
+    """
 
     _code = "overloaded"
     _status = 503
 
 
 class PassAbandoned(Exception):
-    """A forward pass ended early: nobody wants its result any more. Never leaves the engine."""
+    """A forward pass ended early, because no request waits for its result any more. It never leaves the engine."""

@@ -1,4 +1,4 @@
-"""What comes of a request: a Delta for each round, a Finish at the end, and the statistics of both."""
+"""The events of a request: a Delta for each round, and a Finish at the end with the request's statistics."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 @dataclass
 class Statistics:
-    """What one request did; times in milliseconds. docs/openai_api.md defines each field.
+    """Counts and times of one request; times are in milliseconds. docs/openai_api.md defines each field.
 
-    ``queueing`` is the time until the target had a place.
-    ``transport`` is the time of the rounds that is neither drafting nor verification: messages and waiting.
-    ``resuming`` is the time it took to go on elsewhere, ``resumed`` times, after the target's engine was lost.
+    ``queueing`` is the time until the target's engine admitted the sequence.
+    ``transport`` is the part of the rounds that is neither drafting nor verification: messages and waiting.
+    ``resuming`` is the time to continue on another engine after the target's engine was lost, ``resumed`` times.
     """
 
     strategy: str
@@ -62,7 +62,7 @@ class Statistics:
 
     @classmethod
     def of_all(cls, choices: Sequence[Statistics]) -> Statistics:
-        """Those of several choices of one prompt: what each did is summed, what they share is counted once."""
+        """The statistics of all choices of one prompt: each choice's own work is added up, shared work counts once."""
         first = choices[0]
 
         def summed(*names: str) -> dict[str, Any]:
@@ -74,14 +74,14 @@ class Statistics:
             first,
             **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
             **summed("resumed", "drafters_lost"),
-            cached_tokens=min(choice.cached_tokens for choice in choices),  # what one read, the next may find
+            cached_tokens=min(choice.cached_tokens for choice in choices),  # the first may fill pages for the rest
             fallback=next((choice.fallback for choice in choices if choice.fallback), None),
             timings_ms=times | shared,
         )
 
 
 class NamedToken(NamedTuple):
-    """A token with the bytes that it stands for, and its natural log-probability."""
+    """A token, the bytes that it stands for, and its natural log-probability."""
 
     token: int
     spelled: bytes
@@ -89,10 +89,10 @@ class NamedToken(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """A token that was written, and the most likely ones in its place.
+    """A written token, and the most likely tokens at its position.
 
-    The logarithms are of the distribution that it was sampled from: after penalties, grammar and warping, and as the
-    verification rule shifts it. A greedy choice has those of the unwarped distribution.
+    The log-probabilities are of the distribution that the token was sampled from: after penalties, grammar and warping,
+    and as the verification rule shifts it. For a greedy choice they are of the unwarped distribution.
     """
 
     chosen: NamedToken
@@ -102,9 +102,10 @@ class TokenLogprobs(NamedTuple):
 class Delta(NamedTuple):
     """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 
-    The first ``num_accepted`` tokens were drafted by ``source``; the one after them, if it is there, is the target's.
-    ``chunks`` is `Statistics.chunks` as far as it is known. ``logprobs`` has an entry for each token whose text is out
-    with this one. ``choice`` is which of n it is of.
+    The drafter ``source`` drafted the first ``num_accepted`` tokens; the token after them, if there is one, is the
+    target's (recovered or bonus). ``chunks`` is `Statistics.chunks`, empty before the retriever has answered.
+    ``logprobs`` has an entry for each token whose text is complete with this event. ``choice`` is the number of the
+    choice, from 0.
     """
 
     tokens: list[int]
@@ -125,7 +126,7 @@ class Delta(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end: ``reason`` is "stop" (end of sequence or stop string) or "length"."""
+    """The end of a choice. ``reason`` is "stop" (end of sequence or stop string) or "length"."""
 
     text: str
     reason: str

@@ -1,6 +1,6 @@
 """The decode loop: ask for offers, choose, propose, verify, roll back, emit, until done. Start reading here.
 
-`generate` sees the world through a `Backend`, which retrieves and leases sequences on engines. In one process that is
+`generate` works through a `Backend`, which retrieves passages and leases sequences on engines. In one process that is
 `rapid.backend.local.LocalBackend`; on a cluster the engines are processes of their own.
 """
 
@@ -33,17 +33,18 @@ logger = logging.getLogger(__name__)
 async def generate(
     request: GenerationRequest, backend: Backend, retrieve: Retrieve | None = None
 ) -> AsyncGenerator[Delta | Finish, None]:
-    """Writes one completion. Yields a `Delta` a round, and a `Finish` at the end.
+    """Writes one completion. Yields a `Delta` for each round, and a `Finish` at the end.
 
-    ``retrieve`` takes the place of the backend's, where several completions share what is retrieved.
+    ``retrieve`` replaces the backend's, where several completions share one retrieval.
 
-    The first tokens do not wait for a drafter, unless γ is fixed or the request has a seed that must be honoured. When
-    a drafter is lost, the target goes on alone until there is another; when the target is lost, another one goes on
-    with the same text. Closing the iterator early, or cancelling the task that reads it, frees all sequences.
+    The first tokens do not wait for a drafter, unless γ is fixed or the request has a seed. When a drafter is lost, the
+    target continues alone until there is another. When the target is lost, another engine continues the same text.
+    Closing the iterator early, or cancelling the task that reads it, frees all sequences.
 
     Raises:
         ContextLengthExceeded: prompt and output do not fit the window of the model that reads them.
-        EngineLost: the target was lost, and no other could be had.
+        EngineLost: the target was lost, and no other engine could continue.
+        Overloaded: no engine had room for the target's sequence.
     """
     started = time.perf_counter()
     session = Session(request, backend, retrieve or backend.retrieve)
@@ -68,7 +69,7 @@ async def generate(
                     await drafter.lost()
                     plan = PLAIN_ROUND
             transfers = drafter is not None and drafter.sampled and strategy.transfers
-            # The engine also rolls back: its sequence ends behind the last token of the verdict.
+            # The engine also rolls back: afterwards its sequence ends with the last token of the verdict.
             verdict = await target.verify(VerifyRequest(draft, transfers))
             emitted, pieces, logprobs = writer.write(verdict.tokens, verdict.logprobs)
             output += emitted
@@ -90,7 +91,7 @@ async def generate(
 async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, dict[str, Drafter], int]:
     """Leases and prefills the target, and starts the strategy's drafters beside it.
 
-    Returns (target, drafters by label, how many tokens may be written).
+    Returns (target, drafters by label, the most tokens to write).
     """
     request, backend, stats = session.request, session.backend, session.statistics
     spec, strategy = request.speculation, STRATEGIES[request.speculation.strategy]
@@ -152,10 +153,10 @@ def _count_round(stats: Statistics, source: str, verdict: VerifyResult, num_emit
 async def generate_choices(
     request: GenerationRequest, num_choices: int, backend: Backend
 ) -> AsyncGenerator[Delta | Finish, None]:
-    """`generate`, ``num_choices`` times; ``choice`` says which one an event is of, and each ends with a `Finish`.
+    """Runs `generate` ``num_choices`` times; ``choice`` tells the events apart, and each choice ends with a `Finish`.
 
-    The choices share what is retrieved, and the keys and values of the prompt. Choice i has the seed plus i, where
-    there is one: the same request with n = 1 and that seed writes the same. An error in one choice ends them all.
+    The choices share the retrieval, and the keys and values of the prompt. If the request has a seed, choice i has the
+    seed plus i: the same request with n = 1 and that seed writes the same text. An error in one choice ends them all.
     """
     if num_choices == 1:
         async with aclosing(generate(request, backend)) as only:
@@ -197,7 +198,7 @@ def _seeded(request: GenerationRequest, choice: int) -> GenerationRequest:
 
 
 class _RetrieveOnce:
-    """Asks the retriever for the first choice that wants to know, and tells the others the same."""
+    """Asks the retriever for the first choice that needs it, and gives the other choices the same answer."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

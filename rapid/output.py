@@ -1,4 +1,4 @@
-"""From the tokens of a round to what may be shown of them, and when the end is reached."""
+"""Turns the tokens of each round into the text that the client may see, and decides where the output ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rapid.text.tokenizer import Detokenizer, spell
 
 
 class Written(NamedTuple):
-    """What of a round stands: ``pieces[i]`` is the text that ``tokens[i]`` completed."""
+    """The tokens of a round that are output: ``pieces[i]`` is the text that ``tokens[i]`` completed."""
 
     tokens: list[int]
     pieces: list[str]
@@ -19,10 +19,10 @@ class Written(NamedTuple):
 
 
 class OutputWriter:
-    """Writes one completion of up to ``max_tokens``. ``reason`` says why it ended, and is None before that.
+    """Writes one completion of up to ``max_tokens``. ``reason`` says why the output ended; it is None before.
 
-    The text is cut at a stop string, and the tokens behind the one that completes it are dropped with it. The
-    log-probabilities of a token are held back for as long as its text is.
+    The writer cuts the text at a stop string, and discards the tokens behind the one that completes it. It holds back
+    the log-probabilities of a token as long as the token's text.
     """
 
     def __init__(self, request: GenerationRequest, eos: frozenset[int], max_tokens: int) -> None:
@@ -31,11 +31,11 @@ class OutputWriter:
         self._stop_tokens = frozenset(request.stop_token_ids)
         self._ends = eos | self._stop_tokens
         self._text = Detokenizer(self._tokenizer, request.stop, request.min_tokens)
-        self._num_out = 0  # of the tokens with log-probabilities
+        self._num_out = 0  # how many tokens' log-probabilities were released
         self._held: list[TokenLogprobs] = []
 
     def write(self, tokens: list[int], logprobs: list[Logprobs]) -> Written:
-        """Adds a round's ``tokens``, up to where the end is; ``logprobs`` has one for each, or none."""
+        """Adds a round's ``tokens``, up to the end of the output; ``logprobs`` has an entry for each token, or none."""
         pieces: list[str] = []
         for token in tokens[: self._room]:
             pieces.append("" if token in self._stop_tokens else self._text.push(token))
@@ -50,7 +50,7 @@ class OutputWriter:
         return Written(stands, pieces, self._release())
 
     def finish(self) -> Written:
-        """What was held back until now."""
+        """The text and the log-probabilities that were held back."""
         return Written([], [self._text.finish()], self._release())
 
     def _release(self) -> list[TokenLogprobs]:

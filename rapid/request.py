@@ -1,4 +1,4 @@
-"""One completion as it is asked for."""
+"""A request for one completion."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from rapid.text.prompts import Prompt
 class GenerationRequest:
     """One completion to write. ``max_tokens`` None means ``default_max_tokens``, or less where the window ends.
 
-    ``retrieval`` holds the retriever's options; they are passed on to the backend as they are. With ``ignore_eos`` an
-    end of sequence is written like any other token; one of ``stop_token_ids`` ends the output all the same, unseen. The
-    first ``min_tokens`` are not looked through for stop strings; that no end is drawn among them, ``logits`` say. With
-    ``num_logprobs`` each token comes with its log-probability, and those of that many most likely ones.
+    ``retrieval`` holds the retriever's options; `generate` passes them to the backend unchanged. With ``ignore_eos`` an
+    end of sequence is written like any other token. One of ``stop_token_ids`` ends the output in any case, and its text
+    is not shown. Stop strings do not apply to the first ``min_tokens`` tokens; ``logits`` makes sure that no end of
+    sequence is sampled among them. With ``num_logprobs`` each token comes with its log-probability, and with those of
+    that many most likely tokens.
     """
 
     prompt: Prompt

@@ -1,7 +1,8 @@
 """The strategies and the verification rules, by name: how a request may be decoded.
 
-Both tables stand here alone. The command line, its completion, the page, the API's description and the README read
-them from here, or a test compares. This module imports nothing, so that a process without torch can read it.
+Only this module defines the two tables. The command line, its completion, the page, the API's description and the
+README read them from here, or a test compares them. This module imports nothing of the project, so that a process
+without torch can read it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Literal
 class Strategy:
     """One row of the table.
 
-    ``reads`` is what the target is opened with: the whole context, or only what was retrieved of it. ``drafters`` are
+    ``reads`` is what the target reads: the whole context, or only the passages retrieved from it. ``drafters`` are
     classes of `rapid.drafters` as "module:Class", in the order in which a fixed γ prefers them; a class is imported
-    when a request needs it. With ``transfers`` a drafter's q may move the output (η, paper §3.3).
+    when a request needs it. With ``transfers`` a drafter's q may change the output (η, paper §3.3).
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The target's sequence, held by a lease on some engine, and leased anew where that engine is lost.
+"""The target's sequence, leased on an engine, and leased again when that engine is lost.
 
-The request has every token that was emitted, so nothing is lost with an engine: another engine reads the prompt and the
-output so far, and goes on from there. Positions are counted in the output, so no token can be written twice either.
+The request holds every emitted token. So when an engine is lost, another engine reads the prompt and the output so far,
+and continues from there. Positions count output tokens, so no token can be written twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rapid.speculation.draft import VerifyResult
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two tries to lease
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # seconds between two tries to lease
 
 
 class TargetLease:
@@ -35,7 +35,7 @@ class TargetLease:
         self._lease: Lease | None = None
 
     async def open(self) -> None:
-        """Waits for a place, and reads the prompt."""
+        """Waits for room on an engine, and prefills the prompt."""
         await self._try_until_open(lambda error: isinstance(error, EngineLost))
 
     async def _open(self) -> None:
@@ -50,7 +50,7 @@ class TargetLease:
         self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
-        """One round, on another engine where this one is lost.
+        """Verifies one round. If the engine is lost, another engine continues.
 
         Raises:
             EngineLost: no other engine was found within the backend's ``resume_timeout_s``.
@@ -74,7 +74,7 @@ class TargetLease:
         started = time.monotonic()
         self._stats.resumed += 1
         await self._stack.aclose()
-        await self._try_until_open(may_pass)  # a request that has begun to answer waits for room, too
+        await self._try_until_open(may_pass)  # a request that has begun to answer also waits for room
         self._stats.timings_ms["resuming"] += (time.monotonic() - started) * 1e3
 
     async def _try_until_open(self, try_again: Callable[[RapidError], bool]) -> None:
@@ -91,5 +91,5 @@ class TargetLease:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same may succeed later: an engine is lost or full, and nothing is wrong with the request."""
+    """Whether a later try may succeed: an engine is lost or full, and the request itself is valid."""
     return isinstance(error, RapidError) and error.status >= 429

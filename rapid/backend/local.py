@@ -1,4 +1,4 @@
-"""The backend of one process: engines and a retriever called directly. The command line and the tests run on it."""
+"""The backend of one process, which calls engines and a retriever directly. The command line and the tests use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OnPrefill = Callable[[Role, int, int], None]
 class LocalBackend:
     """Two engines (or one engine in both roles) and a retriever in this process.
 
-    ``on_prefill(role, tokens done, tokens in all)`` is called a few times a second while a prompt is read.
+    The backend calls ``on_prefill(role, tokens done, tokens in all)`` a few times a second during a prefill.
 
     Raises:
         ModelMismatch: the two models do not share a tokenizer.
@@ -87,7 +87,7 @@ class LocalBackend:
             engine.close(sequence)
 
     async def _report(self, role: Role, sequence: Sequence, answer: Awaitable[Any]) -> Any:
-        """Waits for a prefill, and tells how far it is."""
+        """Waits for a prefill, and reports its progress."""
         running = asyncio.ensure_future(answer)
         try:
             while not running.done():

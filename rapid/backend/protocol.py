@@ -1,4 +1,4 @@
-"""Where the models and the retriever are, as the decode loop sees them."""
+"""The models and the retriever, as the decode loop sees them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RetrievedChunk(RetrievedText, Protocol):
 
 
 class Retrieval(Protocol):
-    """A retriever's answer: the chunks it kept, in document order, and token counts."""
+    """A retriever's answer: the retrieved chunks, in document order, and token counts."""
 
     @property
     def chunks(self) -> Sequence[RetrievedChunk]: ...
@@ -44,38 +44,39 @@ class Retrieval(Protocol):
 
 
 class Lease:
-    """One sequence on one engine, for as long as the context manager that gave it stays open.
+    """One sequence on one engine, as long as the context manager that gave the lease is open.
 
-    ``call`` is the transport: it brings a method's name and its message to a `rapid.engine.lease.LeasedSequence`, in
-    this process or in another, and the result back. A call is sent when it is made, and calls are carried out in order.
-    Every call raises EngineLost where the engine is gone.
+    ``call`` is the transport: it sends a method's name and its message to a `rapid.engine.lease.LeasedSequence`, in
+    this process or in another, and returns the result. Calls are sent at once, and the engine starts them in order.
+    Every call raises EngineLost if the engine is gone.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     def prefill(self) -> Awaitable[PrefillResult]:
-        """Reads the prompt."""
+        """Prefills the prompt."""
         return self.call("prefill")
 
     def propose(self, request: DraftRequest) -> Awaitable[Draft]:
-        """A draft (`rapid.engine.propose.propose`)."""
+        """Asks for a draft (`rapid.engine.propose.propose`)."""
         return self.call("propose", request)
 
     def drafted_ahead(self) -> Awaitable[Draft | None]:
-        """What the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
+        """The tokens that the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
         return self.call("drafted_ahead")
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
-        """One round (`rapid.engine.verify.verify_draft`)."""
+        """Verifies one round (`rapid.engine.verify.verify_draft`)."""
         return self.call("verify", request)
 
 
 class Backend(Protocol):
-    """``costs`` is what rounds of earlier requests took; a request leaves its own there.
+    """Where `generate` gets sequences and passages. ``costs`` are the costs of rounds, which each request reads and
+    updates.
 
-    ``resume_timeout_s`` is for how long another engine is looked for when one is lost, 0 where there is no other. With
-    ``overlap`` drafters draft on while the target verifies.
+    ``resume_timeout_s`` is how long a request looks for another engine after a loss; 0 if there is no other engine.
+    With ``overlap`` drafters draft ahead while the target verifies.
     """
 
     costs: Costs
@@ -84,26 +85,26 @@ class Backend(Protocol):
 
     def info(self, role: Role) -> ModelInfo: ...
     async def stats(self) -> dict[Role, EngineStats]:
-        """What the engines hold that are there."""
+        """The statistics of every engine that answers."""
         ...
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
-        """What of ``contents`` matters to ``query``.
+        """The chunks of ``contents`` that are relevant to ``query``.
 
         Raises:
-            RetrievalFailed: the retriever cannot tell now.
+            RetrievalFailed: the retriever or its store is gone or failed.
         """
         ...
 
     async def forget(self, tokens: list[int]) -> None:
-        """Drops what the engines have cached of a text of these ``tokens``."""
+        """Makes the engines forget the cached keys and values of a text with these ``tokens``."""
         ...
 
     def lease(self, role: Role, request: SequenceRequest) -> AbstractAsyncContextManager[Lease]:
-        """A sequence on one of the engines.
+        """Leases a sequence on one of the engines.
 
         Raises:
-            Overloaded: there is no room, and the request may not wait or too many requests do.
+            Overloaded: there is no room, and the request may not wait, or too many requests wait already.
             EngineLost: no engine answers.
         """
         ...

@@ -1,4 +1,4 @@
-"""What every drafter is to the decode loop."""
+"""The interface between the decode loop and every drafter."""
 
 from __future__ import annotations
 
@@ -15,47 +15,50 @@ if TYPE_CHECKING:
 
 
 class Drafter(ABC):
-    """Proposes tokens for one request; made anew for each, with the `Session` that the request's drafters share.
+    """Proposes tokens for one request. Each request has its own drafters, which share the request's `Session`.
 
-    Every round the loop asks each drafter for an `offer`, lets at most one of them `propose`, and tells all of them
-    what the target made of it (`observe`). A round, for a drafter that looks tokens up:
+    Every round the loop asks each drafter for an `offer`, lets at most one of them `propose`, and gives all of them the
+    target's result (`observe`). A round, for a drafter that looks tokens up:
 
         text     … the cat sat on the mat. The cat sat on
-        offer    8 known tokens, the first of which stands with probability 0.55
+        offer    8 known tokens, the first of which is accepted with probability 0.55
         propose  "the mat"        (the controller allowed two)
         observe  "the sofa"       (one accepted, one recovered)
     """
 
     label: str  # in traces, statistics and metrics
-    sampled: bool  # whether q is real; else each token is certain, and it is verified losslessly
+    sampled: bool  # whether tokens are sampled from a q; else q is one-hot, and verification is lossless
 
     @abstractmethod
     def __init__(self, session: Session) -> None: ...
 
     async def start(self, *, wait: bool) -> None:  # noqa: B027 (most drafters have nothing to begin)
-        """Called once the target has read the prompt. With ``wait``, returns when it is clear whether there will be
-        drafts: a request with a seed must not depend on what comes first."""
+        """The loop calls this once, when the target has read the prompt.
+
+        With ``wait`` it returns when the drafter knows whether there will be drafts: a request with a seed must not
+        depend on the order of events.
+        """
 
     @abstractmethod
     def offer(self, room: int) -> Offer | None:
-        """What this drafter could bring to the next round, of at most ``room`` tokens (≥ 1); None where nothing."""
+        """The drafter's offer for the next round, of at most ``room`` tokens (≥ 1); None if it has nothing to offer."""
 
     @abstractmethod
     def propose(self, limits: DraftLimits) -> Awaitable[Draft]:
         """The draft that was offered last, within ``limits``.
 
         Raises:
-            DraftLost: the draft does not come; the target can do without.
+            DraftLost: the draft does not come; the target continues without it.
         """
 
     def observe(self, result: VerifyResult) -> None:  # noqa: B027
-        """What the target wrote in the round that has ended, whichever drafter took part."""
+        """Receives the target's result of the round that has ended, also when another drafter or none proposed."""
 
     async def lost(self) -> None:  # noqa: B027
-        """The draft that was asked for did not come."""
+        """The loop calls this when a requested draft did not come."""
 
     async def close(self) -> None:  # noqa: B027
-        """The request is over."""
+        """The loop calls this when the request is over."""
 
 
 def drafter_class(reference: str) -> type[Drafter]:

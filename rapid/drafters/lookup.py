@@ -1,7 +1,7 @@
-"""Drafts for nothing: what followed the last time the text went like this (prompt lookup).
+"""Drafts without a model: the tokens that followed the last time the text was like this (prompt lookup).
 
-All n-grams of the prompt and the output are indexed. A match is extended backwards as far as it goes. Of several places
-the one with the longest match is continued, the latest of equals.
+The index holds all n-grams of the prompt and the output. A match is extended backwards as far as the texts agree. The
+drafter continues the longest match; of equally long matches it takes the latest.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_dr
 
 NGRAM = 3
 _LONGEST_MATCH = 32
-_PLACES = 8  # how many places with the same n-gram are compared, the latest first
+_PLACES = 8  # how many positions with the same n-gram are compared, the latest first
 
-# Classes of the length of the match that a continuation follows, and how often its tokens stand, to begin with.
+# Classes of match lengths, and for each class the prior probability that a continuation's token is accepted.
 MATCH_LENGTHS = (4, 6, 9, 14, 24)
 MATCH_PRIOR = (0.3, 0.45, 0.55, 0.65, 0.75, 0.9)
 
 
 class LookupDrafter(Drafter):
-    """Continues the text as it went on before. The tokens are known, so a draft costs no step."""
+    """Continues the text as it continued before. The tokens are known, so a draft costs no step."""
 
     label = "lookup"
     sampled = False
@@ -62,7 +62,7 @@ class LookupDrafter(Drafter):
 
 
 class Lookup:
-    """An index over ``tokens``, which grows with `extend`. Building takes about a microsecond a token."""
+    """An index over ``tokens``, which `extend` makes longer. Building it takes about a microsecond a token."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
@@ -74,12 +74,15 @@ class Lookup:
         first = max(NGRAM, len(self._tokens))
         self._tokens.extend(tokens)
         text = self._tokens
-        # The n-gram at the very end has nothing behind it yet, and is indexed with the next token.
+        # No token follows the last n-gram yet; the next call indexes it.
         for end in range(first, len(text)):
             self._ends[tuple(text[end - NGRAM : end])].append(end)
 
     def find(self, max_tokens: int) -> tuple[int, list[int]] | None:
-        """(length of the longest match with the end of the text, up to ``max_tokens`` that followed there)."""
+        """(length of the longest match with the end of the text, up to ``max_tokens`` tokens that followed the match).
+
+        None if no n-gram matches.
+        """
         text, size = self._tokens, len(self._tokens)
         best_length, best_end = 0, 0
         for end in reversed(self._ends.get(tuple(text[size - NGRAM :]), [])[-_PLACES:]):

@@ -1,6 +1,6 @@
 """A drafter model that reads the passages retrieved from the context, on an engine of its own (paper §3.2).
 
-It is leased in the background, at once, and again for as long as there is none: the answer never waits for it.
+The drafter leases its sequence in the background, and leases a new one when it is lost. The answer never waits for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResul
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# The drafter's random numbers must not be the target's: acceptance has to be independent of what was drafted.
+# The drafter's random numbers must differ from the target's: acceptance has to be independent of the draft tokens.
 _DRAFTER_SEED = 0x5DEECE66D
 CONFIDENCE_PRIOR = (0.45, 0.5, 0.55, 0.6, 0.7, 0.78, 0.85, 0.9, 0.96)  # by class of CONFIDENCES
 
@@ -43,8 +43,8 @@ class RetrievalDrafter(Drafter):
         self._eos = session.backend.info("drafter").eos_token_ids
         self._ahead: asyncio.Future[Draft | None] | None = None
         self._proposed = False
-        self._knows = 0  # how much of the output the drafter has seen
-        self._request: SequenceRequest | None = None  # what its sequence is opened with, once the passages are known
+        self._knows = 0  # how many output tokens the drafter has
+        self._request: SequenceRequest | None = None  # for its sequence, once the passages are known
         self._tried = asyncio.Event()
         self._trying = asyncio.create_task(self._open())
 
@@ -59,16 +59,16 @@ class RetrievalDrafter(Drafter):
         return Offer(self.label, room, by_confidence=acceptance.table(), mean=acceptance.mean())
 
     async def propose(self, limits: DraftLimits) -> Draft:
-        """The draft at once where it was drafted ahead and is here already, else once the drafter sends it."""
+        """The draft that was made ahead, if it is here and still fits; else the draft that the drafter sends now."""
         assert self._lease is not None
         self._proposed = True
         session, output = self._session, self._session.output
-        # How far the drafter comes ahead depends on the clock, and with that which random numbers are used for what.
+        # The clock decides how far the drafter drafts ahead, and so which random numbers each token gets.
         limits = replace(limits, ahead=self._backend.overlap and session.by_the_clock)
         sent = self._lease.propose(DraftRequest(self._knows, output[self._knows :], limits))
         draft = self._drafted_ahead(limits)
         if draft is not None:
-            _unwatched(sent)  # it is the same
+            _unwatched(sent)  # the drafter sends the same draft
         self._knows, self._ahead = len(output), None
         if limits.ahead:
             self._ahead = _unwatched(self._lease.drafted_ahead())
@@ -78,7 +78,10 @@ class RetrievalDrafter(Drafter):
             raise DraftLost(f"the drafter failed: {error}") from error
 
     def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
-        """The draft that was made in case the output would go on as it did; None where it did not, or is not here."""
+        """The draft that was made ahead, on the guess that all draft tokens are accepted.
+
+        Returns None if the output differs from the guess, or the draft is not here.
+        """
         if self._ahead is None or not self._ahead.done() or self._ahead.cancelled() or self._ahead.exception():
             return None
         drafted = self._ahead.result()
@@ -97,7 +100,7 @@ class RetrievalDrafter(Drafter):
         self._proposed = False
 
     async def lost(self) -> None:
-        """Another lease, when there is one, goes on from the output so far."""
+        """Leases another sequence, which continues from the output so far."""
         statistics = self._session.statistics
         statistics.drafters_lost += 1
         self._lease = self._ahead = None
@@ -123,7 +126,7 @@ class RetrievalDrafter(Drafter):
                     await self._open_with(self._request)
                     statistics.fallback = None
                 return
-            except Exception as error:  # no failure of the drafter's is one of the request
+            except Exception as error:  # a failure of the drafter must not fail the request
                 logger.warning("going on without a drafter: %s", error)
                 statistics.fallback = error.code if isinstance(error, RapidError) else "drafter_failed"
                 await self._stack.aclose()
@@ -134,7 +137,7 @@ class RetrievalDrafter(Drafter):
             pause = max(FIRST_PAUSE_S, 2 * pause)
 
     async def _read(self) -> SequenceRequest | None:
-        """What the sequence is opened with; None, with the reason in the statistics, where there is nothing to read."""
+        """The request for the drafter's sequence; None, with the reason in the statistics, if it cannot read."""
         session = self._session
         prompt = await session.retrieved_prompt()
         if prompt is None:
@@ -145,7 +148,7 @@ class RetrievalDrafter(Drafter):
         request = SequenceRequest(
             prompt, session.max_new_tokens, sampling, session.request.speculation, logits=session.logits
         )
-        if request.capacity - 1 > self._backend.info("drafter").window:  # the last token that it may write is not read
+        if request.capacity - 1 > self._backend.info("drafter").window:  # the last token is never read
             session.statistics.fallback = "drafter_window_exceeded"
             return None
         return request
@@ -153,7 +156,7 @@ class RetrievalDrafter(Drafter):
     async def _open_with(self, request: SequenceRequest) -> None:
         statistics = self._session.statistics
         statistics.draft_prompt_tokens = len(request.prompt)
-        # It never waits for room: requests that hold one engine and wait for the other could wait for ever.
+        # The drafter never waits for room: two requests that each hold one engine's room could block each other.
         request = replace(request.after(self._session.output), may_wait=False)
         lease = await self._stack.enter_async_context(self._backend.lease("drafter", request))
         statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
@@ -161,7 +164,7 @@ class RetrievalDrafter(Drafter):
 
 
 def _unwatched(sent: Awaitable[T]) -> asyncio.Future[T]:
-    """``sent`` as a future whose failure need not be asked for, which asyncio would else complain of."""
+    """``sent`` as a future whose exception is retrieved here; else asyncio would log that it was not."""
     future = asyncio.ensure_future(sent)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future

@@ -1,4 +1,4 @@
-"""One request's state that the target and all of its drafters share."""
+"""One request's state, which the target and all of its drafters share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
 
 
 class Session:
-    """``output`` is everything that was written so far; it grows with every round.
+    """``output`` holds all tokens that were written so far; it grows with every round.
 
-    ``by_the_clock`` says whether choices may depend on measured times: they must not where a seed has to be honoured.
-    ``max_new_tokens`` is the room that each of the request's sequences needs, and ``logits`` what is asked of the
-    logits; both are set once the prompt is known to fit.
+    ``by_the_clock`` says whether choices may depend on measured times: they may not where a seed has to be honoured.
+    ``max_new_tokens`` is the room that each of the request's sequences needs; ``logits`` says how the logits are
+    adjusted. Both are set once the prompt is known to fit.
     """
 
     max_new_tokens: int
@@ -33,13 +33,13 @@ class Session:
         self._retrieve = retrieve
 
     async def retrieved_prompt(self) -> list[int] | None:
-        """The prompt with its context replaced by what was retrieved of it.
+        """The prompt with the retrieved passages in the place of its context.
 
-        Returns None, with the reason in ``statistics.fallback``, where there is nothing to retrieve from or nothing
-        reached the threshold.
+        Returns None, with the reason in ``statistics.fallback``, if there is no context or no passage reached the
+        threshold.
 
         Raises:
-            RetrievalFailed: the retriever cannot be had.
+            RetrievalFailed: the retriever or its store is gone or failed.
         """
         prompt, statistics = self.request.prompt, self.statistics
         if not prompt.contents:

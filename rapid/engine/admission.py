@@ -1,4 +1,4 @@
-"""Who is in an engine and who waits for room in it: sequences come and go, in order of arrival."""
+"""Admission to an engine: which sequences are open, and which requests wait for room, in order of arrival."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ class _Arrival(NamedTuple):
 
 
 class Admission:
-    """The open sequences of ``pool``, the keys and values of model ``name``, and up to ``max_queued`` that wait.
+    """The open sequences of model ``name`` in ``pool``, and up to ``max_queued`` requests that wait for room.
 
-    One is admitted when there is room for all it can ever need, and closed when it was not used for ``idle_timeout``
-    seconds: its owner is gone. Not thread-safe: the engine calls it with its lock held.
+    A request is admitted when the pool has room for all tokens that its sequence can need. A sequence that is not used
+    for ``idle_timeout`` seconds is closed: the request that opened it is gone. Not thread-safe: the engine calls every
+    method with its lock held.
     """
 
     def __init__(self, pool: KVPool, name: str, *, max_queued: int, idle_timeout: float) -> None:
-        self.kv = pool.stats()  # as of the last `update`: between two, the engine's passes change the pool
+        self.kv = pool.stats()  # as of the last `update`; later passes have changed the pool
         self._pool, self._name = pool, name
         self._max_queued, self._idle_timeout = max_queued, idle_timeout
         self._ids = itertools.count(1)
@@ -52,13 +53,13 @@ class Admission:
         return len(self._arrivals)
 
     def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
-        """The sequence, once an `update` has let it in; ``logits`` applies what the request asks of its logits.
+        """A future of the sequence, which a later `update` admits; ``logits`` adjusts the sequence's logits.
 
-        The future fails with `Overloaded` when there is no room and it may not wait, or too many do already. Cancelling
-        it ends the wait.
+        The future fails with `Overloaded` when there is no room and the request may not wait, or too many requests
+        wait. Cancelling the future ends the wait.
 
         Raises:
-            InvalidRequest: it needs more than the whole pool.
+            InvalidRequest: the sequence needs more than the whole pool.
         """
         if self._pool.pages_for(request.capacity) > self._pool.num_pages:
             needed = request.capacity * self._pool.layout.bytes_per_token
@@ -72,10 +73,10 @@ class Admission:
         return self._arrivals[-1].future
 
     def get(self, sequence_id: int) -> Sequence:
-        """The open sequence of that id, which is in use again.
+        """The open sequence of that id; the call counts as a use.
 
         Raises:
-            SequenceClosed: it was closed, or expired.
+            SequenceClosed: the sequence was closed, or expired.
         """
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
@@ -84,15 +85,15 @@ class Admission:
         return sequence
 
     def leave(self, sequence: Sequence) -> None:
-        """Closes ``sequence``; its room is taken back by the next `update` that no longer finds it busy."""
+        """Closes ``sequence``. A later `update` releases its pages, once no task works on it."""
         if self._sequences.pop(sequence.id, None):
             self._closing.append(sequence)
             sequence.ended.set_result(None)
 
     def update(self, busy: Set[int]) -> None:
-        """Closes what is idle, takes back what closed sequences held, and lets in who now has room.
+        """Closes idle sequences, releases the pages of closed ones, and admits requests that now have room.
 
-        ``busy`` are the ids of sequences that a task works on, or waits to.
+        ``busy`` holds the ids of sequences that a task works on, or waits to work on.
         """
         self._expire(busy)
         for sequence in [s for s in self._closing if s.id not in busy]:
@@ -115,7 +116,7 @@ class Admission:
         self.kv = self._pool.stats()
 
     def refuse(self, error: Exception) -> None:
-        """Fails everyone who waits."""
+        """Fails every request that waits."""
         for _, _, future in self._arrivals:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)

@@ -1,9 +1,10 @@
 """The batching loop: one model, one thread, many sequences.
 
-A *task* is a generator that yields `ForwardRequest`s ("append these tokens to this sequence and give me the logits of the
-last rows") and is sent the logits. Prefill, propose and verify (`rapid.engine.verify`) are such generators, so the loop knows
-nothing of drafts or rules: it gathers what all live tasks ask for, cuts it to a token budget, runs one ragged forward
-pass, and hands the rows back. Target and drafter are the same class.
+A *task* is a generator. It yields `ForwardRequest`s ("append these tokens to this sequence, and give me the logits of
+the last rows"), and the engine sends it the logits. Prefill, propose and verify (`rapid.engine.verify`,
+`rapid.engine.propose`) are such generators, so the loop does not know drafts or rules. Each iteration gathers the
+requests of all live tasks, cuts them to a token budget, runs one ragged forward pass, and hands the rows back. Target
+and drafter use the same class.
 """
 
 from __future__ import annotations
@@ -34,19 +35,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# After these no pass will ever do: a rank is gone, or the device's context is broken. (Memory that ran out is neither.)
+# After these errors every later pass fails: a rank is gone, or the device's context is broken. (An out-of-memory error
+# is neither.)
 _BREAKING = (EngineLost, torch.AcceleratorError)
 
 
 class Engine:
     """Runs tasks over sequences in a thread of its own, batched, within ``kv_bytes`` of keys and values.
 
-    ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the others nor delays a
-    cancellation. A sequence is admitted when there is room for all it can ever need; up to ``max_queued`` wait for that
-    in order of arrival. One that is not used for ``idle_timeout`` seconds is closed: its owner is gone.
+    ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the other sequences nor delays
+    a cancellation. A sequence is admitted when there is room for all tokens that it can need; up to ``max_queued``
+    requests wait for room in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the
+    request that opened it is gone.
 
-    ``ended`` is done when the thread is: after `shutdown`, or because something broke that no task is to blame for.
-    Everything that was asked of it, or is asked later, then fails with EngineLost.
+    ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every open
+    and every later call then fails with EngineLost.
     """
 
     def __init__(
@@ -67,18 +70,18 @@ class Engine:
         self._running: list[RunningTask] = []
         self._forward_passes = self._tokens_processed = 0
         self._wake = threading.Condition()
-        self._ending: EngineLost | None = None  # why nothing is taken any more
+        self._ending: EngineLost | None = None  # why the engine refuses new tasks
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
 
     def open(self, request: SequenceRequest) -> Future[Sequence]:
-        """A new sequence, with a random generator of its own.
+        """A future of a new sequence, which has a random generator of its own.
 
-        The future fails with `Overloaded` when there is no room and the sequence may not wait, or too many do already.
-        A caller that gives up while it waits hands the future to `abandon`.
+        The future fails with `Overloaded` when there is no room and the request may not wait, or too many requests
+        wait. A caller that no longer wants the sequence passes the future to `abandon`.
 
         Raises:
-            InvalidRequest: it needs more than the whole budget.
+            InvalidRequest: the sequence needs more than the whole budget.
         """
         logits = None
         if request.logits is not None:
@@ -87,12 +90,12 @@ class Engine:
         with self._wake:
             future = self._admission.arrive(request, logits)
             if self._ending:
-                self._admission.refuse(copy.copy(self._ending))  # whoever raises an error leaves a trace in it
+                self._admission.refuse(copy.copy(self._ending))  # each raise adds a traceback
             self._wake.notify()
         return future
 
     def abandon(self, opened: Future[Sequence]) -> None:
-        """Ends the wait for room that `open` began, or closes the sequence if it came at the same moment."""
+        """Ends the wait for room that `open` began, or closes the sequence if it was admitted at the same moment."""
 
         def give_back(done: Future[Sequence]) -> None:
             if not done.cancelled() and done.exception() is None:
@@ -105,19 +108,22 @@ class Engine:
         """The open sequence of that id.
 
         Raises:
-            SequenceClosed: it was closed, or expired.
+            SequenceClosed: the sequence was closed, or expired.
         """
         return self._admission.get(sequence_id)
 
     def close(self, sequence: Sequence) -> None:
-        """Gives the sequence's room back. Tasks on it fail with SequenceClosed, at the next layer of a pass that is
-        nobody else's, and after the pass otherwise."""
+        """Closes the sequence. The engine frees its room before a later pass.
+
+        Tasks on the sequence fail with SequenceClosed: at the next layer if all sequences of the pass are closed, else
+        after the pass.
+        """
         with self._wake:
             self._admission.leave(sequence)
             self._wake.notify()
 
     def submit(self, task: Task[T]) -> Future[T]:
-        """Runs ``task`` to its end; the future has its return value, or the exception that ended it.
+        """Runs ``task`` to its end; the future gets its return value, or the exception that ended it.
 
         Cancelling the future ends the task before the next pass.
         """
@@ -131,7 +137,7 @@ class Engine:
         return future
 
     def forget(self, tokens: list[int]) -> Future[int]:
-        """Drops what is cached of a text of these ``tokens`` (`KVPool.forget`); how many pages that were."""
+        """Forgets the cached pages of a text with these ``tokens`` (`KVPool.forget`); the future gives their number."""
 
         def task() -> Task[int]:
             return self._pool.forget(tokens)
@@ -140,7 +146,7 @@ class Engine:
         return self.submit(task())
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done so far."""
+        """The engine's open and waiting sequences, its memory, and its counts since the start."""
         with self._wake:
             return EngineStats(
                 num_sequences=self._admission.num_sequences,
@@ -152,7 +158,7 @@ class Engine:
             )
 
     def shutdown(self) -> None:
-        """Ends the thread; whatever is still running fails with SequenceClosed."""
+        """Ends the thread; every open task fails with SequenceClosed."""
         with self._wake:
             self._ending = self._ending or SequenceClosed("the engine is shutting down")
             self._wake.notify()
@@ -188,9 +194,9 @@ class Engine:
         self._admission.update({running.request.sequence.id for running in self._running})
 
     def _step(self) -> None:
-        """One iteration: schedule, run, send the rows back."""
+        """One iteration: schedule, run a pass, send the rows back."""
         for running in [r for r in self._running if r.request.tokens is None]:
-            # Another sequence may have computed the same beginning since the last pass.
+            # Another sequence may have computed the same prefix since the last pass.
             self._pool.adopt(running.request.sequence.cache, running.request.sequence.prompt)
             if running.num_left <= 0:
                 self._resume(running, None)

@@ -1,6 +1,6 @@
-"""What an engine answers about one sequence: the calls of a lease, each with one message and one result.
+"""The calls that an engine answers for one leased sequence, each with one message and one result.
 
-The same class answers in the engine's own process and behind a connection; only how a call gets here differs.
+The engine's own process and a connection from another process use the same class.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify"})
 class LeasedSequence:
     """``sequence`` of ``engine``, for the request that leased it.
 
-    Every call begins when it is made, so calls begin in order, and many may be under way at once.
+    Calls start in order, at once when they are made; several may be in progress at the same time.
     """
 
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self._engine, self.sequence = engine, sequence
 
     def call(self, method: str, *message: Any) -> Awaitable[Any]:
-        """The call named ``method``, as it comes over a connection.
+        """Makes the call named ``method``, which came over a connection.
 
         Raises:
             ValueError: there is no such call.

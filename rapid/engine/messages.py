@@ -1,8 +1,8 @@
-"""What a request and an engine say to each other: one message each way for each call of a lease.
+"""The messages between a request and an engine: for each call of a lease, one message each way.
 
-Messages cross process boundaries, and processes that hold no model read them: this module does not import torch.
-Positions are counted in the output. ``offset`` is the number of output tokens that the sender has, so a lost or doubled
-token is an error and never a wrong text.
+Messages cross process boundaries, and processes that hold no model read them, so this module does not import torch.
+Positions count output tokens. ``offset`` is the number of output tokens that the sender has, so a lost or doubled token
+is an error and never a wrong text.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rapid.speculation.params import SpeculationParams
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """What a sequence is opened with: room for ``prompt`` and ``max_new_tokens``, and how it samples.
+    """A request for a sequence: room for ``prompt`` and ``max_new_tokens``, and the way it samples.
 
-    The last ``written`` tokens of the prompt are output already: another engine wrote them, and this sequence goes on.
-    With ``may_wait`` False the sequence gets its room at once or not at all. With ``num_logprobs`` each token that is
-    written comes with its log-probability, and with those of that many most likely ones. ``speculation`` holds for
-    every draft and every verification of the sequence.
+    The last ``written`` tokens of the prompt are output already: another engine wrote them, and this sequence
+    continues. With ``may_wait`` False the request gets room at once or fails. With ``num_logprobs`` each written token
+    comes with its log-probability, and with those of that many most likely tokens. ``speculation`` holds for every
+    draft and every verification of the sequence.
     """
 
     prompt: list[int]
@@ -40,7 +40,9 @@ class SequenceRequest:
         return len(self.prompt) + self.max_new_tokens
 
     def after(self, output: list[int]) -> SequenceRequest:
-        """The same once ``output`` has been written. The random numbers that led to it do not come again."""
+        """The same request once ``output`` has been written; the random numbers that led to ``output`` are not used
+        again.
+        """
         sampling = self.sampling
         if sampling.seed is not None and output:
             sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
@@ -55,7 +57,7 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """``cached_tokens`` of the prompt were found in the engine's memory; the rest took ``elapsed_ms``."""
+    """``cached_tokens`` of the prompt were in the engine's cache; the prefill of the rest took ``elapsed_ms``."""
 
     cached_tokens: int
     elapsed_ms: float
@@ -66,7 +68,7 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Draft after the output up to ``offset`` and the ``tokens`` that were written since, within ``limits``."""
+    """Asks for a draft within ``limits`` after the output, whose tokens from ``offset`` on are ``tokens``."""
 
     offset: int
     tokens: list[int]
@@ -78,7 +80,7 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """Verify ``draft``: by the sequence's rule and η where ``transfers``, else losslessly (q moves nothing)."""
+    """Asks to verify ``draft``: by the sequence's rule and η if ``transfers``, else losslessly (the output is p)."""
 
     draft: Draft
     transfers: bool = False
@@ -88,7 +90,7 @@ class VerifyRequest:
 
 
 class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory held by the ``num_sequences`` open sequences; ``kv`` has it in full."""
+    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts."""
 
     num_sequences: int
     num_waiting: int

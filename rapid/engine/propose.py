@@ -1,4 +1,4 @@
-"""The task that proposes a draft: rolls back to what was written, samples token by token, and may go on ahead."""
+"""The task that proposes a draft: rolls back to the written output, samples token by token, and may draft ahead."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Drafting = Generator[ForwardRequest | EarlyResult, Tensor | None, float]
 
 
 def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
-    """Samples a draft after the output up to ``request.offset`` and the ``request.tokens`` that were written since.
+    """Samples a draft behind the output; the output's tokens from ``request.offset`` on are ``request.tokens``.
 
-    The task rolls back what was drafted before and does not agree with these tokens. What was drafted ahead behind
-    them, if they came as guessed, is the beginning of this draft. The draft ends at an end of sequence, or where the
-    request's limits say that its next token would hardly stand.
+    The task rolls back earlier draft tokens that differ from these tokens. If tokens were drafted ahead and these
+    tokens came as guessed, the draft begins with the rest of them. The draft ends at an end of sequence, or where the
+    request's limits expect that the next token would be rejected.
 
-    The caller's thread runs this function, while the engine may be in a pass: a pass that follows a wrong guess ends
-    early. The engine runs the task that it returns.
+    The caller's thread runs this function, while the engine may be in a pass: so a pass that follows a wrong guess ends
+    early. The engine runs the task that this function returns.
     """
     offset, tokens, limits = request.offset, request.tokens, request.limits
     before, rest = sequence.drafting_ahead, Future[Any]() if limits.ahead else None
@@ -50,13 +50,13 @@ def _propose(
     before: Future[Any] | None,
     rest: Future[Any] | None,
 ) -> Task[Draft]:
-    """``before`` is what the last draft request still drafts ahead, ``rest`` what this one is to draft ahead."""
+    """``before`` is the future of tokens that the last request still drafts ahead; ``rest`` is that of this request."""
     started = time.perf_counter()
     offset, tokens, limits = request.offset, request.tokens, request.limits
     try:
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
-        # Its first token is a guess of the one that follows an accepted draft. Only past that was anything drafted.
+        # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it.
         guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
         known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
         sequence.rebase(offset, tokens, len(known.tokens))
@@ -64,7 +64,7 @@ def _propose(
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
         first_ms = 0.0
         if not ended:
-            # What is asked of the logits may depend on the tokens, which the host then has to see one by one.
+            # The adjustment of the logits may depend on the tokens, so the host must see them one by one.
             at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
             first_ms = yield from _draw_on(sequence, draft, limits, eos, at_once=at_once)
         sequence.output[start - sequence.written :] = draft.tokens
@@ -86,12 +86,12 @@ def _propose(
 
 
 async def drafted_ahead(drafting: Future[Draft] | None) -> Draft | None:
-    """Of a sequence's `drafting_ahead`, once it is done; None where it was stopped.
+    """The result of a sequence's `drafting_ahead`, once it is done; None if it was stopped.
 
-    This is the latest draft, and behind it, as if all of it stood, ``num_ahead`` tokens: a guess of the next one and
-    a draft behind that. The guess is only compared with what the target sampled without knowing it, and what is
-    drafted behind it comes from the same q as if it were drafted later. So which tokens are written is as likely as
-    without, under every rule.
+    The result is the latest draft and ``num_ahead`` tokens behind it, as if all of the draft were accepted: a guess of
+    the next token, and a draft behind the guess. The guess is only compared with the token that the target sampled
+    without knowing it, and the draft behind it comes from the same q as if it were drafted later. So the output's law
+    is the same as without drafting ahead, under every rule.
     """
     if drafting is None:
         return None
@@ -101,7 +101,7 @@ async def drafted_ahead(drafting: Future[Draft] | None) -> Draft | None:
 
 
 def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Draft | None:
-    """What was drafted ahead so far, now part of the sequence's output."""
+    """Stops drafting ahead; returns the tokens drafted so far, which are now part of the sequence's output."""
     if drafting is not None:
         drafting.cancel()
     ahead, sequence.ahead = sequence.ahead, None
@@ -113,8 +113,8 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
 def _draw_on(sequence: Sequence, draft: Draft, limits: DraftLimits, eos: frozenset[int], *, at_once: bool) -> Drafting:
     """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
 
-    Tokens come to the host one by one, or ``at_once``: a GPU would otherwise wait for each. What then lies behind the
-    end is dropped.
+    The host reads each token as it is sampled, or, with ``at_once``, all tokens at the end, so that a GPU does not wait
+    for the host between two tokens. Tokens behind the draft's end are then discarded.
     """
     started, first_ms = time.perf_counter(), 0.0
     drawn: list[Drawn] = []
@@ -136,7 +136,7 @@ def _draw_on(sequence: Sequence, draft: Draft, limits: DraftLimits, eos: frozens
 
 
 def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator: torch.Generator) -> Drawn:
-    """One token from the drafter's ``logits`` [V]."""
+    """Samples one token from the drafter's ``logits`` [V]."""
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         ids, weights = token.view(1), torch.ones(1, device=logits.device)
@@ -148,7 +148,7 @@ def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator:
 
 
 def _bring(drawn: list[Drawn]) -> Iterator[DraftedToken]:
-    """What was ``drawn``, with one copy from the device."""
+    """The tokens of ``drawn``, with one copy from the device for each column."""
     columns = [torch.stack(column).cpu() for column in zip(*drawn, strict=True)]
     for token, ids, weights, confidence in zip(*columns, strict=True):
         inside = weights > 0

@@ -1,4 +1,4 @@
-"""A task between two passes, and which tasks get how many tokens of the next one."""
+"""Tasks between two passes, and how many tokens of the next pass each task gets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rapid.kernels.interface import Tokens
 
 
 class RunningTask:
-    """A task between two steps: what it asks for, once it was resumed, and how much of that has been done."""
+    """A task between two passes: the request that it yielded, and how many of its tokens have been processed."""
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self.task, self.future = task, future
 
     def resume(self, logits: Tensor | None) -> None:
-        """To the next pass that the task asks for; raises what ends it."""
+        """Runs the task to its next request; raises the exception that ends it (StopIteration with its result)."""
         wish = self.task.send(logits)
         while isinstance(wish, EarlyResult):
             settle(self.future, wish.result)
@@ -43,24 +43,24 @@ class RunningTask:
 
 
 def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, int]]:
-    """Who runs how many tokens: short requests first, and what is left of the budget to the long ones."""
+    """How many tokens each task gets: short requests first; long requests share the rest of the budget."""
     scheduled: list[tuple[RunningTask, int]] = []
     for running in sorted(tasks, key=lambda task: task.num_left):
-        # Several rows of logits come from one pass, so what wants them is not cut below them.
+        # All rows of logits of a request come from one pass, so its last part is not cut below that many tokens.
         num_tokens = min(running.num_left, budget)
         if 0 < running.num_left - num_tokens < running.request.num_rows:
             num_tokens = running.num_left - running.request.num_rows
         if num_tokens > 0:
             scheduled.append((running, num_tokens))
             budget -= num_tokens
-    if not scheduled and tasks:  # a request for more rows than the budget: alone, it may exceed it
+    if not scheduled and tasks:  # a request for more rows than the budget runs alone, and exceeds it
         shortest = min(tasks, key=lambda task: task.num_left)
         scheduled.append((shortest, shortest.num_left))
     return scheduled
 
 
 def settle(future: Future[Any], outcome: object) -> None:
-    """Sets the result, or the exception; unless nobody waits for it any more."""
+    """Sets the result or the exception of ``future``, unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, Exception):

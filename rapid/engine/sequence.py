@@ -1,4 +1,4 @@
-"""A sequence of tokens in an engine, and how a task asks the engine to extend it."""
+"""A sequence of tokens in an engine, and the requests by which a task makes the engine append tokens to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 class Sequence:
     """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
 
-    ``ended`` is done once the sequence is closed, by the request that opened it or for being idle.
+    ``ended`` is done once the sequence is closed: by the request that opened it, or because it was idle.
     """
 
     id: int
@@ -35,8 +35,8 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
-    ahead: Draft | None = None  # what is being drafted behind the output
-    drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it ends that
+    ahead: Draft | None = None  # the tokens drafted ahead, behind the output
+    drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
     last_used: float = field(default_factory=time.monotonic)
 
     @property
@@ -45,16 +45,16 @@ class Sequence:
 
     @property
     def written(self) -> int:
-        """How many tokens at the prompt's end are output of a sequence elsewhere, which this one goes on from."""
+        """How many tokens at the prompt's end are output that another engine wrote."""
         return self.request.written
 
     @property
     def position(self) -> int:
-        """How many tokens of output there are, here and elsewhere."""
+        """The number of output tokens, those of other engines included."""
         return self.written + len(self.output)
 
     def emitted(self, position: int) -> list[int]:
-        """The output before ``position``, here and elsewhere."""
+        """The output before ``position``, that of other engines included."""
         start = len(self.prompt) - self.written
         return (self.prompt[start:] + self.output)[:position]
 
@@ -64,13 +64,14 @@ class Sequence:
         return self.prompt[self.cache.length :] + self.output[max(0, cached) :]
 
     def rebase(self, offset: int, tokens: list[int], num_kept: int = 0) -> None:
-        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to where that still agrees.
+        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to the last position that still
+        agrees.
 
-        ``num_kept`` tokens of the output stay behind them, which only makes sense where all of ``tokens`` agree.
-        The last token is never left in the cache, even if it agrees: feeding it is what gives the next logits.
+        ``num_kept`` tokens of the output stay behind ``tokens``; this requires that all of ``tokens`` agree. The last
+        token never stays in the cache, even if it agrees: the next pass must read it to give the next logits.
 
         Raises:
-            ValueError: the output ends before ``offset``, or what this sequence did not write is to change.
+            ValueError: the output ends before ``offset``, or ``offset`` lies before this sequence's own output.
         """
         start = offset - self.written
         if not 0 <= start <= len(self.output):
@@ -86,17 +87,18 @@ class Sequence:
 
 
 def _uncancellable() -> Future[None]:
-    """A future that one waiter's cancellation does not cancel for the others."""
+    """A future that several callers wait for; the cancellation of one wait does not cancel it for the others."""
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
 class ForwardRequest(NamedTuple):
-    """What a task asks of the next pass: append ``tokens`` to ``sequence``; send back the logits of the last ``num_rows`` of them.
+    """A task's request for the next pass: append ``tokens`` to ``sequence``, return the last ``num_rows`` rows of
+    logits.
 
-    ``tokens`` None asks for a prefill: all of the prompt but its last token, as much of it as no other sequence has
-    computed meanwhile.
+    ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
+    computes in the meantime.
     """
 
     sequence: Sequence
@@ -105,7 +107,7 @@ class ForwardRequest(NamedTuple):
 
 
 class EarlyResult(NamedTuple):
-    """A task's result before its end. What it does from there on, nobody waits for, and cancelling ``rest`` ends."""
+    """A task's result before the task ends. The task continues in the background; cancelling ``rest`` ends it."""
 
     result: object
     rest: Future[object]

@@ -1,8 +1,9 @@
 """The one thread of a process in which PyTorch computes.
 
-OpenMP gives every thread that calls it a team of its own, and once the teams of a process have more members than there
-are cores, their members hardly spin between operators any more but sleep, which a decode step of hundreds of short
-operators pays for each time. So models load, engines step and embedders embed here, in turns, as they would anyway.
+OpenMP gives every calling thread a team of worker threads. If the teams of a process have more members than there are
+cores, the members sleep between operators and hardly spin. A decode step has hundreds of short operators, and each one
+then pays for waking them. So models load, engines step and embedders embed on this one thread, in turns; they would
+share the cores in any case.
 """
 
 from __future__ import annotations
@@ -18,5 +19,5 @@ _THREAD = ThreadPoolExecutor(1, "compute")
 
 
 def compute(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls ``function`` on the thread, and returns what it returns or raises what it raises. Not reentrant."""
+    """Calls ``function`` on the thread; returns its result, or raises its exception. Not reentrant."""
     return _THREAD.submit(function, *args, **kwargs).result()

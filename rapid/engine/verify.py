@@ -1,7 +1,7 @@
 """The tasks on the target: prefill a prompt, verify a draft.
 
-Each is a task for `rapid.engine.engine.Engine`. A verification fails where its draft was made for another position of
-the output, so a lost or doubled token is an error and never a wrong text.
+`rapid.engine.engine.Engine` runs them. A verification fails if its draft was made for another position of the output,
+so a lost or doubled token is an error and never a wrong text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rapid.speculation.verification import LOSSLESS, RULES, Rule, output_law, ve
 
 
 def prefill(sequence: Sequence) -> Task[PrefillResult]:
-    """Fills the cache with all of the prompt but its last token, which the first round feeds."""
+    """Fills the cache with all of the prompt but its last token, which the first round reads."""
     started = time.perf_counter()
     if len(sequence.prompt) - 1 > sequence.cache.length:
         yield ForwardRequest(sequence, None, 0)
@@ -30,10 +30,10 @@ def prefill(sequence: Sequence) -> Task[PrefillResult]:
 def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResult]:
     """One round on the target: scores [last token; draft] in one pass, accepts or recovers, rolls back (paper §3.3).
 
-    A draft that was looked up ends before the first token that breaks the request's grammar.
+    A draft that was looked up is cut before the first token that breaks the request's grammar.
 
     Raises:
-        ValueError: the draft was made for another position of the output, or was drawn in spite of the grammar.
+        ValueError: the draft was made for another position of the output, or a sampled draft breaks the grammar.
     """
     started = time.perf_counter()
     draft, sampling, num_logprobs = request.draft, sequence.request.sampling, sequence.request.num_logprobs
@@ -61,7 +61,7 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
     emitted = [*draft.tokens[:num_accepted], next_token]
     logprobs = []
     if num_logprobs is not None:
-        # A greedy choice is certain, which says nothing: there it is the unwarped distribution's.
+        # A greedy choice has probability 1, which is no information: the unwarped distribution is reported instead.
         logprobs = _logprobs(logits.log_softmax(-1) if law is None else law, emitted, num_logprobs)
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
@@ -79,7 +79,7 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
 
 
 def _rule(request: VerifyRequest, sequence: Sequence) -> tuple[Rule, float]:
-    """The verification rule and η of this draft: lossless where q is not to move the output."""
+    """The verification rule and η of this draft: lossless if q may not change the output."""
     speculation = sequence.request.speculation
     return (RULES[speculation.verification], speculation.transfer_strength) if request.transfers else (LOSSLESS, 0.0)
 
@@ -95,8 +95,8 @@ def dense(draft: Draft, vocab_size: int, device: torch.device) -> Tensor:
 def _within_grammar(draft: Draft, num_allowed: int) -> Draft:
     """``draft`` up to the first token that breaks the grammar.
 
-    To cut a draft because of a token that was drawn would move the output's law. Of one that was looked up there was no
-    choice, and a drafter, which knows the grammar, draws none.
+    A cut because of a sampled token would change the output's law. A looked-up draft has no choice to bias, and a
+    sampling drafter applies the grammar itself, so it never draws such a token.
     """
     if num_allowed < len(draft.tokens) and len(draft.distributions[num_allowed][0]) > 1:
         raise ValueError(f"the drafter drew token {draft.tokens[num_allowed]}, which breaks the grammar")
@@ -104,7 +104,7 @@ def _within_grammar(draft: Draft, num_allowed: int) -> Draft:
 
 
 def _logprobs(log_probs: Tensor, tokens: list[int], num_top: int) -> list[Logprobs]:
-    """Of the first rows of ``log_probs`` [n, V], one for each of ``tokens``; what has no chance is left out."""
+    """For each of ``tokens``, log-probabilities from its row of ``log_probs`` [n, V], without impossible tokens."""
     rows = log_probs[: len(tokens)]
     own = rows.gather(-1, torch.tensor(tokens, device=rows.device).unsqueeze(-1)).squeeze(-1).tolist()
     values, ids = (part.tolist() for part in rows.topk(min(num_top, rows.shape[-1])))

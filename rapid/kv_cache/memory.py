@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""Free memory of the host and of GPUs, and how much of it an engine takes for keys and values."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FREE_MEMORY_SHARE = 0.3  # of what is free, for one engine's keys and values, unless it is told
+FREE_MEMORY_SHARE = 0.3  # of the free memory, for one engine's keys and values, unless the configuration gives bytes
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now: of a GPU's memory, or of the host's within the limits of this container."""
+    """Bytes that this process can take now: of a GPU's memory, or of the host's within the limits of this container."""
     if device.type == "cuda":
-        import torch  # here, since processes without a model read this module's constant
+        import torch  # only here: processes without torch read this module's constant
 
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # unlike SC_AVPHYS_PAGES, this counts what the page cache would give back
+    if meminfo.exists():  # unlike SC_AVPHYS_PAGES, it counts the page cache's reclaimable memory
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -39,16 +39,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def kv_budget(devices: Sequence[torch.device]) -> int:
-    """Bytes for the keys and values of layers on these ``devices``: as much as the device with least room allows."""
+    """Bytes for the keys and values of layers on these ``devices``; the device with the least room decides."""
     layers = Counter(devices)
     return int(min(FREE_MEMORY_SHARE * free_memory(d) * len(devices) / layers[d] for d in layers))
 
 
 def take_small_pages(tensor: Tensor) -> None:
-    """Has Linux give the memory of an unwritten CPU tensor in pages of 4 KiB, as it is written, and not of 2 MiB.
+    """Makes Linux back the memory of an unwritten CPU tensor with pages of 4 KiB, not of 2 MiB, as it is written.
 
-    For what is written a little here and there: keys and values of one request lie in as many places as there are
-    layers and heads.
+    This saves memory where writes are scattered: the keys and values of one request lie in as many separate ranges as
+    there are layers and heads.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return
@@ -59,11 +59,11 @@ def take_small_pages(tensor: Tensor) -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what was freed so far, where the C library can.
+    """Returns freed memory to the system, where the C library can do this.
 
-    `rapid` has glibc keep freed memory for the next pass's activations. After a load that is the checkpoint as it was
-    read, several times what a pass needs.
+    `rapid` makes glibc keep freed memory for the next pass's activations. After a model is loaded, the kept memory is
+    as large as the checkpoint, several times the need of a pass.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

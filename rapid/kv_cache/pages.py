@@ -1,8 +1,8 @@
-"""Which pages of a pool are free, in use, or kept for whoever brings the same tokens again. No tensor is touched here.
+"""Which pages of a pool are free, in use, or cached for a later prompt with the same tokens. No tensor is touched here.
 
-A page that is full is indexed by its tokens and by the page before it, so that a later prompt with the same beginning
-finds it, also while the sequence that computed it is still running. A page that nobody uses any more keeps its content
-until its room is needed, least recently used first.
+A full page is indexed by its tokens and by the page before it. A later prompt with the same beginning finds the page,
+even while the sequence that computed it is still running (prefix sharing). A page without users keeps its content until
+another sequence needs the room; the least recently used page is evicted first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 _Key = tuple[int, tuple[int, ...]]
 _ROOT = 0
-_RUN = 8  # tokens in a row that tell one text from others
+_RUN = 8  # tokens in a row that identify a text
 _MIX = np.random.default_rng(0).integers(2**63, size=_RUN)
 
 
@@ -30,7 +30,7 @@ class PageAllocator:
         self._users = [0] * num_pages
         self._index: dict[_Key, int] = {}
         self._keys_of: list[_Key | None] = [None] * num_pages
-        self._node_of: list[int] = [_ROOT] * num_pages  # a serial number, so that a reused page is another parent
+        self._node_of: list[int] = [_ROOT] * num_pages  # serial numbers; a reused page gets a new one
         self._serials = itertools.count(_ROOT + 1)
         self._unused: OrderedDict[int, None] = OrderedDict()  # indexed pages without users, the least recent first
 
@@ -40,13 +40,14 @@ class PageAllocator:
 
     @property
     def num_kept(self) -> int:
-        """Of those without users; they could be evicted."""
+        """The number of indexed pages without users; they can be evicted."""
         return len(self._unused)
 
     def match_prefix(self, tokens: Sequence[int], first: int, before: int | None) -> list[int]:
-        """The indexed pages with ``tokens`` from ``first`` on behind the page ``before``, which get one more user.
+        """Finds the indexed pages that hold ``tokens`` from ``first`` on, behind the page ``before``; each gets one
+        more user.
 
-        The last token is left out. Without a ``before`` the pages are those of a beginning.
+        The last token is left out. ``before`` None means that the pages begin a prompt.
         """
         pages = []
         parent = self._node(before)
@@ -64,9 +65,10 @@ class PageAllocator:
         return self._keys_of[page] is not None
 
     def insert(self, page: int, tokens: Sequence[int], before: int | None) -> int:
-        """Lets ``page`` be found by its ``tokens`` behind the page ``before``.
+        """Indexes ``page`` by its ``tokens`` and the page ``before`` it.
 
-        Returns the page to go on with: another one where the same was computed twice at the same time.
+        Returns the page to continue with. It is another page if two sequences computed the same tokens at the same
+        time.
         """
         key = (self._node(before), tuple(tokens))
         known = self._index.get(key)
@@ -79,7 +81,10 @@ class PageAllocator:
         return known
 
     def take(self, count: int) -> list[int] | None:
-        """``count`` pages, side by side wherever possible: attention reads neighbours as one. None without room."""
+        """Takes ``count`` free pages, side by side wherever possible, because attention reads neighbours in one run.
+
+        Returns None if there is no room.
+        """
         if count <= 0:
             return []
         if self.num_free + self.num_kept < count:
@@ -97,8 +102,8 @@ class PageAllocator:
         return pages
 
     def release(self, pages: list[int]) -> None:
-        """One user less; indexed pages stay until their room is needed."""
-        # Backwards, so that of one sequence the end is evicted before the beginning it cannot be found without.
+        """Removes one user from each page; indexed pages stay until another sequence needs the room."""
+        # Backwards: a page can only be found through the pages before it, so a sequence's end is evicted first.
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page] == 0:
@@ -113,10 +118,11 @@ class PageAllocator:
             self._evict()
 
     def forget(self, tokens: Sequence[int]) -> int:
-        """Forgets the pages with `_RUN` of ``tokens`` in a row in them, wherever that is, and every page behind one.
+        """Forgets every page that holds `_RUN` of ``tokens`` in a row, at any position, and every page behind such a
+        page.
 
-        What has users is found by nobody else from now on, and free once they are gone. Returns how many pages were
-        forgotten.
+        No other sequence finds these pages from now on. Pages with users become free once the users are gone. Returns
+        the number of forgotten pages.
         """
         if not self._index:
             return 0
@@ -138,7 +144,7 @@ class PageAllocator:
         return _ROOT if page is None else self._node_of[page]
 
     def _gap(self, count: int) -> int | None:
-        """Where the first ``count`` free pages in a row begin."""
+        """The first of ``count`` free pages in a row; None if there is no such gap."""
         edges = np.flatnonzero(np.diff(np.concatenate(([False], self._free, [False]))))
         starts, ends = edges[::2], edges[1::2]
         long_enough = np.flatnonzero(ends - starts >= count)

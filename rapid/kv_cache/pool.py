@@ -1,7 +1,7 @@
-"""Keys and values of all sequences of one model: a pool of pages under a fixed budget, with shared prefixes.
+"""Keys and values of all sequences of one model: a pool of pages under a fixed budget, with prefix sharing.
 
 A page holds the keys and values of ``page_size`` consecutive tokens in every layer. Sequences that begin alike share
-pages (`rapid.kv_cache.pages`). Shared pages are never written again: a sequence only ever writes behind what it shares.
+pages (`rapid.kv_cache.pages`). Shared pages are read-only: a sequence writes only behind the pages that it shares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rapid.kv_cache.stats import PoolStats
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What one token occupies: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
+    """The size of one token: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
 
     num_kv_heads: int
     head_dim: int
@@ -32,7 +32,7 @@ class KVLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where a pass begins and ends: tokens go in and logits come out there."""
+        """The device where a pass begins and ends: it takes tokens and gives logits."""
         return self.devices[0]
 
     @property
@@ -41,17 +41,17 @@ class KVLayout:
 
 
 class KVPool:
-    """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: the engine's thread owns it.
+    """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: only the engine's thread uses it.
 
-    ``keys`` and ``values`` have for each layer, on its device, [KV heads, slots, head size], or [slots, KV heads, head
-    size] when ``slot_major`` (what paged kernels read); token ``i`` of a page is slot ``page · page_size + i``. On a
-    CPU the memory is only taken from the system as pages are written.
+    For each layer, ``keys`` and ``values`` have a tensor on the layer's device: [KV heads, slots, head size], or
+    [slots, KV heads, head size] when ``slot_major`` (the layout that paged kernels read). Token ``i`` of a page is slot
+    ``page · page_size + i``. On a CPU the system gives the memory only as pages are written.
     """
 
     def __init__(self, layout: KVLayout, budget_bytes: int, *, page_size: int = 16, slot_major: bool = False) -> None:
         self.layout, self.page_size = layout, page_size
         self.num_pages = max(1, budget_bytes // (layout.bytes_per_token * page_size))
-        slots = (self.num_pages + 1) * page_size  # and a spare page, which padding may write to
+        slots = (self.num_pages + 1) * page_size  # with a spare page for what padding writes
         heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
         self.keys, self.values = (
             [torch.empty(*heads_and_slots, layout.head_dim, dtype=layout.dtype, device=d) for d in layout.devices]
@@ -64,7 +64,7 @@ class KVPool:
 
     @property
     def spare_slot(self) -> int:
-        """A slot of no sequence."""
+        """A slot that belongs to no sequence."""
         return self.num_pages * self.page_size
 
     @property
@@ -72,7 +72,7 @@ class KVPool:
         return self.layout.bytes_per_token * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
-        """How many pages ``num_tokens`` tokens take."""
+        """The number of pages that ``num_tokens`` tokens need."""
         return -(-num_tokens // self.page_size)
 
     def stats(self) -> PoolStats:
@@ -88,10 +88,10 @@ class KVPool:
         )
 
     def open(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
-        """A cache with room for ``capacity`` tokens, already holding what is known of ``prompt``.
+        """A cache with room for ``capacity`` tokens, which already holds the indexed beginning of ``prompt``.
 
-        The prompt's last token is never taken from the index: feeding it is what gives the first logits. Returns None
-        when there is no room now.
+        The prompt's last token never comes from the index: the model must read it to give the first logits. Returns
+        None if there is no room now.
         """
         shared = self._pages.match_prefix(prompt, 0, before=None)
         own = self._pages.take(self.pages_for(capacity) - len(shared))
@@ -104,12 +104,14 @@ class KVPool:
         return KVCache(self, shared + own, num_shared=len(shared))
 
     def adopt(self, cache: KVCache, tokens: Sequence[int]) -> None:
-        """Replaces pages that ``cache`` has yet to fill with ``tokens`` by ones another sequence has filled since."""
+        """Replaces pages that ``cache`` has yet to fill with ``tokens`` by pages that another sequence has filled
+        since.
+        """
         first = cache.length // self.page_size
         if cache.length % self.page_size or first >= len(cache.pages):
             return
         before = cache.pages[first - 1] if first else None
-        # What is behind a page is known only if that is indexed, and then it is the same as the other sequence's.
+        # The index knows the pages behind a page only if that page is indexed; then it is also the other sequence's.
         if before is not None and not self._pages.is_indexed(before):
             return
         found = self._pages.match_prefix(tokens, cache.length, before)
@@ -121,38 +123,41 @@ class KVPool:
             self._hits, self._misses = self._hits + gained, self._misses - gained
 
     def insert(self, cache: KVCache, tokens: Sequence[int], num_tokens: int) -> None:
-        """Lets others find the full pages among the first ``num_tokens`` of ``cache``, which hold ``tokens``.
+        """Indexes the full pages among the first ``num_tokens`` tokens of ``cache``, which hold ``tokens``.
 
-        They become read-only: the cache must not be truncated below them while they are shared.
+        The pages become read-only: while other sequences share them, the cache must not be truncated below them.
         """
         last_shared = cache.pages[cache.num_shared - 1] if cache.num_shared else None
         if last_shared is not None and not self._pages.is_indexed(last_shared):
-            return  # it was dropped, and what is behind it could not be found
+            return  # the page was forgotten, so no prompt could find the pages behind it
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             own = tokens[i * self.page_size : (i + 1) * self.page_size]
             cache.pages[i] = self._pages.insert(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
             cache.moved(shared_until=i + 1)
 
     def close(self, cache: KVCache) -> None:
-        """Gives the pages back; indexed ones stay until their room is needed."""
+        """Releases the cache's pages; indexed pages stay until another sequence needs the room."""
         self._pages.release(cache.pages)
         cache.pages = []
         cache.moved(shared_until=0)
 
     def evict_unused(self) -> None:
-        """Drops every page that no open sequence uses."""
+        """Evicts every page that no open sequence uses."""
         self._pages.evict_unused()
 
     def forget(self, tokens: Sequence[int]) -> int:
-        """Forgets what was computed of a text, wherever in a prompt it stood (`rapid.kv_cache.pages.PageAllocator.forget`)."""
+        """Forgets the cached pages of a text, at any position in a prompt (`PageAllocator.forget`).
+
+        Returns the number of forgotten pages.
+        """
         return self._pages.forget(tokens)
 
 
 class KVCache:
-    """One sequence's pages, of which the first ``length`` tokens are filled.
+    """One sequence's pages; the first ``length`` tokens in them are filled.
 
-    A forward pass first writes each layer's new rows behind ``length``, then moves ``length`` once (``advance``), so an
-    interrupted pass leaves the cache as it was. Rolling back is setting a length.
+    A forward pass first writes each layer's new rows behind ``length``, then moves ``length`` once (``advance``). So an
+    interrupted pass leaves the cache as it was, and a rollback only sets ``length``.
     """
 
     def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int) -> None:
@@ -162,7 +167,7 @@ class KVCache:
 
     @classmethod
     def at(cls, pool: KVPool, pages: list[int], length: int) -> KVCache:
-        """PageAllocator of ``pool`` that were given out elsewhere, the first ``length`` tokens of which are filled."""
+        """A cache over ``pages`` that another rank allocated; the first ``length`` tokens in them are filled."""
         cache = cls(pool, pages, num_shared=0)
         cache.length = length
         return cache
@@ -172,13 +177,13 @@ class KVCache:
         return len(self.pages) * self.pool.page_size
 
     def moved(self, *, shared_until: int) -> None:
-        """The pages were changed by the pool, and the first ``shared_until`` of them are not the sequence's own."""
+        """Tells the cache that the pool changed its pages; the first ``shared_until`` pages are shared."""
         self.num_shared = shared_until
         self.length = max(self.length, shared_until * self.pool.page_size)
         self._runs = None
 
     def runs(self, end: int) -> list[tuple[int, int]]:
-        """The slots of tokens 0 to ``end`` as (first, past the last) intervals, neighbours joined."""
+        """The slots of tokens 0 to ``end`` as (first, past the last) intervals; neighbouring pages are joined."""
         size = self.pool.page_size
         if self._runs is None:
             breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1
@@ -198,7 +203,7 @@ class KVCache:
         """The slots of the next ``num_tokens`` tokens.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: the tokens do not fit.
         """
         end, size = self.length + num_tokens, self.pool.page_size
         if end > self.capacity:
@@ -210,10 +215,10 @@ class KVCache:
         self.length += num_tokens
 
     def truncate(self, length: int) -> None:
-        """Rolls back to the first ``length`` tokens; what lay behind them is overwritten by the next write.
+        """Rolls back to the first ``length`` tokens; the next write overwrites the rows behind them.
 
         Raises:
-            ValueError: that would cut into shared pages, which are never written again.
+            ValueError: ``length`` cuts into shared pages, which are read-only.
         """
         if length < self.num_shared * self.pool.page_size:
             raise ValueError(f"a rollback to {length} tokens cuts into {self.num_shared} shared pages")

@@ -1,4 +1,4 @@
-"""What a pool of keys and values holds, in numbers. Processes without torch read them."""
+"""Statistics of a pool of keys and values. This module does not import torch, so processes without it can read it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class PoolStats(NamedTuple):
-    """Bytes and counts since the start. ``bytes_used`` belong to open sequences; ``bytes_cached`` could be evicted.
+    """Bytes and counts since the start. ``bytes_used`` belong to open sequences; ``bytes_cached`` can be evicted.
 
-    ``hit_tokens`` were found when prompts came in, ``miss_tokens`` had to be computed.
+    Of the prompts' tokens, ``hit_tokens`` were found in the pool and ``miss_tokens`` had to be computed.
     """
 
     bytes_total: int

@@ -1,9 +1,10 @@
-"""From chat messages or a plain prompt to tokens, and which part of them is context and which is the query.
+"""Turns chat messages or a plain prompt into tokens, and decides which part is context and which is the query.
 
-The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, wherever it stands; so is a history
-of short messages that is longer than that together, exchange by exchange. The query is what the caller names, else the
-last user message, or its last paragraph when that message is itself long; of a message with documents, what is beside
-these. The drafter reads the same messages with the context replaced by what was retrieved of it.
+The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, in any message. Short messages of
+the history are context too when they are longer than that together; they are shortened exchange by exchange. The query
+is the text that the caller names. Else it is the last user message, or the last paragraph of that message if it is
+long, or its text beside the documents if it has documents. The drafter reads the same messages, with the retrieved
+passages in the place of the context.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Tools = Sequence[dict[str, Any]]
 
 
 class Message(NamedTuple):
-    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` is what else the template is given.
+    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` holds further fields for the chat
+    template.
 
-    ``documents`` are the (start, end) of what in ``content`` is a document, in order: each is a content for itself when
-    the message is long, and the rest of the message is not.
+    ``documents`` are the (start, end) of the documents in ``content``, in order. When the message is long, each
+    document is a content of its own, and the rest of the message is not.
     """
 
     role: str
@@ -40,7 +42,7 @@ class Message(NamedTuple):
     documents: tuple[tuple[int, int], ...] = ()
 
     def apart(self) -> tuple[list[str], str]:
-        """The documents, and the rest."""
+        """The documents, and the rest of the message."""
         edges = [0, *(edge for span in self.documents for edge in span), len(self.content)]
         pieces = [self.content[start:end] for start, end in pairwise(edges)]
         rest = [text.strip("\n") for text in pieces[::2]] if self.documents else pieces
@@ -48,7 +50,7 @@ class Message(NamedTuple):
 
 
 class RetrievedText(Protocol):
-    """What this module needs of a retrieved chunk: a piece of ``Prompt.contents[content]``."""
+    """The part of a retrieved chunk that this module needs: a piece of ``Prompt.contents[content]``."""
 
     @property
     def content(self) -> int: ...
@@ -58,12 +60,12 @@ class RetrievedText(Protocol):
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message taken apart: ``contents`` are what retrieval may shorten, ``rest`` what always stays."""
+    """A message in parts: retrieval may shorten the ``contents``, and the ``rest`` always stays."""
 
     role: str
     rest: str
-    exchange: int | None  # what it is kept or dropped with; None: it always stays
-    contents: tuple[int, ...] = ()  # which of the contents are of this message, or gather it with other short ones
+    exchange: int | None  # messages of one exchange stay or go together; None: it always stays
+    contents: tuple[int, ...] = ()  # indices: this message's own contents, or the one that gathers short messages
     is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +78,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request's prompt: ``tokens`` as the target reads it, and the ``contents`` and ``query`` for the retriever."""
+    """A request's prompt: ``tokens`` for the target; ``contents`` and ``query`` for the retriever."""
 
     tokens: list[int]
     contents: list[str]
@@ -88,11 +90,11 @@ class Prompt:
     _template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def shortened(self, chunks: Iterable[RetrievedText]) -> list[int]:
-        """The tokens that the drafter reads: every long content replaced by its ``chunks`` (in document order)."""
+        """The tokens that the drafter reads: ``chunks``, in document order, replace every long content."""
         kept: dict[int, list[str]] = {}
         for chunk in chunks:
             kept.setdefault(chunk.content, []).append(chunk.text.strip())
-        # Messages go by whole exchanges only: many templates insist that user and assistant take turns.
+        # Only whole exchanges are left out: many templates require that user and assistant take turns.
         retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
         dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
@@ -108,7 +110,7 @@ def read_chat(
     tools: Tools = (),
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
-    """Applies the model's chat template, with ``tools`` in OpenAI's form, and the context rule to ``messages``.
+    """Applies the model's chat template and the context rule to ``messages``; ``tools`` are in OpenAI's form.
 
     ``template_kwargs`` are further variables for the template.
 
@@ -127,9 +129,9 @@ def read_text(
     query: str | None = None,
     long_content_tokens: int = LONG_CONTENT_TOKENS,
 ) -> Prompt:
-    """A prompt without a chat template, under the same rule: its last paragraph is the query, the rest the context.
+    """A prompt without a chat template, under the same rule: its last paragraph is the query, the rest is the context.
 
-    Of a prompt of tokens the target reads these, and all else goes by the text that they stand for.
+    If ``text`` is a list of tokens, the target reads these tokens; the context and the query come from their text.
 
     Raises:
         InvalidRequest: the prompt is empty, or has tokens that do not exist.
@@ -171,12 +173,12 @@ def _read(
     contents: list[str] = []
     turns: list[_Turn] = []
     default_query = messages[last].content
-    began = -1  # where the exchange being read began
+    began = -1  # the first message of the current exchange
     gathered: int | None = None  # the content that gathers its short messages
     for i, (role, content, more, _) in enumerate(messages):
         if role == "user":
             began, gathered = i, None
-        # A long system message goes alone.
+        # A long system message is an exchange of its own.
         exchange = began if in_history(i) else i if role == "system" and is_long[i] else None
         if is_long[i]:
             documents, rest = messages[i].apart()
@@ -207,13 +209,13 @@ def _read(
 
 
 def split_question(text: str) -> tuple[str, str]:
-    """(document, last paragraph with the white space before it); the last line where there is no blank line.
+    """(document, last paragraph with the white space before it); without a blank line the last line is the paragraph.
 
     A text of one line has no question of its own: (text, "").
     """
     body = text.rstrip()
     cut, end = body.rfind("\n"), len(body)
-    while (start := body.rfind("\n", 0, end)) >= 0:  # line by line from the end, so linear in the text
+    while (start := body.rfind("\n", 0, end)) >= 0:  # line by line from the end: linear time
         if not body[start + 1 : end].strip():
             cut = start
             break
@@ -248,6 +250,6 @@ def _encode(
             add_generation_prompt=True,
             **template_kwargs,
         )
-    except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last ones where a variable is odd
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last three come from odd variables
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, telling whether two are the same, and turning tokens back into a stream of text."""
+"""Tokenizers: loads one, checks whether two are the same, and turns tokens back into a stream of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an embedded model, a local folder, or a hub id.
 
     Raises:
-        ModelFileError: it is missing or unreadable.
+        ModelFileError: the tokenizer is missing or unreadable, or is not a fast tokenizer.
     """
     try:
         files = embedded_models.resolve(ref)
@@ -36,10 +36,10 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
 
 
 def _loader_of(files: str) -> Any:
-    """The class that loads the tokenizer in ``files``: AutoTokenizer, or the class that it would choose.
+    """The class that loads the tokenizer in ``files``: AutoTokenizer, or the class that AutoTokenizer would choose.
 
-    AutoTokenizer imports torch to choose, some 280 MB in a process that holds no model. Where the files themselves name
-    the class of every tokenizer.json, there is nothing to choose.
+    AutoTokenizer imports torch to choose the class: some 280 MB in a process that holds no model. If the files name the
+    class that reads every tokenizer.json, this import is not needed.
     """
     config = Path(files, "tokenizer_config.json")
     named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
@@ -53,13 +53,13 @@ def _loader_of(files: str) -> Any:
 
 
 def check_same_tokenizer(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> None:
-    """A draft is a list of token ids, so both models must mean the same text by each id.
+    """Checks that both models mean the same text by each token id, because a draft is a list of token ids.
 
-    The vocabularies, the special tokens and the way text is split must agree. How far a checkpoint pads its output
-    beyond the tokenizer does not matter.
+    The vocabularies, the special tokens and the way of splitting text must agree. A checkpoint may pad its output rows
+    beyond the tokenizer.
 
     Raises:
-        ModelMismatch: the message says what differs first, with an example.
+        ModelMismatch: the message names the first difference, with an example.
     """
 
     def refuse(what: str) -> None:
@@ -87,7 +87,7 @@ def check_same_tokenizer(target: PreTrainedTokenizerBase, drafter: PreTrainedTok
             refuse(f"they split {sample!r} into {len(a)} and {len(b)} tokens, {a[:8]}… and {b[:8]}…")
 
 
-# Text that shows most differences in normalisation and splitting: spaces, digits, case, accents, scripts, emoji, code.
+# These texts show most differences in normalisation and splitting: spaces, digits, case, accents, scripts, emoji, code.
 _SAMPLES = (
     "The 3 quick  brown foxes\n\n\tjumped over 1234567890 lazy dogs; don't they?",
     "Ünïcödé naïve ﬁancée e\u0301 中文，没有空格。 русский العربية हिन्दी 👩‍🚀",
@@ -100,7 +100,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level tokenizers write for each byte: itself where it is printable, else from 256 on."""
+    """The character that byte-level tokenizers write for each byte: itself if printable, else one from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -112,7 +112,7 @@ _BYTES = _byte_alphabet()
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """The bytes that one token stands for, which need not be whole characters."""
+    """The bytes of one token; they may be incomplete characters."""
     name = str(tokenizer.convert_ids_to_tokens(token))
     if token in tokenizer.added_tokens_decoder:
         return name.encode()
@@ -124,10 +124,10 @@ def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 
 
 class Detokenizer:
-    """Turns tokens into text as they come: never half a character, never a part of a stop string.
+    """Turns tokens into text as they come. It never returns half a character, or a part of a stop string.
 
-    ``push`` returns what may be shown now. Once ``stopped`` is True a stop string was met; it and all behind it are
-    cut. None is looked for in what the first ``min_tokens`` bring.
+    ``push`` returns the text that the client may see now. ``stopped`` becomes True at a stop string; the text ends
+    before it. The first ``min_tokens`` tokens are not searched for stop strings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
@@ -135,19 +135,21 @@ class Detokenizer:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop, self._min_tokens = tuple(stop), min_tokens
         self._tokens: list[int] = []
-        self._starts: list[int] = []  # where in the text each token's begins
+        self._starts: list[int] = []  # where each token's text begins
         self._decoded = ""  # all text so far
-        self._shown = 0  # how much of it was returned
+        self._shown = 0  # how many characters were returned
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """Everything returned so far."""
+        """All text that was returned so far."""
         return self._decoded[: self._shown]
 
     @property
     def num_shown(self) -> int:
-        """How many tokens' text was returned: in whole, or, once a stop string cut it, in part."""
+        """The number of tokens whose text was returned. A token that a stop string cut counts if a part of it was
+        returned.
+        """
         if self.stopped:
             return bisect_left(self._starts, self._shown)
         all_out = self._shown == len(self._decoded)
@@ -163,7 +165,7 @@ class Detokenizer:
         return self._release(self._held_back())
 
     def finish(self) -> str:
-        """No more tokens come: returns what was held back, incomplete characters included."""
+        """Returns the held-back text, incomplete characters included; no more tokens may come."""
         whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
         if not self.stopped and whole.startswith(self._decoded):
             self._decoded = whole
@@ -182,7 +184,7 @@ class Detokenizer:
         return self._stop if len(self._tokens) > self._min_tokens else ()
 
     def _held_back(self) -> int:
-        """The length of the longest end of the text that is the beginning of a stop string."""
+        """The length of the longest end of the text that may be the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._looked_for()), default=0)
         for length in range(min(longest, len(self._decoded) - self._shown), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
