@@ -144,9 +144,10 @@ def main() -> None:
     write("decode", results, part=part)
     if not options.without_peers:
         results["peers"] = compute(theirs, asked, options.peer_documents, options.peer_tokens, shorts)
-        for way in ("generate", "assisted", "prompt_lookup", "released_rapid", "prefill_tokens_per_second"):
+        measured = {name for row in results["peers"] for name, value in row.items() if isinstance(value, float)}
+        for way in sorted(measured):
             for dtype in ("float32", "bfloat16"):
-                known = [r[way] for r in results["peers"] if r["dtype"] == dtype and r[way] is not None]
+                known = [r[way] for r in results["peers"] if r["dtype"] == dtype and r.get(way) is not None]
                 if known:
                     results[f"{way}_{dtype}"] = statistics.median(known)
                     reads = way == "prefill_tokens_per_second"
