@@ -1,7 +1,7 @@
 """The core of RAPID: models, KV caches, the batching engine, verification rules and the decode loop; free of Ray.
 
-The modules and packages below are listed from the lowest to the highest. Each one imports only itself and the ones
-before it; `tests/test_imports.py` checks this.
+Its modules and packages are listed from the lowest to the highest. Each one imports only itself and the ones before it
+(`tests/test_imports.py`):
 
     errors strategies weights text kv_cache kernels models sampling speculation engine request events output
     backend drafters generate
