@@ -1,4 +1,4 @@
-"""What a forward pass needs of a device: how it stores keys and values, and how it attends over them."""
+"""The interface between a forward pass and a device's attention, which stores keys and values and reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tokens = Sequence[int] | Tensor
 
 
 class BatchEntry(NamedTuple):
-    """Tokens to append to a sequence's cache, on the host or on the device; the last ``num_rows`` want logits."""
+    """Tokens (on the host or the device) to append to a sequence's cache; the last ``num_rows`` of them get logits."""
 
     cache: KVCache
     tokens: Tokens
@@ -21,7 +21,7 @@ class BatchEntry(NamedTuple):
 
 
 class Batch(Protocol):
-    """One forward pass's view of the pool: writes new keys and values of a layer, and attends over what is there."""
+    """One forward pass's view of the pool: writes a layer's new keys and values, and attends over all of them."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """``query`` [total, heads, d], ``key``, ``value`` [total, KV heads, d] to [total, heads·d].

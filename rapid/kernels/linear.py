@@ -1,7 +1,7 @@
-"""Linear layers as each device multiplies fastest, from plain weights: dense, or quantised for a cheap drafter.
+"""Linear layers in the fastest form of each device, from plain weights: dense, or quantised for a cheap drafter.
 
-On a CPU weights are packed once, which is what makes a product with few rows cheap: for kernels of our own in bfloat16
-and below (`rapid.kernels.cpu.linear`), into oneDNN's layout in float32.
+On a CPU weights are packed once, which makes a product with few rows cheap: for compiled kernels in bfloat16 and below
+(`rapid.kernels.cpu.linear`), into oneDNN's layout in float32.
 The quantised kernels on CUDA are torchao's.
 """
 
@@ -24,7 +24,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {"cpu": ("none", "int8", "int4"), "cuda": 
 
 
 def check_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses what the device cannot do with rows of ``dtype``.
+    """Checks that the device can multiply rows of ``dtype`` under ``scheme``.
 
     Raises:
         ModelFileError: ``scheme`` is not for this device, or needs a package that is not installed.
@@ -45,7 +45,7 @@ def check_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> None:
 def make_linear(weight: Tensor, bias: Tensor | None, scheme: str, *, is_head: bool = False) -> Linear:
     """The product with ``weight`` [out, in] (+ ``bias`` [out]) as a function of [rows, in], under a scheme."""
     if weight.device.type == "cpu":
-        # The output layer decides between tokens with almost equal logits: four bits there cost most of the acceptance.
+        # The output layer decides between tokens with almost equal logits; with four bits it loses most acceptance.
         bits = {"none": 16, "int8": 8, "int4": 8 if is_head else 4}[scheme]
         if bits < 16 or (weight.dtype == torch.bfloat16 and available()):
             return CompiledLinear(weight, bias, bits)

@@ -1,6 +1,6 @@
-"""Which device gets which layers, where one model is spread over several GPUs of one process.
+"""Which device holds which layers, if one model is spread over several GPUs of one process.
 
-accelerate decides, before a weight is read: about as many bytes for each GPU, and no layer is cut.
+accelerate decides this before any weight is read: about as many bytes for each GPU, and no layer is cut.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rapid.errors import ModelFileError
 from rapid.kv_cache.memory import free_memory
 
-_WEIGHTS_SHARE = 0.9  # of what is free: keys, values and what a pass computes need some, too
+_WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for keys, values and activations
 
 
 def spread(files: str, dtype: torch.dtype, room: Mapping[int | str, int] | None = None) -> dict[str, int | str]:
     """The device of each part of the model in ``files`` (a folder or hub id), for transformers' `from_pretrained`.
 
-    ``room`` is bytes for weights by device: most of what all GPUs have free unless given, or the host without a GPU.
+    ``room`` is the bytes for weights by device. By default it is most of the free memory of all GPUs, or of the host if
+    there is no GPU.
 
     Raises:
-        ModelFileError: the weights find no room there. None are left on the host beside GPUs, or on disk: a decode step
-            would read them from there.
+        ModelFileError: the weights do not fit. Beside GPUs no weights are left on the host or on disk: every decode
+            step would have to read them from there.
     """
     room = room or _free()
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What processes without the model need to know of it; apart, so that they need not load transformers' model code."""
+"""The facts about a model that processes without the model need; they need not load transformers' model code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What others need to know of a loaded model. ``window`` is in tokens, prompt and output together."""
+    """The facts about a loaded model. ``window`` is in tokens, prompt and output together."""
 
     name: str
     window: int
@@ -22,7 +22,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class RankPlacement:
-    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first)."""
+    """Rank ``rank`` of ``num_ranks``, which meet at ``address`` ("host:port" of the first rank)."""
 
     rank: int
     num_ranks: int

@@ -1,4 +1,4 @@
-"""What the decoder's layers are made of."""
+"""The parts of a decoder's layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The query and the KV heads of a layer, their dimension, and what scores are multiplied with."""
+    """The query and the KV heads of a layer, their dimension, and the factor of the scores."""
 
     query: int
     kv: int

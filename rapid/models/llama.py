@@ -1,7 +1,7 @@
-"""The decoder stack of the Llama family, lean: few operations a layer, because a decode step is mostly overhead.
+"""The decoder stack of the Llama family, with few operations a layer, because most of a decode step is overhead.
 
-The weights and the rotary embedding come from a transformers model; what is computed is the same, with q, k and v in
-one product, gate and up in another, and attention over the pages of a `rapid.kv_cache.pool.KVPool`.
+The weights and the rotary embedding come from a transformers model. The result is the same as transformers', but q, k
+and v are one product, gate and up are another, and attention reads the pages of a `rapid.kv_cache.pool.KVPool`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from rapid.models.tensor_parallel import Group, local
 
 
 class Decoder:
-    """Takes the weights out of ``network``, which is of no further use; ``quantization`` is a scheme of `rapid.kernels.linear`.
+    """Takes the weights out of ``network``, which cannot be used afterwards.
 
-    With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. What the
-    ranks compute of an attention or an MLP is summed, the logits are joined; hidden states are the same on all.
+    ``quantization`` is a scheme of `rapid.kernels.linear`.
 
-    Layers may lie on several ``devices``. A pass begins and ends on the first layer's, and goes from one to the next.
+    With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. The ranks
+    all_reduce the outputs of an attention or an MLP, and all_gather the logits. Hidden states are the same on all
+    ranks.
+
+    Layers may lie on several ``devices``. A pass begins and ends on the first layer's device, and goes from one to the
+    next.
 
     Raises:
         ModelFileError: a layer has no full attention, or the heads cannot be shared equally.
@@ -58,7 +62,7 @@ class Decoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_layers = config.num_hidden_layers
         self._scaling = self.head_dim**-0.5
-        # accelerate's, which would move each module's input to its device: here that happens where the device changes.
+        # accelerate's hooks would move each module's input; here a pass moves it where the device changes.
         remove_hook_from_module(network, recurse=True)
         body: Any = network.model
         self._embedding: Tensor = local(body.embed_tokens.weight)
@@ -66,7 +70,7 @@ class Decoder:
         self._layers = []
         for i, layer in enumerate(body.layers):
             self._layers.append(self._take_layer(layer, quantization))
-            body.layers[i] = torch.nn.Identity()  # frees the originals as we go: at most one layer exists twice
+            body.layers[i] = torch.nn.Identity()  # frees each original at once: at most one layer exists twice
         head: Any = network.get_output_embeddings()
         self._head_device = head.weight.device
         self._norm = self._take_norm(body.norm.to(self._head_device))
@@ -91,7 +95,7 @@ class Decoder:
         """Logits [len(rows), padded vocabulary] after ``tokens`` [total] at ``positions`` [total].
 
         Raises:
-            PassAbandoned: ``abandoned``, which is asked before every layer, said so.
+            PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
@@ -107,7 +111,7 @@ class Decoder:
         if self._group is None:
             last = x[rows.to(x.device)].to(self._head_device)
             return self._head(self._norm(last)).to(rows.device)
-        # Every rank knows how many rows are asked for, so they all leave out what none of them needs.
+        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
         logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
         return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
 
@@ -141,7 +145,7 @@ class Decoder:
             return make_linear(weight, bias, quantization)
 
         def summed(part: Any) -> Linear:
-            # Its bias belongs to the sum, so one rank adds it.
+            # The bias must be added once to the sum over the ranks, so only the first rank adds it.
             bias = None if part.bias is None or (self._group and self._group.placement.rank) else local(part.bias)
             return make_linear(local(part.weight), bias, quantization)
 

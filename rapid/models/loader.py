@@ -1,4 +1,4 @@
-"""Loads a model: from its name, a folder or a hub id to weights on their devices, alone or as one of several ranks."""
+"""Loads a model from its name, a folder or a hub id to weights on their devices, alone or as one of several ranks."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def load_model(
 ) -> Model:
     """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
 
-    With ``device_map`` "auto" the layers are spread over all GPUs there are. With a ``placement`` this process meets
-    the other ranks first, and then loads only its own share of the weights.
+    With ``device_map`` "auto" the layers are spread over all GPUs of this process. With a ``placement`` this process
+    first meets the other ranks, and then loads only its own share of the weights.
 
     Raises:
         ModelFileError: the files are missing or unreadable, the architecture is not supported, or there is no room.
-        EngineLost: the other ranks did not come, or one is gone.
+        EngineLost: the other ranks did not come in time, or one is gone.
     """
     device = default_device() if device == "auto" else device
-    # Products with few bits on a CPU take bfloat16 rows, also where dense ones are quicker in float32.
+    # Quantised products on a CPU need bfloat16 rows, even if dense products are faster in float32.
     few_bits = quantization != "none" and device == "cpu"
     automatic = torch.bfloat16 if few_bits else default_dtype(device)
     torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
@@ -56,7 +56,7 @@ def load_model(
     del network  # its weights are repacked
     if group is not None:
         with together(ref):
-            group.wait()  # one rank's disk is slower than another's, and a pass has a deadline that loading has not
+            group.wait()  # disks differ in speed, and a pass has a deadline that loading has not
     return_freed_memory()
     if group is None or group.placement.rank == 0:
         model.warm_up()

@@ -23,8 +23,8 @@ from rapid.models.tensor_parallel import Group, NewPool, Pass, local, together
 class Model:
     """Weights, tokenizer and the ragged forward pass.
 
-    ``vocab_size`` is the tokenizer's: a checkpoint may pad its output rows beyond it, and those never take part.
-    ``network`` is consumed: its weights are repacked.
+    ``vocab_size`` is the tokenizer's: a checkpoint may pad its output rows beyond it, and padded rows are cut off. The
+    constructor takes the weights out of ``network`` and repacks them.
 
     Raises:
         ModelFileError: the architecture or the quantisation is not supported.
@@ -63,7 +63,7 @@ class Model:
         )
         self.group = group
         self._graphs = None
-        # A graph is of one device, and other ranks are told of each pass by the host.
+        # A graph runs on one device, and with several ranks the host must announce each pass to the others.
         if isinstance(self.attention, PagedAttention) and group is None and len(devices) == 1:
             self._graphs = GraphRunner(self._decoder, self.attention, network.device)
         self.info = ModelInfo(
@@ -79,7 +79,7 @@ class Model:
         )
 
     def new_pool(self, budget_bytes: int) -> KVPool:
-        """Room for keys and values, in the kernel's layout.
+        """A pool of keys and values, in the attention backend's layout.
 
         Raises:
             EngineLost: the model is shared by several ranks, and one is gone.
@@ -93,11 +93,11 @@ class Model:
     def forward(self, entries: Sequence[BatchEntry], *, abandoned: Callable[[], bool] = lambda: False) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
-        Returns for each extension the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
-        as many tokens longer afterwards.
+        Returns for each entry the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
+        longer by the entry's tokens afterwards.
 
         Raises:
-            PassAbandoned: ``abandoned`` said, while the layers ran, that nobody wants the result; no cache is longer.
+            PassAbandoned: ``abandoned`` returned True while the layers ran; no cache is longer.
             EngineLost: the model is shared by several ranks, and one is gone.
         """
         if self.group is not None:
@@ -113,7 +113,7 @@ class Model:
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in entries]))
 
     def warm_up(self) -> None:
-        """Runs one pass: it builds kernels and brings the weights into memory, up to a second that no request pays."""
+        """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""
         pool = self.new_pool(1)
         cache = pool.open([0], 1)
         assert cache is not None
@@ -121,7 +121,7 @@ class Model:
 
     @torch.inference_mode()
     def compute(self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
-        """Logits [rows, padded vocabulary] of the rows that are asked for; no cache gets longer."""
+        """Logits [rows, padded vocabulary] of the requested rows; no cache gets longer."""
         device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
@@ -138,12 +138,12 @@ class Model:
 
 
 def gather_tokens(parts: Sequence[Tokens], device: torch.device) -> Tensor:
-    """One [total] tensor on ``device``; parts that are there already are not brought to the host."""
+    """One [total] tensor on ``device``; parts that are on the device already are not copied to the host."""
     return torch.cat([torch.as_tensor(part, dtype=torch.long, device=device) for part in parts])
 
 
 def eos_token_ids(network: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a sequence, as the checkpoint's generation settings name them."""
+    """The tokens that end a sequence, from the checkpoint's generation settings."""
     generation = getattr(network, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) or network.config.eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or [])

@@ -1,8 +1,8 @@
-"""All layers over a few rows, with every kernel's arguments written beforehand: a pass has only to call them.
+"""All layers over a few rows, with every kernel's arguments written beforehand, so that a pass only calls kernels.
 
-A decode step calls over three hundred kernels of a few microseconds each, and to find out what to give them, and where
-to put what comes out, takes longer than some of them do. So it is done once for each number of rows. The arguments of
-all calls lie in one table; from pass to pass only those change that say which pages are attended over.
+A decode step calls over three hundred kernels of a few microseconds each. Computing their arguments and output
+addresses takes longer than some of them run, so this is done once for each number of rows. The arguments of all calls
+lie in one table. Only the arguments that describe the pages change from pass to pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPE = torch.bfloat16
 
 
 class CompiledLayers:
-    """The decoder's ``layers``, which must pass `can_record`. One pass at a time, whichever thread asks for it."""
+    """The decoder's ``layers``, which must pass `can_record`. It runs one pass at a time, on any thread."""
 
     def __init__(self, layers: Sequence[Layer], heads: Heads) -> None:
         self._layers, self._heads = layers, heads
@@ -44,7 +44,7 @@ class CompiledLayers:
 
     @staticmethod
     def can_record(layers: Sequence[Layer], heads: Heads) -> bool:
-        """Whether every operation of the layers has a kernel, and none of them pads its rows."""
+        """Whether every operation of the layers has a kernel, and no kernel pads its rows."""
         products = [product for layer in layers for product in _products(layer)]
         if not all(isinstance(product, CompiledLinear) and not product.pads for product in products):
             return False
@@ -59,7 +59,7 @@ class CompiledLayers:
         """``x`` [rows, hidden] behind the last layer; ``cos``, ``sin`` [rows, d].
 
         Raises:
-            PassAbandoned: ``abandoned``, which is asked before every layer, said so.
+            PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
         key = len(x), torch.get_num_threads()
         with self._lock:
@@ -69,7 +69,7 @@ class CompiledLayers:
 
 
 def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]:
-    """The four products of a layer that `CompiledLayers.can_record`."""
+    """The four products of a layer that passes `CompiledLayers.can_record`."""
     return cast(
         "tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]",
         (layer.qkv, layer.output, layer.gate_up, layer.down),
@@ -77,13 +77,13 @@ def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLin
 
 
 class _Pass:
-    """The calls of a pass over ``rows`` rows by ``threads`` threads, and the memory they work in."""
+    """The kernel calls of a pass over ``rows`` rows by ``threads`` threads, and the memory that they use."""
 
     def __init__(self, layers: Sequence[Layer], heads: Heads, rows: int, threads: int) -> None:
         self._rows, self._threads, self._heads = rows, threads, heads
         self._calls: list[tuple[Kernel, int, tuple[int, ...]]] = []  # kernel, threads, arguments
-        self._attending: list[int] = []  # which of them attend, a call a layer
-        self._storing: list[int] = []  # which store keys; values are stored in the next
+        self._attending: list[int] = []  # indices of the attention calls, one a layer
+        self._storing: list[int] = []  # indices of the calls that store keys; the next call stores values
         self._scratch: list[Tensor] = []
         self._pool: weakref.ref[KVPool] | None = None
         qkv, output, gate_up, down = _products(layers[0])
@@ -118,7 +118,7 @@ class _Pass:
 
     def _point_to(self, pool: KVPool) -> None:
         for i, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
-            # The last of a call's arguments, which are fewer than there is room for.
+            # The last arguments of the call; a row of the table may have room for more.
             attending, end = self._words[self._attending[i]], COUNTERS + len(self._calls[self._attending[i]][2])
             attending[end - 3 : end] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
             for call, cache in ((self._storing[i], keys), (self._storing[i] + 1, values)):
@@ -127,7 +127,7 @@ class _Pass:
         self._pool = weakref.ref(pool)
 
     def _write(self, layer: Layer) -> int:
-        """Writes a layer's calls, and returns how many there are by now."""
+        """Writes a layer's calls; returns the number of calls so far."""
         heads, d = self._heads, self._heads.d
         qkv, output, gate_up, down = _products(layer)
         self._norm(layer.attention_norm, self._rows, self._x, self._normed)

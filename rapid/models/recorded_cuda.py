@@ -1,8 +1,8 @@
 """Passes of a shape that repeats (a draft step, a decode step, a verification), replayed as CUDA graphs.
 
-A graph is captured per number of sequences, of new tokens each, and of pages: the first and the last rounded up to a
-power of two, the rest filled with sequences that live on the pool's spare page. On a CPU, where the tests run this, the
-same static buffers are filled and the pass is simply called.
+A graph is captured for each number of sequences, of new tokens in each, and of pages. The first and the last are
+rounded up to a power of two; dummy sequences on the pool's spare page fill the rest. On a CPU, where the tests run this
+module, the same static buffers are filled and the pass is called directly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rapid.kernels.cuda.attention import PagedAttention, PagedBatch
 from rapid.kernels.interface import BatchEntry
 from rapid.models.llama import Decoder
 
-MAX_NEW_TOKENS = 17  # of one sequence: a verification of 16 drafted tokens
+MAX_NEW_TOKENS = 17  # of one sequence: a verification of 16 draft tokens
 MAX_SEQUENCES = 32
 
 
@@ -32,19 +32,19 @@ class _Captured:
 
 
 class GraphRunner:
-    """Captures on first use; a graph lives as long as the runner."""
+    """Captures a graph at the first pass of its shape, and keeps it."""
 
     def __init__(self, decoder: Decoder, kernel: PagedAttention, device: torch.device) -> None:
         self._decoder, self._kernel, self._device = decoder, kernel, device
         self._captured: dict[tuple[int, int, int, int], _Captured] = {}
 
     def supports(self, entries: Sequence[BatchEntry]) -> bool:
-        """Whether the pass is of a shape worth capturing: a few tokens, as many for each sequence."""
+        """Whether a pass of this shape is worth capturing: a few tokens, equally many for each sequence."""
         lengths = {len(tokens) for _, tokens, _ in entries}
         return len(lengths) == 1 and max(lengths) <= MAX_NEW_TOKENS and len(entries) <= MAX_SEQUENCES
 
     def run(self, entries: Sequence[BatchEntry]) -> Tensor:
-        """Logits of the rows that were asked for, [rows, padded vocabulary]; valid until the next run."""
+        """Logits of the requested rows, [rows, padded vocabulary]; valid until the next run."""
         pool = entries[0].cache.pool
         num_new = len(entries[0].tokens)
         tables = [cache.pages[: pool.pages_for(cache.length + num_new)] for cache, _, _ in entries]
@@ -64,7 +64,7 @@ class GraphRunner:
         return captured.logits[torch.tensor(wanted, dtype=torch.long).to(self._device, non_blocking=True)]
 
     def _fill(self, captured: _Captured, entries: Sequence[BatchEntry], tables: list[list[int]], num_new: int) -> None:
-        """Writes the pass into the static buffers; what is on the device already stays there."""
+        """Writes the pass into the static buffers; tokens on the device are not copied to the host."""
         batch, used = captured.batch, len(entries) * num_new
         spare_page = batch.pool.num_pages
         batch.table.copy_(_table(tables, batch.table.shape, spare_page), non_blocking=True)
@@ -91,7 +91,7 @@ class GraphRunner:
             graph=None,
         )
         if self._device.type == "cuda":
-            # A pass before the capture lets libraries allocate what they need; it only touches the spare page.
+            # Libraries allocate memory in a first pass, which must not be captured. It writes only to the spare page.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

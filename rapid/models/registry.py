@@ -1,7 +1,7 @@
 """Which module computes which architecture.
 
 A module of an architecture has a class `Decoder` with the interface of `rapid.models.llama.Decoder`. Architectures that
-differ only by a flag of their configuration share one module. A module is imported when a model of it is loaded.
+differ only by a flag of their configuration share one module. A module is imported when one of its models is loaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tensor parallelism: several processes compute one model's passes together, each with its share of every layer.
 
-transformers' plan says how the weights are cut, and loads each rank's share alone. The first rank has the engine.
-Before a pass it tells the others what goes where; they hold KV pools of the same shape, for their heads, and follow.
+transformers' plan says how the weights are cut, and transformers loads only each rank's share. The first rank has the
+engine. It broadcasts the pages and tokens of each pass to the other ranks. They hold KV pools of the same shape, for
+their own heads, and compute the same pass.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from rapid.models.info import RankPlacement
 if TYPE_CHECKING:
     from rapid.models.model import Model
 
-_JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks are there; models are loaded after that
+_JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks have joined; models are loaded afterwards
 _PASS_TIMEOUT = timedelta(minutes=2)  # no pass takes longer, unless a rank is gone
 _NEXT_PASS_TIMEOUT = timedelta(days=365)  # a rank may wait that long for the next pass
 
 
 class Group:
-    """This process's placement among its ranks.
+    """This process's rank among the ranks of one model.
 
     Raises:
-        EngineLost: the others did not come in time.
+        EngineLost: the other ranks did not come in time.
     """
 
     def __init__(self, placement: RankPlacement, device: str) -> None:
@@ -48,7 +49,7 @@ class Group:
                 world_size=placement.num_ranks,
                 timeout=_JOIN_TIMEOUT,
             )
-            # What is said to the others are host objects: over gloo, they never wait for the device.
+            # The broadcast messages are host objects: over gloo, they never wait for the device.
             self._control = dist.new_group(backend="gloo", timeout=_NEXT_PASS_TIMEOUT)
             self._compute = dist.new_group(backend=backend, timeout=_PASS_TIMEOUT)
         except RuntimeError as error:
@@ -57,7 +58,7 @@ class Group:
             ) from error
 
     def share(self, size: int) -> slice:
-        """This rank's part of ``size`` rows, as transformers cuts them: equal parts, the last may be smaller."""
+        """This rank's part of ``size`` rows, cut as transformers does: equal parts, the last may be smaller."""
         part = -(-size // self.placement.num_ranks)
         return slice(min(size, self.placement.rank * part), min(size, (self.placement.rank + 1) * part))
 
@@ -68,22 +69,22 @@ class Group:
         return DistributedConfig(tp_size=self.placement.num_ranks, tp_plan="auto")
 
     def wait(self) -> None:
-        """Until all ranks are here, however long that takes them."""
+        """Waits until all ranks are here, without a deadline."""
         dist.barrier(group=self._control)
 
     def broadcast(self, message: object) -> None:
-        """From the first rank to all others."""
+        """Sends ``message`` from the first rank to all others."""
         dist.broadcast_object_list([message], src=0, group=self._control)
 
     def receive(self) -> Any:
-        """What the first rank says next."""
+        """Waits for the first rank's next message."""
         heard: list[Any] = [None]
         dist.broadcast_object_list(heard, src=0, group=self._control)
         return heard[0]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, in placement where that lies in one piece."""
-        x = x.contiguous()  # gloo would sum what lies between its rows, and silently
+        """The sum of all ranks' ``x``; it overwrites ``x`` if that is contiguous."""
+        x = x.contiguous()  # gloo would silently sum the memory between its rows
         dist.all_reduce(x, group=self._compute)
         return x
 
@@ -104,7 +105,7 @@ class NewPool:
 
 @dataclass(frozen=True)
 class Pass:
-    """The first rank begins a pass: for each sequence its pages, how full they are, new tokens, rows of logits."""
+    """The first rank begins a pass: for each sequence its pages, their filled length, new tokens, rows of logits."""
 
     parts: tuple[tuple[list[int], int, list[int], int], ...]
 
@@ -118,12 +119,12 @@ class Pass:
         )
 
     def entries(self, pool: KVPool) -> list[BatchEntry]:
-        """The same over this rank's ``pool``."""
+        """The same batch over this rank's ``pool``."""
         return [BatchEntry(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's share of a parameter that transformers has cut, or all of one that it has not."""
+    """This rank's share of a parameter that transformers has cut, or all of a parameter that it has not."""
     own = parameter.detach()
     return own.to_local() if hasattr(own, "to_local") else own
 
@@ -148,9 +149,9 @@ def follow(model: Model) -> None:
 
 @contextmanager
 def together(name: str) -> Iterator[None]:
-    """Any failure of what several ranks of model ``name`` do together, as EngineLost.
+    """Raises any failure of the ranks of model ``name`` as EngineLost.
 
-    gloo and NCCL report a lost rank in many ways, and after any error the ranks no longer agree on what comes next.
+    gloo and NCCL report a lost rank in many ways, and after any error the ranks no longer agree on the next pass.
     """
     try:
         yield

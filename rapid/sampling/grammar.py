@@ -1,7 +1,7 @@
-"""Output that follows a grammar: which tokens may come next, as llguidance says.
+"""Output that follows a grammar: llguidance computes which tokens may come next.
 
-llguidance is imported only where a request asks for a grammar. It compiles one in milliseconds, while it is followed;
-the vocabulary takes it most of a second, and is kept.
+llguidance is imported only when a request asks for a grammar. It compiles a grammar within milliseconds, while the
+output follows it. It needs most of a second to read a model's vocabulary, so vocabularies are cached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-# White space between JSON's tokens is fixed as Python writes it: a small model would else go on with blank lines.
+# The white space in JSON is fixed to that of Python's json: a small model would otherwise write blank lines for ever.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]] = WeakKeyDictionary()
@@ -41,7 +41,7 @@ def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
     """A grammar of any one of ``alternatives``.
 
     Raises:
-        InvalidRequest: a schema is none, or has a keyword that cannot be enforced; ``param`` is the field it is of.
+        InvalidRequest: a schema is invalid, or has a keyword that cannot be enforced; ``param`` names its field.
     """
     return _compiled(f"start: {_any_of(alternatives)}", param)
 
@@ -50,7 +50,7 @@ def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str)
     """A grammar of any text in which each ``opening`` begins one of ``alternatives``.
 
     Args:
-        opening: what the text before each alternative's JSON begins with.
+        opening: the beginning of the text before each alternative's JSON.
         several: whether ``opening`` may come more than once.
 
     Raises:
@@ -66,11 +66,11 @@ def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str)
 
 
 def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: str) -> str:
-    """A grammar of ``alternatives``, or of a text that does not begin as they do: by the regular expression
-    ``beginning``.
+    """A grammar of ``alternatives``, or of a text that does not begin like them.
 
     Args:
-        several: whether a semicolon and another one may follow.
+        beginning: the regular expression of their beginning.
+        several: whether a semicolon and another alternative may follow.
 
     Raises:
         InvalidRequest: as `json_grammar`.
@@ -100,10 +100,10 @@ def _compiled(rules: str, param: str) -> str:
 
 
 class Grammar:
-    """One sequence's way through a grammar.
+    """The state of one sequence in a grammar.
 
-    Every question names all of the output that it is about. What is remembered between two questions is cut back to
-    where the two outputs agree, so a rejected draft needs no message.
+    Every call passes the whole output. The state keeps the output of the last call, and rolls back to the point where
+    the two outputs agree, so a rejected draft needs no message.
 
     Raises:
         InvalidRequest: the grammar, or the model's vocabulary, cannot be used.
@@ -121,7 +121,11 @@ class Grammar:
         return int(self._matcher.validate_tokens(tokens))
 
     def allowed(self, output: list[int]) -> NDArray[np.bool_]:
-        """[V], True where a token may follow ``output``. Where the grammar is at its end, only an end of sequence."""
+        """[V], True where a token may follow ``output``; at the grammar's end only an end of sequence may.
+
+        Raises:
+            InvalidRequest: no token of the model may follow.
+        """
         self._go_to(output)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -130,7 +134,7 @@ class Grammar:
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
     def _go_to(self, output: list[int]) -> None:
-        # An end of sequence is no token of the grammar's, and llguidance would not take it back.
+        # An end of sequence is not a token of the grammar, and llguidance could not roll it back.
         ended = next((i for i, token in enumerate(output) if token in self._eos), len(output))
         agree = ended
         if self._read[:ended] != output[: len(self._read)]:

@@ -1,8 +1,8 @@
-"""What a request asks of the logits themselves, before they are warped: biases, penalties, a grammar.
+"""Adjusts a request's logits before they are warped: biases, penalties, a grammar.
 
-Each row is adjusted by the tokens before it: the prompt, what was written, and the draft tokens that stand before that
-row. The target's rows and the drafter's are adjusted alike, so p and q stay what is really sampled from. Nothing is
-remembered but what those tokens say, so there is nothing to roll back.
+The adjustment of a row depends on the tokens before it: the prompt, the output, and the draft tokens before that row.
+The target's and the drafter's rows are adjusted alike, so p and q stay the distributions that tokens are sampled from.
+The processor keeps no state beyond these tokens, so a rollback needs no call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rapid.sampling.grammar import Grammar
 from rapid.sampling.params import LogitParams
 
-# A model's vocabulary takes most of a second, which the sequences that an engine has already need not wait for.
+# Reading a vocabulary takes most of a second. A thread of its own does it, so the engine's other sequences do not wait.
 _builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
 
@@ -51,7 +51,7 @@ class LogitProcessor:
         """``logits`` [γ+1, V], adjusted: row i follows all of ``output`` and the first i of the γ tokens of ``draft``.
 
         Raises:
-            InvalidRequest: the grammar is too much for its library.
+            InvalidRequest: the grammar is too large for llguidance.
         """
         params = self._params
         logits = logits + self._bias

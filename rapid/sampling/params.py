@@ -1,4 +1,4 @@
-"""What a request asks of sampling: how it samples, and what it asks of the logits. Free of torch."""
+"""A request's sampling parameters, and its adjustments of the logits. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class LogitParams:
-    """What one request asks for, in the order in which it is applied; penalties are vLLM's.
+    """A request's adjustments of the logits, in the order in which they are applied; the penalties are vLLM's.
 
     ``logit_bias`` is added to the logits of its token ids. ``repetition_penalty`` divides a positive logit and
-    multiplies a negative one, of every token of the prompt or the output. ``frequency_penalty`` is subtracted as often
-    as a token was written, ``presence_penalty`` once. ``grammar`` leaves the tokens that may follow. Neither an end of
-    sequence nor one of ``stop_token_ids`` comes among the first ``min_tokens``.
+    multiplies a negative one, for every token of the prompt or the output. ``frequency_penalty`` is subtracted once for
+    each time that a token was written, ``presence_penalty`` once in all. ``grammar`` allows only tokens that may
+    follow. An end of sequence and the ``stop_token_ids`` are impossible among the first ``min_tokens`` tokens.
 
-    ``prompt`` and ``eos`` are filled in by `on`: a drafter, which reads another prompt, counts the target's.
+    `on` fills in ``prompt`` and ``eos``: the drafter reads another prompt, but counts the target's.
 
     Raises:
         InvalidRequest: a value is out of range; ``param`` names the field.
@@ -75,10 +75,11 @@ class LogitParams:
         require(all(-100 <= b <= 100 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100")
 
     def on(self, prompt: list[int], target: ModelInfo) -> LogitParams | None:
-        """As the two sequences of a request about ``prompt`` are opened with; None where nothing is asked for.
+        """The parameters for both sequences of a request with this ``prompt``; None if nothing is adjusted.
 
         Raises:
-            InvalidRequest: a biased token does not exist, the model can end no grammar, or every token is an end.
+            InvalidRequest: a biased token does not exist, the model has no end of sequence for a grammar, or every
+                token is an end of sequence or a stop token.
         """
         if self == LogitParams():
             return None

@@ -1,7 +1,7 @@
-"""From logits to a probability distribution, and from a distribution to a token.
+"""Turns logits into a probability distribution, and samples a token from a distribution.
 
-The warping (temperature, top-k, top-p, min-p, in that order, as in transformers) is applied alike to the target's and
-the drafter's logits, so that p and q of the paper are always the distributions that are really sampled from.
+The warping (temperature, top-k, top-p, min-p, in that order, as in transformers) applies alike to the target's and the
+drafter's logits, so the paper's p and q are always the distributions that tokens are sampled from.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from rapid.sampling.params import SamplingParams
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that ``params`` makes of ``logits`` [..., V]: same shape, rows sum to 1.
+    """The distribution of ``logits`` [..., V] under ``params``: same shape, rows sum to 1.
 
-    Temperature 0 gives a one-hot row at the argmax, which makes every verification rule reduce to greedy decoding.
+    Temperature 0 gives a one-hot row at the argmax; every verification rule then reduces to greedy decoding.
     """
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -44,12 +44,12 @@ def _keep_nucleus(scaled: Tensor, top_p: float) -> Tensor:
 
 
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One index per row of ``probs`` [..., V] (rows need not sum to 1): shape [...].
+    """Samples one index per row of ``probs`` [..., V] (rows need not sum to 1): shape [...].
 
-    By inversion of the cumulated distribution: `torch.multinomial` takes ten times as long on a vocabulary.
+    It inverts the cumulated distribution: `torch.multinomial` takes ten times as long on a vocabulary.
     """
     cumulated = probs.double().cumsum(-1)
     uniform = torch.rand(probs.shape[:-1], generator=generator, dtype=torch.float64, device=probs.device)
-    # Strictly above: a token of probability 0 has the sum of the one before it, and must not be chosen.
+    # Strictly above: a token of probability 0 has the same sum as the token before it, and must never be chosen.
     drawn = torch.searchsorted(cumulated, (uniform.unsqueeze(-1) * cumulated[..., -1:]), right=True).squeeze(-1)
     return drawn.clamp_max(probs.shape[-1] - 1)

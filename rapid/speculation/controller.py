@@ -1,8 +1,8 @@
-"""How much to draft, and with which drafter, or whether at all: chosen each round from measured costs and acceptance.
+"""Chooses each round whether to draft, with which drafter and how many tokens, from measured costs and acceptance.
 
-Time is the currency. Decoding runs at some rate λ (tokens per millisecond), so one more drafted token pays when the
-probability that it will stand is above λ times what it costs. That one comparison decides where a draft ends, how far
-known tokens are followed, and whether a drafter is asked at all.
+Decoding runs at some rate λ (tokens per millisecond). One more draft token pays if the probability that it is accepted
+is above λ times its cost in milliseconds. This comparison decides where a draft ends, how many known tokens are
+verified, and whether a drafter is asked at all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_DRAFT_TOKENS = 16
 
 _PRIOR_WEIGHT = 2.0  # how many observations a prior is worth
 _PLAIN_ROUNDS = 3  # at the start of a request
-_HOPE = 0.8  # the acceptance that is promised before there were any rounds
+_HOPE = 0.8  # the assumed acceptance before the first round
 _DECAY = 0.9  # of the running rate, per round
-_FIRST_REST, _LONGEST_REST = 48, 192  # rounds without a drafter between two tries, while it does not pay
-_DRAFT_MS = 12.0  # a drafted token costs, before any was measured
+_FIRST_REST, _LONGEST_REST = 48, 192  # rounds that a drafter rests between two tries, while it does not pay
+_DRAFT_MS = 12.0  # the assumed cost of a draft token before the first measurement
 
 
 class Acceptance:
-    """P(a drafted token stands | its class), running means that start from a prior.
+    """P(a draft token is accepted | its class), as running means that start from a prior.
 
     A class is an interval of some value that a drafter knows: its confidence, or the length of a match.
     """
@@ -51,17 +51,17 @@ class Acceptance:
         return tuple(stood / tried for stood, tried in zip(self._stood, self._tried, strict=True))
 
     def mean(self) -> float:
-        """Of all classes, as often as they came."""
+        """The mean over all classes, weighted by how often each was observed."""
         return self._mean
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a drafter can bring to the next round, of at most ``max_tokens`` tokens.
+    """A drafter's offer for the next round, of at most ``max_tokens`` tokens.
 
-    Tokens that are known already cost no draft step: ``known`` has P(token i stands | those before it do) for the first
-    of them. Where ``known`` is None the tokens are yet to be drafted, and each costs a step; then ``by_confidence`` is
-    P(a token stands) by class of the drafter's confidence, and ``mean`` its mean.
+    ``known`` is for tokens that are known already and cost no draft step: P(token i is accepted | the tokens before it
+    are) for the first of them. If ``known`` is None the tokens are yet to be drafted, and each costs a step; then
+    ``by_confidence`` is P(a token is accepted) by class of the drafter's confidence, and ``mean`` its mean.
     """
 
     label: str
@@ -73,10 +73,10 @@ class Offer:
 
 @dataclass
 class Costs:
-    """Running means, in milliseconds of a request's own time: what its rounds took, messages included.
+    """Running means of the costs of rounds, in milliseconds of a request's own time, messages included.
 
-    ``plain`` is a round without a draft, ``extra`` what verifying one more token adds, and ``draft`` a drafted token by
-    the drafter's label. They outlive a request, so that the next one starts from what was measured.
+    ``plain`` is the cost of a round without a draft, ``extra`` that of verifying one more token, and ``draft`` that of
+    one draft token by the drafter's label. The means outlive a request: the next request starts from them.
     """
 
     plain: float = 40.0
@@ -98,11 +98,11 @@ class Costs:
 
 
 def _towards(mean: float, value: float) -> float:
-    return 0.7 * mean + 0.3 * min(value, 2 * mean)  # a single stall counts as no more than twice what is usual
+    return 0.7 * mean + 0.3 * min(value, 2 * mean)  # a single stall counts at most twice the mean
 
 
 class RoundPlan(NamedTuple):
-    """The next round verifies a draft of the drafter ``source`` within ``limits``, or nothing ("none")."""
+    """The next round verifies a draft of the drafter ``source`` within ``limits``; "none" means no draft."""
 
     source: str = "none"
     limits: DraftLimits = DraftLimits(0)
@@ -113,7 +113,7 @@ PLAIN_ROUND = RoundPlan()
 
 @dataclass
 class _Record:
-    """One drafter's rounds in this request: tokens and milliseconds, decayed, and how it rests while it does not pay."""
+    """One drafter's rounds in this request: decayed tokens and milliseconds, and its rest while it does not pay."""
 
     tokens: float = 0.0
     ms: float = 0.0
@@ -122,9 +122,9 @@ class _Record:
 
 
 class DraftController:
-    """One request's choices. ``fixed`` is a given γ, and None chooses.
+    """One request's choices. ``fixed`` is a given γ; with None the controller chooses γ.
 
-    A request with a seed of its own must not depend on the clock: with ``timed`` False the costs stay what they are.
+    A request with a seed must not depend on the clock: with ``timed`` False the costs stay as they are.
     """
 
     def __init__(self, fixed: int | None, costs: Costs, *, timed: bool = True) -> None:
@@ -135,13 +135,13 @@ class DraftController:
     def choose(self, offers: Sequence[Offer]) -> RoundPlan:
         """The best of the ``offers``, or a plain round.
 
-        A fixed γ takes the first offer, whatever it costs.
+        A fixed γ takes the first offer, at any cost.
         """
         if self._fixed is not None:
             if self._fixed == 0 or not offers:
                 return PLAIN_ROUND
             return RoundPlan(offers[0].label, DraftLimits(min(self._fixed, offers[0].max_tokens)))
-        if self._timed and self._plain_rounds < _PLAIN_ROUNDS:  # what drafting is measured against
+        if self._timed and self._plain_rounds < _PLAIN_ROUNDS:  # the baseline for drafting
             return PLAIN_ROUND
         best, rate = PLAIN_ROUND, 1 / self._costs.plain
         paying = [offer for offer in offers if offer.known is None and self._pays(offer.label)]
@@ -149,7 +149,7 @@ class DraftController:
             offer = max(paying, key=lambda offer: self._rate(offer.label))
             rate = max(rate, self._rate(offer.label))
             step = self._costs.of_draft(offer.label) + self._costs.extra
-            # The acceptance of the next token is known once it is drawn; until then it is as good as the mean.
+            # The acceptance of the next token is known once it is drawn; until then the mean is the estimate.
             floor = min(0.9, rate * step / offer.mean)
             best = RoundPlan(
                 offer.label, DraftLimits(min(offer.max_tokens, MAX_DRAFT_TOKENS), floor, offer.by_confidence)
@@ -161,16 +161,16 @@ class DraftController:
         return best
 
     def observe(self, plan: RoundPlan, outcome: VerifyResult, round_ms: float) -> None:
-        """What came of a round that took ``round_ms``."""
+        """Updates costs and records with the outcome of a round that took ``round_ms``."""
         num_drafted = outcome.num_drafted
-        # A drafter that rested reads what was written meanwhile: that is the price of the rest, not of drafting.
+        # A drafter that rested must first read the tokens written in the meantime. That cost is not a draft cost.
         step_ms = outcome.draft_step_ms or self._costs.of_draft(plan.source)
         catching_up = max(0.0, outcome.draft_ms - num_drafted * step_ms)
         if self._timed:
             self._measure(plan, outcome, round_ms)
         for label, record in self._records.items():
             record.resting = 0 if label == plan.source else record.resting + 1
-        if plan.source in self._records:  # drafters of known tokens have none
+        if plan.source in self._records:  # only drafters that sample have records
             record = self._records[plan.source]
             took = round_ms - catching_up if self._timed else self._expected_ms(plan.source, num_drafted)
             record.tokens = _DECAY * record.tokens + outcome.num_accepted + 1
@@ -194,9 +194,9 @@ class DraftController:
         return self._costs.plain + num_drafted * (self._costs.of_draft(label) + self._costs.extra)
 
     def _rate(self, label: str) -> float:
-        """Tokens per millisecond of this drafter's rounds; what the priors promise, before there were any."""
+        """Tokens per millisecond of this drafter's rounds; before the first round, the rate that the priors give."""
         record = self._record(label)
-        if record.ms == 0:  # a hopeful promise counts as the first round, so that drafting is tried at all
+        if record.ms == 0:  # a hopeful estimate counts as the first round, so that drafting is tried at all
             record.tokens, record.ms = sum(_HOPE**i for i in range(4)), self._expected_ms(label, 3)
         return record.tokens / record.ms
 

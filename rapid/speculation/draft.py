@@ -1,4 +1,7 @@
-"""Drafts, where they end, and what the target made of them. Free of torch, since every process of a request reads it."""
+"""Drafts, the limits where they end, and the target's results.
+
+This module does not import torch, since every process of a request reads it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ CONFIDENCES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 
 @dataclass(frozen=True)
 class DraftLimits:
-    """Where a draft ends: after ``max_tokens``, or once the next token is expected to stand with less than ``floor``.
+    """A draft ends after ``max_tokens``, or when the next token's expected acceptance is below ``floor``.
 
-    ``acceptance`` is the table by confidence that the expectation is made with; empty for drafts of a fixed length.
-    With ``ahead`` the drafter then goes on as if all of the draft were accepted, while the target verifies it.
+    ``acceptance`` is the table by confidence that gives the expectation; it is empty for drafts of a fixed length. With
+    ``ahead`` the drafter drafts ahead, as if all of the draft were accepted, while the target verifies it.
     """
 
     max_tokens: int
@@ -30,7 +33,7 @@ class DraftLimits:
     ahead: bool = False
 
     def longer(self, num_tokens: int) -> DraftLimits:
-        """The same with room for ``num_tokens`` more."""
+        """The same limits with room for ``num_tokens`` more."""
         return replace(self, max_tokens=self.max_tokens + num_tokens)
 
     def stop_after(self, confidences: list[float]) -> bool:
@@ -45,11 +48,11 @@ class DraftLimits:
 
 @dataclass(frozen=True)
 class Draft:
-    """γ tokens from output position ``offset`` on, and the truncated q each was sampled from.
+    """γ tokens from output position ``offset`` on, and the truncated q that each was sampled from.
 
-    ``distributions[i]`` is (token ids int32 [k], probabilities float32 [k]) with k ≤ draft_top_k, summing to 1. This is
-    all of q that exists, so a few hundred bytes a token travel instead of a whole vocabulary row.
-    ``confidences[i]`` is how sure the drafter was of the token (its probability at temperature 1).
+    ``distributions[i]`` is (token ids int32 [k], probabilities float32 [k]) with k ≤ draft_top_k, summing to 1. q has
+    no other tokens, so messages carry a few hundred bytes a token and not a whole vocabulary row. ``confidences[i]`` is
+    the drafter's probability of the token at temperature 1.
     """
 
     offset: int
@@ -57,8 +60,8 @@ class Draft:
     distributions: list[Pairs] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     elapsed_ms: float = 0.0
-    step_ms: float = 0.0  # of a pass that had nothing else to read; 0 where there was none
-    num_ahead: int = 0  # of the tokens, drafted while the target verified those before
+    step_ms: float = 0.0  # time of one draft step without reading other tokens; 0 if there was none
+    num_ahead: int = 0  # how many of the tokens were drafted ahead
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.drafted": len(self.tokens), "rapid.drafted_ahead": self.num_ahead}
@@ -67,28 +70,31 @@ class Draft:
         return zip(self.tokens, self.distributions, self.confidences, strict=True)
 
     def append(self, token: DraftedToken, limits: DraftLimits, eos: frozenset[int]) -> bool:
-        """True where the draft ends with it."""
+        """Appends ``token``; returns whether the draft ends with it."""
         for column, value in zip((self.tokens, self.distributions, self.confidences), token, strict=True):
             column.append(value)  # type: ignore[attr-defined]
         return len(self.tokens) == limits.max_tokens or token[0] in eos or limits.stop_after(self.confidences)
 
     def after(self, offset: int) -> Draft:
-        """What of it lies at ``offset`` and behind."""
+        """The part of the draft from output position ``offset`` on."""
         skip = offset - self.offset
         return Draft(offset, self.tokens[skip:], self.distributions[skip:], self.confidences[skip:])
 
     def before(self, num_tokens: int) -> Draft:
-        """Its first ``num_tokens``."""
+        """The draft's first ``num_tokens`` tokens."""
         columns = self.tokens[:num_tokens], self.distributions[:num_tokens], self.confidences[:num_tokens]
         return replace(self, tokens=columns[0], distributions=columns[1], confidences=columns[2])
 
     def within(self, limits: DraftLimits, eos: frozenset[int]) -> tuple[Draft, bool]:
-        """Its beginning that ``limits`` admit, and whether the draft ends there; else more may be drafted behind it."""
+        """The beginning of the draft that ``limits`` admit, and whether the draft ends there.
+
+        If it does not end there, more tokens may be drafted behind it.
+        """
         draft = Draft(self.offset)
         return draft, limits.max_tokens == 0 or any(draft.append(token, limits, eos) for token in self.each())
 
     def followed_by(self, ahead: Draft) -> Draft:
-        """Both in one, of which ``ahead`` counts as drafted ahead."""
+        """Both drafts as one; the tokens of ``ahead`` count as drafted ahead."""
         return Draft(
             self.offset,
             self.tokens + ahead.tokens,
@@ -105,7 +111,7 @@ def certain_draft(offset: int, tokens: list[int]) -> Draft:
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms: of a written token, and (token, its own) of the most likely ones, the likeliest first."""
+    """Natural log-probabilities: that of a written token, and (token, its own) of the most likely tokens in order."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -113,10 +119,10 @@ class Logprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """One round's outcome: ``tokens`` are the accepted drafts and the one token that follows them.
+    """One round's outcome: ``tokens`` are the accepted tokens and the one token that follows (recovered or bonus).
 
-    ``confidences`` are those of the draft tokens that were verified. ``logprobs`` has one entry for each token where
-    the sequence was opened with ``num_logprobs``, else it is empty.
+    ``confidences`` are those of the verified draft tokens. ``logprobs`` has one entry for each token if the sequence's
+    request has ``num_logprobs``, else it is empty.
     """
 
     tokens: list[int]

@@ -13,12 +13,12 @@ from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 class SpeculationParams:
     """How one request decodes. γ is ``num_draft_tokens``, η is ``transfer_strength`` (paper §3 and §4.1).
 
-    γ "auto" is chosen every round from measured costs and acceptance (`rapid.speculation.controller`), 0 included. A
-    number is drafted every round, by the first drafter of the strategy that has something to offer. ``rag_model``:
-    whose weights the strategy "rag" uses.
+    With γ "auto" the controller chooses γ every round from measured costs and acceptance
+    (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
+    offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
 
-    The whole value travels with the sequence to its engine, so a new option is a field here, a field of the request's
-    body, and the place that acts on it.
+    The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
+    request's body, and the code that uses it.
 
     Raises:
         InvalidRequest: a value is unknown or out of range; ``param`` names the field.
@@ -51,5 +51,5 @@ class SpeculationParams:
 
     @property
     def fixed_draft_tokens(self) -> int | None:
-        """γ where it is given, None where it is chosen."""
+        """γ if the request gives it; None if the controller chooses it."""
         return None if self.num_draft_tokens == "auto" else self.num_draft_tokens

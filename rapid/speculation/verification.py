@@ -3,12 +3,12 @@
 Notation, kept in the names: ``target_probs`` is p, ``draft_probs`` is q (both after the same warping),
 ``augmented_probs`` is p̂, ``transfer_strength`` is η. All take any leading dimensions; V is the vocabulary.
 
-At one position, every rule accepts the drafted token x with probability min(1, p̂(x)/q(x)), and otherwise samples from
-its residual r. Since x was drawn from q, the token that comes out follows
+At one position, every rule accepts the draft token x with probability min(1, p̂(x)/q(x)); otherwise it samples the
+recovered token from its residual distribution r. Since x was drawn from q, the emitted token follows
 
     out = min(q, p̂) + (1 − β)·r,   β = Σ min(q, p̂)
 
-and each rule below says what that amounts to.
+Each rule below states which law this gives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rapid.sampling.sampler import sample
 
-TAIL = 0.1  # Eq. 9 and the released mask: the share of the maximum under which a token is left alone
+TAIL = 0.1  # Eq. 9 and the released mask: tokens below this share of the maximum keep their p
 
 
 def transfer(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
@@ -39,7 +39,7 @@ def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength:
 
 
 def drafter_masked(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
-    """The released code's p̂: only logits of tokens with q ≥ 0.1·max q are moved, then one softmax over all."""
+    """The released code's p̂: moves only the logits of tokens with q ≥ 0.1·max q, then takes one softmax over all."""
     shift = transfer_strength * (draft_probs - target_probs)
     unlikely = draft_probs < TAIL * draft_probs.amax(-1, keepdim=True)
     return _shifted(target_probs, shift.masked_fill(unlikely, 0.0))
@@ -56,18 +56,18 @@ def untouched(target_probs: Tensor, draft_probs: Tensor, transfer_strength: floa
 
 
 def residual_eq10(target_probs: Tensor, draft_probs: Tensor, augmented_probs: Tensor) -> Tensor:
-    """Eq. 10: r = norm(max(p − p̂, p − q, 0)); p where that has no mass."""
+    """Eq. 10: r = norm(max(p − p̂, p − q, 0)); r = p if that has no mass."""
     weights = torch.maximum(target_probs - augmented_probs, target_probs - draft_probs).clamp_min(0)
     return _normalised(weights, otherwise=target_probs)
 
 
 def residual_excess(target_probs: Tensor, draft_probs: Tensor, augmented_probs: Tensor) -> Tensor:
-    """r = norm(max(p̂ − q, 0)), which makes the output exactly p̂; p where that has no mass."""
+    """r = norm(max(p̂ − q, 0)), which makes the output exactly p̂; r = p if that has no mass."""
     return _normalised((augmented_probs - draft_probs).clamp_min(0), otherwise=target_probs)
 
 
 def _shifted(probs: Tensor, shift: Tensor) -> Tensor:
-    # The largest shift within the support is taken off first, so that exp cannot overflow for any η.
+    # The largest shift within the support is subtracted first, so that exp cannot overflow for any η.
     inside = shift.masked_fill(probs == 0, -torch.inf)
     return _normalised(probs * (inside - inside.amax(-1, keepdim=True)).exp(), otherwise=probs)
 
@@ -86,8 +86,8 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    # Eq. 9 and Eq. 10 as printed; p̂ may sum to more than 1. With η > 0 the output is NOT p, whatever the paper's
-    # appendix B says: it is the law above, shifted towards the drafter. With η = 0 it is p.
+    # Eq. 9 and Eq. 10 as printed; p̂ may sum to more than 1. With η > 0 the output is NOT p, although the paper's
+    # appendix B says so: it is the law above, shifted towards the drafter. With η = 0 it is p.
     "published": Rule(tail_protected, residual_eq10),
     # The released code's p̂ with Eq. 10. Output: the law above; p at η = 0.
     "reference": Rule(drafter_masked, residual_eq10),
@@ -101,7 +101,7 @@ LOSSLESS = RULES["lossless"]
 
 
 class Verdict(NamedTuple):
-    """``num_accepted`` [...] drafted tokens stand; ``next_token`` [...] follows them (recovered, or the bonus)."""
+    """``num_accepted`` [...] draft tokens are accepted; ``next_token`` [...] follows them (recovered, or the bonus)."""
 
     num_accepted: Tensor
     next_token: Tensor
@@ -118,9 +118,9 @@ def verify(
     """One round's accept/reject decisions (paper §3.3).
 
     ``draft_tokens`` [..., γ] were sampled from ``draft_probs`` [..., γ, V]; ``target_probs`` [..., γ+1, V] are the
-    target's rows at the same positions and one more. Tokens are accepted up to the first rejection, where the residual
-    gives the next token; if all γ stand, the bonus token comes from p of row γ+1, because the drafter has no q there.
-    γ = 0 is plain decoding.
+    target's rows at the same positions and one more. Tokens are accepted up to the first rejection; there the residual
+    distribution gives the recovered token. If all γ tokens are accepted, the bonus token comes from p of row γ+1,
+    because the drafter has no q there. γ = 0 is plain decoding.
     """
     gamma = draft_tokens.shape[-1]
     scored = target_probs[..., :gamma, :]
@@ -129,7 +129,7 @@ def verify(
     drafted = draft_tokens.unsqueeze(-1)
     ratio = (augmented_probs.gather(-1, drafted) / draft_probs.gather(-1, drafted)).squeeze(-1)
     uniform = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
-    # Strictly below: uniform can be 0, and a token outside the target's support (ratio 0) must never pass.
+    # Strictly below: uniform can be 0, and a token outside the target's support (ratio 0) must never be accepted.
     num_accepted = (uniform < ratio).long().cumprod(-1).sum(-1)
 
     next_probs = _row(target_probs, num_accepted)
@@ -141,9 +141,9 @@ def verify(
 
 
 def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: float) -> Tensor:
-    """What the tokens that `verify` gives out were sampled from, [..., γ+1, V]: ``out`` above, and p for the bonus.
+    """The law of the tokens that `verify` emits, [..., γ+1, V]: ``out`` above, and p for the bonus token.
 
-    Row i is the law of the token at position i, given that all before it are as drafted.
+    Row i is the law of the token at position i, given that all tokens before it are the draft's.
     """
     gamma = draft_probs.shape[-2]
     scored, bonus = target_probs[..., :gamma, :], target_probs[..., gamma:, :]
@@ -155,7 +155,7 @@ def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_s
 
 
 def verify_greedy(draft_tokens: Tensor, logits: Tensor) -> Verdict:
-    """`verify` at temperature 0, where p and q are one-hot: under every rule a draft stands iff it is the argmax.
+    """`verify` at temperature 0, where p and q are one-hot: every rule accepts a draft token iff it is the argmax.
 
     ``draft_tokens`` [γ], ``logits`` [γ+1, V].
     """

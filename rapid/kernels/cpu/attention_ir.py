@@ -1,8 +1,8 @@
-"""The code of attention over bfloat16 pages, for LLVM (`rapid.kernels.cpu.ir_builder`).
+"""Writes the LLVM code of the attention over bfloat16 pages (`rapid.kernels.cpu.ir_builder`).
 
-A thread takes a block of positions of one KV head and a few new tokens: the query heads that share the KV head are
-rows, keys are turned so that sixteen positions lie in one register, and the block's output is kept with its largest
-score and its sum of weights. Keys and values are read once, in the order in which they lie.
+A thread computes a block of positions of one KV head and a few new tokens. The query heads that share the KV head are
+rows. Keys are transposed so that one register holds sixteen positions. The thread stores the block's output with its
+largest score and its sum of weights. Keys and values are read once, in the order of their addresses.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS
 
-BLOCK = 256  # positions that one thread takes at a time
-_AHEAD = 2  # pages, that memory is asked for
-# What the kernel is given: a table of items, a line each; of merges; and arguments.
+BLOCK = 256  # positions in one item of work
+_AHEAD = 2  # pages to prefetch
+# The fields of an item, of a merge and of the arguments. Items and merges lie in tables, one in each line.
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
 _MERGE = ("row", "new", "head", "partial", "blocks")
 _ARGUMENTS = (
@@ -24,7 +24,7 @@ _ARGUMENTS = (
 
 
 class Scratch:
-    """Where a thread keeps what, for at most ``rows`` rows; offsets in bytes. Tiles may write past the last row."""
+    """The layout of a thread's memory for up to ``rows`` rows; offsets in bytes. Tiles may write past the last row."""
 
     def __init__(self, rows: int, d: int) -> None:
         self.turned = 0  # keys of a page, [d/2, 16] pairs
@@ -78,11 +78,11 @@ class Attention:
         code.finish()
 
     def _at(self, code: KernelBuilder, row: Any, kv_head: Any, row_bytes: Any) -> Any:
-        """Where the first query head of a KV head begins, of token ``row``."""
+        """The address of the first query head of a KV head, for token ``row``."""
         return code.plus(code.times(row, row_bytes), code.times(kv_head, self._group * self._d * 2))
 
     def _row(self, code: KernelBuilder, row: Any, row_bytes: Any) -> Any:
-        """Where row ``row`` is, from there."""
+        """The offset of row ``row`` from that address."""
         token = code.divided(row, self._group)
         head = code.builder.sub(row, code.times(token, self._group))
         return code.plus(code.times(token, row_bytes), code.times(head, self._d * 2))
@@ -118,7 +118,7 @@ class Attention:
         rows = [code.plus(row, i) for i in range(num_rows)]
         queries = [code.plus(query, self._row(code, row, row_bytes)) for row in rows]
         zero = every_float(0.0)
-        totals = [[zero, zero] for _ in rows]  # two sums a row, since a product takes longer than what it waits for
+        totals = [[zero, zero] for _ in rows]  # two sums a row: each product must wait for the one before it in its sum
         for pair in range(self._d // 2):
             key = code.load(words(), code.plus(turned, pair * LANES * 4))
             for total, address in zip(totals, queries, strict=True):
@@ -137,7 +137,7 @@ class Attention:
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = code.plus(scores, code.times(row, BLOCK * 4))
-            # The row's own position and those before it, of this block.
+            # The number of this block's positions up to the row's own.
             seen = code.plus(code.builder.sub(length, new), code.divided(row, self._group), 1)
             limit = code.builder.trunc(code.smaller(width, code.builder.sub(seen, first)), narrow)
             largest = code.variable(every_float(-3e38))
@@ -152,7 +152,7 @@ class Attention:
             top = code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
             total = code.variable(every_float(0.0))
             with code.loop(0, width, LANES) as column:
-                # Weights take half the room of scores, so they never overtake what is still to be read.
+                # Weights take half the room of scores, so they never overwrite scores that are still needed.
                 score = code.load(wide, code.plus(line, code.times(column, 4)))
                 weight = code.exp(code.builder.fsub(score, code.splat(top)))
                 total.value = code.builder.fadd(total.value, weight)
@@ -171,12 +171,12 @@ class Attention:
         totals = [[code.variable(every_float(0.0)) for _ in range(self._d // LANES)] for _ in rows]
 
         def add(value: Any, column: Any, *, both: bool) -> None:
-            """The values of two positions, or of one, weighted with what is in ``column``."""
+            """Adds the values of two positions, or of one, with the weights in ``column``."""
             pairs = [code.splat(code.load(kind("i32"), code.plus(line, code.times(column, 2)))) for line in lines]
             for start in range(0, self._d, 2 * LANES):
                 row_half = kind("i16", 2 * LANES)
                 one = code.load(row_half, code.plus(value, start * 2))
-                # What lies behind the last position was never written, and might not even be a number.
+                # Memory behind the last position was never written, and may hold NaN.
                 other = (
                     code.load(row_half, code.plus(value, (self._d + start) * 2)) if both else constant(row_half, None)
                 )
@@ -210,7 +210,7 @@ class Attention:
         return code.finish()
 
     def _merge(self) -> Any:
-        """(partials, blocks, rows, output, its bytes a row): one output of all blocks."""
+        """(partials, blocks, rows, output, its bytes a row): merges the outputs of all blocks into one."""
         code = KernelBuilder(self._module, "merge", 5)
         partials, blocks, rows, output, row_bytes = code.parameters
         number = kind("f32")

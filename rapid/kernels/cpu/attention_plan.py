@@ -1,7 +1,7 @@
-"""Attention over bfloat16 pages, compiled for this CPU: which thread may take what.
+"""The work plan of the compiled attention over bfloat16 pages: which items of work its threads share.
 
-Every sequence's cache is cut into blocks of positions. One thread takes one block of one KV head and a few new tokens.
-When all blocks are done their outputs are merged, as in flash decoding.
+Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens. When
+all blocks are done, the kernel merges their outputs, as in flash decoding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rapid.kernels.cpu.ir_builder import LANES
 from rapid.kernels.cpu.jit import Kernel, available
 from rapid.kv_cache.pool import KVLayout, KVPool
 
-_TOKENS = 16  # whose scores a thread keeps at a time
+_TOKENS = 16  # new tokens in one item of work
 
 
 class QuerySpan(NamedTuple):
@@ -31,41 +31,41 @@ class QuerySpan(NamedTuple):
     pages: list[int]
 
     def parts(self) -> Iterator[QuerySpan]:
-        """A few tokens at a time, none of which sees more than it should."""
+        """The span in parts of a few tokens; each part sees only the positions up to its own."""
         for start in range(0, self.new, _TOKENS):
             end = min(start + _TOKENS, self.new)
             yield QuerySpan(self.row + start, end - start, self.length - self.new + end, self.pages)
 
 
 def supports(pool: KVPool) -> bool:
-    """Whether there is a kernel for this cache."""
+    """Whether the compiled kernel supports this cache."""
     dtype, d = pool.layout.dtype, pool.layout.head_dim
-    # A page's positions are a register's lanes.
+    # A page has as many positions as a register has lanes.
     return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
 
 
 class WorkPlan:
-    """Which thread may take what, the same in every layer of one forward pass over ``num_heads`` query heads.
+    """The items of work of one forward pass over ``num_heads`` query heads, the same in every layer.
 
-    ``words`` are the first of the kernel's arguments, and say all of it.
+    ``words`` are the first of the kernel's arguments, and describe the whole plan.
     """
 
     NO_WORDS = (0,) * 8
 
-    def __init__(self, reads: Sequence[QuerySpan], layout: KVLayout, num_heads: int, scaling: float) -> None:
+    def __init__(self, spans: Sequence[QuerySpan], layout: KVLayout, num_heads: int, scaling: float) -> None:
         group, d = num_heads // layout.num_kv_heads, layout.head_dim
         items, merges, partial = [], [], 0
         pages: list[int] = []
-        for row, new, length, own in (part for read in reads for part in read.parts()):
+        for row, new, length, own in (part for span in spans for part in span.parts()):
             for head in range(layout.num_kv_heads):
                 merges.append((row, new, head, partial, -(-length // BLOCK)))
                 for first in range(0, length, BLOCK):
                     items.append((row, length, new, head, first, min(first + BLOCK, length), len(pages), partial))
                     partial += new * group
             pages.extend(own)
-        pages.append(0)  # looked at, and not used, where a block ends with the last page
+        pages.append(0)  # the kernel loads it, and does not use it, if a block ends with the last page
         self._items, self._merges, self._pages = torch.tensor(items), torch.tensor(merges), torch.tensor(pages)
-        most = min(max(read.new for read in reads), _TOKENS) * group
+        most = min(max(span.new for span in spans), _TOKENS) * group
         self._scratch = torch.empty(torch.get_num_threads(), Scratch(most, d).size, dtype=torch.uint8)
         self._partials = torch.empty(partial, d + 2)
         self._kernel = attention_kernel(layout.num_kv_heads, group, d, scaling)

@@ -1,4 +1,4 @@
-"""Writing the body of a kernel as LLVM's intermediate representation: loops over sixteen lanes, sums, products."""
+"""Writes the body of a kernel in LLVM's intermediate representation: loops over sixteen lanes, sums, products."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class KernelBuilder:
         return self.builder.call(function, arguments)
 
     def prefetch(self, address: Any, num_bytes: int) -> None:
-        """Asks for memory that is read soon; harmless wherever it points to."""
+        """Prefetches memory that is read soon; any address is harmless."""
         kinds = [ir.IntType(8).as_pointer()] + [kind("i32")] * 3
         name = "llvm.prefetch.p0"
         function = self.module.globals.get(name) or ir.Function(
@@ -86,7 +86,7 @@ class KernelBuilder:
         )
         for line in range(0, num_bytes, 64):
             pointer = self.builder.inttoptr(self.plus(address, line), kinds[0])
-            # To be read, kept in all caches, data.
+            # The flags: for reading, into all caches, data.
             self.builder.call(function, [pointer, *(constant(kinds[1], flag) for flag in (0, 2, 1))])
 
     @contextmanager
@@ -105,7 +105,7 @@ class KernelBuilder:
 
     @contextmanager
     def items(self, counter: Any, count: Any) -> Iterator[Any]:
-        """Numbers below ``count``, each for one thread only: whichever takes it first from the ``counter``."""
+        """Numbers below ``count``, each for one thread only: the first thread that increments the ``counter`` to it."""
         head, body, end = (self.function.append_basic_block(name) for name in ("next", "item", "none"))
         self.builder.branch(head)
         self.builder.position_at_end(head)
@@ -119,7 +119,7 @@ class KernelBuilder:
 
     @contextmanager
     def tiles(self, count: Any, size: int) -> Iterator[tuple[Any, Any]]:
-        """The first of every ``size`` of ``count`` rows, and how many there are of them."""
+        """The first of every ``size`` of ``count`` rows, and the number of rows in that tile."""
         with self.loop(0, count, size) as row:
             yield row, self.smaller(size, self.builder.sub(count, row))
 
@@ -136,11 +136,11 @@ class KernelBuilder:
         self.builder.position_at_end(end)
 
     def thread(self) -> Any:
-        """The number of the thread that runs this."""
+        """The number of the current thread."""
         return self.builder.sext(self.intrinsic("omp_get_thread_num", kind("i32")), kind("i64"))
 
     def barrier(self) -> None:
-        """All threads wait here for all."""
+        """Every thread waits here for all threads."""
         self.intrinsic("GOMP_barrier", ir.VoidType())
 
     def dot2(self, total: Any, a: Any, b: Any) -> Any:
@@ -154,10 +154,10 @@ class KernelBuilder:
         return total
 
     def rounded(self, numbers: Any) -> Any:
-        """To bfloat16, ties to even."""
+        """``numbers`` in bfloat16; ties to even."""
         if multiplies_bfloat16():
             return self.builder.fptrunc(numbers, kind("bf16", LANES))
-        # LLVM would call a function for each lane that not every system has.
+        # LLVM would call a function for each lane, and not every system has that function.
         bits = self.builder.bitcast(numbers, words())
         odd = self.builder.and_(self.builder.lshr(bits, _every(words(), 16)), _every(words(), 1))
         bits = self.builder.add(self.builder.add(bits, _every(words(), 0x7FFF)), odd)
@@ -174,14 +174,16 @@ class KernelBuilder:
         return self.intrinsic("llvm.fma.v16f32", floats(), a, b, c)
 
     def sum(self, numbers: Any) -> Any:
-        """Of all lanes."""
+        """The sum of all lanes."""
         halves = numbers
         for span in (8, 4, 2, 1):
             halves = self.builder.fadd(halves, self.shuffle(halves, halves, [i ^ span for i in range(LANES)]))
         return self.builder.extract_element(halves, constant(kind("i32"), 0))
 
     def exp(self, x: Any) -> Any:
-        """e to the x ≤ 0, to about 2e-7 of itself: 2ⁿ·2ᶠ with a polynomial for the fraction f of x / ln 2."""
+        """exp(x) for x ≤ 0, with a relative error of about 2e-7: 2ⁿ·2ᶠ, with a polynomial for the fraction f of x / ln
+        2.
+        """
         power = self.builder.fmul(x, every_float(1.4426950408889634))
         power = self.intrinsic("llvm.maxnum.v16f32", floats(), power, every_float(-126.0))
         whole = self.intrinsic("llvm.floor.v16f32", floats(), power)
@@ -195,7 +197,7 @@ class KernelBuilder:
         )
 
 
-# Least squares for 2ᶠ, 0 ≤ f < 1, from f⁵ down to 1.
+# Coefficients of a least-squares polynomial for 2ᶠ, 0 ≤ f < 1, from f⁵ down to 1.
 _EXP2 = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
 
 
@@ -220,7 +222,7 @@ def kind(name: str, lanes: int = 1) -> Any:
     """LLVM's type "i64", "i32", "i16", "i8", "f32" or "bf16", or a vector of them."""
 
     class BFloat16(ir.Type):  # type: ignore[misc]
-        """Which llvmlite does not name."""
+        """A type that llvmlite does not have."""
 
         def _to_string(self) -> str:
             return "bfloat"

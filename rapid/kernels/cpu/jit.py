@@ -1,9 +1,10 @@
-"""Kernels for few rows on a CPU, compiled for the machine at hand while a model loads, by LLVM and without a compiler.
+"""Compiles kernels for few rows for this machine's CPU while a model loads, with LLVM and without a compiler.
 
-PyTorch has no attention over pages and no product with packed bfloat16 weights that reads memory at full speed when
-there are only a few rows. Here a kernel is Python that writes LLVM's intermediate representation (`rapid.kernels.cpu.ir_builder`),
-compiled through llvmlite and run by all threads of PyTorch's own OpenMP team, so that no second set of threads competes
-with it. Where llvmlite or that team is missing, `available` says so and PyTorch's operators do the work.
+PyTorch has no attention over pages, and no product with packed bfloat16 weights that reads memory at full speed when
+there are only a few rows. Here a kernel is Python that writes LLVM's intermediate representation
+(`rapid.kernels.cpu.ir_builder`). llvmlite compiles it. All threads of PyTorch's own OpenMP team run it, so that no
+second set of threads competes with them. Without llvmlite or that team, `available` returns False and PyTorch's
+operators do the work.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ try:
 except ImportError:
     llvm = ir = None
 
-COUNTERS = 2  # the first arguments of every kernel, which threads take work by
+COUNTERS = 2  # the first arguments of every kernel; threads increment them to get the next item of work
 
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels can be compiled here, and run by PyTorch's threads."""
+    """Whether this machine can compile kernels, and PyTorch's threads can run them."""
     return ir is not None and _openmp() is not None
 
 
@@ -43,7 +44,7 @@ def _openmp() -> str | None:
     maps = Path("/proc/self/maps")
     paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
     packages = Path(torch.__file__).parents[1]
-    own = (f"{packages}/torch/", f"{packages}/torch.libs/")  # others bring an OpenMP of their own
+    own = (f"{packages}/torch/", f"{packages}/torch.libs/")  # other packages have an OpenMP library of their own
     found = sorted(path for path in paths if "libgomp" in path and path.startswith(own))
     return found[0] if found else None
 
@@ -56,20 +57,23 @@ def multiplies_bfloat16() -> bool:
 
 
 class Kernel:
-    """A compiled function of a pointer to its arguments, 64-bit integers of which the first are counters from 0.
+    """A compiled function of a pointer to its arguments: 64-bit integers, of which the first are counters that start at
+    0.
 
-    What was compiled once for this CPU is kept beside the models, so that no later start waits for it.
+    The compiled code for this CPU is cached beside the models, so a later start does not compile it again.
     """
 
     def __init__(self, name: str, write: Callable[[Any], None], source: str) -> None:
-        """``write``, which is in the file ``source``, puts a function "kernel" of one parameter into a module; ``name``
-        tells kernels apart."""
+        """``write``, defined in the file ``source``, puts a function "kernel" of one parameter into a module.
+
+        ``name`` identifies the kernel.
+        """
         openmp = _openmp()
         assert openmp is not None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         library = ctypes.CDLL(openmp)
-        for symbol in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, should there be two of them
+        for symbol in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, if the process has loaded two
             llvm.add_symbol(symbol, ctypes.cast(library[symbol], ctypes.c_void_p).value)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
@@ -85,7 +89,7 @@ class Kernel:
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 
     def __call__(self, *arguments: int) -> None:
-        """By all threads."""
+        """Runs the kernel on all threads."""
         threads = torch.get_num_threads()
         if threads == 1:
             self.alone(*arguments)
@@ -93,11 +97,14 @@ class Kernel:
             self._parallel(self._address, _memory(arguments), threads, 0)
 
     def alone(self, *arguments: int) -> None:
-        """By the calling thread, which is quicker when there is little to do."""
+        """Runs the kernel on the calling thread, which is quicker for little work."""
         self._function(_memory(arguments))
 
     def bound(self, address: int, threads: int) -> Callable[[], object]:
-        """A call by that many threads with the arguments that lie at ``address``, behind counters at 0."""
+        """A function that runs the kernel on ``threads`` threads.
+
+        The kernel's arguments lie at ``address``, behind counters that must be 0.
+        """
         if threads == 1:
             return functools.partial(self._function, address)
         return functools.partial(self._parallel, self._address, address, threads, 0)
@@ -123,15 +130,15 @@ def _keep(code: bytes, path: Path) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(code)
-        Path(file.name).replace(path)  # in one step: other processes read here
+        Path(file.name).replace(path)  # atomically: other processes read this file
     return code
 
 
 @functools.cache
 def _version(source: Path) -> str:
-    """Of what the compiled code of the kernels in ``source`` depends on but their own parameters.
+    """A hash of everything that the compiled code of the kernels in ``source`` depends on, except their own parameters.
 
-    That is this machine, LLVM, the writer and the compiler of kernels as they compute: not their comments.
+    That is this machine, LLVM, and the Python code of the writer and the compiler of kernels, without its comments.
     """
     written_by = [Path(__file__), Path(__file__).with_name("ir_builder.py"), source]
     parts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]
@@ -140,7 +147,7 @@ def _version(source: Path) -> str:
 
 
 def code_of(source: str) -> str:
-    """Python source without what does not compute: comments, docstrings, white space."""
+    """Python source without comments, docstrings and white space, none of which changes the computation."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:

@@ -1,8 +1,8 @@
-"""Products with few rows at the speed of memory: weights, dense or in few bits, packed once and multiplied in passing.
+"""Products with few rows at the speed of memory: weights, dense or in few bits, are packed once and read once a step.
 
-Weights are cut into panels of sixteen outputs, one a lane. A panel is contiguous: for each pair of inputs the sixteen
-outputs' weights. One thread takes two panels at a time and multiplies a tile of rows with them in registers, so every
-weight is read from memory once for all rows of a step, and the next ones are asked for meanwhile.
+Weights are cut into panels of sixteen outputs, one a lane. A panel is contiguous: for each pair of inputs it has the
+sixteen outputs' weights. One thread multiplies two panels at a time with a tile of rows in registers. So every weight
+is read from memory once for all rows of a step, and the next weights are prefetched in the meantime.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_f
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 
 GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
-_PANELS = 2  # that a thread takes at a time
+_PANELS = 2  # panels in one item of work
 _TILE = 8  # rows: with two panels, sixteen sums in registers
-_AHEAD = 2048  # bytes that memory is asked for
+_AHEAD = 2048  # bytes to prefetch
 _ARGUMENTS = (
     *("items", "groups", "weights", "panel_bytes", "scales", "offsets"),
     *("rows", "x", "x_bytes", "output", "output_bytes", "scratch", "scratch_bytes"),
@@ -30,8 +30,9 @@ _ARGUMENTS = (
 class CompiledLinear:
     """The product with ``weight`` [out, in] (+ ``bias`` [out]) as a function of rows [rows, in], in bfloat16.
 
-    ``bits`` 16 keeps the weights as they are. 8 rounds them to a scale per output, and 4 to a scale and an offset per
-    output and group of inputs, as in the Q4_1 files that people run on CPUs; what came from one keeps its values.
+    With ``bits`` 16 the weights stay as they are. 8 rounds them to a scale per output. 4 rounds them to a scale and an
+    offset per output and group of inputs, as in the Q4_1 format of GGUF files; weights from such a file keep their
+    values.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -67,7 +68,7 @@ class CompiledLinear:
 
     @property
     def pads(self) -> bool:
-        """Whether rows that go in or come out are longer than the weight's."""
+        """Whether input or output rows are longer than the weight's."""
         return self._padding > 0 or self._width != self.num_outputs
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -80,11 +81,11 @@ class CompiledLinear:
         return output if self.bias is None else output + self.bias
 
     def scratch(self, num_rows: int) -> Tensor:
-        """Room for every thread's sums of groups of inputs."""
+        """Memory for every thread's sums of groups of inputs."""
         return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups)
 
     def arguments(self, x: Tensor, output: Tensor, scratch: Tensor) -> tuple[int, ...]:
-        """The kernel's, for padded rows without the bias; all three must live until it has run."""
+        """The kernel's arguments, for padded rows without the bias; all three tensors must live until it has run."""
         return (
             *(*self._fixed, len(x), x.data_ptr(), x.shape[1] * 2, output.data_ptr(), self._width * 2),
             *(scratch.data_ptr(), scratch.stride(0) * 4),
@@ -147,7 +148,7 @@ class _Product:
         code.finish()
 
     def _sum_groups(self, code: KernelBuilder, given: dict[str, Any], sums: Any) -> None:
-        """The sum of each group of inputs, which an offset is multiplied with. Every thread makes its own."""
+        """The sum of each group of inputs, to multiply with the group's offset. Every thread computes its own."""
         ones = constant(words(), [0x3F803F80] * LANES)
         with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
             x = code.load(words(), code.plus(given["x"], code.times(group, GROUP * 2)))
@@ -168,7 +169,7 @@ class _Product:
             for place in places:
                 code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
             inputs = [code.plus(x, code.times(row, x_bytes), code.times(group, GROUP * 2)) for row in rows]
-            # A product takes longer than what it waits for, so a few rows are summed in several sums.
+            # Each product must wait for the one before it in its sum, so a few rows use several sums.
             parts = {key: [zero] * max(1, 4 // num_rows) for key in totals}
             if self._bits != 4:
                 for key, total in totals.items():
@@ -210,7 +211,7 @@ class _Product:
         if self._bits == 8:
             codes = code.load(kind("i8", 2 * LANES), code.plus(group, pair * LANES * 2))
             numbers = code.builder.sitofp(codes, kind("f32", 2 * LANES))
-            # They need no more than the upper half of a float32.
+            # The numbers are exact in the upper half of a float32.
             upper = code.builder.bitcast(numbers, kind("i16", 4 * LANES))
             return code.builder.bitcast(code.shuffle(upper, upper, range(1, 4 * LANES, 2)), words())
         codes = code.builder.zext(code.load(kind("i8", 2 * LANES), code.plus(group, pair // 2 * LANES * 2)), halves)
@@ -218,5 +219,5 @@ class _Product:
             codes = code.builder.lshr(codes, constant(halves, [4] * 2 * LANES))
         else:
             codes = code.builder.and_(codes, constant(halves, [15] * 2 * LANES))
-        # The bits of bfloat16 128, whose last four count in ones.
+        # 0x4300 is 128 in bfloat16; its last four bits count in ones.
         return code.builder.bitcast(code.builder.or_(codes, constant(halves, [0x4300] * 2 * LANES)), words())

@@ -1,8 +1,8 @@
-"""What a decoder layer does to each row by itself, a kernel each: norm, rotation, gate, storing.
+"""The operations of a decoder layer on single rows, one kernel each: norm, rotation, gate, storing.
 
-PyTorch needs several operators for each, hundreds a decode step, and a step over few rows is mostly their overhead.
-Everything is computed in float32 and rounded once. Each function has PyTorch's own operators beside it, for devices
-and sizes without a kernel.
+PyTorch needs several operators for each operation: hundreds a decode step, and over few rows most of the time is their
+overhead. A kernel computes everything in float32 and rounds once. Each function falls back to PyTorch's operators for
+devices and sizes without a kernel.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind
 from rapid.kernels.cpu.jit import COUNTERS, Kernel, available
 
-MANY = 16  # rows; from here on it pays to wake the other threads
+MANY = 16  # rows; from here on waking the other threads pays
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def supports(x: Tensor, size: int) -> bool:
-    """Whether there are kernels for rows of ``size`` numbers like those of ``x``."""
+    """Whether there are kernels for rows of ``size`` numbers with the device and dtype of ``x``."""
     return x.device.type == "cpu" and x.dtype in _NAMES and size % LANES == 0 and available()
 
 
@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated(x: Tensor) -> Tensor:
-    """silu(first half) · second half, of every row [rows, 2 · size]."""
+    """silu(first half) · second half of every row [rows, 2 · size]."""
     size = x.shape[1] // 2
     if not supports(x, size):
         gate, up = x.chunk(2, -1)
@@ -50,9 +50,9 @@ def gated(x: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
-    """The first ``num_rotated`` of ``heads`` [rows, heads, d] turned by the angles of ``cos``, ``sin`` [rows, d].
+    """The first ``num_rotated`` of ``heads`` [rows, heads, d], rotated by the angles of ``cos``, ``sin`` [rows, d].
 
-    The contents of ``heads`` are used up.
+    The function may overwrite ``heads``.
     """
     rows, num_heads, d = heads.shape
     if not supports(heads, d // 2):
@@ -66,7 +66,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
 
 
 def store(new: Tensor, slots: Tensor, cache: Tensor) -> None:
-    """Puts ``new`` [rows, KV heads, d] into ``cache`` [KV heads, slots, d] at ``slots`` [rows]."""
+    """Writes ``new`` [rows, KV heads, d] into ``cache`` [KV heads, slots, d] at ``slots`` [rows]."""
     rows, num_heads, d = new.shape
     if not supports(new, d) or new.stride(1) != d:
         cache.index_copy_(1, slots, new.transpose(0, 1))
@@ -94,7 +94,7 @@ def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kerne
 
 
 class _Rows:
-    """Sixteen numbers at a time, of a type that is computed with in float32."""
+    """Loads and stores sixteen numbers of ``dtype``; the kernels compute with them in float32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.bytes = dtype.itemsize
@@ -141,7 +141,7 @@ def gate_kernel(dtype: torch.dtype, size: int) -> Kernel:
         with code.loop(0, size * rows.bytes, LANES * rows.bytes) as i:
             gate = rows.load(code, code.plus(place, i))
             up = rows.load(code, code.plus(place, i, size * rows.bytes))
-            # 1 / (1 + e⁻ᵍ), from the side where the power is below 1.
+            # 1 / (1 + e⁻ᵍ), computed from e to the −|g|, which is at most 1.
             power = code.exp(code.builder.fneg(code.intrinsic("llvm.fabs.v16f32", floats(), gate)))
             share = code.builder.select(code.builder.fcmp_ordered("<", gate, zero), power, one)
             share = code.builder.fdiv(share, code.builder.fadd(one, power))
@@ -152,7 +152,7 @@ def gate_kernel(dtype: torch.dtype, size: int) -> Kernel:
 
 @functools.cache
 def sum_kernel(dtype: torch.dtype, size: int) -> Kernel:
-    """(x, y, bytes from a row of y to the next): every row of y added to that of x."""
+    """(x, y, bytes from a row of y to the next): adds every row of y to that of x."""
     rows = _Rows(dtype)
 
     def write(code: KernelBuilder, row: Any, x: Any, y: Any, y_bytes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Attention through a block table, from device tensors alone: PyTorch's varlen kernel, or else SDPA."""
+"""Attention through a block table, from device tensors only: PyTorch's varlen kernel, or else SDPA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 
-PAGE_SIZE = 256  # what FlashAttention 2 asks of a block table
+PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
 
 
 @dataclass
@@ -43,13 +43,13 @@ class PagedBatch:
         return output.reshape(len(query), -1)
 
     def on(self, device: torch.device) -> PagedBatch:
-        """The same for layers on ``device``."""
+        """The same batch for layers on ``device``."""
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         return replace(self, **here)
 
 
 class _SpreadBatch:
-    """A batch over layers on several devices: each layer's reads what is on its own."""
+    """A batch over layers on several devices: each layer reads the tensors on its own device."""
 
     def __init__(self, batch: PagedBatch, devices: Sequence[torch.device]) -> None:
         on = {device: batch.on(device) for device in set(devices)}
@@ -64,7 +64,7 @@ PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
 
 
 class PagedAttention:
-    """Pages in the layout of FlashAttention's block tables. ``kernel`` is the device's best unless given."""
+    """The attention backend over FlashAttention's block tables. ``kernel`` defaults to the device's best."""
 
     def __init__(self, kernel: PagedKernel | None = None, page_size: int = PAGE_SIZE) -> None:
         self._kernel = kernel or best_kernel()
@@ -91,7 +91,7 @@ class PagedAttention:
         return batch if set(devices) == {device} else _SpreadBatch(batch, devices)
 
     def empty_batch(self, pool: KVPool, num_sequences: int, num_new: int, width: int) -> PagedBatch:
-        """A batch of ``num_sequences`` × ``num_new`` tokens to be filled in place; it points at the spare page."""
+        """A batch of ``num_sequences`` × ``num_new`` tokens that the caller fills in; it points at the spare page."""
         device = pool.layout.device
         return PagedBatch(
             pool=pool,
@@ -105,7 +105,7 @@ class PagedAttention:
 
 
 def best_kernel() -> PagedKernel:
-    """varlen attention where this PyTorch's takes a block table, else SDPA."""
+    """varlen attention if this PyTorch's version of it accepts a block table, else SDPA."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -138,11 +138,11 @@ def _varlen(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scal
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
-    """Copies each sequence's pages side by side and pads to the longest: slower, and right on every device."""
+    """Copies each sequence's pages side by side and pads to the longest: slower, but correct on every device."""
     table = batch.table.long()
     num_sequences, width = table.shape
     shape = (num_sequences, width * batch.pool.page_size, *keys.shape[2:])
-    # What lies behind a sequence's end may be anything, and even a weight of 0 does not make a NaN harmless.
+    # Memory behind a sequence's end may hold NaN, and even a weight of 0 does not make a NaN harmless.
     empty = torch.arange(shape[1], device=query.device) >= batch.lengths[:, None]
     all_keys, all_values = (
         pages[table].reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2) for pages in (keys, values)
