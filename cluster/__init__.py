@@ -1,1 +1,1 @@
-"""Where things run, as plain data: no Ray, no Kubernetes client."""
+"""The placement of the service on machines, as plain data: no Ray, no Kubernetes client."""

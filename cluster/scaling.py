@@ -1,4 +1,4 @@
-"""How many replicas of an engine there should be: by open leases, and by KV memory in use."""
+"""The number of replicas that an engine needs: by open leases, and by KV memory in use."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ KV_SHARE = "kv_share"  # a replica's metric: the share of its KV memory that ope
 class LeasePolicy:
     """A Ray Serve autoscaling policy; Serve applies the bounds and delays of its configuration around it.
 
-    The more demanding of two needs wins. Leases that are open or wait, at ``target_ongoing_requests`` a replica; and
-    KV memory, since a few long documents can fill a replica that has few leases. Without a single lease there is
-    nothing to hold, so it may go to zero where the bounds allow it.
+    The policy computes two needs, and the larger one decides. One is the leases that are open or wait, at
+    ``target_ongoing_requests`` a replica. The other is KV memory, since a few long documents can fill a replica that
+    has few leases. Without any lease the policy asks for zero replicas, if the bounds allow it.
     """
 
     def __init__(self, target_kv_share: float) -> None:
         self._target_kv_share = target_kv_share
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """(replicas wanted, no state of its own) from Serve's `AutoscalingContext`."""
+        """(wanted replicas, an empty state) from Serve's `AutoscalingContext`."""
         leases = context.total_num_requests
         shares = (context.aggregated_metrics or {}).get(KV_SHARE, {})
         by_leases = leases / context.config.get_target_ongoing_requests()

@@ -4,12 +4,12 @@
     retriever = Retriever(embedder, retrieval.store.ChunkStore(dimension=embedder.dimension), tokenizer)
     retriever.retrieve(contents, query, RetrievalOptions()).chunks
 
-Contents go in as the chat has them, and the chunks worth keeping come back in document order. One call chunks, embeds,
-stores, searches and deletes. The package knows nothing of chats, models that generate, or clusters; its results are
-plain data that can be pickled. Failures outside the caller's code are RetrievalError.
+The caller passes the contents of a chat; the relevant chunks come back in document order. One call chunks, embeds,
+stores, searches and deletes. The package does not depend on chats, on models that generate, or on clusters; its results
+are plain data that can be pickled. Failures outside the caller's code are RetrievalError.
 
-`retrieval.store` and `retrieval.embedding` are imported by name: the first loads Qdrant's client and the second torch,
-and a process that only names options needs neither.
+Import `retrieval.store` and `retrieval.embedding` by name: the first loads Qdrant's client and the second torch, and a
+process that only names options needs neither.
 """
 
 from retrieval.chunking import Chunk, Tokenizer, split

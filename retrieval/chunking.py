@@ -1,9 +1,9 @@
-"""Cut a document into pieces of at most so many tokens, losing nothing.
+"""Cut a document into pieces of a bounded number of tokens, losing nothing.
 
 Pieces end at the best separator within reach: paragraph, line, sentence, clause, word, in that order, in English and in
 Chinese or Japanese punctuation (the order of the code released with arXiv 2502.20330). The document is tokenised once
-to learn where its tokens lie; every piece is then tokenised alone, because that is how it will be read, and cut again
-when it turns out longer alone than it was inside the document.
+to find the offsets of its tokens. Every piece is then tokenised alone, because the model reads it alone, and is cut
+again if it has more tokens alone than inside the document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SEPARATORS = tuple(
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer: a Hugging Face fast tokenizer, which knows the offsets of its tokens."""
+    """The part of a Hugging Face fast tokenizer's interface that this module uses; it gives its tokens' offsets."""
 
     def __call__(
         self, text: str, /, *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
@@ -47,15 +47,14 @@ class Chunk(NamedTuple):
 def split(text: str, *, max_tokens: int, tokenizer: Tokenizer) -> list[Chunk]:
     """Cut `text` into chunks of at most `max_tokens` tokens each (no special tokens, no overlap).
 
-    The chunk texts joined are the text again, for any string; "" has no chunks. A chunk is longer than `max_tokens`
-    only when it is a single character that takes that many tokens (an emoji can be four). Time is near linear in the
-    text.
+    The joined chunk texts equal the text, for any string; "" has no chunks. A chunk is longer than `max_tokens` only
+    when it is a single character of that many tokens (an emoji can have four). Time is near linear in the text.
 
     Raises ValueError when `max_tokens` is less than 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    # Tokenizers refuse lone surrogates, which JSON can smuggle in; "?" takes their place one for one while counting.
+    # Tokenizers refuse lone surrogates, which JSON can contain. For counting, "?" replaces each of them.
     readable = text.encode("utf-8", "replace").decode("utf-8")
     spans = _token_spans(readable, tokenizer)
     chunks: list[Chunk] = []
@@ -82,14 +81,14 @@ def _next_cut(
         num_tokens = len(_token_spans(text[start:end], tokenizer))
         if num_tokens <= max_tokens or end == start + 1:
             return end, num_tokens
-        # Alone it is longer than within the document: ask for so many tokens fewer than the document has there. A piece
-        # too long even when it is one token of the document is halved until it fits.
+        # The piece has more tokens alone than within the document, so try again with that many tokens fewer. A piece
+        # that is one token of the document and still too long is halved until it fits.
         budget = bisect_left(spans, (end, 0)) - first - (num_tokens - max_tokens)
         limit = end - 1 if budget >= 1 else start + (end - start) // 2
 
 
 def _best_separator(text: str, start: int, limit: int) -> int:
-    """Return the best cut in the later half of text[start:limit] (earlier makes small chunks), or `limit`."""
+    """Return the best cut in the later half of text[start:limit] (earlier cuts make small chunks), or `limit`."""
     middle = start + (limit - start) // 2
     for separator in _SEPARATORS:
         end = 0

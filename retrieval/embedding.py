@@ -1,4 +1,4 @@
-"""Texts to unit vectors, with FlagEmbedding. The only module that knows FlagEmbedding.
+"""Texts to unit vectors, with FlagEmbedding. Only this module imports FlagEmbedding.
 
 FlagEmbedding loads the models, pools their states, and holds BGE-M3's head. Batching is done here, because its own
 `encode` runs the first batch twice to find a size that fits, draws progress bars, and may start processes.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from retrieval.errors import RetrievalError
 
-# Padded tokens in one forward pass. A CPU is as fast with few, and whoever waits for a turn waits less.
+# Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 _USUAL_TOKENS = 512
 _REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
@@ -31,13 +31,13 @@ _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.o
 
 
 class Embedder:
-    """One embedding model on one device. May be called from several threads, which take turns at the device.
+    """One embedding model on one device. Several threads may call it; they take turns at the device.
 
     Attributes:
         name: the model's folder or hub id.
         dimension: length of a vector.
-        max_tokens: tokens read of each text, special tokens included; what lies beyond does not count.
-        run: calls what it is given, a forward pass, in the thread where it is to run.
+        max_tokens: tokens read of each text, special tokens included; later tokens are ignored.
+        run: calls its argument, a forward pass, on the thread where passes must run.
     """
 
     run: Callable[[Callable[[], NDArray[np.float32]]], NDArray[np.float32]]
@@ -49,8 +49,8 @@ class Embedder:
         self.name, self.max_tokens = name, max_tokens
         self.run = lambda forward: forward()
         self._tokenizer, self._forward, self._device = tokenizer, forward, device
-        # One forward pass at a time, since several would only share the device and add up in memory. Taken for a pass
-        # and not for a call, so that a query does not wait for another request's whole document.
+        # One forward pass at a time: several would share the device and add up in memory. A thread holds the lock for a
+        # pass and not for a call, so that a query does not wait for another request's whole document.
         self._lock = threading.Lock()
         self.dimension = self._embed(["dimension"]).shape[1]
         self._memory = _Memory(self.dimension)
@@ -58,8 +58,8 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one unit vector for each text: [len(texts), dimension].
 
-        The vectors of the latest texts are remembered, by digest: the next question about a document, and the next
-        turn of a chat, embed only what is new.
+        The vectors of the latest texts are cached by digest, so the next question about a document, and the next turn
+        of a chat, embed only new texts.
         """
         digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts]
         vectors = self._memory.recall(digests)
@@ -83,7 +83,7 @@ class Embedder:
         return vectors
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        # Tokenizers refuse lone surrogates, which JSON can smuggle in.
+        # Tokenizers refuse lone surrogates, which JSON can contain.
         readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         tokens = self._tokenizer(readable, truncation=True, max_length=self.max_tokens)
         order, vectors = [], []
@@ -99,19 +99,19 @@ class Embedder:
 
 
 class _Memory:
-    """The vectors of the texts that were used last, by the texts' digests.
+    """The vectors of the most recently used texts, by the texts' digests.
 
-    They lie in one array: small ones that stay, each between a pass's large ones that go, would leave the allocator
-    with ever more memory that it can neither use nor give back.
+    They lie in one array. As separate small arrays between the large ones of each pass they would fragment the heap:
+    the allocator could neither reuse nor return more and more memory.
     """
 
     def __init__(self, dimension: int) -> None:
-        self._vectors = np.empty((_REMEMBERED, dimension), dtype=np.float32)  # takes memory as it is written
+        self._vectors = np.empty((_REMEMBERED, dimension), dtype=np.float32)  # uses memory as it is written
         self._rows: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
         self._lock = threading.Lock()
 
     def recall(self, digests: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """What is known of them, as copies."""
+        """Return copies of the cached vectors."""
         with self._lock:
             return {digest: self._vectors[self._rows[digest]].copy() for digest in digests if digest in self._rows}
 
@@ -135,19 +135,18 @@ def load_embedder(
     """Load an embedding model from a folder or by hub id.
 
     Args:
-        kind: "bge-m3" for BGE-M3 and its fine-tuned copies (the paper's choice; the dense vectors of three kinds),
+        kind: "bge-m3" for BGE-M3 and its fine-tuned copies (the paper's choice; only its dense vectors are used),
             "dense" for any other encoder; "auto" looks for BGE-M3's own files.
-        max_tokens: tokens to read of each text; by default what the model's files say.
+        max_tokens: tokens to read of each text; by default the number in the model's files.
         device: "cpu", "cuda" or "cuda:0"; half precision on CUDA.
 
-    A dense model's pooling ("cls" or "mean") and length are read from the files sentence-transformers keeps beside it
+    A dense model's pooling ("cls" or "mean") and length come from the files that sentence-transformers keeps beside it
     (`1_Pooling/config.json`, `sentence_bert_config.json`); without them, "cls" and the tokenizer's length.
 
-    Raises RetrievalError when the model cannot be found or loaded, ValueError when `max_tokens` is more than it can
-    read.
+    Raises RetrievalError when the model cannot be found or loaded, ValueError when `max_tokens` is more than the model
+    can read.
     """
-    # Takes seconds to import (it brings its training code), and whoever only wants this package's options has no use
-    # for it.
+    # This import takes seconds (it includes training code), and processes that only name options do not need it.
     from FlagEmbedding import BGEM3FlagModel, FlagModel  # type: ignore[import-untyped]
 
     folder = _folder(str(model))
@@ -161,7 +160,7 @@ def load_embedder(
             flag = FlagModel(str(folder), pooling_method=_pooling(folder), **settings)
         flag.model.to(device).eval()
         declared = int(flag.tokenizer.model_max_length)
-        longest = declared if declared < 10**6 else _USUAL_TOKENS  # one that does not say has 10**30
+        longest = declared if declared < 10**6 else _USUAL_TOKENS  # transformers uses 10**30 for "not known"
         length = int(_read_json(folder / "sentence_bert_config.json").get("max_seq_length") or longest)
     except RetrievalError:
         raise

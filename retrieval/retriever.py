@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
-_BATCH = 8  # chunks between two words about how far `keep` is
+_BATCH = 8  # chunks between two progress reports of `keep`
 
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """What to keep of a context.
+    """How much to keep of a context.
 
     The budget in tokens for a context of L tokens is max(min(min_tokens, L), L * fraction), rounded up to whole chunks
     of `chunk_tokens` (paper, section 4.1, where min_tokens is 4096: too much of an 8K window). Chunks that end at a
-    separator are shorter than that, and a short message is a chunk by itself, so more chunks than the paper counts fit
-    in its budget; of full chunks exactly as many do.
+    separator are shorter than `chunk_tokens`, and a short message is a chunk by itself. So the budget holds more chunks
+    than the paper counts; it holds exactly as many full chunks.
 
     Attributes:
         chunk_tokens: longest chunk, in the target's tokens.
@@ -40,8 +40,8 @@ class RetrievalOptions:
         min_tokens: budget for any context longer than it.
         fraction: share of the context that is kept where that is more.
         max_tokens: a budget that replaces the rule, never exceeded.
-        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Nothing removes
-            them again but `Retriever.delete`.
+        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Only
+        `Retriever.delete` removes them.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -66,7 +66,7 @@ class RetrievalOptions:
             raise ValueError(f"max_tokens must be at least 1, or None, got {self.max_tokens}")
 
     def budget(self, context_tokens: int) -> int:
-        """Return how many tokens may be kept of a context of `context_tokens`."""
+        """Return how many tokens of a context of `context_tokens` may be kept."""
         if self.max_tokens is not None:
             return self.max_tokens
         tokens = max(min(self.min_tokens, context_tokens), context_tokens * self.fraction)
@@ -106,7 +106,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class IndexProgress:
-    """How far a text's vectors are: `num_embedded` of `num_chunks`. `namespace` is whose they are in the store."""
+    """`num_embedded` of a text's `num_chunks` chunks have vectors, in the store's namespace `namespace`."""
 
     namespace: str
     num_embedded: int
@@ -114,21 +114,22 @@ class IndexProgress:
 
 
 class Retriever:
-    """Chunks, embeds, stores, searches and forgets, in one call. May be called from several threads.
+    """Chunks, embeds, stores, searches and deletes, in one call. Several threads may call it.
 
     `tokenizer` is the target's: budgets are counted in its tokens.
     """
 
     def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
-        self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless it was dropped since
+        self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless deleted since
         self._storing = threading.Lock()
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
-        """Return the chunks of `contents` nearest to `query`, best first until the budget is spent, in document order.
+        """Return the chunks of `contents` nearest to `query`, in document order.
 
-        A chunk that no longer fits is passed over for the next best that does. Blank chunks are never kept; nothing is
-        when the query is blank or no chunk reaches the threshold.
+        The best chunks are taken first, until the budget is spent. If a chunk does not fit any more, the next best one
+        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank or no chunk reaches the
+        threshold.
 
         Raises RetrievalError when the store fails.
         """
@@ -161,8 +162,8 @@ class Retriever:
     def keep(self, text: str, chunk_tokens: int) -> Iterator[IndexProgress]:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` with a content of that text.
 
-        Yields how far it is, first with nothing done and then after each small batch; what is kept already is not
-        embedded again. Blank chunks count for nothing. After a `drop` in between it stores nothing and just ends.
+        Yields the progress, first before any work and then after each small batch. Vectors that are kept already are
+        not computed again. Blank chunks do not count. After a `delete` in between it stores nothing and ends.
 
         Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
         """
@@ -186,7 +187,7 @@ class Retriever:
             yield IndexProgress(namespace, done, len(texts))
 
     def delete(self, namespace: str) -> None:
-        """Remove kept vectors. Raises RetrievalError when the store fails."""
+        """Delete the kept vectors of `namespace`. Raises RetrievalError when the store fails."""
         with self._storing:
             self._keeping.pop(namespace, None)
             self._store.delete(namespace)
@@ -194,8 +195,8 @@ class Retriever:
     def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
         """Return (position, score) of all `chunks` that reach the threshold, best first.
 
-        Each content has vectors of its own where these are kept, by `keep` or to be kept now; the others share an
-        namespace that is gone afterwards.
+        A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
+        share a namespace, which is deleted afterwards.
         """
         vector = self.embedder.embed_query(query)
         found: list[tuple[int, float]] = []
@@ -209,7 +210,7 @@ class Retriever:
             group = list(of_content)
             texts = [chunk.text for chunk in group]
             namespace = self._kept_namespace(texts)
-            # A write that broke off halfway leaves fewer points than texts, and is done again.
+            # An interrupted write leaves fewer points than texts, and is repeated.
             is_kept = self._store.count(namespace) == len(group)
             if options.keep and not is_kept:
                 self._store.add(namespace, self.embedder.embed(texts), keep=True)
@@ -227,7 +228,7 @@ class Retriever:
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def _kept_namespace(self, texts: list[str]) -> str:
-        # Named by exactly what its points hold, so that no change of contents, chunk size, tokenizer or embedder can
-        # find another's vectors.
+        # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
+        # tokenizer or embedder no old vectors are found.
         identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
         return hashlib.sha256(identity.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Vectors in Qdrant: in this process, or on a server. The only module that knows Qdrant.
+"""Vectors in Qdrant: in this process, or on a server. Only this module imports Qdrant's client.
 
 Every point belongs to a namespace (one request, or one kept document) and is invisible to all others. In-process Qdrant
-forgets when the process ends; what is to be kept then lies in a folder too, a file of numbers for each namespace, from
-which it is put back when it is first asked for. (Qdrant's own folder admits one process, and reads all of it to start.)
+loses its points when the process ends. So kept vectors also lie in a folder, one file of numbers for each namespace;
+the first use of a namespace loads its file. (Qdrant's own folder admits one process, and reads all of it to start.)
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ChunkStore:
 
     Args:
         url: a Qdrant server, such as "http://qdrant:6333"; None keeps everything in this process's memory.
-        api_key: the server's key, when it asks for one.
-        collection: where the points live; it is created when missing.
+        api_key: the server's key, if it needs one.
+        collection: the collection of the points; it is created when missing.
         folder: where kept vectors outlive this process, without a server; None: they do not.
         dimension: length of the vectors.
 
-    May be called from several threads. Every method, and the constructor, raises RetrievalError when the server cannot
-    be reached or refuses; the constructor also when the collection holds vectors of another length.
+    Several threads may call it. Every method, and the constructor, raises RetrievalError when the server cannot be
+    reached or refuses; the constructor also when the collection holds vectors of another length.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ChunkStore:
     def add(self, namespace: str, vectors: NDArray[np.float32], *, keep: bool = False) -> None:
         """Store `vectors` [n, dimension]; row i becomes position i. Adding the same rows again changes nothing.
 
-        With `keep` they outlive this process, where there is a folder or a server.
+        With `keep` they outlive this process, if there is a folder or a server.
         """
         with self._calling():
             self._upsert(namespace, vectors)
@@ -100,7 +100,7 @@ class ChunkStore:
         return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
 
     def count(self, namespace: str) -> int:
-        """Return how many vectors the namespace has, kept ones included."""
+        """Return the number of vectors in the namespace, kept ones included."""
         collection = self._collection_of(namespace)
         with self._calling():
             if self._is_missing(collection):
@@ -109,12 +109,12 @@ class ChunkStore:
                     return 0
                 try:
                     self._upsert(namespace, np.load(kept, allow_pickle=False))
-                except (ValueError, EOFError):  # cut short when the machine went down: as good as none
+                except (ValueError, EOFError):  # a crash cut the file short: it counts as missing
                     return 0
             return self._client.count(collection, count_filter=_of(namespace), exact=True).count
 
     def delete(self, namespace: str) -> None:
-        """Forget everything the namespace has; nothing happens when that is nothing."""
+        """Delete all vectors of the namespace, if it has any."""
         collection = self._collection_of(namespace)
         with self._calling():
             if self._url is None:
@@ -125,18 +125,18 @@ class ChunkStore:
                 self._client.delete(collection, models.FilterSelector(filter=_of(namespace)), wait=True)
 
     def close(self) -> None:
-        """Let go of the connection, or of the memory."""
+        """Close the connection, or free the memory."""
         with self._calling():
             self._client.close()
 
     def _collection_of(self, namespace: str) -> str:
-        # In-process Qdrant never frees a deleted point and compares every query with it for ever: there each namespace has
-        # a collection to itself, which goes as a whole. A server wants few collections and many tenants.
+        # In-process Qdrant never frees a deleted point, and compares every query with it. So there each namespace has a
+        # collection of its own, which is deleted as a whole. A server works best with few collections and many tenants.
         return f"{self._collection}-{namespace}" if self._url is None else self._collection
 
     def _upsert(self, namespace: str, vectors: NDArray[np.float32]) -> None:
         collection = self._collection_of(namespace)
-        if self._is_missing(collection):  # also of a server that lost what it had
+        if self._is_missing(collection):  # a server may have lost it
             self._ensure(collection)
         for begin in range(0, len(vectors), _BATCH):
             points = [
@@ -179,7 +179,7 @@ class ChunkStore:
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        """Serialise calls where that is needed, and say where a failed one went."""
+        """Serialise calls if the client needs it, and raise a failed call as RetrievalError with its place."""
         try:
             with self._lock:
                 yield

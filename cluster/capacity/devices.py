@@ -1,4 +1,4 @@
-"""How long one forward pass takes on a device: a roofline with the fractions of it that are really reached."""
+"""The time of one forward pass on a device: a roofline, with the fractions of it that a pass reaches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from cluster.capacity.shapes import ServedModel
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or one machine that is measured. Bytes, bytes per second, FLOP per second, seconds.
+    """One accelerator, or one measured machine. Bytes, bytes per second, FLOP per second, seconds.
 
     ``memory``, ``bandwidth``, ``flops`` (dense, 16-bit numbers) and ``link`` (one direction, to its neighbours) are
-    data sheet values. The rest is what a pass reaches of them: ``weights`` and ``cache`` of the bandwidth while it
-    reads weights, or keys and values; ``products`` and ``attention`` of the FLOP/s; ``layer_s`` is what a layer costs
-    on top. The defaults are assumptions for good GPU kernels under CUDA graphs, not measurements of this project; for
-    a machine that was measured, `python -m benchmarks.plan` finds them.
+    data sheet values. The other fields are the fractions that a pass reaches: ``weights`` and ``cache`` of the
+    bandwidth while it reads weights, or keys and values; ``products`` and ``attention`` of the FLOP/s. ``layer_s`` is
+    the overhead of a layer. The defaults are assumptions for good GPU kernels under CUDA graphs, not measurements of
+    this project; for a measured machine, `python -m benchmarks.plan` fits them.
 
-    A pass over several devices is not captured as a graph, so a host launches each layer's kernels one by one, which
-    takes ``eager_layer_s``: assumed to be about 25 of them at 6 µs. The device works behind that, and can be no faster.
+    A pass over several devices is not captured as a graph. The host then launches each layer's kernels one by one,
+    which takes ``eager_layer_s``: about 25 kernels at 6 µs, by assumption. The device works behind the host, and cannot
+    be faster.
     """
 
     memory: float
@@ -35,16 +36,17 @@ class Device:
     eager_layer_s: float = 150e-6
 
     def pass_s(self, model: ServedModel, batch: int, tokens: int, context: int, *, rows: int | None = None) -> float:
-        """Seconds for one pass: ``batch`` sequences that hold ``context`` tokens are each extended by ``tokens``.
+        """Seconds for one pass, which appends ``tokens`` to each of ``batch`` sequences that hold ``context`` tokens.
 
-        The sum over the parts of max(bytes ÷ bandwidth, operations ÷ rate): the layers' products read every weight
-        once; the head makes logits of ``rows`` tokens a sequence (all, when not given); attention reads each
-        sequence's keys and values, and does 4 operations for each query, head, dimension and token seen. Two
-        all-reduces a layer join the ranks. Stages work one after another, and hand on what a layer has made.
+        The time is the sum over the parts of max(bytes ÷ bandwidth, operations ÷ rate). The layers' products read every
+        weight once. The head makes logits of ``rows`` tokens a sequence (of all tokens, by default). Attention reads
+        each sequence's keys and values, and does 4 operations for each query, head, dimension and visible token. Two
+        all-reduces a layer join the ranks. Stages work one after another, and each sends its last layer's output to the
+        next.
         """
         shape, ranks = model.shape, model.num_ranks
         rows = tokens if rows is None else rows
-        # Arithmetic is done in the width of the numbers, so float32 runs at half the rate of bfloat16.
+        # The rate depends on the width of the numbers: float32 runs at half the rate of bfloat16.
         rate = self.flops * 2 / model.number_bytes
 
         def product_s(parameters: int, num_tokens: int) -> float:
@@ -65,7 +67,7 @@ class Device:
         return max(working_s, shape.num_layers * self.eager_layer_s) if model.num_devices > 1 else working_s
 
     def prefill_s(self, model: ServedModel, tokens: int, chunk: int) -> float:
-        """Seconds to read ``tokens`` in passes of ``chunk``; only the last token needs logits."""
+        """Seconds to prefill ``tokens`` in passes of ``chunk``; only the last token needs logits."""
         starts = range(0, tokens, chunk)
         return sum(self.pass_s(model, 1, min(chunk, tokens - i), i, rows=i + chunk >= tokens) for i in starts)
 

@@ -1,7 +1,8 @@
-"""What a round of speculative decoding costs and brings, the best γ, and how many GPUs a load needs.
+"""The cost and the tokens of a round of speculative decoding, the best γ, and the number of GPUs that a load needs.
 
-Acceptance α is the probability that a drafted token stands, given that those before it do. Tokens are taken as
-independent, so all γ stand with α^γ, and a round writes 1 + α + … + α^γ tokens (Leviathan et al., arXiv 2211.17192).
+Acceptance α is the probability that a draft token is accepted, given that the tokens before it are. The model treats
+tokens as independent. So all γ are accepted with probability α^γ, and a round writes 1 + α + … + α^γ tokens (Leviathan
+et al., arXiv 2211.17192).
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from cluster.capacity.devices import Device
 from cluster.capacity.shapes import ServedModel
 
 MAX_GAMMA = 16
-USABLE_MEMORY = 0.9  # of a device: the rest is activations, graphs and the allocator's
-# Half of what a round's messages take around engines that sample, and sleep in between, on two cores: 2.7 ms in
-# benchmarks/results/coordination.json. Around engines that compute nothing it is 0.35 ms.
+USABLE_MEMORY = 0.9  # of a device; the rest is for activations, graphs and the allocator
+# Half of the time of a round's messages, with engines that sample, and sleep in between, on two cores: 2.7 ms in
+# benchmarks/results/coordination.json. With engines that compute nothing it is 0.35 ms.
 CALL_S = 1.35e-3
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Tokens that a round of ``gamma`` drafted tokens writes: (1 - α^(γ+1)) ÷ (1 - α)."""
+    """Tokens that a round of ``gamma`` draft tokens writes: (1 - α^(γ+1)) ÷ (1 - α)."""
     return sum(acceptance**i for i in range(gamma + 1))
 
 
 def per_token_acceptance(rate: float, gamma: int) -> float:
-    """The α at which accepted ÷ drafted is ``rate`` where γ tokens are drafted every round."""
+    """The α for which accepted ÷ drafted is ``rate``, with γ tokens drafted every round."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -41,11 +42,11 @@ class Round:
     In turn:         round = γ·draft + verify + 2 calls
     With overlap:    round = verify + hit·max(0, (γ+1)·draft - verify) + (1 - hit)·γ·draft + 2 calls
 
-    While the target verifies, the drafter goes on as if everything were accepted: it guesses the token that follows,
-    and drafts γ more. The guess is a hit when all γ stand and it is right too, which has probability α^(γ+1); the next
-    draft is then ready, or nearly. Otherwise that work is thrown away, and the drafter begins afresh after the verdict.
-    (When sampling, the drafter guesses the following token less often than a draft token stands, so this is the most
-    that overlap can bring.)
+    While the target verifies, the drafter drafts ahead as if all tokens were accepted: it guesses the token that
+    follows, and drafts γ more. The guess is a hit when all γ tokens are accepted and the guessed token is right, too,
+    which has probability α^(γ+1). The next draft is then ready, or nearly. Otherwise that work is lost, and the drafter
+    starts again after the verdict. (When sampling, the guess is right less often than a draft token is accepted, so
+    this is an upper bound for overlap.)
     """
 
     gamma: int
@@ -79,7 +80,7 @@ class Round:
 
     @property
     def drafter_share(self) -> float:
-        """The part of a round in which a drafter works for one target, counting what is thrown away."""
+        """The share of a round in which a drafter works for one target, lost work included."""
         if self.gamma == 0:
             return 0.0
         drafting, ahead = self.gamma * self.draft_s, (self.gamma + 1) * self.draft_s
@@ -91,7 +92,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Workload:
-    """What each of ``batch`` sequences of a target does. ``context`` and ``retrieved`` are prompts, in tokens."""
+    """The work of each of a target's ``batch`` sequences. ``context`` and ``retrieved`` are prompts, in tokens."""
 
     context: int
     retrieved: int
@@ -102,7 +103,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Enough replicas for a load, and what they write together. ``cost`` is per million tokens, given a price."""
+    """Enough replicas for a load, and the tokens they write together. ``cost`` is per million tokens, for a given
+    price.
+    """
 
     targets: int
     drafters: int
@@ -115,7 +118,7 @@ class Fleet:
 class Planner:
     """The two models on their devices, one kind of device for both.
 
-    ``drafter`` None means that the target drafts with its own weights, on its own device, so nothing can overlap.
+    ``drafter`` None means that the target drafts with its own weights, on its own device, so there is no overlap.
     """
 
     device: Device
@@ -123,13 +126,13 @@ class Planner:
     drafter: ServedModel | None
     work: Workload
     chunk: int = 2048  # tokens of a prefill pass
-    target_kv_bytes: float | None = None  # a device's; all that is left beside the weights when None
+    target_kv_bytes: float | None = None  # of a device; None: all memory beside the weights
     drafter_kv_bytes: float | None = None
     call_s: float = CALL_S
-    other_gpus: int = 0  # beside the engines', whatever the load: the embedder's
+    other_gpus: int = 0  # beside the engines', for any load: the embedder's
 
     def draft_s(self, batch: int) -> float:
-        """One draft step of ``batch`` sequences, half of their output written."""
+        """One draft step of ``batch`` sequences, when half of their output is written."""
         return self.device.pass_s(
             self.drafter or self.target, batch, 1, self.work.retrieved + self.work.new_tokens // 2
         )
@@ -150,18 +153,20 @@ class Planner:
         )
 
     def best_round(self, *, overlap: bool = False) -> Round:
-        """The γ that writes most tokens a second; 0 where drafting does not pay."""
+        """The round with the γ that writes the most tokens a second; γ is 0 where drafting does not pay."""
         rounds = [self.round(gamma, overlap=overlap) for gamma in range(MAX_GAMMA + 1)]
         return max(rounds, key=lambda round: round.tokens_per_second)
 
     def _kv_room(self, model: ServedModel, given: float | None) -> float:
-        """Bytes of a device for keys and values: what is given, where there is so much."""
+        """Bytes of a device for keys and values: ``given``, but not more than the device has."""
         left = max(0.0, self.device.memory * USABLE_MEMORY - model.bytes_held)
         return left if given is None else min(given, left)
 
     @property
     def target_seats(self) -> int:
-        """Sequences that fit on a target; where it drafts too, each of them twice, as the two prompts differ."""
+        """The number of sequences that fit on a target. If it drafts too, each one counts twice: the two prompts
+        differ.
+        """
         tokens = self.work.context + self.work.new_tokens
         if self.drafter is None:
             tokens += self.work.retrieved + self.work.new_tokens
@@ -183,15 +188,15 @@ class Planner:
         return self.device.prefill_s(self.drafter or self.target, self.work.retrieved, self.chunk)
 
     def fleet_for_users(self, round: Round, users: int, price: float | None = None) -> Fleet:
-        """For ``users`` answers being written at any moment; their prompts are taken as read."""
+        """The fleet for ``users`` answers at any moment; their prompts are prefilled already."""
         targets = users / self.work.batch
         return self._fleet(round, targets, targets * round.drafter_share, users * round.tokens_per_second, price)
 
     def fleet_for_load(self, round: Round, requests_per_second: float, price: float | None = None) -> Fleet:
-        """For requests that arrive at that rate and share no prompt.
+        """The fleet for requests that arrive at that rate and share no prompt.
 
-        An engine reads one prompt at a time, and else writes for its batch, so a request occupies it for its prefill
-        and for its part of the batch's writing.
+        An engine prefills one prompt at a time, and writes for its batch in the rest of the time. So a request occupies
+        the engine for its prefill and for its share of the batch's writing.
         """
         writing_s = self.work.new_tokens / (self.work.batch * round.tokens_per_second)
         reading_s = self.target_prefill_s
@@ -202,7 +207,7 @@ class Planner:
         return self._fleet(round, targets, drafters, requests_per_second * self.work.new_tokens, price)
 
     def users_carried(self, round: Round, targets: int, drafters: int) -> int:
-        """Answers that so many replicas can write at the same moment."""
+        """The number of answers that these replicas can write at the same moment."""
         users = float(targets * self.work.batch)
         if round.gamma and self.drafter is not None:
             users = min(users, drafters * self.drafter_seats, drafters / round.drafter_share * self.work.batch)
@@ -214,7 +219,7 @@ class Planner:
     def _fleet(
         self, round: Round, targets: float, drafters: float, tokens_per_second: float, price: float | None
     ) -> Fleet:
-        """Whole replicas for so many engines' worth of work, and drafters enough to hold all the targets' sequences."""
+        """Whole replicas for that many engines' work, with enough drafters for all of the targets' sequences."""
         num_targets, num_drafters = math.ceil(targets), 0
         if round.gamma and self.drafter is not None:
             by_memory = num_targets * self.work.batch / max(1, self.drafter_seats)

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters, bytes of weights, bytes of keys and values, from the numbers of its config.json."""
+"""The size of a model: parameters, bytes of weights, bytes of keys and values, from the numbers of its config.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # those that `rapid.models.llama` decodes
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `rapid.models.llama` decodes these
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelShape:
         """The shape that a config.json describes.
 
         Raises:
-            ValueError: it is of an architecture whose parameters are counted otherwise, or lacks a number.
+            ValueError: the architecture is not one of ARCHITECTURES, or the config lacks a number.
         """
         kind = config.get("model_type")
         if kind not in ARCHITECTURES:
@@ -51,7 +51,7 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of all layers, with the last norm."""
+        """The parameters of all layers and the last norm."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * 2 * (queries + keys) + self.qkv_bias * (queries + 2 * keys)
         mlp = 3 * self.hidden_size * self.intermediate_size
@@ -59,7 +59,7 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Of the output projection; the embedding table is as large."""
+        """The parameters of the output projection; the embedding table is as large."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -69,11 +69,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A shape as an engine holds it, on ``num_devices``: each layer is cut over ``num_ranks`` devices that compute
-    together, or the layers are spread over ``num_stages`` that a pass goes through. The properties are bytes on each.
+    """A shape as an engine holds it, on ``num_devices``. The properties are bytes on each device.
 
-    ``weight_bytes`` is of one weight of a matrix product. ``number_bytes`` is of everything else: embeddings, keys,
-    values and what flows between the layers.
+    Each layer is cut over ``num_ranks`` devices that compute together, or the layers are spread over ``num_stages``
+    that a pass visits one after another.
+
+    ``weight_bytes`` is the size of one weight of a matrix product. ``number_bytes`` is the size of every other number:
+    embeddings, keys, values and activations.
     """
 
     shape: ModelShape
@@ -88,7 +90,7 @@ class ServedModel:
 
     @property
     def bytes_held(self) -> float:
-        """All weights. A tied table is there twice when the head is quantised, because the embedding stays as it is."""
+        """All weights. A tied table counts twice when the head is quantised, because the embedding stays as it is."""
         shape = self.shape
         product_bytes = (shape.layer_parameters + shape.head_parameters) * self.weight_bytes
         is_shared = shape.tied_embeddings and self.weight_bytes == self.number_bytes
@@ -96,17 +98,17 @@ class ServedModel:
 
     @property
     def kv_bytes_per_layer(self) -> float:
-        """Of a token. A rank keeps whole KV heads, so more ranks than there are KV heads save nothing more."""
+        """Bytes of a token. A rank has whole KV heads, so more ranks than KV heads save no memory."""
         heads = math.ceil(self.shape.num_kv_heads / self.num_ranks)
         return 2 * heads * self.shape.head_dim * self.number_bytes
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """On the device with most layers."""
+        """Bytes of a token on the device with the most layers."""
         return math.ceil(self.shape.num_layers / self.num_stages) * self.kv_bytes_per_layer
 
     def sequences_that_fit(self, kv_bytes: float, tokens: int) -> int:
-        """How many sequences of ``tokens`` find room in ``kv_bytes`` a device."""
+        """The number of sequences of ``tokens`` that fit into ``kv_bytes`` a device."""
         return max(0, int(kv_bytes // (self.kv_bytes_per_token * tokens)))
 
 
@@ -124,5 +126,5 @@ SHAPES = {
 
 
 def known_shape(name: str) -> ModelShape | None:
-    """The shape of a well-known model; None for any other. The name may carry its organisation and "-Instruct"."""
+    """The shape of a well-known model; None for any other. The name may have its organisation and "-Instruct"."""
     return SHAPES.get(name.rstrip("/").rpartition("/")[2].lower().removesuffix("-instruct"))

@@ -1,8 +1,8 @@
-"""Many users over R targets and S drafters, event by event, for the ratio R:S that one round's arithmetic cannot give.
+"""Simulates many users over R targets and S drafters, for the ratio R:S that one round's arithmetic cannot give.
 
-An engine does what `rapid.engine.engine` does: one pass after another, each over everybody who waits when it begins. A user
-drafts, verifies and begins again; with overlap its drafter also works while its target verifies, as
-`cluster.capacity.planner.Round` says, and what turns out wrong still costs the drafter the passes it took.
+An engine works as `rapid.engine.engine` does: it runs one pass after another, and each pass serves every user that
+waits when it begins. A user drafts, verifies and begins again. With overlap the user's drafter also works while the
+target verifies, as `cluster.capacity.planner.Round` says; passes for a wrong guess still cost the drafter's time.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from functools import lru_cache
 
 from cluster.capacity.planner import CALL_S
 
-GAMMAS = (1, 2, 3, 4, 6, 8, 12)  # that are tried for each ratio
+GAMMAS = (1, 2, 3, 4, 6, 8, 12)  # tried for each ratio
 
 
 @dataclass(frozen=True)
 class Setup:
     """``verify_s(batch, γ)`` and ``draft_s(batch)`` are seconds a pass.
 
-    ``..._seats`` are the sequences an engine has room for: users who find no seat with either wait, and write nothing.
+    ``..._seats`` is the number of sequences that an engine has room for. A user without a seat on both a target and a
+    drafter waits, and writes nothing.
     """
 
     num_users: int
@@ -40,7 +41,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. ``..._busy`` are shares of the time; ``draft_waste`` is the share of draft steps for nothing."""
+    """The result. ``..._busy`` are shares of the time; ``draft_waste`` is the share of draft steps that were lost."""
 
     num_targets: int
     num_drafters: int
@@ -54,7 +55,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class _Job:
-    """So many passes of an engine for one user; then ``done`` is called, unless it was cancelled."""
+    """A number of passes of an engine for one user; at the end ``done`` is called, unless the job was cancelled."""
 
     steps: int
     done: Callable[[], None]
@@ -63,7 +64,7 @@ class _Job:
 
 
 class _Clock:
-    """Events in order of time. At one time, what ends comes before what begins, so that a pass takes in all it can."""
+    """Events in order of time. At equal times ends come before beginnings, so that a pass includes all waiting jobs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -80,7 +81,7 @@ class _Clock:
 
 
 class _Engine:
-    """Passes back to back while anybody waits, each over all who do."""
+    """Runs passes back to back while any job waits; each pass serves all waiting jobs."""
 
     def __init__(self, clock: _Clock, pass_s: Callable[[int], float]) -> None:
         self._clock, self._pass_s = clock, pass_s
@@ -137,7 +138,7 @@ class _User:
     ahead: _Job | None = field(default=None)
 
     def draft(self) -> None:
-        """Begins a round from nothing."""
+        """Begins a round with an empty draft."""
         if self.drafter is None:
             self.clock.after(self.setup.call_s, self.verify)
         else:
@@ -152,7 +153,7 @@ class _User:
             self.drafter.submit(self.ahead)
 
     def judge(self) -> None:
-        """The verdict: counts what stands, then goes on with the draft made meanwhile, or throws it away."""
+        """The verdict: counts the accepted tokens, then continues the draft made ahead, or discards it."""
         accepted = 0
         while accepted < self.setup.gamma and self.chance.random() < self.setup.acceptance:
             accepted += 1
@@ -173,12 +174,12 @@ class _User:
             ahead.done = self._send
 
     def _send(self) -> None:
-        """A draft is finished: the call that asked for it, and the call that verifies it."""
+        """A draft is complete: counts the call that asked for it, and the call that verifies it."""
         self.clock.after(2 * self.setup.call_s, self.verify)
 
 
 def simulate(setup: Setup, *, rounds: int = 100, seed: int = 0) -> Outcome:
-    """Runs until the users with seats have had ``rounds`` rounds each on average. One seed, one outcome."""
+    """Runs until the users with seats have had ``rounds`` rounds each on average. A seed always gives one outcome."""
     clock, tally, chance = _Clock(), _Tally(), random.Random(seed)
     verify_s = lru_cache(lambda batch: setup.verify_s(batch, setup.gamma))
     targets = [_Engine(clock, verify_s) for _ in range(setup.num_targets)]
@@ -220,9 +221,9 @@ def every_ratio(
     gammas: Sequence[int] = GAMMAS,
     rounds: int = 50,
 ) -> list[Outcome]:
-    """The best γ's outcome for every R:S that leaves no room for one more of either, few targets first.
+    """The best γ's outcome for every R:S that uses all GPUs (no room for one more engine), few targets first.
 
-    R alone decodes plainly. The numbers of engines and γ that ``setup`` has are replaced.
+    R alone decodes plainly. `every_ratio` replaces the numbers of engines and γ in ``setup``.
     """
     outcomes = []
     for num_targets in range(1, gpus // target_gpus + 1):

@@ -1,7 +1,9 @@
-"""Offline validation of Kubernetes objects against KubeRay's CRDs, which hold the schemas of much else besides.
+"""Offline validation of Kubernetes objects against KubeRay's CRDs, which also contain the schemas of many other
+objects.
 
-A CRD's schema is JSON Schema with Kubernetes' own words in it. Those are put into JSON Schema's first; checking is then
-the jsonschema library's. As on a server, defaults are filled in before, and a field that no schema knows is an error.
+A CRD's schema is JSON Schema with extensions of Kubernetes. This module first translates the extensions into JSON
+Schema; then the jsonschema library checks. As on a server, defaults are filled in before, and an unknown field is an
+error.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-# Parts of other kinds that a RayService holds too: where in the object, and where in the RayService's schema.
+# Parts of other kinds that a RayService also contains: the path in the object, and the path in the RayService's schema.
 _HEAD_POD = ("spec", "rayClusterConfig", "headGroupSpec", "template")
 _CLAIM = (*_HEAD_POD, "spec", "volumes", "*", "ephemeral", "volumeClaimTemplate", "spec")
 _POLICY = ("spec", "rayClusterConfig", "networkPolicy", "head")
@@ -47,9 +49,9 @@ class Crds:
             raise FileNotFoundError(f"{folder} holds no CRD of ray.io/v1 RayService")
 
     def validate(self, document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The object with the defaults filled in, and what is wrong with it: "where: what", in order.
+        """The object with the defaults filled in, and its errors in order, as "where: what".
 
-        Of a kind that has no CRD here the parts are checked that a RayService has as well, such as a pod's template.
+        For a kind without a CRD it checks the parts that a RayService also contains, such as a pod's template.
         """
         document = copy.deepcopy(document)
         schema = self._schemas.get((document["apiVersion"], document["kind"]))
@@ -75,7 +77,7 @@ def _errors(value: Any, schema: dict[str, Any], where: tuple[str | int, ...]) ->
 
 
 def _fill_in(value: Any, schema: dict[str, Any]) -> None:
-    """Sets the schema's defaults in ``value`` where it says nothing."""
+    """Sets the schema's defaults for fields that ``value`` lacks."""
     if isinstance(value, dict):
         for name, inner in schema.get("properties", {}).items():
             if name not in value and "default" in inner:
@@ -90,9 +92,9 @@ def _fill_in(value: Any, schema: dict[str, Any]) -> None:
 
 
 def _in_json_schema(schema: dict[str, Any], *, is_root: bool = False) -> dict[str, Any]:
-    """``schema`` in JSON Schema's words: no unknown fields, numbers and texts where either may stand, nulls."""
+    """``schema`` in plain JSON Schema: no unknown fields, integers or strings where both are allowed, nulls."""
     if schema.get("x-kubernetes-int-or-string"):
-        # A pattern binds texts alone, in JSON Schema as in Kubernetes.
+        # A pattern restricts only strings, in JSON Schema and in Kubernetes.
         return {"type": ["integer", "string"]} | {key: schema[key] for key in ("pattern",) if key in schema}
     said = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-") and key != "nullable"}
     if schema.get("nullable"):
@@ -104,7 +106,7 @@ def _in_json_schema(schema: dict[str, Any], *, is_root: bool = False) -> dict[st
     if "properties" in schema:
         inner = {name: _in_json_schema(value) for name, value in schema["properties"].items()}
         if is_root and "metadata" in inner:
-            # These three are Kubernetes' own: it checks them itself, whatever the CRD says.
+            # Kubernetes checks these three fields itself, and ignores the CRD's schema of them.
             inner |= {"metadata": {"type": "object"}, "apiVersion": {"type": "string"}, "kind": {"type": "string"}}
         said["properties"] = inner
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
@@ -121,7 +123,7 @@ def _at(schema: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 def _parts(
     value: Any, path: Sequence[str], where: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Every part of ``value`` at ``path``, in which "*" is each item of a list, with the steps to it."""
+    """Every part of ``value`` at ``path``, with the steps to it; "*" in the path means each item of a list."""
     if not path:
         yield where, value
     elif path[0] == "*":

@@ -1,4 +1,4 @@
-"""Who may talk to whom. Everything else is refused, in both directions."""
+"""Which pods may send to which. Everything else is refused, in both directions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _KUBERNETES_API = (6443, 8443)  # behind its Service, whose port is 443; the sec
 
 
 def policies(service: str, ray_components: Sequence[str], retriever: str) -> list[Json]:
-    """The network policies of a service; ``retriever`` is the component whose pods hold one.
+    """The network policies of a service; ``retriever`` is the component whose pods hold a retriever.
 
-    Ray pods talk to each other on any port, since Ray picks them. Requests come from labelled namespaces and from the
-    service's own gateway, the operator to the dashboard, Prometheus to the metrics. Out go DNS, the two stores,
-    Kubernetes' API (the autoscaler), and HTTPS (model files). The head alone reaches Redis, as does KubeRay's job that
-    cleans up after it and carries its labels; and the retriever alone Qdrant.
+    Ray pods may send to each other on any port, since Ray chooses the ports. Requests may come from labelled namespaces
+    and from the service's own gateway; the operator may reach the dashboard, and Prometheus the metrics. Outgoing
+    traffic is limited to DNS, the two stores, Kubernetes' API (for the autoscaler), and HTTPS (for model files). Only
+    the head may reach Redis, and so may KubeRay's job that cleans up after the head and carries its labels. Only the
+    retriever may reach Qdrant.
     """
     ray = {
         "matchLabels": labels(service),

@@ -23,15 +23,15 @@ from cluster.manifests.pods import (
 from cluster.manifests.stores import QDRANT, QDRANT_PORT, REDIS, REDIS_PORT, qdrant, redis
 from cluster.manifests.topology import GROUP_LABEL, Service
 
-_MIN_CACHE_GIB, _CACHE_GIB_PER_GPU = 10, 60  # bfloat16 weights fill most of a GPU of 80 GB at the very most
+_MIN_CACHE_GIB, _CACHE_GIB_PER_GPU = 10, 60  # at most, bfloat16 weights fill most of an 80 GB GPU
 _UPGRADE_PERCENT, _UPGRADE_INTERVAL_S = 25, 60
 
 
 def manifests(service: Service) -> list[Json]:
-    """All objects of ``service``, those that others refer to first. Their namespace is kubectl's to choose.
+    """All objects of ``service``, in an order in which references point backwards. kubectl chooses their namespace.
 
-    Four Secrets are referred to and not in here: ``<name>-redis`` (password), ``huggingface`` (token), and two that may
-    be missing, ``<name>-api-keys`` (keys) and ``registry``.
+    The objects refer to four Secrets that are not among them: ``<name>-redis`` (password), ``huggingface`` (token), and
+    two optional ones, ``<name>-api-keys`` (keys) and ``registry``.
     """
     return [
         _model_cache(service),
@@ -49,8 +49,8 @@ def ray_service(service: Service) -> Json:
     config = service.placed_config(f"http://{service.name}-{QDRANT}:{QDRANT_PORT}")
     serve_config = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
     head = head_template(service)
-    # KubeRay hands a changed Serve config to the running cluster, where Serve restarts every replica of the application
-    # in place. A change of the cluster's own spec is an upgrade instead, with the old cluster serving until the end.
+    # KubeRay applies a changed Serve config to the running cluster, where Serve restarts every replica in place. A
+    # change of the cluster's own spec is an upgrade instead: the old cluster serves until the new one is ready.
     head["metadata"]["annotations"] = {"rapid/serve-config": hashlib.sha256(serve_config.encode()).hexdigest()[:16]}
     cluster = {
         "rayVersion": service.ray_version,
@@ -123,9 +123,9 @@ def _model_cache(service: Service) -> Json:
 
 
 def _disruption_budgets(service: Service) -> list[Json]:
-    """One per kind of pod that may not be missing: one of several may go at a time, a single one only by hand.
+    """One budget per kind of pod that the service needs.
 
-    Counts and not shares: Kubernetes can take a share only of what it knows how to scale.
+    Of several pods Kubernetes may evict one at a time; it may not evict a single pod. The budgets are counts and not shares: Kubernetes computes shares only for kinds that it can scale.
     """
     workers = {group.name: max(1, group.min_pods - 1) for group in service.groups if group.min_pods}
     least = {HEAD: 1, **workers, QDRANT: 1, REDIS: 1}
@@ -160,7 +160,7 @@ def _pod_monitor(service: Service) -> Json:
 
 
 class _Dumper(yaml.SafeDumper):
-    """No aliases, which nobody expects in a manifest, and texts of several lines as they are."""
+    """Writes no aliases, which readers of manifests do not expect, and texts of several lines as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

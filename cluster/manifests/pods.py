@@ -1,4 +1,4 @@
-"""Pods: how every container is locked down, and the templates of the Ray head and its workers."""
+"""Pods: the security settings of every container, and the templates of the Ray head and its workers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from cluster.manifests.topology import SERVE_PORT, Group, Service
 
 USER = 1000  # the image's user
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
-# The nodes', and on the head the autoscaler's and the dashboard's.
+# The metrics of the nodes, and on the head those of the autoscaler and the dashboard.
 METRICS_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
 HEAD = "head"
 MODELS = "/models"
-REGISTRY_SECRET = "registry"  # for an image that is not public; where it is, the Secret may be missing
+REGISTRY_SECRET = "registry"  # for a private image; with a public one, the Secret may be missing
 
 _GIB_PER_CPU, _GIB_PER_GPU = 4, 48  # weights pass through host memory on their way to a GPU
 _OBJECT_STORE_BYTES = 10**9  # prompts and drafts are small; a third of the pod's memory, Ray's default, is not needed
-_SHARED_MEMORY_GIB = 2  # the object store, and what NCCL exchanges
+_SHARED_MEMORY_GIB = 2  # for the object store and NCCL's buffers
 
 Json = dict[str, Any]
 
@@ -30,13 +30,13 @@ CONTAINER_SECURITY: Json = {
 
 
 def labels(service: str, component: str | None = None) -> dict[str, str]:
-    """What every object of a service carries; ``component`` tells its pods apart."""
+    """The labels of every object of a service; ``component`` tells its pods apart."""
     common = {"app.kubernetes.io/part-of": "rapid", "app.kubernetes.io/instance": service}
     return common | ({"app.kubernetes.io/component": component} if component else {})
 
 
 def pod_security(user: int = USER) -> Json:
-    """What holds for a pod as a whole. The group owns its volumes, which is changed only where it does not yet."""
+    """The security context of a whole pod. The group gets its volumes; Kubernetes changes only volumes that differ."""
     return {
         "runAsNonRoot": True,
         "runAsUser": user,
@@ -48,12 +48,12 @@ def pod_security(user: int = USER) -> Json:
 
 
 def secret(name: str, key: str, *, optional: bool = False) -> Json:
-    """An environment variable's value from a Secret; an optional one may be missing, and the variable is then."""
+    """An environment variable's value from a Secret. If an optional one is missing, the variable is not set."""
     return {"secretKeyRef": {"name": name, "key": key} | ({"optional": True} if optional else {})}
 
 
 def head_template(service: Service) -> Json:
-    """The head: the cluster's state and dashboard, no replica and no traffic."""
+    """The head: it runs the cluster's state and the dashboard, no replica, and serves no traffic."""
     container = _ray_container("ray-head", service) | {
         "ports": [
             {"name": "gcs-server", "containerPort": GCS_PORT},
@@ -64,7 +64,7 @@ def head_template(service: Service) -> Json:
         "resources": {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "4Gi"}},
         "readinessProbe": _healthz(AGENT_PORT, "/api/healthz", period_s=5, failures=10),
     }
-    # The autoscaler beside it talks to Kubernetes, so the head alone keeps its service account's token.
+    # The autoscaler beside the head calls Kubernetes' API, so only the head keeps its service account's token.
     return _template(service, HEAD, container, grace_s=120)
 
 
@@ -77,7 +77,7 @@ def worker_template(service: Service, group: Group) -> Json:
     container["env"] += [
         {"name": "RAPID_CACHE", "value": f"{MODELS}/rapid"},
         {"name": "HF_HOME", "value": f"{MODELS}/huggingface"},
-        # Without that Secret nobody needs a key.
+        # Without that Secret the service needs no key.
         {"name": "RAPID_API_KEYS", "valueFrom": secret(f"{service.name}-api-keys", "keys", optional=True)},
     ]
     if service.needs_hub_token:
@@ -89,7 +89,7 @@ def worker_template(service: Service, group: Group) -> Json:
             {"name": "metrics", "containerPort": METRICS_PORTS["metrics"]},
         ],
         "resources": {"requests": dict(amounts), "limits": amounts},
-        # Traffic goes where a Serve proxy is and does not drain.
+        # Traffic goes only to pods whose Serve proxy runs and does not drain.
         "readinessProbe": _healthz(SERVE_PORT, "/-/healthz", period_s=5, failures=1),
         "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _drain(service.grace_s)]}}},
     }
@@ -113,7 +113,7 @@ def worker_template(service: Service, group: Group) -> Json:
 
 
 def autoscaler_options() -> Json:
-    """The autoscaler's container beside the head, as locked down as the rest."""
+    """The autoscaler's container beside the head, with the same security settings."""
     return {
         "version": "v2",
         "upscalingMode": "Default",
@@ -136,13 +136,13 @@ def _ray_container(name: str, service: Service) -> Json:
             {"name": "HOME", "value": "/home/rapid"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         ],
-        # The root file system is read-only; these are what Ray and the libraries write to.
+        # The root file system is read-only; Ray and the libraries write to these volumes.
         "volumeMounts": [
             {"name": "tmp", "mountPath": "/tmp"},
             {"name": "home", "mountPath": "/home/rapid"},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
         ],
-        # Ten minutes: a raylet that waits for a new head must not be taken for a dead one.
+        # Ten minutes, because a raylet that waits for a new head is alive.
         "livenessProbe": _healthz(AGENT_PORT, "/api/healthz", period_s=10, failures=60, delay_s=30),
     }
 
@@ -155,7 +155,7 @@ def _template(service: Service, component: str, container: Json, *, grace_s: int
             "restartPolicy": "Never",  # the autoscaler replaces pods; a container that restarts in place confuses it
             "terminationGracePeriodSeconds": grace_s,
             "securityContext": pod_security(),
-            # Not at a service account, because the head's is KubeRay's own.
+            # Not in a service account, because KubeRay creates the head's.
             "imagePullSecrets": [{"name": REGISTRY_SECRET}],
             "containers": [container],
             "volumes": [
@@ -168,7 +168,7 @@ def _template(service: Service, component: str, container: Json, *, grace_s: int
 
 
 def ray_start_params() -> dict[str, str]:
-    """What every Ray node is started with."""
+    """The start parameters of every Ray node."""
     return {"object-store-memory": str(_OBJECT_STORE_BYTES)}
 
 
@@ -187,10 +187,12 @@ def _healthz(port: int, path: str, *, period_s: int, failures: int, delay_s: int
 
 
 def _drain(grace_s: int) -> str:
-    """Before a worker ends: Serve starts its replicas elsewhere, and ends them here when their streams have.
+    """The command before a worker ends: Serve starts its replicas elsewhere, and ends them here after their last
+    streams.
 
-    Ray names each worker process after its actor, so the wait is over when no replica and no proxy is left; or when
-    the head has been gone for longer than a new one takes, because then nobody will end them.
+    Ray names each worker process after its actor, so the command waits until no replica and no proxy is left. It also
+    stops waiting when the head has been gone for longer than a new head takes, because then no process will end the
+    replicas.
     """
     return f"""
 timeout 60 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' \\

@@ -1,4 +1,4 @@
-"""What KubeRay's operator refuses beyond its CRDs, as far as a RayService such as ours could break it.
+"""The checks of KubeRay's operator beyond its CRDs, as far as a RayService of this project could violate them.
 
 Each function is one rule; the name in brackets is the check in KubeRay 1.7's `utils/validation.go` that it follows.
 """
@@ -24,12 +24,12 @@ _GATED = {
 
 
 def violations(service: Json) -> list[str]:
-    """What the operator would say against a RayService, of which the CRD holds."""
+    """The operator's objections to a RayService that satisfies the CRD."""
     return [message for rule in RULES for message in rule(service)]
 
 
 def name(service: Json) -> Iterator[str]:
-    """The name has to leave room for the cluster's, and be a DNS label. [ValidateRayServiceMetadata]"""
+    """The name must leave room for the cluster's name, and be a DNS label. [ValidateRayServiceMetadata]"""
     given = service["metadata"]["name"]
     if len(given) > _MAX_NAME:
         yield f"name {given!r} is longer than {_MAX_NAME} characters"
@@ -38,21 +38,21 @@ def name(service: Json) -> Iterator[str]:
 
 
 def containers(service: Json) -> Iterator[str]:
-    """Every group has one at least. [ValidateRayClusterSpec]"""
+    """Every group has at least one container. [ValidateRayClusterSpec]"""
     for group, spec in _groups(service):
         if not spec["template"]["spec"].get("containers"):
             yield f"group {group} has no container"
 
 
 def resources_said_once(service: Json) -> Iterator[str]:
-    """Either as start parameters or as the group's resources. [validateRayGroupResources]"""
+    """Resources are start parameters or fields of the group, not both. [validateRayGroupResources]"""
     for group, spec in _groups(service):
         if spec.get("resources") and any(spec.get("rayStartParams", {}).get(key) for key in _RESOURCE_PARAMS):
             yield f"group {group} has resources in rayStartParams and beside them"
 
 
 def group_labels(service: Json) -> Iterator[str]:
-    """In Kubernetes' syntax, and not as a start parameter. [validateRayGroupLabels]"""
+    """Labels follow Kubernetes' syntax, and are not a start parameter. [validateRayGroupLabels]"""
     for group, spec in _groups(service):
         if "labels" in spec.get("rayStartParams", {}):
             yield f"group {group} has labels in rayStartParams"
@@ -65,7 +65,7 @@ def group_labels(service: Json) -> Iterator[str]:
 
 
 def replica_bounds(service: Json) -> Iterator[str]:
-    """Not negative and in order. [ValidateRayClusterSpec]"""
+    """The bounds are not negative and in order. [ValidateRayClusterSpec]"""
     for spec in _workers(service):
         least, most = spec.get("minReplicas", 0), spec.get("maxReplicas", 2**31 - 1)
         if not 0 <= least <= most:
@@ -73,7 +73,10 @@ def replica_bounds(service: Json) -> Iterator[str]:
 
 
 def idle_timeouts(service: Json) -> Iterator[str]:
-    """Not negative; a group's own needs autoscaler v2. [validateWorkerGroupIdleTimeout, ValidateRayClusterSpec]"""
+    """Timeouts are not negative; a group's own timeout needs autoscaler v2.
+
+    [validateWorkerGroupIdleTimeout, ValidateRayClusterSpec]
+    """
     cluster = _cluster(service)
     if cluster.get("autoscalerOptions", {}).get("idleTimeoutSeconds", 0) < 0:
         yield "autoscalerOptions.idleTimeoutSeconds is negative"
@@ -85,8 +88,10 @@ def idle_timeouts(service: Json) -> Iterator[str]:
 
 
 def autoscaler(service: Json) -> Iterator[str]:
-    """One way to choose its version; v2 has no pods that restart in place; no group is suspended; its command is the
-    operator's. [ValidateRayClusterSpec]
+    """Only one field chooses the autoscaler's version, and the operator sets its command.
+
+    No group is suspended. With v2 no pod restarts in place.
+    [ValidateRayClusterSpec]
     """
     cluster = _cluster(service)
     options = cluster.get("autoscalerOptions", {})
@@ -105,8 +110,11 @@ def autoscaler(service: Json) -> Iterator[str]:
 
 
 def gcs_fault_tolerance(service: Json) -> Iterator[str]:
-    """Said in its options alone, not in annotations, the head's environment or start parameters; and storage is the
-    other backend's. [ValidateRayClusterSpec, validateGcsFaultToleranceBackend]
+    """Only gcsFaultToleranceOptions sets it, not annotations, the head's environment or start parameters.
+
+    With Redis there is no storage option.
+
+    [ValidateRayClusterSpec, validateGcsFaultToleranceBackend]
     """
     options, env = _cluster(service).get("gcsFaultToleranceOptions"), _head_env(service)
     params = _cluster(service)["headGroupSpec"].get("rayStartParams", {})
@@ -130,8 +138,9 @@ def gcs_fault_tolerance(service: Json) -> Iterator[str]:
 
 
 def authentication(service: Json) -> Iterator[str]:
-    """Tokens need Ray 2.52, and for a RayService they are not Kubernetes'. [ValidateRayClusterSpec,
-    ValidateRayServiceSpec]
+    """Tokens need Ray 2.52, and a RayService cannot use Kubernetes' tokens.
+
+    [ValidateRayClusterSpec, ValidateRayServiceSpec]
     """
     options = _cluster(service).get("authOptions", {})
     if options.get("enableK8sTokenAuth"):
@@ -143,21 +152,22 @@ def authentication(service: Json) -> Iterator[str]:
 
 
 def feature_gates(service: Json) -> Iterator[str]:
-    """What is off unless the operator is installed with its gate open. [ValidateRayClusterSpec]"""
+    """Features that need an open feature gate of the operator. [ValidateRayClusterSpec]"""
     for field, gate in _GATED.items():
         if field in _cluster(service):
             yield f"{field} needs the feature gate {gate}"
 
 
 def head_service(service: Json) -> Iterator[str]:
-    """Its name is the operator's to choose. [ValidateRayServiceSpec]"""
+    """The operator chooses the name of the head's service. [ValidateRayServiceSpec]"""
     if _cluster(service)["headGroupSpec"].get("headService", {}).get("metadata", {}).get("name"):
         yield "headGroupSpec.headService must have no name"
 
 
 def upgrades(service: Json) -> Iterator[str]:
-    """A known way; in steps it needs an autoscaler, a gateway and steps that fit. [ValidateRayServiceSpec,
-    ValidateClusterUpgradeOptions]
+    """The upgrade strategy is a known one; in steps it needs an autoscaler, a gateway and valid steps.
+
+    [ValidateRayServiceSpec, ValidateClusterUpgradeOptions]
     """
     spec = service["spec"]
     if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:

@@ -9,11 +9,11 @@ REDIS_IMAGE = "redis:7.4.6-bookworm"
 QDRANT, REDIS = "qdrant", "redis"
 QDRANT_PORT, REDIS_PORT = 6333, 6379
 
-_QDRANT_USER, _REDIS_USER = 1000, 999  # Redis's is the one that its image makes
+_QDRANT_USER, _REDIS_USER = 1000, 999  # the Redis image creates its user
 
 
 def qdrant(service: str) -> list[Json]:
-    """Qdrant, with its vectors on a volume. It writes nowhere else but to a file that says it has started once."""
+    """Qdrant, with its vectors on a volume. Its only other write is a file that marks the first start."""
     container = {
         "name": QDRANT,
         "image": QDRANT_IMAGE,
@@ -36,7 +36,7 @@ def qdrant(service: str) -> list[Json]:
 
 
 def redis(service: str) -> list[Json]:
-    """Redis, which keeps what a new Ray head needs to take over from one that died. Every write is on its volume."""
+    """Redis, which stores the state that a new Ray head needs after the old one died, on a volume."""
     password = {"valueFrom": secret(f"{service}-redis", "password")}
     container = {
         "name": REDIS,
@@ -46,11 +46,11 @@ def redis(service: str) -> list[Json]:
         "args": [
             'exec redis-server --dir /data --appendonly yes --appendfsync always --requirepass "$REDIS_PASSWORD"',
         ],
-        # The second is what redis-cli reads.
+        # redis-cli reads the second variable.
         "env": [{"name": "REDIS_PASSWORD", **password}, {"name": "REDISCLI_AUTH", **password}],
         "ports": [{"name": "redis", "containerPort": REDIS_PORT}],
         "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "512Mi"}},
-        # redis-cli exits 0 also when Redis asks for another password, or is still loading.
+        # redis-cli also exits with 0 when Redis refuses the password, or is still loading.
         "readinessProbe": {
             "exec": {"command": ["/bin/sh", "-c", "redis-cli ping | grep -qx PONG"]},
             "periodSeconds": 5,

@@ -1,4 +1,4 @@
-"""A service on Kubernetes: its groups of pods, which replicas each holds, and the Serve config that puts them there."""
+"""A service on Kubernetes: its groups of pods, their replicas, and the Serve config that places the replicas there."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# A Ray node's label, and what deployments select by. Without it a target would take one GPU of a drafter's four, and
-# the drafter that they were meant for would find no pod with room for all of its ranks.
+# Deployments select Ray nodes by this label. Without it a target could use one GPU of a drafter's pod with four, and the
+# drafter would find no pod with room for all of its ranks.
 GROUP_LABEL = "rapid/group"
 
-# What passes requests on asks for this much on a cluster, unless the config says more. In the code it asks for nothing,
-# and would then be put on the head, which is there to keep the cluster's state and serves no traffic.
+# CPUs of a deployment that only passes requests on, unless the config sets more. In the code it asks for none, so Ray
+# could place it on the head, which runs the cluster's state and serves no traffic.
 LIGHT_CPUS = 0.5
 
 SERVE_PORT = 8000
 
-# Beyond its drain timeout a pod may take this long: for its replacement to start and load a model, while the old
-# replica goes on serving, and for Ray to stop.
+# A pod may take this much longer than its drain timeout: its replacement starts and loads a model, while the old
+# replica still serves; then Ray stops.
 REPLACEMENT_S = 300
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What one replica of a deployment reserves: the bundles of its placement group, or an actor's single one."""
+    """The reservation of one replica of a deployment: its placement group's bundles, or an actor's single bundle."""
 
     deployment: str
     bundles: tuple[dict[str, float], ...]
     has_placement_group: bool = False
-    num_replicas: int = 1  # where there is no placement group: of the whole service
-    drain_timeout_s: float | None = None  # how long a stream through it may still last; None: Serve's own 20 s
+    num_replicas: int = 1  # of the whole service, if there is no placement group
+    drain_timeout_s: float | None = None  # for streams that are open; None: Serve's own 20 s
 
     def demand(self, kind: str) -> float:
-        """All that it reserves of ``kind``, "CPU" or "GPU"."""
+        """The sum of its reservations of ``kind``, "CPU" or "GPU"."""
         return sum(bundle.get(kind, 0) for bundle in self.bundles)
 
 
@@ -48,7 +48,7 @@ class Group:
 
     @property
     def cpus(self) -> int:
-        """Whole CPUs of a pod: Ray counts no fractions of a node's."""
+        """Whole CPUs of a pod: Ray does not count fractions of a node's CPUs."""
         return self._whole("CPU")
 
     @property
@@ -57,30 +57,30 @@ class Group:
         return self._whole("GPU")
 
     def _whole(self, kind: str) -> int:
-        # Rounded first: 0.1 and seven times 0.7 are a little more than 5 in binary.
+        # Rounded first: 0.1 and seven times 0.7 add up to a little more than 5 in binary.
         return math.ceil(round(sum(replica.demand(kind) for replica in self.replicas), 6))
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and the pods that this takes."""
+    """The served application, and the pods that it needs."""
 
     name: str
     image: str
     ray_version: str
-    serve_config: dict[str, Any]  # as `serve run` takes it
+    serve_config: dict[str, Any]  # in the form of `serve run`
     groups: tuple[Group, ...]
     drain_timeout_s: float  # the longest stream
     needs_hub_token: bool = False
 
     @property
     def grace_s(self) -> int:
-        """How long a pod is given to end: longer than any stream that it may carry."""
+        """Seconds that a pod has to end: longer than any stream that it may carry."""
         return math.ceil(self.drain_timeout_s) + REPLACEMENT_S
 
     @property
     def can_upgrade_in_steps(self) -> bool:
-        """Whether there is a smaller service of the kind: with one replica of each, half of it is all of it."""
+        """Whether a smaller service of this kind exists: with one replica of each, half of the service is all of it."""
         return any(group.max_pods > group.min_pods for group in self.groups)
 
     def group_of(self, deployment: str) -> str:
@@ -88,10 +88,10 @@ class Service:
         return next(group.name for group in self.groups for it in group.replicas if it.deployment == deployment)
 
     def placed_config(self, qdrant_url: str) -> dict[str, Any]:
-        """The Serve config for a cluster of these groups; what it serves stays as it is.
+        """The Serve config for a cluster of these groups; it serves the same application.
 
-        Every deployment selects its group. Proxies listen on every pod, since the Kubernetes Service sends to all of
-        them. The retriever gets the vector store that its replicas share, unless it has one.
+        Every deployment selects its group. Proxies listen on every pod, since the Kubernetes Service sends to all pods.
+        The retriever gets the vector store that its replicas share, unless the config names another.
         """
         config = copy.deepcopy(self.serve_config)
         config["proxy_location"] = "EveryNode"
@@ -117,7 +117,7 @@ def _placement(replica: Replica, group: Group) -> dict[str, Any]:
             "placement_group_bundle_label_selector": [selector],
         }
     placement["num_replicas"] = replica.num_replicas
-    placement["max_replicas_per_node"] = 1  # two on one pod would go with it together
+    placement["max_replicas_per_node"] = 1  # a lost pod then costs one replica
     if replica.drain_timeout_s is not None:
         placement["graceful_shutdown_timeout_s"] = replica.drain_timeout_s
     placement["ray_actor_options"] = {
