@@ -1,1 +1,1 @@
-"""Commands that measure and write what they saw under benchmarks/results: `python -m benchmarks.NAME`."""
+"""Commands that measure, and write their results under benchmarks/results: `python -m benchmarks.NAME`."""

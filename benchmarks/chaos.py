@@ -1,8 +1,9 @@
 """Processes killed at random, a node removed, replicas scaled up and down, all under load on a cluster of three nodes.
 
-The nodes are Ray's own test cluster: real raylets and real processes on this machine. Answers are greedy in float32,
-so each must equal, letter for letter, the answer of an undisturbed service; any difference is a lost, doubled or
-changed token. The head holds what cannot be saved (HTTP proxy, ingress, coordinator); engines run on the other nodes.
+The nodes are Ray's own test cluster: real raylets and real processes on this machine. Answers are greedy in float32, so
+each must equal, letter for letter, the answer of an undisturbed service; any difference is a lost, doubled or changed
+token. The head holds the processes that cannot be replaced (HTTP proxy, ingress, coordinator); engines run on the other
+nodes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def service(*, num_workers: int, targets: dict[str, Any], ranks: int) -> Iterato
         ray.init(address=cluster.address, log_to_driver=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT})
         app = serve.RunTarget(application(targets=targets, ranks=ranks), name="rapid", route_prefix="/")
-        # Only the head is there yet, so everything but the engines is placed on it.
+        # The cluster has only the head now, so Ray places everything but the engines on it.
         serve.run_many([app], wait_for_applications_running=False, wait_for_ingress_deployment_creation=True)
         eventually(lambda: replicas("Ingress") + replicas("Coordinator", "STARTING") + replicas("Coordinator") >= 2)
         for _ in range(num_workers):
@@ -105,7 +106,7 @@ class Load:
         return f"{text}\n\nWho is speaking, and what does he want?"
 
     async def ask(self, client: httpx.AsyncClient, index: int) -> str:
-        """Streams one answer, and notes how long the longest silence in it was."""
+        """Streams one answer, and records the longest time without a token."""
         body = {
             "model": MODEL,
             "messages": [{"role": "user", "content": self.prompt(index)}],
@@ -154,7 +155,7 @@ class Load:
 
     @asynccontextmanager
     async def running(self, num_clients: int, num_questions: int) -> AsyncIterator[None]:
-        """Asks every question once in peace, and then all of them for as long as the block lasts."""
+        """Asks every question once without disturbance, and then all of them until the block ends."""
         async with httpx.AsyncClient(timeout=WHATEVER_LASTS) as client:
             for index in range(num_questions):
                 self.expected[index] = await self.ask(client, index)
@@ -168,7 +169,7 @@ class Load:
                 self.stopping = True
 
     def report(self) -> dict[str, Any]:
-        """What came of it; also printed."""
+        """The results so far; also printed."""
         resumed = sorted(self.resuming_ms)
         row = {
             "streams_completed": self.completed,
@@ -186,7 +187,7 @@ class Load:
 
 
 def processes(*titles: str) -> list[psutil.Process]:
-    """Processes of this command's own cluster, by what Ray calls them."""
+    """Processes of this command's own cluster, by the titles that Ray gives them."""
     family = psutil.Process().children(recursive=True)
     found = []
     for process in family:
@@ -200,7 +201,7 @@ def processes(*titles: str) -> list[psutil.Process]:
 
 
 async def killings(num_kills: int, clients: int, pause_s: float, seed: int) -> dict[str, Any]:
-    """Two targets and a drafter, each of three ranks; one process after the other is killed with SIGKILL."""
+    """Two targets and a drafter, each of three ranks; one process after another is killed with SIGKILL."""
     kinds = {
         "engine": ("EngineActor",),  # of a target or of the drafter
         "rank": ("RankActor",),
@@ -222,7 +223,7 @@ async def killings(num_kills: int, clients: int, pause_s: float, seed: int) -> d
 
 
 async def node_removal(cluster: Cluster, clients: int) -> dict[str, Any]:
-    """The node with most of the engines on it goes away without a word, and comes back empty."""
+    """Removes the node with most of the engines without a warning, and adds an empty one later."""
     routed = Load(new_tokens=8)
     async with httpx.AsyncClient(timeout=WHATEVER_LASTS) as client:
         for index in [*range(4)] * 4:

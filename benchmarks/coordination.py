@@ -1,9 +1,9 @@
-"""What a round costs besides the models: γ = 10, a vocabulary of 128,256, draft_top_k at its default.
+"""The cost of a round besides the models: γ = 10, a vocabulary of 128,256, draft_top_k at its default.
 
-The coordinator asks for a draft and has it verified, each by a process of its own, over the channels of two leases.
-First with engines that compute nothing and answer at once, then with models of next to nothing that sample and verify:
-there a round's coordination is its time less what the two engines report, and processes that have slept for a while are
-slower to wake.
+The coordinator asks for a draft and has it verified, each by a process of its own, over the channels of two leases. The
+first measurement uses engines that compute nothing and answer at once. The second uses tiny models that sample and
+verify. There a round's coordination is its time minus the times that the two engines report, and processes that have
+slept for a while are slower to wake.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOP_K = SpeculationParams().draft_top_k
 
 
 def save_next_to_nothing(folder: Path) -> None:
-    """One layer of 16 numbers, and a tokenizer with as many words as there are tokens."""
+    """A model of one layer with 16 numbers, and a tokenizer with as many words as there are tokens."""
     shape = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -56,7 +56,7 @@ def save_next_to_nothing(folder: Path) -> None:
 
 
 class EmptyEngine:
-    """Answers as an engine does, with drafts and verdicts that are always the same."""
+    """Answers like an engine, with drafts and verdicts that are always the same."""
 
     async def listen(self) -> Address:
         address = ray.util.get_node_ip_address()

@@ -1,7 +1,7 @@
 """Decode speed on long prompts: plain decoding, `rapid` and `lookup` side by side, then the peers on the same prompts.
 
-Prompts are read once and found in the KV memory by every later run, ours and the peers' alike, so what is timed is the
-writing: from the first token to the last. Nothing is fixed but the prompts: every setting is the default.
+Each prompt is prefilled once, and every later run finds it in the KV cache, RAPID's and the peers' alike. So the timed
+part is decoding: from the first token to the last. Only the prompts are fixed: every setting is the default.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def theirs(asked: list[Question], num_documents: int, new_tokens: int, shorts: list[list[int]]) -> list[dict[str, Any]]:
-    """The peers, one question a document, greedy; null where today's transformers refuses."""
+    """The peers, one question a document, greedy; null if today's transformers refuses."""
     rows = []
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         network, assistant = peers.load(MODEL, dtype), peers.load(MODEL, dtype)

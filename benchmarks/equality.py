@@ -1,8 +1,8 @@
 """Greedy decoding, float32: every strategy, rule and draft length against transformers' own `generate`.
 
-Every feature is on: prefixes are shared, so that each prompt is read once and found by every later run, γ is fixed or
-chosen, drafts are the drafter's or looked up. The prompts are passages of the shared texts, of about 2,000 and 6,000
-tokens, with a question.
+Every feature is on: prefixes are shared, so each prompt is prefilled once and every later run finds it; γ is fixed or
+chosen; drafts are sampled or looked up. The prompts are passages of the shared texts, of about 2,000 and 6,000 tokens,
+with a question.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PASSAGES = {2000: ("pride-and-prejudice.txt", 60_000, 8_200), 6000: ("moby-dick.
 
 
 def matrix() -> Iterator[dict[str, Any]]:
-    """Every combination that has to give the same text."""
+    """Every combination that must give the same text."""
     yield {"strategy": "autoregressive"}
     yield {"strategy": "lookup"}
     yield {"strategy": "rapid"}
@@ -102,7 +102,7 @@ def over_http(url: str, length: int, new_tokens: int) -> Iterator[dict[str, Any]
 
 @contextmanager
 def serving(settings: AppConfig) -> Iterator[str]:
-    """The application on a Ray of its own, at the URL that it yields."""
+    """Serves the application on a Ray of its own, and yields its URL."""
     import ray
     from ray import serve
 
@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def report(where: str, rows: list[dict[str, Any]], new_tokens: int) -> bool:
-    """Writes what has been seen so far; True when all of it was identical."""
+    """Writes the results so far; True when all answers were identical."""
     identical = sum(row["identical"] for row in rows)
     print(f"{where}: {identical} of {len(rows)} runs identical to transformers' generate")
     write("equality", {"new_tokens": new_tokens, "identical": identical, "runs": len(rows), "rows": rows}, part=where)

@@ -1,7 +1,7 @@
-"""A file of 120K tokens, uploaded to the embedded default while others are served: what they notice of it.
+"""Uploads a file of 120K tokens to the embedded default while other requests run, and measures the effect on them.
 
-A plain stream is read alone and during an upload. Then the file is asked about: it is longer than the model's window,
-so only `rag` can answer. Short chats begin during a second upload, which is deleted midway.
+A plain stream is read alone and during an upload. Then questions about the file are asked: it is longer than the
+model's window, so only `rag` can answer. Short chats begin during a second upload, which is deleted midway.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROBES = 5
 
 
 def texts(num_tokens: int) -> list[str]:
-    """The beginnings of two novels, of so many tokens each."""
+    """The beginnings of two novels, of this many tokens each."""
     found = []
     for name in ("moby-dick.txt", "pride-and-prejudice.txt"):
         novel = (DATA / name).read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def texts(num_tokens: int) -> list[str]:
 
 
 async def pieces(http: httpx.AsyncClient, url: str, content: Any, **more: Any) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed greedy answer that bring text, and the one with the `rapid` object."""
+    """The chunks of a streamed greedy answer that contain text, and the chunk with the `rapid` object."""
     messages = [{"role": "user", "content": content}]
     body = {"model": MODEL, "messages": messages, "temperature": 0, "stream": True, **more}
     async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
@@ -56,7 +56,7 @@ async def pieces(http: httpx.AsyncClient, url: str, content: Any, **more: Any) -
 
 
 async def gaps(http: httpx.AsyncClient, url: str, goes_on: Callable[[], bool]) -> list[float]:
-    """The seconds between the tokens of plain streams, one after the other, until ``goes_on`` says no."""
+    """The seconds between the tokens of plain streams, one stream after another, until ``goes_on`` returns False."""
     seen: list[float] = []
     plain = {"max_tokens": STREAM_TOKENS, "ignore_eos": True, "rapid": {"strategy": "autoregressive"}}
     while goes_on():
@@ -85,7 +85,7 @@ async def first_token(http: httpx.AsyncClient, url: str, content: Any, **more: A
 
 @asynccontextmanager
 async def uploaded(http: httpx.AsyncClient, url: str, text: str) -> AsyncIterator[dict[str, Any]]:
-    """The file's object, once it is accepted; the file is deleted afterwards."""
+    """The file's object, once the service has accepted it; the file is deleted afterwards."""
     form = {"files": {"file": ("book.txt", text.encode())}, "data": {"purpose": "user_data"}}
     file = (await http.post(f"{url}/v1/files", **form)).raise_for_status().json()
     try:

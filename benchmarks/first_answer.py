@@ -1,6 +1,6 @@
 """From a fresh clone to the first streamed answer: `make serve` with no environment, no models and no pip cache.
 
-Then the second start, in the same clone. Each ends when the first token of an answer about a real document has come.
+Then the second start, in the same clone. Each measurement ends at the first token of an answer about a real document.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUESTION = "Why does the narrator go to sea?"
 
 
 def ask() -> tuple[float, float, str]:
-    """(seconds to the first text, to the end, the answer) of a question about 8,000 characters of a novel."""
+    """(seconds to the first text, seconds to the end, the answer) of a question about 8,000 characters of a novel."""
     document = (DATA / "moby-dick.txt").read_text(encoding="utf-8")[30_000:38_000]
     body = {
         "model": "smollm2-135m-instruct",

@@ -1,8 +1,8 @@
-"""The HTTP API against schemathesis, and against thousands of malformed requests: every one is answered, with no 5xx.
+"""The HTTP API against schemathesis, and against thousands of malformed requests: each gets an answer, and no 5xx.
 
-Both read /openapi.json, so a route that is new is attacked as soon as it is described there. Nothing may be held
-afterwards. The model is one of random weights that writes letters: here only the way to it and back matters. A server
-that runs already, on Ray, gets the malformed requests alone (`--url`).
+Both read /openapi.json, so a new route is attacked as soon as it is described there. Afterwards the engines may hold no
+sequence. The model has random weights and writes letters: only the path to it and back is tested. A server that runs
+already, on Ray, gets only the malformed requests (`--url`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def api() -> Iterator[str]:
 
 
 def schemathesis(url: str, examples: int, seed: int) -> dict[str, Any]:
-    """A run of schemathesis: how many requests, and what failed. It is told the model's name, which no schema says."""
+    """A run of schemathesis: the number of requests, and its failures. No schema has the model's name, so it is set."""
     description = httpx.get(f"{url}/openapi.json").json()
     for schema in _request_schemas(description):
         if "model" in schema.get("properties", {}):
@@ -120,7 +120,7 @@ def _request_schemas(description: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def malformed(url: str, count: int, seed: int) -> dict[str, Any]:
-    """``count`` malformed requests: what they were answered with, and what should not have been."""
+    """Sends ``count`` malformed requests: the statuses of the answers, and the problems."""
     attacker = Attacker(httpx.get(f"{url}/openapi.json").json(), model_of(url), seed)
     attacks = track(attacker.attacks(count), "malformed requests", total=count)
     started = time.perf_counter()
@@ -138,20 +138,20 @@ def malformed(url: str, count: int, seed: int) -> dict[str, Any]:
 
 
 def model_of(url: str) -> str:
-    """What is served there."""
+    """The name of the served model."""
     name: str = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
     return name
 
 
 def answer(url: str) -> str:
-    """To a request with nothing wrong."""
+    """The answer to a valid request."""
     body = {"model": model_of(url), "prompt": "abc ", "max_tokens": 16, "temperature": 0}
     text: str = httpx.post(f"{url}/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
     return text
 
 
 def held(url: str) -> dict[str, Any]:
-    """The sequences and bytes of KV that are not given back ten seconds after the last request."""
+    """The sequences and bytes of KV memory that are still held ten seconds after the last request."""
     deadline = time.monotonic() + 10
     while True:
         health = httpx.get(f"{url}/health").json()

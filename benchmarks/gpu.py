@@ -1,8 +1,8 @@
 """Prefill, decode, draft and verify at Llama-3.1-8B's shape with random weights, from 4K to 128K tokens, on one GPU.
 
-Needs torch, transformers and accelerate only. Speeds do not depend on what the weights say; acceptance does, so the
-end-to-end speed is that of real rounds (a draft of γ tokens, one verification) with a given share of drafts standing.
-`--tiny` runs every path on a small shape, on a CPU too.
+Needs only torch, transformers and accelerate. Speeds do not depend on the values of the weights, but acceptance does.
+So the end-to-end speed is that of real rounds (a draft of γ tokens, one verification) with a given acceptance. `--tiny`
+runs every path on a small shape, on a CPU too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peaks(device: torch.device) -> tuple[float, float]:
-    """Measured here: bytes per millisecond that a copy moves, and operations per millisecond of a matrix product."""
+    """Measured on this device: bytes per millisecond of a copy, and operations per millisecond of a matrix product."""
     size = 2**30 if device.type == "cuda" else 2**24
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -99,7 +99,7 @@ def open_cache(model: Model, context: int) -> KVCache:
 
 
 def step_ms(model: Model, cache: KVCache, context: int, num_tokens: int, repeats: int) -> float:
-    """One pass over ``num_tokens`` behind ``context`` tokens; the rows of all of them."""
+    """One pass over ``num_tokens`` behind ``context`` tokens, with logits of all of them."""
 
     def step() -> None:
         cache.length = context
@@ -109,7 +109,7 @@ def step_ms(model: Model, cache: KVCache, context: int, num_tokens: int, repeats
 
 
 def prefill(model: Model, context: int) -> float:
-    """Tokens per second of reading ``context`` tokens in chunks."""
+    """The speed of a prefill of ``context`` tokens in chunks, in tokens per second."""
     cache = open_cache(model, context)
     device = model.layout.device
     chunk = torch.ones(min(CHUNK, context), dtype=torch.long, device=device)
@@ -123,7 +123,7 @@ def prefill(model: Model, context: int) -> float:
 
 
 def end_to_end(target: Model, drafter: Model, context: int, draft_context: int, new: int) -> dict[str, float]:
-    """Tokens per second of plain decoding, and of rounds in which each drafted token stands with `ACCEPTANCE`."""
+    """Tokens per second of plain decoding, and of rounds that accept each draft token with probability `ACCEPTANCE`."""
     far, near = open_cache(target, context), open_cache(drafter, draft_context)
     device, chance = target.layout.device, random.Random(0)
 

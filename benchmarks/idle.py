@@ -1,7 +1,7 @@
-"""What `rapid serve` takes while nobody asks for anything: seconds until it is ready, and memory of each process.
+"""The cost of an idle `rapid serve`: seconds until it is ready, and the memory of each process.
 
 Memory is the proportional set size: a page that several processes share counts for each of them in part, so the sum is
-what the service really takes. `--against FOLDER` measures a checkout of an earlier commit in turn with this one.
+the real memory of the service. `--against FOLDER` measures a checkout of an earlier commit in turn with this one.
 """
 
 from __future__ import annotations

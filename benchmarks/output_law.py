@@ -1,7 +1,7 @@
-"""What comes out of each verification rule, sampled, against its closed form: total variation, position by position.
+"""Sampled output of each verification rule against its closed form: total variation, position by position.
 
-The closed forms (`benchmarks.common.closed_forms`) are written from the paper's formulas in logits, in float64, apart from the
-code they check.
+The closed forms (`benchmarks.common.closed_forms`) are written from the paper's formulas in logits, in float64,
+independently of the code that they check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GAMMA, VOCAB = 3, 10
 
 
 def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, rounds: int) -> dict[str, float]:
-    """Total variation at each drafted position, given that all before it were accepted, and the identity's error."""
+    """Total variation at each draft position, if all tokens before it were accepted, and the identity's error."""
     generator, noise = torch.Generator().manual_seed(1), np.random.default_rng(2)
     z = 1.2 * noise.standard_normal((GAMMA + 1, VOCAB))
     # The drafter is close to the target, so that most rounds reach the last position.

@@ -1,9 +1,9 @@
-"""Drafting while the target verifies, on and off: the same questions, in turns, to the same engines.
+"""Drafting ahead while the target verifies, on and off: the same questions, in turns, to the same engines.
 
-Target and drafter have a thread each, so that on two cores neither has the other's. Greedy, a fixed γ: rounds differ
-in nothing but when the drafts are made. The decode loop runs in this process over the deployed engines. With ``--http``
-two applications, one of each kind, are asked over HTTP instead; then what HTTP and their processes do in between takes
-its time of the same two cores.
+Target and drafter have one thread each, so that each has its own of two cores. Decoding is greedy with a fixed γ: the
+rounds differ only in the time when drafts are made. The decode loop runs in this process over the deployed engines.
+With ``--http`` two applications, one of each kind, answer over HTTP instead; HTTP and its processes then use the same
+two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COUNTED = ("rounds", "drafted", "accepted", "drafted_ahead", "emitted")
 TIMED = {"drafting": "draft_ms", "verification": "verify_ms", "transport": "transport_ms"}
 
 Ask = Callable[[str, Question, int], Awaitable[tuple[float, dict[str, Any]]]]
-"""(side, question, tokens to write) to (tokens per second after the first, what the answer's `rapid` object counts)."""
+"""(side, question, tokens to write) to (tokens per second after the first, counts of the answer's `rapid` object)."""
 
 
 def config(*, overlap: bool) -> AppConfig:
@@ -50,7 +50,7 @@ def config(*, overlap: bool) -> AppConfig:
 
 
 async def ask_engines(how: dict[str, Any]) -> Ask:
-    """One application, whose engines do not know whether the loop overlaps."""
+    """One application; its engines do not know whether the decode loop drafts ahead."""
     serve.run(build(config(overlap=True)), name="app")
     target, drafter, retriever = (serve.get_deployment_handle(n, "app") for n in ("Target", "Drafter", "Retriever"))
     backends = {
@@ -98,14 +98,14 @@ def ask_over_http(how: dict[str, Any]) -> Ask:
 
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each answer; those of a pair are neighbours."""
+    """A row for each answer; the two rows of a pair are neighbours."""
     how = {"strategy": "speculative", "num_draft_tokens": options.draft_tokens}
     ask = ask_over_http(how) if options.http else await ask_engines(how)
     rows: list[dict[str, Any]] = []
     for question in questions(load_tokenizer(MODEL), options.prompt_tokens):
         if options.document not in (None, question.document):
             continue
-        for side in SIDES:  # reads the prompt
+        for side in SIDES:  # prefills the prompt
             await ask(side, question, 8)
         for _ in range(options.repeats):
             for side in SIDES:
@@ -121,7 +121,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens per second, the ratio of neighbouring answers, and what a round took on each side."""
+    """Tokens per second, the ratio of neighbouring answers, and the mean times of a round on each side."""
     on, off = ([row for row in rows if row["side"] == side] for side in SIDES)
     ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(on, off, strict=True)]
     summed: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""`rapid plan`'s arithmetic held against what was measured here: single passes, whole prefills, and decoding.
+"""The arithmetic of `rapid plan` against measurements on this machine: single passes, whole prefills, and decoding.
 
-This machine's constants are fitted to the passes of steps.json at every other context, and predict the rest: once for
-the kernels that are compiled here and once for PyTorch's in float32, which are different machines. The picture is the
-simulation's: tokens a second over the ratio of targets to drafters. `python -m benchmarks.rounds` tests the round model
-with costs of the same run; here it is tried with costs of another, and on drafting ahead.
+This machine's constants are fitted to the passes of steps.json at every other context, and predict the rest. There is
+one fit for the compiled kernels and one for PyTorch's in float32, as if they were different machines. The picture is
+the simulation's: tokens a second over the ratio of targets to drafters. `python -m benchmarks.rounds` tests the round
+model with costs of the same run; this command tests it with costs of another run, and with drafting ahead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVED = {
 }
 PASSES = {"plain step": 1, "verify 5": 5, "verify 11": 11}
 COMPILED = ("bfloat16", "int8", "int4")
-FITTED = ("flops", "weights", "cache", "attention", "layer_s")  # `products` stays 1: flops is what products reach
+FITTED = ("flops", "weights", "cache", "attention", "layer_s")  # `products` stays 1: flops is the rate of products
 SHARES = ("weights", "cache")  # of the bandwidth, so at most 1
 HELD_OUT = (1024, 7000, 32768)
 RATIO_ROUNDS = 20
@@ -60,7 +60,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def fit(device: Device, passes: Sequence[Pass], constants: Sequence[str] = FITTED) -> Device:
-    """The ``constants`` with the least mean squared logarithm of predicted ÷ measured, each moved in turn."""
+    """The ``constants`` with the least mean squared logarithm of predicted ÷ measured, fitted one after another."""
 
     def loss(candidate: Device) -> float:
         return statistics.mean(math.log1p(one.error(candidate)) ** 2 for one in passes)
@@ -81,7 +81,7 @@ def fit(device: Device, passes: Sequence[Pass], constants: Sequence[str] = FITTE
 
 
 def summary(errors: Sequence[float]) -> dict[str, float]:
-    """Of predicted ÷ measured - 1, without the sign."""
+    """The absolute values of predicted ÷ measured - 1."""
     sizes = [abs(error) for error in errors]
     return {
         "predictions": len(sizes),
@@ -91,10 +91,10 @@ def summary(errors: Sequence[float]) -> dict[str, float]:
 
 
 def fit_kernels(guess: Device, passes: Sequence[Pass]) -> dict[str, Device]:
-    """This machine as it is for each weight format.
+    """This machine as a device for each weight format.
 
-    What a layer costs on top is found with the compiled kernels, whose formats differ in the bytes they read. Passes in
-    float32 alone could not tell it from the reading of the weights, so they take it over.
+    The overhead of a layer is fitted with the compiled kernels, whose formats differ in the bytes they read. Passes in
+    float32 alone cannot separate it from the reading of the weights, so their device uses the same overhead.
     """
     compiled = fit(guess, [one for one in passes if one.weights in COMPILED])
     others = [name for name in FITTED if name != "layer_s"]
@@ -103,7 +103,7 @@ def fit_kernels(guess: Device, passes: Sequence[Pass]) -> dict[str, Device]:
 
 
 def check_passes() -> tuple[dict[str, Device], dict[str, Any]]:
-    """This machine for each weight format, and how well it predicts the contexts it was not fitted to."""
+    """This machine for each weight format, and the errors at the contexts that were not fitted."""
     steps = read("steps")
     passes = [
         Pass(row["weights"], row["context"], tokens, row[name] / 1e3)
@@ -133,7 +133,9 @@ def check_passes() -> tuple[dict[str, Device], dict[str, Any]]:
 
 
 def check_prefill(device: Device) -> dict[str, Any]:
-    """Whole prefills, none of them fitted to; beside those of serving.json retrieval and a drafter's prefill ran."""
+    """Whole prefills, which were not fitted. During those of serving.json, retrieval and a drafter's prefill ran as
+    well.
+    """
     measured = [(6948, "serving", row["prefill_tokens_per_second"]) for row in read("serving")["shared_prefix"]["rows"]]
     for name in ("decode", "decode_450"):
         read_s = [row for row in read(name)["rows"] if "prefill_tokens_per_second" in row]
@@ -146,13 +148,13 @@ def check_prefill(device: Device) -> dict[str, Any]:
 
 
 def check_decoding(device: Device) -> dict[str, Any]:
-    """The chosen γ of decode.json: its rounds and drafts, at what plain decoding cost there and ``device``'s ratios.
+    """The chosen γ of decode.json: its rounds and drafts, with plain decoding's cost there and ``device``'s ratios.
 
-    The costs are another run's, on a machine whose speed moves, and of passes alone.
+    The costs come from another run, on a machine whose speed changes, and from passes alone.
     """
     plain = device.pass_s(SERVED["bfloat16"], 1, 1, 7000)
     draft = device.pass_s(SERVED["int4"], 1, 1, 1024) / plain
-    extra = (device.pass_s(SERVED["bfloat16"], 1, 5, 7000) / plain - 1) / 4  # of one more token to verify
+    extra = (device.pass_s(SERVED["bfloat16"], 1, 5, 7000) / plain - 1) / 4  # the cost of verifying one more token
     errors: dict[str, list[float]] = {"lookup": [], "rapid": []}
     for row in read("decode")["rows"]:
         for strategy, found in errors.items():
@@ -165,12 +167,12 @@ def check_decoding(device: Device) -> dict[str, Any]:
 
 
 def check_overlap(overlap: dict[str, Any]) -> dict[str, float]:
-    """Drafting ahead, on ÷ off: what the round model makes of both runs' costs, against what was measured.
+    """Drafting ahead, on ÷ off: the round model's prediction from both runs' costs, against the measurement.
 
-    Of each side there are the means of a round's parts: ``mean_draft_ms`` (all of its draft), ``mean_verify_ms`` and
-    ``mean_transport_ms``; and of the one that is on, ``hit_rate``. A draft costs what it does with the drafter alone,
-    which is on the side that is off. A verification that is drafted beside costs what that does to it, as here both
-    engines read the same memory; ``predicted_apart`` is for engines that do not feel each other.
+    Each side has the means of a round's parts: ``mean_draft_ms`` (all of its draft), ``mean_verify_ms`` and
+    ``mean_transport_ms``; the side that is on also has ``hit_rate``. The cost of a draft is that of the side that is
+    off, where the drafter runs alone. The cost of a verification during a draft is that of the side that is on, since
+    here both engines read the same memory. ``predicted_apart`` is for engines that do not slow each other down.
     """
     gamma, on, off = overlap["draft_tokens"], overlap["on"], overlap["off"]
     acceptance = overlap["hit_rate"] ** (1 / (gamma + 1))
@@ -192,7 +194,7 @@ def check_overlap(overlap: dict[str, Any]) -> dict[str, float]:
 
 
 def simulate_ratios(num_gpus: int, num_users: int) -> list[dict[str, Any]]:
-    """Llama-3.1-8B at 122K on H200s, drafted for by its int4 copy: every R:S, with overlap and without."""
+    """Llama-3.1-8B at 122K on H200s, with its int4 copy as the drafter: every R:S, with overlap and without."""
     outcomes = []
     for acceptance in (0.6, 0.8, 0.9):
         planner = Planner(

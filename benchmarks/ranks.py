@@ -1,8 +1,8 @@
-"""A model on three ranks against one process: the same greedy drafts, how much of the weights each holds, and memory.
+"""A model on three ranks against one process: the same greedy drafts, the share of the weights on each, and memory.
 
 Weights are counted as they are loaded, before they are packed in fewer bits. Memory is each process's largest resident
-set, and what it was before the model came: Python, PyTorch and transformers. Below float32 each rank rounds its part of
-every sum, so a near tie may fall the other way. Ranks here share two cores, so nothing is said about speed.
+set, and its resident set before the model: Python, PyTorch and transformers. Below float32 each rank rounds its part of
+every sum, so a near tie may be decided differently. The ranks share two cores here, so speed is not measured.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def rank(number: int, num_ranks: int, address: str, form: str, asked: tuple[Any,
     if number == 0:
         report["drafts"] = drafts(model, *asked)
     else:
-        with suppress(EngineLost):  # the first has what it wanted
+        with suppress(EngineLost):  # the first rank ends when it is done
             follow(model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reports.put(report | {"peak_bytes": peak * 1024, "before_bytes": before * 1024})
 
 
 def run(num_ranks: int, form: str, asked: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """What the processes of one model report, by rank."""
+    """The reports of one model's processes, by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The round model of `rapid plan` against real rounds: what they cost and bring at one γ predicts others."""
+"""The round model of `rapid plan` against real rounds: costs and tokens at one γ predict those at others."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNCOUNTED = 2  # rounds at the start: the first one waits for the drafter
 
 
 async def measure_rounds(asked: Sequence[Question], num_rounds: int) -> list[dict[str, Any]]:
-    """Real rounds at every γ of GAMMAS and at those that are chosen, greedy. They take turns, round by round.
+    """Real rounds, greedy, at every γ of GAMMAS and with chosen γ. The runs take turns, round by round.
 
-    This machine's speed changes within seconds, so runs one after another would be at different speeds.
+    This machine's speed changes within seconds, so runs one after another would have different speeds.
     """
     settings, rows = config(), []
-    options = replace(settings.retriever.options, threshold=-1.0)  # whatever is retrieved: there has to be a drafter
+    options = replace(settings.retriever.options, threshold=-1.0)  # always retrieve: the drafter needs passages
     with local_backend(settings) as backend:
         for question in asked:
             gammas: tuple[Gamma, ...] = (*GAMMAS, "auto")
@@ -83,10 +83,11 @@ def _row(question: str, gamma: Gamma, seen: Sequence[tuple[float, int, int]]) ->
 
 
 def check_rounds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Predicts the speed at each γ from the same question's rounds at the other, and from its plain rounds.
+    """Predicts the speed at each γ from the same question's rounds at the other γ, and from its plain rounds.
 
-    ``cost_and_acceptance``: nothing of the predicted run is used. ``cost``: its own acceptance is. ``chosen``: γ is
-    chosen each round; what was drafted and accepted is its own, and a drafted token costs the mean of the others.
+    ``cost_and_acceptance`` uses nothing of the predicted run; ``cost`` uses its own acceptance. For ``chosen`` the
+    controller chooses γ each round; the run's own numbers of drafted and accepted tokens are used, and a draft token
+    costs the mean of the others.
     """
     errors: dict[str, list[float]] = {"cost_and_acceptance": [], "cost": [], "chosen": []}
     predictions = []
@@ -96,7 +97,7 @@ def check_rounds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             continue
         plain_ms = by_run[question, 0]["round_ms"]
         others = [by_run[question, g] for g in GAMMAS if g not in (0, gamma)]
-        # Of one token, with what it adds to the verification.
+        # The cost of one draft token, with its share of the verification.
         draft_ms = statistics.mean((other["round_ms"] - plain_ms) / other["gamma"] for other in others)
         predicted: dict[str, float] = {}
         if gamma == "auto":

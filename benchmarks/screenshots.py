@@ -20,7 +20,7 @@ def chromium(kind: BrowserType) -> str | None:
 
 
 def ask(page: Page, question: str, *, max_tokens: int) -> None:
-    """The example document, asked about."""
+    """Asks the question about the example document."""
     page.get_by_role("button", name="Example").click()
     page.get_by_label("Question", exact=True).fill(question)
     page.get_by_text("Settings").click()

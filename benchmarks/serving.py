@@ -1,4 +1,4 @@
-"""What several requests cost each other: shared prefixes, eight at once, a short one during a long prefill, memory."""
+"""The cost of requests to each other: shared prefixes, eight at once, a short one during a long prefill, memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def shared_prefix(backend: LocalBackend, settings: AppConfig, prompt_token
 
 
 async def concurrent(backend: LocalBackend, settings: AppConfig, num: int, new_tokens: int) -> dict[str, Any]:
-    """Tokens per second of ``num`` requests at once over those of one, each of about 1K tokens, already read."""
+    """Tokens per second of ``num`` requests at once over those of one, each of about 1K tokens, prefilled before."""
     asked = [q for n in (900, 950) for q in questions(load_tokenizer(MODEL), n)][:num]
     for question in asked:
         await run(backend, settings, question.prompt, 0.5, 1, **PLAIN)
@@ -64,7 +64,7 @@ async def concurrent(backend: LocalBackend, settings: AppConfig, num: int, new_t
 
 
 async def during_prefill(backend: LocalBackend, settings: AppConfig, prompt_tokens: int) -> dict[str, Any]:
-    """The time to the first token of a short request that comes while a long prompt is read."""
+    """The time to the first token of a short request that comes during the prefill of a long prompt."""
     tokenizer = load_tokenizer(MODEL)
     long = next(iter(questions(tokenizer, prompt_tokens, skip=100_000)))  # not read before
     short = next(iter(questions(tokenizer, 150)))
@@ -85,9 +85,9 @@ async def during_prefill(backend: LocalBackend, settings: AppConfig, prompt_toke
 
 
 async def memory(settings: AppConfig, prompt_tokens: int) -> dict[str, Any]:
-    """The largest resident size while a long prompt is read and continued, less that of the loaded models.
+    """The largest resident size while a long prompt is prefilled and continued, less that of the loaded models.
 
-    The activations of a chunk are in it: they are not counted apart.
+    The activations of a chunk are included; they are not measured separately.
     """
     with local_backend(settings) as backend:
         short, long = (next(iter(questions(load_tokenizer(MODEL), n))) for n in (100, prompt_tokens))

@@ -1,7 +1,7 @@
-"""What one forward pass costs against its floor, from 256 tokens of context to 32K, as a table and a picture.
+"""The time of one forward pass against its floor, from 256 tokens of context to 32K, as a table and a picture.
 
-The floor of a pass is the bytes it has to read, weights once and the context's keys and values, over the bandwidth that
-this machine's memory is measured to have. Beyond the model's window the positions are scaled; only speed is measured.
+The floor of a pass is the bytes that it must read (weights once, and the context's keys and values) over the measured
+bandwidth of this machine's memory. Beyond the model's window the positions are scaled; only speed is measured.
 """
 
 from __future__ import annotations

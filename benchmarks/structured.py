@@ -1,7 +1,7 @@
 """Random JSON schemas, answered by the embedded model while a drafter drafts: how many answers are valid.
 
-Schemas are bounded (strings, arrays, digits), so that an answer ends before its max_tokens: a small model would else
-fill a string until then. Validity is jsonschema's word, apart from the library that masks.
+Schemas are bounded (strings, arrays, digits), so that an answer ends before its max_tokens: otherwise a small model
+would fill a string until then. jsonschema checks validity; it is not the library that masks tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def leaf(chance: random.Random) -> dict[str, Any]:
 
 
 def schema(chance: random.Random, depth: int = 0) -> dict[str, Any]:
-    """An object of one to four properties, nested up to three deep; some of them need not be there."""
+    """An object of one to four properties, nested up to three deep; some of them are optional."""
     properties: dict[str, Any] = {}
     for name in chance.sample(NAMES, chance.randrange(1, 5)):
         kind = chance.random()
@@ -86,7 +86,7 @@ def requests(num: int, strategy: str) -> Iterator[ChatRequest]:
 
 
 async def answer(service: LocalService, request: ChatRequest) -> tuple[str, str, Statistics]:
-    """(text, why it ended, what it took)."""
+    """(text, the reason of its end, its statistics)."""
     text = ""
     async for event in service.generate(request, PUBLIC):
         text += "" if isinstance(event, Started) else event.text

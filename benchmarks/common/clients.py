@@ -1,4 +1,4 @@
-"""Clients of a running service: what they ask, how they read, and what they got."""
+"""Clients of a running service: their questions, how they read, and their answers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from benchmarks.common.results import DATA
 MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 24
 DOCUMENT_CHARACTERS = 2_400  # about 600 tokens: long enough to be retrieved from
-NEW_CHARACTERS = 8_000  # about 2,000 tokens, of a document that is asked about once
-# A slow reader reads nothing for so long after the first token. It asks for more tokens, and for more about each, than
-# lies between it and the service; on one machine that would be megabytes, did it not ask for small packets.
+NEW_CHARACTERS = 8_000  # about 2,000 tokens, of a document that only one question is about
+# A slow reader reads nothing for this time after the first token. It asks for more tokens, and more data about each,
+# than the buffers between it and the service hold. It uses small packets, because else they hold megabytes here.
 SLOW_PAUSE_S = 30.0
 SLOW_TOKENS = 256
 SLOW_TOP_LOGPROBS = 20
 SMALL_BUFFERS = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096), (socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)]
 TIMEOUT_S = 300.0
-RETRY_S = 1.0  # what the service's Retry-After says
+RETRY_S = 1.0  # the service's Retry-After
 Answer = tuple[int, AsyncIterator[str]]  # the status, and the lines
 Kind = Literal["short", "repeated", "new", "cancelled", "slow"]
 MIX: dict[Kind, int] = {"short": 50, "repeated": 25, "new": 10, "cancelled": 10, "slow": 5}
@@ -58,7 +58,7 @@ KNOWN = [*(Question(None, text) for text in SHORT), *REPEATED]
 
 
 def passage(index: int) -> str:
-    """The ``index``-th passage of two novels where they are at hand, else one made of numbered sentences."""
+    """The ``index``-th passage of two novels if this machine has them, else one made of numbered sentences."""
     length = DOCUMENT_CHARACTERS if index < NUM_REPEATED else NEW_CHARACTERS
     if DATA.exists():
         novels = "".join(_novel(name) for name in ("moby-dick.txt", "pride-and-prejudice.txt"))
@@ -77,7 +77,7 @@ def _novel(name: str) -> str:
 
 @dataclass
 class Asked:
-    """One request and what came of it. Times in seconds; ``status`` 0: the connection failed."""
+    """One request and its result. Times in seconds; ``status`` 0: the connection failed."""
 
     client: int
     kind: Kind
@@ -101,7 +101,7 @@ class Asked:
 
     @property
     def is_lost(self) -> bool:
-        """Accepted, and neither finished nor given up by its client."""
+        """The service accepted the request, but it neither finished nor did its client cancel it."""
         return self.status == 200 and not self.is_complete and self.kind != "cancelled"
 
 
@@ -118,7 +118,7 @@ async def _usually(http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> A
 
 @asynccontextmanager
 async def _through_small_buffers(_: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[Answer]:
-    """Without httpx, which sets a socket's options when it is connected, and its packets' size agreed upon."""
+    """Without httpx, which sets a socket's options after it is connected, when the packet size is already agreed."""
     where, content = urlsplit(url), json.dumps(body).encode()
     small = socket.socket()
     for option in SMALL_BUFFERS:
@@ -152,7 +152,7 @@ async def _lines(reader: asyncio.StreamReader, *, is_chunked: bool) -> AsyncIter
 async def ask(
     http: httpx.AsyncClient, url: str, question: Question, kind: Kind, client: int = 0, **rapid: Any
 ) -> Asked:
-    """Streams one greedy answer the way its ``kind`` reads; ``rapid`` is asked for in its request."""
+    """Streams one greedy answer and reads it in the way of its ``kind``; ``rapid`` are options of the request."""
     asked = Asked(client, kind, question, time.perf_counter())
     body = {
         "model": MODEL,
@@ -160,12 +160,12 @@ async def ask(
         "max_tokens": NEW_TOKENS,
         "temperature": 0,
         "stream": True,
-        "logprobs": True,  # they name the tokens
+        "logprobs": True,  # they contain the tokens
         "rapid": rapid,
     }
     if kind == "slow":
         body |= {"max_tokens": SLOW_TOKENS, "ignore_eos": True, "top_logprobs": SLOW_TOP_LOGPROBS}
-    left = random.randrange(1, 12) if kind == "cancelled" else -1  # lines until the client goes away
+    left = random.randrange(1, 12) if kind == "cancelled" else -1  # lines until the client disconnects
     has_paused = False
     try:
         how = _through_small_buffers if kind == "slow" else _usually
@@ -206,7 +206,7 @@ def _read(asked: Asked, data: dict[str, Any]) -> None:
 
 @dataclass
 class Crowd:
-    """Clients that each ask, read, and ask again. ``asked`` gathers everything; documents are new across phases."""
+    """Clients that each ask, read, and ask again. ``asked`` collects every request; each phase has new documents."""
 
     url: str
     seed: int
@@ -228,13 +228,13 @@ class Crowd:
             while time.perf_counter() < until:
                 kind, question = self._choose(chance)
                 if kind == "slow" and until - time.perf_counter() < SLOW_PAUSE_S:
-                    continue  # the others would wait for it alone
+                    continue  # near the end, the phase would wait for this client alone
                 into.append(asked := await ask(http, self.url, question, kind, number))
                 if asked.status != 200:
                     await asyncio.sleep(RETRY_S)
 
     async def fill(self, documents: int) -> None:
-        """Has target and drafter read so many new documents, whatever pays."""
+        """Makes target and drafter read this many new documents, even if drafting does not pay."""
         async with new_client() as http:
             for _ in range(documents):
                 self.next_document += 1
@@ -242,7 +242,7 @@ class Crowd:
                 await ask(http, self.url, Question(self.next_document, ABOUT[0]), "new", **everything)
 
     async def run(self, clients: int, seconds: float) -> list[Asked]:
-        """``clients`` of them for that long, until the last answer has ended."""
+        """Runs this many ``clients`` for ``seconds``, and waits until the last answer has ended."""
         asked: list[Asked] = []
         until = time.perf_counter() + seconds
         await asyncio.gather(*(self._client(number, until, asked) for number in range(clients)))
@@ -250,7 +250,7 @@ class Crowd:
         return asked
 
     async def burst(self, requests: int) -> list[Asked]:
-        """So many requests at the same moment."""
+        """Sends this many requests at the same moment."""
         chance = random.Random(self.seed)
         async with new_client() as http:
             questions = chance.choices(KNOWN, k=requests)

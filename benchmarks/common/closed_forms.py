@@ -1,6 +1,6 @@
-"""The verification rules' laws, written out a second time from the paper's formulas in logits, in float64.
+"""The laws of the verification rules, written a second time from the paper's formulas in logits, in float64.
 
-At one position the token that comes out follows out = min(q, p̂) + (1 − β)·r with β = Σ min(q, p̂).
+At one position the emitted token follows out = min(q, p̂) + (1 − β)·r with β = Σ min(q, p̂).
 """
 
 import numpy as np
@@ -38,6 +38,6 @@ def residual(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0
 
 
 def law(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0) -> Array:
-    """The distribution of the token that comes out."""
+    """The distribution of the emitted token."""
     accepted = np.minimum(q, augmented(rule, z, q, eta, temperature))
     return accepted + (1 - accepted.sum()) * residual(rule, z, q, eta, temperature)

@@ -1,4 +1,4 @@
-"""One request on this process's engines, timed: what the decode and serving benchmarks share."""
+"""One request on this process's engines, timed; the decode and serving benchmarks share it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = "smollm2-135m-instruct"
 
 
 def config(dtype: str = "auto", quantization: str = "int4") -> AppConfig:
-    """What serve_config.yaml says, with the target in ``dtype``."""
+    """The settings of serve_config.yaml, with the target in ``dtype``."""
     return parse_config(
         {
             "target": {"model": MODEL, "dtype": dtype},
@@ -31,7 +31,7 @@ def config(dtype: str = "auto", quantization: str = "int4") -> AppConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """``first_s``: until the first token. ``decode_s``: from there to the last."""
+    """``first_s``: until the first token. ``decode_s``: from the first token to the last."""
 
     first_s: float
     decode_s: float
@@ -45,7 +45,7 @@ class Run:
 async def run(
     backend: LocalBackend, settings: AppConfig, prompt: Prompt, temperature: float, new_tokens: int, **how: Any
 ) -> Run:
-    """Writes ``new_tokens`` (or fewer, where the model ends) by the strategy in ``how``."""
+    """Writes ``new_tokens`` (or fewer, if the model ends) with the options in ``how``."""
     request = GenerationRequest(
         prompt=prompt,
         sampling=SamplingParams(temperature=temperature),

@@ -1,4 +1,4 @@
-"""Requests that are wrong, made without end from an OpenAPI description, and what a server makes of them."""
+"""Malformed requests without end, made from an OpenAPI description, and the server's answers to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEADLINE_S = 30.0
 PAUSE_S = 0.05  # between the pieces of a slow body
 AT_ONCE = 16
 
-# JSON for one value. Some of it is no JSON, and some is right in one place or another.
+# JSON for one value. Some of these are not JSON, and some are valid for some fields.
 VALUES = (
     *("null", "true", "-1", "0", "1e-320", "9223372036854775808", "1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity"),
     *(
@@ -45,7 +45,7 @@ PATH_VALUES = ("a", "-1", "%00", "..%2f..%2fetc%2fpasswd", "%ed%a0%80", "a" * 30
 
 
 class Attack(NamedTuple):
-    """One malformed request. The body comes in ``pieces``, slowly; with ``cut`` the connection ends before it does."""
+    """One malformed request. The client sends ``pieces`` slowly; with ``cut`` it disconnects before the body ends."""
 
     kind: str
     method: str
@@ -56,7 +56,7 @@ class Attack(NamedTuple):
 
 
 class Attacker:
-    """Makes attacks on the operations that ``openapi`` describes; the same ``seed`` makes the same ones."""
+    """Makes attacks on the operations that ``openapi`` describes; the same ``seed`` makes the same attacks."""
 
     def __init__(self, openapi: dict[str, Any], model: str, seed: int) -> None:
         self._chance, self._model = random.Random(seed), model
@@ -91,7 +91,7 @@ class Attacker:
         }
 
     def attacks(self, count: int) -> Iterator[Attack]:
-        """``count`` of them, of each kind as many."""
+        """``count`` attacks, equally many of each kind."""
         kinds = [*self._makers, *("wrong content type", "unknown method", "unknown path", "cut off", "slow")]
         kinds += ["wrong query"] if self._queries else []
         return (self._attack(kinds[number % len(kinds)]) for number in range(count))
@@ -147,7 +147,7 @@ class Attacker:
         return f"{name}={value if value[:1] == '%' else quote(value)}"
 
     def _body(self, contents: dict[str, Any]) -> tuple[str, bytes]:
-        """(content type, body) as they should be; of an operation that takes no body, none."""
+        """(content type, body) of a valid request; the body is empty if the operation has none."""
         if not contents:
             return "", b""
         if "multipart/form-data" in contents:
@@ -157,20 +157,20 @@ class Attacker:
         return content_type, json.dumps(self._example(described["schema"])).encode()
 
     def _part(self, name: bytes, value: bytes | None = None) -> bytes:
-        """A form's field, or a file where the name says so; behind a boundary."""
+        """A form's field, or a file if ``name`` is that of one, behind a boundary."""
         filename = b'; filename="%s"' % self._pick(b"a", b"a.pdf", b"../a", b"") if name == b"file" else b""
         value = self._pick(*FILES, *map(str.encode, VALUES[:20])) if value is None else value
         return b'Content-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name, filename, value)
 
     def _with_part(self, body: bytes, part: bytes) -> bytes:
-        """``body`` with one more part, or with that in another's place."""
+        """``body`` with one more part, or with ``part`` in the place of another."""
         head, *parts = body.removesuffix(b"--x--\r\n").split(BOUNDARY)
         at = self._chance.randrange(len(parts))
         parts[at : at + self._pick(0, 1)] = [part.removesuffix(b"--x--\r\n")]
         return head + BOUNDARY + BOUNDARY.join(parts) + b"--x--\r\n"
 
     def _example(self, schema: dict[str, Any]) -> Any:
-        """A value that ``schema`` allows; of the fields that may be left out, some are there."""
+        """A value that ``schema`` allows, with some of the optional fields."""
         if "$ref" in schema:
             return self._example(self._schemas[schema["$ref"].rpartition("/")[2]])
         if "const" in schema or "enum" in schema:
@@ -180,7 +180,7 @@ class Attacker:
         kind = schema.get("type", "object")
         if kind == "object":
             fields = schema.get("properties", {})
-            always = {*schema.get("required", ()), "max_tokens"}  # what turns out to be right should write little
+            always = {*schema.get("required", ()), "max_tokens"}  # a body that is valid by chance should write little
             wanted = [f for f in fields if f in always or self._chance.random() < 0.3]
             return {f: self._model if f == "model" else self._example(fields[f]) for f in wanted}
         if kind == "array":
@@ -195,14 +195,14 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 class Outcome:
-    """What came of attacks: how many were answered with what, and what should not have been."""
+    """The result of attacks: a count of every status, and the problems."""
 
     def __init__(self) -> None:
         self.statuses: dict[str, Counter[str]] = {}
         self.problems: list[str] = []
 
     def note(self, attack: Attack, answer: bytes | None) -> None:
-        """``answer`` None: it did not come in time."""
+        """Counts one answer; ``answer`` None means that it did not come in time."""
         status, problem = _judge(attack, answer)
         self.statuses.setdefault(attack.kind, Counter())[status] += 1
         if problem:
@@ -212,7 +212,7 @@ class Outcome:
 
 
 def _judge(attack: Attack, answer: bytes | None) -> tuple[str, str | None]:
-    """(the status, what is wrong with the answer). Whoever cuts the connection gets no answer."""
+    """(the status, the problem or None). A client that cuts the connection gets no answer."""
     if attack.cut:
         return "cut off", None
     if not answer:
@@ -250,7 +250,7 @@ async def strike(url: str, attacks: Iterable[Attack]) -> Outcome:
 
 
 async def _send(url: str, attack: Attack) -> bytes:
-    """Everything that comes back; nothing when the server closes the connection. httpx would refuse to send some."""
+    """The whole answer; nothing when the server closes the connection. httpx would refuse to send some attacks."""
     where = urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     length = sum(map(len, attack.pieces)) + (10 if attack.cut else 0)
@@ -266,7 +266,7 @@ async def _send(url: str, attack: Attack) -> bytes:
                 await asyncio.sleep(PAUSE_S)
         while not attack.cut and (got := await reader.read(2**16)):
             answer += got
-    except ConnectionError:  # a server may answer, and close, before it has read everything
+    except ConnectionError:  # a server may answer and close before it has read the request
         pass
     finally:
         writer.close()
@@ -275,7 +275,7 @@ async def _send(url: str, attack: Attack) -> bytes:
 
 @contextmanager
 def logged_errors() -> Iterator[list[str]]:
-    """What a server in this process logs as its own error: also where no client is left to be told."""
+    """The messages that a server in this process logs as its own errors, also when no client is left to get them."""
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: errors.append(handler.format(record))  # type: ignore[method-assign]

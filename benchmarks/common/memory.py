@@ -1,4 +1,4 @@
-"""What a service's processes take while it works: whatever goes on growing when its caches are full is a leak."""
+"""The memory of a service's processes while it works. Memory that still grows when all caches are full is a leak."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE_S = 5.0
 
 @dataclass
 class Memory:
-    """The resident size of the service's processes, and what sequences hold of the engines' KV memory, over time."""
+    """The resident size of the service's processes, and the KV memory that open sequences hold, over time."""
 
     url: str
     process: psutil.Process
@@ -51,7 +51,7 @@ class Memory:
         return resident
 
     def report(self) -> dict[str, Any]:
-        """The later thirds beside the first: what still grows when the KV memory is full is a leak."""
+        """The later thirds beside the first: memory that still grows when the KV memory is full is a leak."""
         settled = self.samples[len(self.samples) // 3 :]
         names = {name for sample in settled for name in sample["rss_mib_by_process"]}
         of = {name: _growth(settled, lambda s, name=name: s["rss_mib_by_process"].get(name, 0.0)) for name in names}
@@ -64,7 +64,7 @@ class Memory:
 
 
 def process_name(process: psutil.Process) -> str:
-    """What Ray calls an actor's process (without what it does just now), or the name of a program or a script."""
+    """Ray's title of an actor's process (without its current method), or the name of a program or a script."""
     command = process.cmdline()
     if command and command[0].startswith("ray::"):
         return command[0].split(".")[0]

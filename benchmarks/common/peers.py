@@ -1,7 +1,7 @@
-"""What RAPID is measured against, each on today's transformers with its stock attention and caches.
+"""The peers that RAPID is compared with, each on today's transformers with its stock attention and caches.
 
-`released` decodes the way the paper's released code does as far as its speed goes: a drafter on the retrieved context,
-γ = 10 every round, one pass of the target over the draft, caches cropped.
+`released` decodes like the paper's released code as far as speed matters: a drafter on the retrieved context, γ = 10
+every round, one pass of the target over the draft, caches cropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def load(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class _Clock(BaseStreamer):
-    """When tokens came, after the prompt."""
+    """The times at which tokens came, after the prompt."""
 
     def __init__(self) -> None:
         self.prompt_seen, self.times, self.counts = False, [], []  # type: ignore[var-annotated]
@@ -46,7 +46,7 @@ class _Clock(BaseStreamer):
 
 @torch.inference_mode()
 def prefilled(network: PreTrainedModel, tokens: list[int]) -> tuple[DynamicCache, float]:
-    """A cache of all of ``tokens`` but the last, and the tokens per second it was read with."""
+    """A cache of all of ``tokens`` but the last, and the speed of its prefill in tokens per second."""
     cache = DynamicCache()
     started = time.perf_counter()
     network(input_ids=torch.tensor([tokens[:-1]]), past_key_values=cache, logits_to_keep=1)

@@ -1,10 +1,10 @@
-"""Whether answers are those of their own prompts: as got alone, or each token nearly the likeliest where it stands.
+"""Whether answers belong to their own prompts: equal to the answer alone, or each token near the likeliest one.
 
-Where numbers are rounded to bfloat16 two tokens may be nearly as likely, and which one wins may depend on what else was
-in the batch. From there on a greedy answer goes another way, and comparing texts says no more. So the model, alone,
-reads the prompt and the answer, and tells of each token how much less likely than the likeliest it was. In an answer to
-its own prompt that is next to nothing, all the way; one into which a token, or a page of keys and values, of another
-request had got would fail. That this would be seen is itself measured: on answers beside the wrong questions.
+If numbers are rounded to bfloat16, two tokens may be nearly equally likely, and the rest of the batch may decide which
+one wins. From there on a greedy answer differs, and comparing texts has no meaning. So the model, alone, reads the
+prompt and the answer, and computes for each token how much less likely it was than the likeliest. In an answer to its
+own prompt this margin stays near zero. An answer with a token, or a page of keys and values, of another request fails.
+A control measures that such an error is visible: it replays answers beside the wrong questions.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from rapid.sampling.params import SamplingParams
 from rapid.text.prompts import Message, read_chat
 from rapid.text.tokenizer import load_tokenizer, spell
 
-# In logits: between the most that rounding was seen to do, 0.31, and the least of an answer to another question, 0.86.
+# In logits: between the largest margin seen from rounding, 0.31, and the smallest of a wrong question's answer, 0.86.
 NEAR_TIE = 0.75
 
 
 class Judge(Protocol):
-    """`Replay`, or a test's."""
+    """The interface of `Replay`; tests have their own."""
 
     def margin(self, prompt: str, answer: Asked) -> float: ...
 
 
 class Replay:
-    """The target in this process, which reads answers instead of writing them."""
+    """The target in this process; it reads answers and does not write."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._engine, self._tokenizer = engine, load_tokenizer(model)
@@ -55,7 +55,9 @@ class Replay:
             engine.shutdown()
 
     def margin(self, prompt: str, answer: Asked) -> float:
-        """How far, in logits, a token of ``answer`` to ``prompt`` is at most below the likeliest in its place."""
+        """The largest difference, in logits, between the likeliest token and the token of ``answer`` at the same
+        position.
+        """
         written = [self._ids[token] for token in answer.written]
         if answer.is_complete and answer.finish == "stop":
             written.append(next(iter(self._engine.model.info.eos_token_ids)))
@@ -81,14 +83,14 @@ def _margin(sequence: Sequence, written: list[int]) -> Task[float]:
 
 
 class Checker:
-    """Compares answers with those that were got alone, and has those that differ replayed."""
+    """Compares answers with those that a client alone got, and replays those that differ."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.alone: dict[Question, Asked] = {}
 
     async def learn(self, questions: list[Question]) -> None:
-        """Asks each alone, one after the other."""
+        """Asks each question alone, one after another."""
         async with new_client() as http:
             for question in questions:
                 asked = await ask(http, self._url, question, "short")
@@ -97,8 +99,10 @@ class Checker:
                 self.alone[question] = asked
 
     def judge(self, answers: list[Asked], replay: Judge, new: int) -> dict[str, Any]:
-        """How many were identical (to the answer alone, or to what the replay would write), differ by near ties, are
-        mixed up, or lost. Of the answers about new documents, each of which is long to read, ``new`` are replayed."""
+        """Counts the answers that are identical (to the answer alone, or to the replay), near ties, mixed up, or lost.
+
+        Answers about new documents take long to replay, so only ``new`` of them are replayed.
+        """
         counts = dict.fromkeys(("checked", "identical", "near_ties", "mixed_up", "lost", "not_compared"), 0)
         margins: dict[tuple[Question, tuple[bytes, ...], bool], float] = {}  # the same answer comes often
         examples = []
@@ -132,9 +136,9 @@ class Checker:
         }
 
     def control(self, replay: Judge) -> dict[str, Any]:
-        """The margins of the answers got alone: beside their own questions, and beside others'."""
+        """The margins of the answers that a client alone got: beside their own questions, and beside others."""
         questions = list(self.alone)
-        others = questions[2:] + questions[:2]  # the one next to it may be about the same document
+        others = questions[2:] + questions[:2]  # neighbours may be about the same document
         own = [replay.margin(question.prompt, self.alone[question]) for question in questions]
         wrong = [replay.margin(other.prompt, self.alone[q]) for q, other in zip(questions, others, strict=True)]
         return {
@@ -146,7 +150,7 @@ class Checker:
 
     def _is_as_alone(self, asked: Asked) -> bool:
         alone = self.alone.get(asked.question)
-        if alone is None or asked.kind == "slow":  # which writes on where others end
+        if alone is None or asked.kind == "slow":  # a slow reader's answer is longer than the others
             return False
         if asked.kind == "cancelled":
             return alone.written[: len(asked.written)] == asked.written

@@ -1,4 +1,4 @@
-"""Where results go, and with what they are stamped: machine, versions and the command that made them."""
+"""Writes results with a stamp: the machine, the versions, and the command that made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, and the versions that matter."""
+    """The processor, its cores, and the versions of the relevant packages."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):

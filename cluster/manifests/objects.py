@@ -125,7 +125,8 @@ def _model_cache(service: Service) -> Json:
 def _disruption_budgets(service: Service) -> list[Json]:
     """One budget per kind of pod that the service needs.
 
-    Of several pods Kubernetes may evict one at a time; it may not evict a single pod. The budgets are counts and not shares: Kubernetes computes shares only for kinds that it can scale.
+    Of several pods Kubernetes may evict one at a time; it may not evict a single pod. The budgets are counts and not
+    shares: Kubernetes computes shares only for kinds that it can scale.
     """
     workers = {group.name: max(1, group.min_pods - 1) for group in service.groups if group.min_pods}
     least = {HEAD: 1, **workers, QDRANT: 1, REDIS: 1}

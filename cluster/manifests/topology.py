@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Deployments select Ray nodes by this label. Without it a target could use one GPU of a drafter's pod with four, and the
-# drafter would find no pod with room for all of its ranks.
+# Deployments select Ray nodes by this label. Without it a target could use one GPU of a drafter's pod with four, and
+# the drafter would find no pod with room for all of its ranks.
 GROUP_LABEL = "rapid/group"
 
 # CPUs of a deployment that only passes requests on, unless the config sets more. In the code it asks for none, so Ray
