@@ -4,12 +4,12 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig
+from deployments.files.indexing import in_threads
 from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine
 from rapid.engine.torch_thread import compute
@@ -23,8 +23,6 @@ from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import IndexProgress, RetrievalError, Retriever
 
-T = TypeVar("T")
-
 
 def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
     """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
@@ -37,12 +35,6 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
     folder = files.path / "vectors"
     store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
     return Retriever(embedder, store, load_tokenizer(target_model))
-
-
-async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
-    """The items of ``steps``, each computed in a thread."""
-    while step := await asyncio.to_thread(lambda: list(islice(steps, 1))):
-        yield step[0]
 
 
 class LocalIndexingBackend(LocalBackend):

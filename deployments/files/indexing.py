@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 from deployments.files.store import Content, FileNotStored, FileStore
 from rapid.backend.protocol import Backend
 from rapid.errors import RetrievalFailed
 from retrieval import IndexProgress
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _CLAIM_POLL_S = 0.02
@@ -103,3 +105,9 @@ class FileIndexer:
         except Exception as error:
             logger.warning("a file was not embedded", exc_info=error)
             self._errors[name] = error.message if isinstance(error, RetrievalFailed) else "internal error"
+
+
+async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
+    """The items of ``steps``, each computed in a thread."""
+    while step := await asyncio.to_thread(lambda: list(islice(steps, 1))):
+        yield step[0]

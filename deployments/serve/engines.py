@@ -83,15 +83,15 @@ class RankActor:
         await asyncio.to_thread(follow_engine, self._config, placement)
 
     async def alive(self) -> None:
-        """Never returns. A call of a process that dies fails, which tells whoever waits for this one at once."""
+        """Never returns. A call of a process that dies fails, which tells the replica at once."""
         await asyncio.Event().wait()
 
 
 class EngineActor(RankActor):
     """One model, its engine and the open sequences. All calls but the first ones name a lease.
 
-    What a request does again and again goes over a channel of the lease's own, without Ray; the sequence is closed when
-    the channel ends, whatever became of the coordinator that asked. The process ends when its engine can do nothing any more.
+    The calls of a request's rounds go over the lease's own channel, without Ray. The sequence is closed when the
+    channel ends, whatever became of the coordinator that asked. The process ends when its engine is broken.
     """
 
     def __init__(self, config: EngineConfig) -> None:

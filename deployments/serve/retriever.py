@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 from ray import serve
 
-from deployments.builders import build_retriever, in_threads
 from deployments.config import FilesConfig, RetrieverConfig
+from deployments.files.indexing import in_threads
 from retrieval import IndexProgress, Retrieval, RetrievalOptions
 
 
@@ -16,6 +16,8 @@ class RetrieverReplica:
     """Retrieves in threads, so that a long document does not hold up the queries of other requests."""
 
     def __init__(self, config: RetrieverConfig, files: FilesConfig, target_model: str) -> None:
+        from deployments.builders import build_retriever  # here: the process that builds the application needs no torch
+
         # Engines on the same cores go first: every running request waits for each of their steps.
         os.nice(19)
         self._retriever = build_retriever(config, files, target_model)

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from deployments import builders as assembly
+from deployments import builders
 from deployments.config import EngineConfig
 from deployments.serve import engines
 from deployments.serve.channel import Channel
 from deployments.serve.engines import EngineActor, EngineReplica
 from rapid.engine.engine import Engine
-from rapid.engine.sequence import SequenceRequest
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import EngineLost
 from rapid.models.model import Model
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
 
-OPENING = SequenceRequest([1, 2, 3], 4, SamplingParams())
+REQUEST = SequenceRequest([1, 2, 3], 4, SamplingParams())
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def running(tiny_model: Callable[..., Model], exits: queue.Queue[int]) -> Iterat
 
 @pytest.fixture
 def actor(running: Engine, monkeypatch: pytest.MonkeyPatch) -> EngineActor:
-    monkeypatch.setattr(assembly, "build_engine", lambda *_: running)
+    monkeypatch.setattr(builders, "build_engine", lambda *_: running)
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
     return EngineActor(EngineConfig())
 
@@ -53,10 +53,10 @@ def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -
     async def main() -> None:
         _, address = await actor.load(None)
         for lease_id in ("mine", "another's"):
-            await actor.open(lease_id, OPENING)
+            await actor.open(lease_id, REQUEST)
         ended = asyncio.create_task(actor.ended("mine"))
         channel = await Channel.connect(address, "mine")
-        await channel.call("prefill", "mine")
+        await channel.call("call", "mine", "prefill")
         channel.close()
         await asyncio.wait_for(ended, 10)
         assert (running.stats().num_sequences, list(actor._leases)) == (1, ["another's"])
@@ -68,11 +68,11 @@ def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -
 def test_a_lease_that_is_closed_just_when_it_opens_leaves_nothing(actor: EngineActor, running: Engine) -> None:
     async def main() -> None:
         actor._engine = running
-        opening = asyncio.create_task(actor.open("a", OPENING))
+        opened = asyncio.create_task(actor.open("a", REQUEST))
         await asyncio.sleep(0)
         actor._opening["a"].result(timeout=10)  # the engine has let it in, and nobody here knows yet
         await actor.close("a")
-        await opening
+        await opened
         assert (running.stats().num_sequences, actor._leases) == (0, {})
 
     asyncio.run(main())
@@ -86,10 +86,10 @@ def test_a_process_ends_with_its_engine(
 
     async def main() -> None:
         await actor.load(None)
-        await actor.open("a", OPENING)
+        await actor.open("a", REQUEST)
         monkeypatch.setattr(running.model, "forward", broken)
         with pytest.raises(EngineLost, match="a rank is gone"):
-            await actor.prefill("a")
+            await actor.call("a", "prefill")
         actor._listener.close()
 
     asyncio.run(main())

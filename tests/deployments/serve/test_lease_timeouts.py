@@ -13,11 +13,11 @@ from deployments.app import build
 from deployments.config import parse_config
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
-from rapid.engine.sequence import SequenceRequest
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import EngineLost, InvalidRequest, Overloaded, RapidError
-from rapid.sampling.sampler import SamplingParams
+from rapid.sampling.params import SamplingParams
 
-OPENING = SequenceRequest([1, 2, 3], 4, SamplingParams())
+REQUEST = SequenceRequest([1, 2, 3], 4, SamplingParams())
 
 
 class Queue:
@@ -40,7 +40,7 @@ class Queue:
         self.cancelled.set()
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest, running: list[int]) -> RapidError:
+def asked(monkeypatch: pytest.MonkeyPatch, sequence: SequenceRequest, running: list[int]) -> RapidError:
     """What a lease comes to while as many replicas run as ``running`` says, each time somebody looks; then its turn."""
 
     async def main() -> RapidError:
@@ -57,7 +57,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest, running: li
         monkeypatch.setattr(ray_backend, "_OPTIONAL_TIMEOUT_S", 0.01)
         backend = RayBackend({"target": queue}, queue, overlap=False)  # type: ignore[dict-item, arg-type]
         with pytest.raises(RapidError) as raised:
-            async with backend.lease("target", opening):
+            async with backend.lease("target", sequence):
                 pass
         if not queue.first.done():
             await asyncio.wait_for(queue.cancelled.wait(), 10)  # nobody is left in the queue
@@ -67,16 +67,16 @@ def asked(monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest, running: li
 
 
 def test_a_request_waits_for_its_turn_as_long_as_replicas_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked(monkeypatch, OPENING, [1, 2, 1]).message == "its turn came"
-    lost = asked(monkeypatch, OPENING, [1, 0])
+    assert asked(monkeypatch, REQUEST, [1, 2, 1]).message == "its turn came"
+    lost = asked(monkeypatch, REQUEST, [1, 0])
     assert (type(lost), lost.message) == (EngineLost, "there is no target")
 
 
-@pytest.mark.parametrize("opening", [OPENING.after([7]), replace(OPENING, may_wait=False)])
+@pytest.mark.parametrize("sequence", [REQUEST.after([7]), replace(REQUEST, may_wait=False)])
 def test_whoever_goes_on_elsewhere_or_may_not_wait_tries_for_some_seconds(
-    monkeypatch: pytest.MonkeyPatch, opening: SequenceRequest
+    monkeypatch: pytest.MonkeyPatch, sequence: SequenceRequest
 ) -> None:
-    error = asked(monkeypatch, opening, [1] * 1000)
+    error = asked(monkeypatch, sequence, [1] * 1000)
     assert (type(error), error.status) == (Overloaded, 503)
 
 

@@ -1,0 +1,118 @@
+"""This checkout against an earlier one, question by question on the same machine: decoding and time to first token.
+
+Each checkout has a process of its own with the models loaded; one works at a time, and who begins changes from question
+to question, so that the machine's speed, which moves, is the same for both. Ratios are of the later to the earlier one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.results import write
+
+HERE = Path(__file__).parents[1]
+STRATEGIES = ("autoregressive", "rapid", "lookup")
+# Runs in both checkouts, whose modules may lie elsewhere.
+WORKER = """
+import asyncio, json, sys
+import rapid
+try:
+    from benchmarks.common.local import MODEL, config, run
+    from benchmarks.common.questions import questions
+    from deployments.builders import local_backend
+    from rapid.text.tokenizer import load_tokenizer
+except ImportError:
+    from benchmarks.local import MODEL, config, run
+    from benchmarks.questions import questions
+    from deployments.assembly import local_backend
+    from rapid.tokenization import load_tokenizer
+
+async def measure(backend, settings, question, new_tokens, repeats):
+    reading = await run(backend, settings, question.prompt, 0, 2, strategy="autoregressive")
+    row = {"first_token": [reading.first_s]}
+    await run(backend, settings, question.prompt, 0, 2, strategy="rapid", num_draft_tokens=1)
+    for strategy in ("autoregressive", "rapid", "lookup"):
+        ask = lambda: run(backend, settings, question.prompt, 0, new_tokens, strategy=strategy)
+        timed = [await ask() for _ in range(repeats)]
+        row[strategy] = [(each.statistics.emitted - 1) / each.decode_s for each in timed]
+    return row
+
+settings = config()
+asked = list(questions(load_tokenizer(MODEL), int(sys.argv[1])))
+with local_backend(settings) as backend:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        i, new_tokens, repeats = json.loads(line)
+        print(json.dumps(asyncio.run(measure(backend, settings, asked[i], new_tokens, repeats))), flush=True)
+"""
+
+
+def begin(source: Path, num_tokens: int) -> subprocess.Popen[str]:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(num_tokens)],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": str(source)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert worker.stdout is not None
+    if worker.stdout.readline().strip() != "ready":
+        raise SystemExit(f"{source}: the worker did not start")
+    return worker
+
+
+def ask(worker: subprocess.Popen[str], *question: int) -> dict[str, list[float]]:
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(json.dumps(question) + "\n")
+    worker.stdin.flush()
+    measured: dict[str, list[float]] = json.loads(worker.stdout.readline())
+    return measured
+
+
+def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
+    """How many times as fast the later one is."""
+    now, before = (statistics.median(row[side][what]) for side in ("now", "before"))
+    return round(before / now if what == "first_token" else now / before, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("against", type=Path, help="the earlier checkout (a git worktree)")
+    parser.add_argument("--prompt-tokens", type=int, default=6950)
+    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    workers = {
+        "now": begin(HERE, options.prompt_tokens),
+        "before": begin(options.against.resolve(), options.prompt_tokens),
+    }
+    rows: list[dict[str, Any]] = []
+    for i in range(options.questions):
+        sides = list(workers) if i % 2 else list(workers)[::-1]
+        row: dict[str, Any] = {side: ask(workers[side], i, options.new_tokens, options.repeats) for side in sides}
+        row["ratio"] = {what: ratio(row, what) for what in ("first_token", *STRATEGIES)}
+        rows.append(row)
+        print(row["ratio"], flush=True)
+    for worker in workers.values():
+        worker.terminate()
+        worker.wait()
+    medians = {what: statistics.median(row["ratio"][what] for row in rows) for what in ("first_token", *STRATEGIES)}
+    print("median:", medians)
+    write(
+        "paired",
+        {"settings": {k: v for k, v in vars(options).items() if k != "against"}, "median": medians, "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()
