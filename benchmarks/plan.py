@@ -133,9 +133,7 @@ def check_passes() -> tuple[dict[str, Device], dict[str, Any]]:
 
 
 def check_prefill(device: Device) -> dict[str, Any]:
-    """Whole prefills, which were not fitted. During those of serving.json, retrieval and a drafter's prefill ran as
-    well.
-    """
+    """Whole prefills, which were not fitted; retrieval and a drafter's prefill ran beside those of serving.json."""
     measured = [(6948, "serving", row["prefill_tokens_per_second"]) for row in read("serving")["shared_prefix"]["rows"]]
     for name in ("decode", "decode_450"):
         read_s = [row for row in read(name)["rows"] if "prefill_tokens_per_second" in row]

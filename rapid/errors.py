@@ -132,7 +132,7 @@ class RetrievalFailed(RapidError):
 class Overloaded(RapidError):
     """The engines have no capacity now; the same request may succeed later.
 
-    Status 503; or 429 where the queue of the engine is full.
+    The status is 503, or 429 if too many requests wait already.
     """
 
     _code = "overloaded"

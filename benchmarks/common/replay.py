@@ -55,9 +55,7 @@ class Replay:
             engine.shutdown()
 
     def margin(self, prompt: str, answer: Asked) -> float:
-        """The largest difference, in logits, between the likeliest token and the token of ``answer`` at the same
-        position.
-        """
+        """The largest gap, in logits, between the likeliest token and the token of ``answer`` at one position."""
         written = [self._ids[token] for token in answer.written]
         if answer.is_complete and answer.finish == "stop":
             written.append(next(iter(self._engine.model.info.eos_token_ids)))

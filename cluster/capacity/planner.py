@@ -103,8 +103,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Enough replicas for a load, and the tokens they write together. ``cost`` is per million tokens, for a given
-    price.
+    """Enough replicas for a load, and the tokens they write together.
+
+    ``cost`` is per million tokens, for a given price.
     """
 
     targets: int
@@ -164,8 +165,9 @@ class Planner:
 
     @property
     def target_seats(self) -> int:
-        """The number of sequences that fit on a target. If it drafts too, each one counts twice: the two prompts
-        differ.
+        """The number of sequences that fit on a target.
+
+        If the target drafts too, each one counts twice, because the two prompts differ.
         """
         tokens = self.work.context + self.work.new_tokens
         if self.drafter is None:

@@ -174,7 +174,7 @@ class _User:
             ahead.done = self._send
 
     def _send(self) -> None:
-        """A draft is complete: counts the call that asked for it, and the call that verifies it."""
+        """Waits for two calls: the one that asked for the complete draft, and the one that verifies it."""
         self.clock.after(2 * self.setup.call_s, self.verify)
 
 

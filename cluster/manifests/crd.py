@@ -1,5 +1,4 @@
-"""Offline validation of Kubernetes objects against KubeRay's CRDs, which also contain the schemas of many other
-objects.
+"""Offline validation of Kubernetes objects against KubeRay's CRDs, which also contain many other schemas.
 
 A CRD's schema is JSON Schema with extensions of Kubernetes. This module first translates the extensions into JSON
 Schema; then the jsonschema library checks. As on a server, defaults are filled in before, and an unknown field is an

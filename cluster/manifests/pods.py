@@ -187,8 +187,7 @@ def _healthz(port: int, path: str, *, period_s: int, failures: int, delay_s: int
 
 
 def _drain(grace_s: int) -> str:
-    """The command before a worker ends: Serve starts its replicas elsewhere, and ends them here after their last
-    streams.
+    """The command before a worker ends: Serve first replaces its replicas, and ends them after their last streams.
 
     Ray names each worker process after its actor, so the command waits until no replica and no proxy is left. It also
     stops waiting when the head has been gone for longer than a new head takes, because then no process will end the

@@ -72,11 +72,11 @@ class Lease:
 
 
 class Backend(Protocol):
-    """Where `generate` gets sequences and passages. ``costs`` are the costs of rounds, which each request reads and
-    updates.
+    """Gives `generate` sequences on engines, and retrieved passages.
 
-    ``resume_timeout_s`` is how long a request looks for another engine after a loss; 0 if there is no other engine.
-    With ``overlap`` drafters draft ahead while the target verifies.
+    ``costs`` are the costs of rounds, which each request reads and updates. ``resume_timeout_s`` is how long a request
+    looks for another engine after a loss; 0 if there is no other engine. With ``overlap`` drafters draft ahead while
+    the target verifies.
     """
 
     costs: Costs

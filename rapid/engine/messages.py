@@ -40,8 +40,9 @@ class SequenceRequest:
         return len(self.prompt) + self.max_new_tokens
 
     def after(self, output: list[int]) -> SequenceRequest:
-        """The same request once ``output`` has been written; the random numbers that led to ``output`` are not used
-        again.
+        """The same request once ``output`` has been written.
+
+        The new seed differs, so the random numbers that led to ``output`` are not used again.
         """
         sampling = self.sampling
         if sampling.seed is not None and output:

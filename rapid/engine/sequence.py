@@ -64,8 +64,7 @@ class Sequence:
         return self.prompt[self.cache.length :] + self.output[max(0, cached) :]
 
     def rebase(self, offset: int, tokens: list[int], num_kept: int = 0) -> None:
-        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to the last position that still
-        agrees.
+        """Makes ``tokens`` the output from ``offset`` on, and rolls the cache back to the last token that agrees.
 
         ``num_kept`` tokens of the output stay behind ``tokens``; this requires that all of ``tokens`` agree. The last
         token never stays in the cache, even if it agrees: the next pass must read it to give the next logits.
@@ -94,8 +93,7 @@ def _uncancellable() -> Future[None]:
 
 
 class ForwardRequest(NamedTuple):
-    """A task's request for the next pass: append ``tokens`` to ``sequence``, return the last ``num_rows`` rows of
-    logits.
+    """A task's request for the next pass: append ``tokens`` to ``sequence``, return the last ``num_rows`` logits rows.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.

@@ -44,10 +44,9 @@ class PageAllocator:
         return len(self._unused)
 
     def match_prefix(self, tokens: Sequence[int], first: int, before: int | None) -> list[int]:
-        """Finds the indexed pages that hold ``tokens`` from ``first`` on, behind the page ``before``; each gets one
-        more user.
+        """Finds the indexed pages that hold ``tokens`` from ``first`` on, behind the page ``before``.
 
-        The last token is left out. ``before`` None means that the pages begin a prompt.
+        Each page gets one more user. The last token is left out. ``before`` None means that the pages begin a prompt.
         """
         pages = []
         parent = self._node(before)
@@ -118,11 +117,10 @@ class PageAllocator:
             self._evict()
 
     def forget(self, tokens: Sequence[int]) -> int:
-        """Forgets every page that holds `_RUN` of ``tokens`` in a row, at any position, and every page behind such a
-        page.
+        """Forgets every page that holds `_RUN` of ``tokens`` in a row, at any position, and the pages behind it.
 
-        No other sequence finds these pages from now on. Pages with users become free once the users are gone. Returns
-        the number of forgotten pages.
+        No other sequence finds these pages from now on. A page with users becomes free when the last user releases it.
+        Returns the number of forgotten pages.
         """
         if not self._index:
             return 0

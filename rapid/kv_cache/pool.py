@@ -104,8 +104,9 @@ class KVPool:
         return KVCache(self, shared + own, num_shared=len(shared))
 
     def adopt(self, cache: KVCache, tokens: Sequence[int]) -> None:
-        """Replaces pages that ``cache`` has yet to fill with ``tokens`` by pages that another sequence has filled
-        since.
+        """Replaces pages of ``cache`` that are still empty by pages that another sequence has filled since.
+
+        ``tokens`` are the prompt for which ``cache`` was opened.
         """
         first = cache.length // self.page_size
         if cache.length % self.page_size or first >= len(cache.pages):

@@ -29,11 +29,11 @@ Tools = Sequence[dict[str, Any]]
 
 
 class Message(NamedTuple):
-    """One turn of a chat; ``role`` is system, user, assistant or tool. ``more`` holds further fields for the chat
-    template.
+    """One turn of a chat; ``role`` is system, user, assistant or tool.
 
-    ``documents`` are the (start, end) of the documents in ``content``, in order. When the message is long, each
-    document is a content of its own, and the rest of the message is not.
+    ``more`` holds further fields for the chat template. ``documents`` are the (start, end) of the documents in
+    ``content``, in order. When the message is long, each document is a content of its own, and the rest of the message
+    is not.
     """
 
     role: str

@@ -147,9 +147,7 @@ class Detokenizer:
 
     @property
     def num_shown(self) -> int:
-        """The number of tokens whose text was returned. A token that a stop string cut counts if a part of it was
-        returned.
-        """
+        """The number of tokens whose text was returned, as a whole or, at a stop string, in part."""
         if self.stopped:
             return bisect_left(self._starts, self._shown)
         all_out = self._shown == len(self._decoded)

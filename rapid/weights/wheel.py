@@ -44,7 +44,7 @@ def download(wheel: Wheel, part: Path, *, bar: bool) -> None:
                 _fetch(wheel, _locate(wheel.requirement), part, bar)
             break
         except (OSError, http.client.HTTPException) as error:
-            # A broken transfer is resumed at once. If no byte came, another attempt would fail, too.
+            # A broken transfer is resumed at once. If no byte has ever come, it is not tried again.
             if attempt < ATTEMPTS and size(part):
                 say(f"{wheel.requirement}: {error}; resuming")
                 continue

@@ -137,7 +137,7 @@ class Attention:
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = code.plus(scores, code.times(row, BLOCK * 4))
-            # The number of this block's positions up to the row's own.
+            # The row sees `seen` positions of the sequence, and the first `limit` columns of this block.
             seen = code.plus(code.builder.sub(length, new), code.divided(row, self._group), 1)
             limit = code.builder.trunc(code.smaller(width, code.builder.sub(seen, first)), narrow)
             largest = code.variable(every_float(-3e38))

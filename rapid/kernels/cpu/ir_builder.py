@@ -181,8 +181,9 @@ class KernelBuilder:
         return self.builder.extract_element(halves, constant(kind("i32"), 0))
 
     def exp(self, x: Any) -> Any:
-        """exp(x) for x ≤ 0, with a relative error of about 2e-7: 2ⁿ·2ᶠ, with a polynomial for the fraction f of x / ln
-        2.
+        """exp(x) for x ≤ 0, with a relative error of about 2e-7.
+
+        exp(x) is 2ⁿ·2ᶠ, with a polynomial for the fraction f of x / ln 2.
         """
         power = self.builder.fmul(x, every_float(1.4426950408889634))
         power = self.intrinsic("llvm.maxnum.v16f32", floats(), power, every_float(-126.0))

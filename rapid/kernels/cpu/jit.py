@@ -57,10 +57,10 @@ def multiplies_bfloat16() -> bool:
 
 
 class Kernel:
-    """A compiled function of a pointer to its arguments: 64-bit integers, of which the first are counters that start at
-    0.
+    """A compiled function of a pointer to its arguments.
 
-    The compiled code for this CPU is cached beside the models, so a later start does not compile it again.
+    The arguments are 64-bit integers, of which the first are counters that start at 0. The compiled code for this CPU
+    is cached beside the models, so a later start does not compile it again.
     """
 
     def __init__(self, name: str, write: Callable[[Any], None], source: str) -> None:
