@@ -1,7 +1,8 @@
 """This checkout against an earlier one, question by question on the same machine: decoding and time to first token.
 
-Each checkout has a process of its own with the models loaded; one works at a time, and who begins changes from question
-to question, so that the machine's speed, which moves, is the same for both. Ratios are of the later to the earlier one.
+Each checkout has a process of its own with the models loaded; only one process works at a time. The first one changes
+from question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the
+earlier checkout.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def ask(worker: subprocess.Popen[str], *question: int) -> dict[str, list[float]]
 
 
 def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
-    """How many times as fast the later one is."""
+    """How many times as fast the later checkout is."""
     now, before = (statistics.median(row[side][what]) for side in ("now", "before"))
     return round(before / now if what == "first_token" else now / before, 3)
 

@@ -48,8 +48,8 @@ class Engine:
     requests wait for room in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the
     request that opened it is gone.
 
-    ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every open
-    and every later call then fails with EngineLost.
+    ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
+    pending and every later call then fails with EngineLost.
     """
 
     def __init__(
