@@ -135,7 +135,7 @@ def test_two_deaths_in_a_row(world: World) -> None:
     assert (resumed.tokens, resumed.statistics.resumed) == (expected.tokens, 1)
 
 
-def test_patience_ends(world: World) -> None:
+def test_the_search_for_another_target_ends(world: World) -> None:
     dead = nth("target", "before", 1)
 
     def fault(role: Role, when: str) -> bool:
