@@ -14,7 +14,7 @@ from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine
 from rapid.engine.torch_thread import compute
 from rapid.errors import RetrievalFailed
-from rapid.kv_cache.memory import kv_budget
+from rapid.kv_cache.memory import kv_budget, return_freed_memory
 from rapid.models.info import RankPlacement
 from rapid.models.loader import load_model
 from rapid.models.model import Model
@@ -30,6 +30,7 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
     from retrieval.store import ChunkStore
 
     embedder = load_embedder(embedded_models.resolve(config.embedder), device=config.device)
+    return_freed_memory()
     configured = config.qdrant_api_key
     key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
     folder = files.path / "vectors"

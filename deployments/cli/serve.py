@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from deployments.config import AppConfig, ConfigError, read_config
+from deployments.serve.worker import without_pandas
 from rapid.errors import InvalidRequest, RapidError
 from rapid.weights import embedded_models
 
@@ -28,7 +29,20 @@ STOP_S = 30
 END_CHARS = 20_000
 # What a process takes over days, unless the environment says otherwise. By default glibc gives each of Ray's threads a
 # heap of its own, which fragments as prompts come and go, and Ray remembers the latest 100,000 calls.
-BOUNDED = {"MALLOC_ARENA_MAX": "2", "RAY_task_events_max_num_task_in_gcs": "1000"}
+BOUNDED = {
+    "MALLOC_ARENA_MAX": "2",
+    "RAY_task_events_max_num_task_in_gcs": "1000",
+    # Ray's name for what a worker process calls first.
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "deployments.serve.worker.without_pandas",
+}
+SERVE = """
+from deployments.serve.worker import without_pandas
+
+without_pandas()
+from ray.serve.scripts import cli
+
+cli()
+"""
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # The line of a traceback that names its error; one that is followed by another traceback only wraps it.
@@ -104,6 +118,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     console = Console(stderr=True, highlight=False)
     # `serve run` protects a new cluster with Ray's own token; Ray's client reads it when it loads in this mode.
     environment = BOUNDED | os.environ
+    without_pandas()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)
     endpoint.check_free()
@@ -175,7 +190,7 @@ class ServeRun:
         with os.fdopen(descriptor, "wb") as output:
             # A session of its own, so that Ctrl-C reaches Ray through us and all its processes end in order.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
+                [sys.executable, "-c", SERVE, "run", str(path)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

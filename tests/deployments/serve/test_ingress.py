@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -87,3 +89,12 @@ def test_every_error_is_one_that_a_client_may_see(
         asyncio.run(ask(RemoteService(coordinator)))  # type: ignore[arg-type]
     assert (caught.value.message, caught.value.code, caught.value.status) == seen
     assert coordinator.was_cancelled == (ask is generate)
+
+
+def test_serve_is_loaded_without_pandas_which_others_still_find() -> None:
+    code = (
+        "import sys; from deployments.serve.worker import without_pandas; without_pandas(); "
+        "print('ray.serve' in sys.modules, 'pandas' in sys.modules); import pandas; print(pandas.__name__)"
+    )
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True", "False", "pandas"]
