@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test check bench chaos load fuzz lock clean
+.PHONY: help install models serve test test-triton check bench chaos load fuzz lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constr
 BRIEFLY = | sed -nE 's/^ *Downloading (.*[MG]B\))/  \1/p'
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | column -t -s $$'\t'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | column -t -s $$'\t'
 
 install: .venv/base.stamp ## make .venv with the pinned dependencies (PYTHON=python3)
 
@@ -25,6 +25,10 @@ serve: install ## serve CONFIG=serve_config.yaml on this machine
 test: .venv/dev.stamp ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
 	$(BIN)/python -m pytest -m ray tests/deployments
+	$(MAKE) test-triton
+
+test-triton: .venv-triton/stamp ## hold the Triton kernels to float64 on a CPU, and compile them for GPUs
+	TRITON_INTERPRET=1 timeout 900 .venv-triton/bin/python -m pytest tests/rapid/kernels/test_paged_split.py tests/rapid/kernels/test_split_compiled.py
 
 bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)
 	$(BIN)/python -m benchmarks.steps
@@ -52,8 +56,8 @@ lock: install ## pin every dependency anew in constraints.txt
 	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 
-clean: ## remove .venv and what the tools cached (the models stay)
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-triton and what the tools cached (the models stay)
+	rm -rf .venv .venv-triton build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .venv/base.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make install PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -68,6 +72,14 @@ clean: ## remove .venv and what the tools cached (the models stay)
 
 .venv/bench.stamp: .venv/base.stamp
 	@$(PIP_INSTALL) -e '.[bench]' $(BRIEFLY)
+	@touch $@
+
+# Triton is 200 MB that a CPU's PyTorch does not need; the rest, PyTorch included, is that of .venv.
+.venv-triton/stamp: .venv/dev.stamp
+	@rm -rf .venv-triton && $(BIN)/python -m venv .venv-triton
+	@.venv-triton/bin/python -m pip install --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)" $(BRIEFLY)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-triton/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@touch $@
 
 # A local version such as torch's "+cpu" names one build; the pin must hold for all of them.

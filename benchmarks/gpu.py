@@ -22,7 +22,7 @@ import rapid  # noqa: F401 (before torch)
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rapid.kernels.cuda.attention import PagedAttention
+from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
@@ -57,7 +57,8 @@ def network(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
 
 
 def load(shape: dict[str, Any], device: torch.device, quantization: str = "none") -> Model:
-    return Model(network(shape, device), None, "random", quantization=quantization, attention=PagedAttention())
+    attention = PagedAttention(gathered_sdpa) if device.type == "cpu" else None
+    return Model(network(shape, device), None, "random", quantization=quantization, attention=attention)
 
 
 def median_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:

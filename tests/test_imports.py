@@ -18,13 +18,14 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 
 CORE = {"torch", "transformers", "accelerate"}
 BROUGHT_BY_CORE = {"huggingface_hub", "jinja2", "numpy", "tokenizers", "tqdm"}
-OPTIONAL = {"torchao", "llvmlite", "llguidance"}  # where one is needed and not installed, an error says so
+OPTIONAL = {"torchao", "llvmlite", "llguidance", "triton"}  # where one is needed and not installed, an error says so
 ON_RAY = ("deployments/serve/", "deployments/app.py", "deployments/cli/serve.py")
 DOORS = {
     "qdrant_client": "retrieval/store.py",
     "FlagEmbedding": "retrieval/embedding.py",
     "torchao": "rapid/kernels/linear.py",
     "llvmlite": "rapid/kernels/cpu/jit.py",
+    "triton": "rapid/kernels/cuda/split_kernels.py",
     "llguidance": "rapid/sampling/grammar.py",
 }
 

@@ -32,7 +32,9 @@ class Batch(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """How a device stores and reads keys and values."""
+    """How a device stores and reads keys and values. ``name`` says by which kernels."""
 
+    @property
+    def name(self) -> str: ...
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool: ...
     def batch(self, entries: Sequence[BatchEntry]) -> Batch: ...

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts about a loaded model. ``window`` is in tokens, prompt and output together."""
+    """The facts about a loaded model.
+
+    ``window`` is in tokens, prompt and output together. ``attention`` names the kernels that read keys and values.
+    """
 
     name: str
     window: int
@@ -16,6 +19,7 @@ class ModelInfo:
     dtype: str
     quantization: str
     device: str
+    attention: str
     weight_bytes: int
     kv_bytes_per_token: int
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
+from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
 from rapid.kernels.linear import check_scheme
 from rapid.kv_cache.pool import KVLayout, KVPool
@@ -59,7 +60,9 @@ class Model:
         )
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.attention: AttentionBackend = attention or (
-            RunAttention() if network.device.type == "cpu" else PagedAttention()
+            RunAttention()
+            if network.device.type == "cpu"
+            else PagedAttention(choose_kernel(self.layout, self._decoder.num_heads))
         )
         self.group = group
         self._graphs = None
@@ -74,6 +77,7 @@ class Model:
             dtype=str(network.dtype).removeprefix("torch."),
             quantization=quantization,
             device=", ".join(map(str, devices)),
+            attention=self.attention.name,
             weight_bytes=weight_bytes,
             kv_bytes_per_token=self.layout.bytes_per_token,
         )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapid.kernels.cuda.attention import PagedAttention, PagedBatch
+from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, PagedBatch
 from rapid.kernels.interface import BatchEntry
 from rapid.models.llama import Decoder
 
-MAX_NEW_TOKENS = 17  # of one sequence: a verification of 16 draft tokens
+MAX_NEW_TOKENS = FEW_TOKENS  # of one sequence
 MAX_SEQUENCES = 32
 
 

@@ -26,6 +26,8 @@ _SCORE_BYTES = 32 * 2**20  # of one block of scores; it bounds the memory of a l
 class RunAttention:
     """The CPU's attention backend: reads runs of neighbouring slots in place."""
 
+    name = "runs"
+
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         return KVPool(layout, budget_bytes)
 

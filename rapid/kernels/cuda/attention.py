@@ -1,8 +1,11 @@
-"""Attention through a block table, from device tensors only: PyTorch's varlen kernel, or else SDPA."""
+"""Attention through a block table, from device tensors only: batches for any paged kernel, and SDPA as the reference.
+
+Few new tokens (a decode step, a draft step, a verification) and many (a prefill chunk) want different kernels, and a
+pass may hold both. A batch then has parts: all sequences of few new tokens in one, each sequence of many in its own.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -15,6 +18,7 @@ from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
+FEW_TOKENS = 17  # new tokens of one sequence: a verification of 16 draft tokens
 
 
 @dataclass
@@ -23,7 +27,8 @@ class PagedBatch:
 
     ``slots`` int64 [T]: where each new token is written. ``table`` int32 [S, P]: each sequence's pages.
     ``lengths`` int32 [S]: tokens per sequence, the new ones included. ``starts`` int32 [S + 1]: where each sequence's
-    tokens begin. ``max_new``: the most new tokens of one sequence.
+    tokens begin. ``max_new``: the most new tokens of one sequence. ``parts``: if the sequences need different kernels,
+    batches of some of them, each with the places (int64) of its tokens among the T.
     """
 
     pool: KVPool
@@ -33,19 +38,26 @@ class PagedBatch:
     starts: Tensor
     max_new: int
     kernel: PagedKernel
+    parts: tuple[tuple[Tensor, PagedBatch], ...] = ()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
         keys.index_copy_(0, self.slots, key)
         values.index_copy_(0, self.slots, value)
         pages = (-1, self.pool.page_size, *keys.shape[1:])
-        output = self.kernel(query, keys.view(pages), values.view(pages), self, scaling)
+        keys, values = keys.view(pages), values.view(pages)
+        if not self.parts:
+            return self.kernel(query, keys, values, self, scaling).reshape(len(query), -1)
+        output = torch.empty_like(query)
+        for rows, part in self.parts:
+            output.index_copy_(0, rows, self.kernel(query.index_select(0, rows), keys, values, part, scaling))
         return output.reshape(len(query), -1)
 
     def on(self, device: torch.device) -> PagedBatch:
         """The same batch for layers on ``device``."""
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
-        return replace(self, **here)
+        parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
+        return replace(self, **here, parts=parts)
 
 
 class _SpreadBatch:
@@ -64,31 +76,66 @@ PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
 
 
 class PagedAttention:
-    """The attention backend over FlashAttention's block tables. ``kernel`` defaults to the device's best."""
+    """The attention backend over block tables. `rapid.kernels.cuda.choice` finds a device's best ``kernel``."""
 
-    def __init__(self, kernel: PagedKernel | None = None, page_size: int = PAGE_SIZE) -> None:
-        self._kernel = kernel or best_kernel()
-        self._page_size = page_size
+    def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE) -> None:
+        self._kernel = kernel
+        self.page_size = page_size
+
+    @property
+    def name(self) -> str:
+        return kernel_name(self._kernel)
 
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
-        return KVPool(layout, budget_bytes, page_size=self._page_size, slot_major=True)
+        pool = KVPool(layout, budget_bytes, page_size=self.page_size, slot_major=True)
+        for rows in (*pool.keys, *pool.values):
+            if rows.is_cuda:
+                rows.zero_()  # FlashAttention may multiply what lies behind a sequence's end by a weight of 0
+        return pool
 
     def batch(self, entries: Sequence[BatchEntry]) -> Batch:
         pool = entries[0].cache.pool
         device, devices = pool.layout.device, pool.layout.devices
-        counts = [(cache, len(tokens)) for cache, tokens, _ in entries]
-        tables = [cache.pages[: pool.pages_for(cache.length + n)] for cache, n in counts]
-        width = max(len(table) for table in tables)
-        batch = PagedBatch(
-            pool=pool,
-            slots=torch.tensor([slot for cache, n in counts for slot in cache.slots(n)], device=device),
-            table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
-            lengths=torch.tensor([cache.length + n for cache, n in counts], dtype=torch.int32).to(device),
-            starts=torch.tensor([0, *accumulate(n for _, n in counts)], dtype=torch.int32).to(device),
-            max_new=max(n for _, n in counts),
-            kernel=self._kernel,
+        counts = [len(tokens) for _, tokens, _ in entries]
+        batch = replace(
+            self._of(entries),
+            slots=torch.tensor(
+                [slot for entry, n in zip(entries, counts, strict=True) for slot in entry.cache.slots(n)], device=device
+            ),
+            parts=self._parts(entries, counts),
         )
         return batch if set(devices) == {device} else _SpreadBatch(batch, devices)
+
+    def _parts(self, entries: Sequence[BatchEntry], counts: list[int]) -> tuple[tuple[Tensor, PagedBatch], ...]:
+        few = [i for i, n in enumerate(counts) if n <= FEW_TOKENS]
+        if len(few) == len(entries) or len(entries) == 1:
+            return ()
+        groups = [[i] for i, n in enumerate(counts) if n > FEW_TOKENS] + ([few] if few else [])
+        starts = list(accumulate(counts, initial=0))
+        device = entries[0].cache.pool.layout.device
+        parts = []
+        for group in groups:
+            rows = [row for i in group for row in range(starts[i], starts[i + 1])]
+            parts.append((torch.tensor(rows, device=device), self._of([entries[i] for i in group])))
+        return tuple(parts)
+
+    def _of(self, entries: Sequence[BatchEntry]) -> PagedBatch:
+        """The batch of ``entries``, without slots and parts."""
+        pool = entries[0].cache.pool
+        device = pool.layout.device
+        counts = [len(tokens) for _, tokens, _ in entries]
+        lengths = [cache.length + n for (cache, _, _), n in zip(entries, counts, strict=True)]
+        tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
+        width = max(len(table) for table in tables)
+        return PagedBatch(
+            pool=pool,
+            slots=torch.empty(0, dtype=torch.long, device=device),
+            table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
+            lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
+            starts=torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device),
+            max_new=max(counts),
+            kernel=self._kernel,
+        )
 
     def empty_batch(self, pool: KVPool, num_sequences: int, num_new: int, width: int) -> PagedBatch:
         """A batch of ``num_sequences`` × ``num_new`` tokens that the caller fills in; it points at the spare page."""
@@ -102,39 +149,6 @@ class PagedAttention:
             max_new=num_new,
             kernel=self._kernel,
         )
-
-
-def best_kernel() -> PagedKernel:
-    """varlen attention if this PyTorch's version of it accepts a block table, else SDPA."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return gathered_sdpa
-    known = inspect.signature(varlen_attn).parameters
-    if not torch.cuda.is_available() or not {"block_table", "seqused_k", "enable_gqa"} <= set(known):
-        return gathered_sdpa
-    return _varlen
-
-
-def _varlen(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    output = varlen_attn(
-        query,
-        keys,
-        values,
-        batch.starts,
-        None,
-        batch.max_new,
-        batch.table.shape[1] * batch.pool.page_size,
-        scale=scaling,
-        window_size=(-1, 0),  # causal, aligned at the end
-        enable_gqa=True,
-        seqused_k=batch.lengths,
-        block_table=batch.table,
-    )
-    assert isinstance(output, Tensor)
-    return output
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
@@ -159,3 +173,8 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     sequence_of = torch.bucketize(torch.arange(len(query), device=query.device), batch.starts[1:], right=True)
     offset_of = torch.arange(len(query), device=query.device) - batch.starts[sequence_of]
     return output[sequence_of, :, offset_of]
+
+
+def kernel_name(kernel: PagedKernel) -> str:
+    """What to call ``kernel`` in messages."""
+    return str(getattr(kernel, "name", None) or getattr(kernel, "__name__", type(kernel).__name__))

@@ -1,0 +1,163 @@
+"""The Triton kernels for few rows, in Triton's interpreter, give what attention in float64 gives."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from running import ROUNDING, new_cache, random_tokens
+
+from benchmarks.common import paged_cases
+from benchmarks.common.paged_cases import Case, error, plain
+from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
+from rapid.kernels.cuda.paged_split import cut
+from rapid.kernels.interface import BatchEntry
+from rapid.kv_cache.pool import KVLayout
+from rapid.models.model import Model
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs in Triton's interpreter: make test-triton",
+)
+EXACT = 3e-6  # float32
+ROUNDED = {torch.float16: 3e-3}  # Triton's interpreter multiplies bfloat16's bits as integers (triton issue 11584)
+
+RAGGED = ((0, 3), (75, 1), (40, 17), (7, 2), (33, 16), (100, 5), (1, 1), (300, 9))
+
+
+@interpreted
+@pytest.mark.parametrize("num_new", range(1, 18))
+def test_one_to_seventeen_new_tokens_and_one_to_nine_heads_a_group(num_new: int) -> None:
+    for group in range(1, 10):
+        case = Case([(35, num_new), (0, num_new)], kv_heads=1, group=group, num_sms=2, seed=group)
+        assert error(case) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("num_sms", [1, 6, 200])
+def test_ragged_batches(batch: int, num_sms: int) -> None:
+    """Split into one part, into some, and into as many as there are blocks."""
+    assert error(Case(RAGGED[-batch:], group=3, num_sms=num_sms)) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("d", [8, 16, 40, 64, 96, 128])
+def test_head_sizes(d: int) -> None:
+    assert error(Case(RAGGED[1:3], d=d, page_size=64)) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_16_bit_numbers_over_pages_as_the_engine_has_them(dtype: torch.dtype) -> None:
+    assert error(Case([(700, 5), (255, 1), (0, 17)], d=64, page_size=256, dtype=dtype)) < ROUNDED[dtype]
+
+
+@interpreted
+@pytest.mark.parametrize("num_sms", [1, 40])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1), (4, 20), (0, 16), (16, 17), (70, 33), (5, 1000)])
+def test_sinks_and_a_window(sinks: int, window: int, num_sms: int) -> None:
+    """Both end within blocks, at their borders, overlap each other, or hold everything."""
+    assert error(Case(RAGGED, group=2, sinks=sinks, window=window, num_sms=num_sms)) < EXACT
+
+
+CHOSEN = ([0], [3, 0, 4], [1, 3, 2], [0], [2, 3], [], [0], [19, 3, 7, 0])
+
+
+@interpreted
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("num_sms", [1, 40])
+def test_chosen_pages(num_sms: int, window: int | None) -> None:
+    """In any order, with or without the new tokens' own; a token that sees nothing gets zeros."""
+    assert error(Case(RAGGED, group=2, chosen=CHOSEN, sinks=3, window=window, num_sms=num_sms)) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_float8_keys_and_values_with_a_scale_for_each_head(dtype: torch.dtype) -> None:
+    assert error(Case(RAGGED[:4], d=32, dtype=dtype, fp8=True)) < ROUNDED.get(dtype, EXACT)
+
+
+@interpreted
+def test_the_distance_shows_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would prove nothing."""
+    case = Case([(20, 3), (5, 2)])
+    monkeypatch.setattr(paged_cases, "plain", lambda *args: plain(*args[:3], replace(case, window=20), args[4]))
+    assert error(case) > 100 * EXACT
+
+
+@interpreted
+def test_rows_of_a_query_may_lie_apart_and_padding_sequences_disturb_nobody() -> None:
+    """As after the projection that gives queries, keys and values in one; and as in a graph's unused places."""
+    backend = PagedAttention(triton_split, page_size=16)
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+    pool = backend.pool(layout, 2**16)
+    for rows in (*pool.keys, *pool.values):
+        rows.fill_(torch.nan)
+    batch = backend.empty_batch(pool, num_sequences=4, num_new=3, width=8)
+    batch.table[0, 0], batch.lengths[0] = 2, 3
+    batch.slots[:3] = torch.arange(32, 35)
+    fused = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))
+    query, key, value = fused.split((4, 2, 2), 1)
+    output = batch.attend(0, query, key, value, 0.25)
+    expected = replace(batch, kernel=gathered_sdpa).attend(0, query, key, value, 0.25)
+    torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [FEW, DECODE], ids=["few", "decode"])
+def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...]) -> None:
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+    assert fault(triton_split, layout, 6, case) is None
+
+
+@interpreted
+def test_forward_passes_are_those_of_the_other_backend(tiny_model: Callable[..., Model]) -> None:
+    """Prefill and decode in one pass, through the replayed buffers and without them, with a rollback between."""
+    kernel = PagedAttention(ByRows(triton_split, gathered_sdpa), page_size=16)
+    model, reference = tiny_model(attention=kernel), tiny_model()
+    assert model.info.attention == "triton_split, prefill gathered_sdpa"
+    pool = model.new_pool(2**18)
+    caches = [cache for cache in (pool.open([], 200), pool.open([], 200)) if cache is not None]
+    others = [new_cache(reference, 200) for _ in range(2)]
+    for lengths in ((40, 1), (5, 17), (1, 30), (3, 3), (1, 1)):
+        tokens = [random_tokens(n, seed=i + n) for i, n in enumerate(lengths)]
+        rows = model.forward([BatchEntry(c, t, 1) for c, t in zip(caches, tokens, strict=True)])
+        for i, (other, t) in enumerate(zip(others, tokens, strict=True)):
+            torch.testing.assert_close(rows[i], reference.forward([BatchEntry(other, t, 1)])[0], **ROUNDING)
+        for cache in (*caches, *others):
+            cache.truncate(cache.length - 1)
+
+
+# How a launch is cut needs no Triton
+
+
+def test_parts_fill_the_device_and_no_more() -> None:
+    def parts(num_sequences: int, max_new: int, width: int) -> int:
+        made = cut(
+            num_sequences,
+            (32, 8),
+            128,
+            torch.bfloat16,
+            max_new=max_new,
+            width=width,
+            page_size=256,
+            num_sms=132,
+        )
+        assert made.rows * made.row_blocks >= 4 * max_new
+        return made.parts
+
+    assert parts(1, 1, 480) == 66  # 8 programs a part, four on each processor
+    assert parts(1, 5, 480) == 49
+    assert parts(8, 17, 480) == 2
+    assert parts(64, 17, 480) == 1
+    assert parts(1, 1, 2) == 8  # a part has at least a block of 64 positions
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(256, torch.float32), (512, torch.bfloat16)], ids=str)
+def test_heads_too_large_for_registers_are_refused(d: int, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="too large"):
+        cut(1, (8, 8), d, dtype, max_new=1, width=1, page_size=256, num_sms=132)
