@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rapid.sampling.params import SamplingParams
+from rapid.sampling.truncation import truncate
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -21,26 +22,8 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
     temperature = max(params.temperature, torch.finfo(logits.dtype).tiny)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = scaled.topk(params.top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < kth, -torch.inf)
-    if params.top_p < 1:
-        scaled = _keep_nucleus(scaled, params.top_p)
-    probs = scaled.softmax(-1)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def _keep_nucleus(scaled: Tensor, top_p: float) -> Tensor:
-    """Masks all but the smallest set of most likely tokens whose mass reaches ``top_p``; always keeps one."""
-    ascending, order = scaled.sort(-1)
-    mass_up_to = ascending.softmax(-1).cumsum(-1)
-    drop = mass_up_to <= 1 - top_p
-    drop[..., -1] = False
-    return scaled.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    return truncate(scaled.softmax(-1), params)
 
 
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
