@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.common.closed_forms import law, softmax
 from benchmarks.common.results import write
+from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.sampler import sample
 from rapid.speculation.verification import RULES, verify
 
@@ -25,23 +26,24 @@ GAMMA, VOCAB = 3, 10
 
 def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, rounds: int) -> dict[str, float]:
     """Total variation at each draft position, if all tokens before it were accepted, and the identity's error."""
-    generator, noise = torch.Generator().manual_seed(1), np.random.default_rng(2)
-    z = 1.2 * noise.standard_normal((GAMMA + 1, VOCAB))
+    rng = np.random.default_rng(2)
+    z = 1.2 * rng.standard_normal((GAMMA + 1, VOCAB))
     # The drafter is close to the target, so that most rounds reach the last position.
     q = torch.zeros(GAMMA, VOCAB)
-    for row, logits in zip(q, z + 0.2 * noise.standard_normal(z.shape), strict=False):
+    for row, logits in zip(q, z + 0.2 * rng.standard_normal(z.shape), strict=False):
         top, indices = (torch.from_numpy(logits) / temperature).softmax(-1).float().topk(draft_top_k)
         row[indices] = top / top.sum()
     p = (torch.from_numpy(z) / temperature).softmax(-1)
 
-    draft = sample(q.expand(rounds, GAMMA, VOCAB), generator)
+    noise = Noise(torch.arange(rounds))  # rounds of requests with different seeds
+    draft = sample(q.expand(rounds, GAMMA, VOCAB), noise.keys(Purpose.DRAFT, torch.arange(GAMMA)))
     num_accepted, next_token = verify(
         RULES[rule],
         draft,
         q.expand(rounds, GAMMA, VOCAB),
         p.float().expand(rounds, GAMMA + 1, VOCAB),
         eta,
-        generator,
+        noise,
     )
     emitted = torch.cat([draft, draft[:, :1]], -1).scatter(-1, num_accepted[:, None], next_token[:, None])
     distances, samples, identity = [], [], 0.0

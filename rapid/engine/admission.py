@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Set
@@ -17,6 +18,7 @@ from rapid.engine.sequence import Sequence
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.sampling.logits_processor import LogitProcessor
+from rapid.sampling.noise import Noise
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +126,11 @@ class Admission:
 
     def _admit(self, arrival: _Arrival, cache: KVCache) -> None:
         request, logits, future = arrival
-        generator = torch.Generator(self._pool.layout.device)
-        if request.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(request.sampling.seed)
-        sequence = Sequence(next(self._ids), request, cache, generator, logits, cached_tokens=cache.length)
+        seed = request.sampling.seed
+        if seed is None:
+            seed = secrets.randbits(64) - 2**63
+        noise = Noise(torch.tensor(seed, device=self._pool.layout.device))
+        sequence = Sequence(next(self._ids), request, cache, noise, logits, cached_tokens=cache.length)
         if not future.set_running_or_notify_cancel():
             self._pool.close(cache)
             return

@@ -75,7 +75,7 @@ class Engine:
         self._thread.start()
 
     def open(self, request: SequenceRequest) -> Future[Sequence]:
-        """A future of a new sequence, which has a random generator of its own.
+        """A future of a new sequence, which has random numbers of its own.
 
         The future fails with `Overloaded` when there is no room and the request may not wait, or too many requests
         wait. A caller that no longer wants the sequence passes the future to `abandon`.

@@ -42,16 +42,13 @@ class SequenceRequest:
     def after(self, output: list[int]) -> SequenceRequest:
         """The same request once ``output`` has been written.
 
-        The new seed differs, so the random numbers that led to ``output`` are not used again.
+        The seed stays. Random numbers go by the position in the output, so those that led to ``output`` do not come
+        again, and another engine writes what this one would have written.
         """
-        sampling = self.sampling
-        if sampling.seed is not None and output:
-            sampling = replace(sampling, seed=hash((sampling.seed, len(output))) & (2**63 - 1))
         return replace(
             self,
             prompt=self.prompt + output,
             max_new_tokens=self.max_new_tokens - len(output),
-            sampling=sampling,
             written=self.written + len(output),
         )
 

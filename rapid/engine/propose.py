@@ -15,8 +15,9 @@ from torch import Tensor
 from rapid.engine.messages import DraftRequest
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task, ms_since
 from rapid.kernels.interface import Tokens
+from rapid.sampling.noise import Purpose
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.sampler import probabilities, sample
+from rapid.sampling.sampler import probabilities, sample_few
 from rapid.speculation.draft import Draft, DraftedToken, DraftLimits
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
@@ -65,8 +66,8 @@ def _propose(
         first_ms = 0.0
         if not ended:
             # The adjustment of the logits may depend on the tokens, so the host must see them one by one.
-            at_once = sequence.generator.device.type != "cpu" and sequence.logits is None
-            first_ms = yield from _draw_on(sequence, draft, limits, eos, at_once=at_once)
+            at_once = sequence.noise.device.type != "cpu" and sequence.logits is None
+            first_ms = yield from _draw_on(sequence, start, draft, limits, eos, at_once=at_once)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
         elapsed_ms, more = ms_since(started), len(draft.tokens) - num_ahead - 1
@@ -77,7 +78,7 @@ def _propose(
         ahead = sequence.ahead = Draft(sequence.position)
         yield EarlyResult(draft, rest)
         if not eos & set(draft.tokens[-1:]):
-            yield from _draw_on(sequence, ahead, limits.longer(1), eos, at_once=False)
+            yield from _draw_on(sequence, start, ahead, limits.longer(1), eos, at_once=False)
         return draft.followed_by(ahead)
     except BaseException:
         if rest is not None:
@@ -110,23 +111,30 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
-def _draw_on(sequence: Sequence, draft: Draft, limits: DraftLimits, eos: frozenset[int], *, at_once: bool) -> Drafting:
+def _draw_on(
+    sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, eos: frozenset[int], *, at_once: bool
+) -> Drafting:
     """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
 
     The host reads each token as it is sampled, or, with ``at_once``, all tokens at the end, so that a GPU does not wait
-    for the host between two tokens. Tokens behind the draft's end are then discarded.
+    for the host between two tokens. Tokens behind the draft's end are then discarded. The random numbers are those of
+    the round that begins at output position ``start``.
     """
     started, first_ms = time.perf_counter(), 0.0
     drawn: list[Drawn] = []
     draft_top_k = sequence.request.speculation.draft_top_k
     feed: Tokens = sequence.pending()
+    first, ahead = len(draft.tokens), draft.offset - start
+    steps = torch.arange(ahead + first, ahead + limits.max_tokens, device=sequence.noise.device)
+    keys = sequence.noise.behind(start).keys(Purpose.DRAFT, steps)
     ended = False
     while not ended:
         logits = yield ForwardRequest(sequence, feed, 1)
         assert logits is not None
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        drawn.append(_draw(logits[0], sequence.request.sampling, draft_top_k, sequence.generator))
+        key = keys[len(draft.tokens) + len(drawn) - first]
+        drawn.append(_draw(logits[0], sequence.request.sampling, draft_top_k, key))
         feed = drawn[-1][0].view(1)
         first_ms = first_ms or ms_since(started)
         if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
@@ -135,7 +143,7 @@ def _draw_on(sequence: Sequence, draft: Draft, limits: DraftLimits, eos: frozens
     return first_ms
 
 
-def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator: torch.Generator) -> Drawn:
+def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, key: Tensor) -> Drawn:
     """Samples one token from the drafter's ``logits`` [V]."""
     if sampling.temperature == 0:
         token = logits.argmax(-1)
@@ -143,7 +151,7 @@ def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, generator:
     else:
         top, ids = probabilities(logits, sampling).topk(min(draft_top_k, len(logits)))
         weights = top / top.sum()
-        token = ids[sample(weights, generator)]
+        token = sample_few(weights, ids, key)
     return token, ids, weights, (logits[token] - logits.logsumexp(-1)).exp()
 
 

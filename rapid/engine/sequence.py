@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from rapid.engine.messages import SequenceRequest
 from rapid.kernels.interface import Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.sampling.logits_processor import LogitProcessor
+from rapid.sampling.noise import Noise
 from rapid.speculation.draft import Draft
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Sequence:
     id: int
     request: SequenceRequest
     cache: KVCache
-    generator: torch.Generator
+    noise: Noise
     logits: LogitProcessor | None = None
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0

@@ -54,7 +54,8 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
         target_probs = probabilities(logits, sampling)
         draft_probs = dense(draft, logits.shape[-1], logits.device)
         rule, strength = _rule(request, sequence)
-        verdict = verify(rule, drafted, draft_probs, target_probs, strength, sequence.generator)
+        noise = sequence.noise.behind(draft.offset)
+        verdict = verify(rule, drafted, draft_probs, target_probs, strength, noise)
         if num_logprobs is not None:
             law = output_law(rule, draft_probs, target_probs, strength).log()
     num_accepted, next_token = torch.stack(verdict).tolist()  # the one copy to the host

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -33,10 +34,9 @@ class LogitProcessor:
         device: torch.device,
     ) -> None:
         self._params, self._vocab_size = params, vocab_size
-        self._bias = torch.zeros(vocab_size, device=device)
-        self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device)
-        self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self._in_prompt[list(params.prompt)] = True
+        self._bias = _tensors(list(params.logit_bias), list(params.logit_bias.values()), device)
+        self._prompt = torch.tensor(params.prompt, dtype=torch.long, device=device)
+        self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self._prompt, True)
         self._ends = torch.tensor([*params.eos, *params.stop_token_ids], dtype=torch.long, device=device)
         self._grammar: Future[Grammar] | None = None
         if params.grammar is not None:
@@ -54,13 +54,19 @@ class LogitProcessor:
             InvalidRequest: the grammar is too large for llguidance.
         """
         params = self._params
-        logits = logits + self._bias
+        logits = logits.clone()
+        if params.logit_bias:
+            ids, bias = self._bias
+            logits.index_add_(-1, ids, bias.expand(len(logits), -1))
+        if params.repetition_penalty != 1:
+            logits.index_copy_(-1, self._prompt, self._repeated(logits.index_select(-1, self._prompt)))
         if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
-            counts = self._counts(output, draft).to(logits.device)
-            written = counts > 0
-            penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-            logits = torch.where(written | self._in_prompt, penalised, logits)
-            logits = logits - params.frequency_penalty * counts - params.presence_penalty * written
+            ids, counts = _tensors(*_counts(output, draft), logits.device)
+            values, written = logits.index_select(-1, ids), counts > 0
+            # The prompt's tokens have had this penalty.
+            values = torch.where(written & ~self._in_prompt[ids], self._repeated(values), values)
+            values -= params.frequency_penalty * counts + params.presence_penalty * written
+            logits.index_copy_(-1, ids, values)
         if (early := params.min_tokens - len(output)) > 0:
             logits[:early].index_fill_(-1, self._ends, -torch.inf)
         if self._grammar is not None:
@@ -69,10 +75,23 @@ class LogitProcessor:
             logits = logits.masked_fill(~torch.from_numpy(np.stack(rows)).to(logits.device), -torch.inf)
         return logits
 
-    def _counts(self, output: list[int], draft: Sequence[int]) -> Tensor:
-        """[γ+1, V]: how often each token was written before each row."""
-        counts = torch.bincount(torch.tensor(output, dtype=torch.long), minlength=self._vocab_size).float()
-        rows = counts.repeat(len(draft) + 1, 1)
-        for i, token in enumerate(draft):
-            rows[i + 1 :, token] += 1
-        return rows
+    def _repeated(self, logits: Tensor) -> Tensor:
+        penalty = self._params.repetition_penalty
+        return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def _counts(output: list[int], draft: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(the ids [k] of all tokens of ``output`` and ``draft``, how often each was written before each row [γ+1, k])."""
+    ids, index = np.unique(np.array([*output, *draft], np.int64), return_inverse=True)
+    counts = np.zeros((len(draft) + 1, len(ids)), np.float32)
+    counts[:] = np.bincount(index[: len(output)], minlength=len(ids))
+    for i, column in enumerate(index[len(output) :]):
+        counts[i + 1 :, column] += 1
+    return ids, counts
+
+
+def _tensors(ids: ArrayLike, values: ArrayLike, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids as int64 and values as float32, on ``device``."""
+    return torch.as_tensor(np.asarray(ids, np.int64)).to(device), torch.as_tensor(np.asarray(values, np.float32)).to(
+        device
+    )

@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rapid.sampling.noise import exponential
 from rapid.sampling.params import SamplingParams
+from rapid.sampling.truncation import truncate
+
+_BLOCK = 64  # token ids that are drawn as one
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -21,35 +25,33 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
     temperature = max(params.temperature, torch.finfo(logits.dtype).tiny)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = scaled.topk(params.top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < kth, -torch.inf)
-    if params.top_p < 1:
-        scaled = _keep_nucleus(scaled, params.top_p)
-    probs = scaled.softmax(-1)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    return truncate(scaled.softmax(-1), params)
 
 
-def _keep_nucleus(scaled: Tensor, top_p: float) -> Tensor:
-    """Masks all but the smallest set of most likely tokens whose mass reaches ``top_p``; always keeps one."""
-    ascending, order = scaled.sort(-1)
-    mass_up_to = ascending.softmax(-1).cumsum(-1)
-    drop = mass_up_to <= 1 - top_p
-    drop[..., -1] = False
-    return scaled.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
+def sample(probs: Tensor, keys: Tensor) -> Tensor:
+    """Samples one index per row of ``probs`` [..., V] (rows need not sum to 1), with its key [...]: shape [...].
 
-
-def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Samples one index per row of ``probs`` [..., V] (rows need not sum to 1): shape [...].
-
-    It inverts the cumulated distribution: `torch.multinomial` takes ten times as long on a vocabulary.
+    First a block of 64 ids wins by its mass, then a token of the block: P(block) · P(token | block). Each block and
+    each of the 64 places in a block has a number of its own, V/64 + 64 in all. So a token is replaced by another only
+    where the two were nearly equal: no rounding of a sum over the vocabulary can do it.
     """
-    cumulated = probs.double().cumsum(-1)
-    uniform = torch.rand(probs.shape[:-1], generator=generator, dtype=torch.float64, device=probs.device)
-    # Strictly above: a token of probability 0 has the same sum as the token before it, and must never be chosen.
-    drawn = torch.searchsorted(cumulated, (uniform.unsqueeze(-1) * cumulated[..., -1:]), right=True).squeeze(-1)
-    return drawn.clamp_max(probs.shape[-1] - 1)
+    size = probs.shape[-1]
+    width = min(_BLOCK, size)
+    if size % width:
+        probs = torch.nn.functional.pad(probs, (0, -size % width))
+    blocks = probs.unflatten(-1, (-1, width))  # [..., V/64, 64]
+    num_blocks = blocks.shape[-2]
+    numbers = exponential(keys, torch.arange(width + num_blocks, device=probs.device))
+    block = (blocks.sum(-1, dtype=torch.float64) / numbers[..., width:]).argmax(-1, keepdim=True)
+    inside = blocks.take_along_dim(block.unsqueeze(-1), -2).squeeze(-2)  # [..., 64]
+    token: Tensor = (inside / numbers[..., :width]).argmax(-1) + width * block.squeeze(-1)
+    return token
+
+
+def sample_few(weights: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    """Samples one of the token ``ids`` [..., k] by their ``weights`` [..., k], with its key [...]: shape [...].
+
+    A token's number goes by its id, so it does not matter in which order the tokens come.
+    """
+    return ids.gather(-1, (weights / exponential(keys, ids)).argmax(-1, keepdim=True)).squeeze(-1)

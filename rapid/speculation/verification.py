@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.sampler import sample
 
 TAIL = 0.1  # Eq. 9 and the released mask: tokens below this share of the maximum keep their p
@@ -113,14 +114,15 @@ def verify(
     draft_probs: Tensor,
     target_probs: Tensor,
     transfer_strength: float,
-    generator: torch.Generator | None = None,
+    noise: Noise,
 ) -> Verdict:
     """One round's accept/reject decisions (paper §3.3).
 
     ``draft_tokens`` [..., γ] were sampled from ``draft_probs`` [..., γ, V]; ``target_probs`` [..., γ+1, V] are the
     target's rows at the same positions and one more. Tokens are accepted up to the first rejection; there the residual
     distribution gives the recovered token. If all γ tokens are accepted, the bonus token comes from p of row γ+1,
-    because the drafter has no q there. γ = 0 is plain decoding.
+    because the drafter has no q there. γ = 0 is plain decoding. ``noise`` holds the random numbers of these rows from
+    the first draft token's position on; its seeds are [...], like the leading dimensions.
     """
     gamma = draft_tokens.shape[-1]
     scored = target_probs[..., :gamma, :]
@@ -128,16 +130,16 @@ def verify(
 
     drafted = draft_tokens.unsqueeze(-1)
     ratio = (augmented_probs.gather(-1, drafted) / draft_probs.gather(-1, drafted)).squeeze(-1)
-    uniform = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
-    # Strictly below: uniform can be 0, and a token outside the target's support (ratio 0) must never be accepted.
-    num_accepted = (uniform < ratio).long().cumprod(-1).sum(-1)
+    steps = torch.arange(gamma, device=ratio.device)
+    # Strictly below: a token outside the target's support (ratio 0) must never be accepted.
+    num_accepted = (uniform(noise.keys(Purpose.ACCEPT, steps)) < ratio).long().cumprod(-1).sum(-1)
 
     next_probs = _row(target_probs, num_accepted)
     if gamma:
         rejected = num_accepted.clamp_max(gamma - 1)
         residual = rule.residual(_row(scored, rejected), _row(draft_probs, rejected), _row(augmented_probs, rejected))
         next_probs = torch.where((num_accepted == gamma).unsqueeze(-1), next_probs, residual)
-    return Verdict(num_accepted, sample(next_probs, generator))
+    return Verdict(num_accepted, sample(next_probs, noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)))
 
 
 def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: float) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import torch
 from running import GREEDY
 from world import Retrieval, World, complete, first_eight
 
@@ -18,6 +19,7 @@ from rapid.backend.protocol import Lease, Role
 from rapid.drafters import retrieval
 from rapid.engine.messages import SequenceRequest
 from rapid.errors import DraftLost, EngineLost, Overloaded
+from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft
 from rapid.strategies import STRATEGIES
@@ -203,22 +205,37 @@ def test_a_draft_that_was_lost_is_told_from_a_lost_target() -> None:
     assert not issubclass(DraftLost, EngineLost)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_random_numbers_go_on_where_a_target_died(world: World, strategy: str, when: str) -> None:
+    """A sampled text with a seed is the same, too: no number comes again for another position, and none is left out."""
+    sampling = SamplingParams(seed=7)
+    expected = asyncio.run(complete(world.request(strategy=strategy, sampling=sampling), world.backend()))
+    for n in range(expected.statistics.rounds):
+        resumed = answer(world, nth("target", when, n), strategy=strategy, sampling=sampling)
+        assert resumed.tokens == expected.tokens
+
+
 @pytest.mark.parametrize(("role", "when"), [("target", "after"), ("drafter", "proposing")])
-def test_random_numbers_do_not_come_again_after_a_death(world: World, role: Role, when: str) -> None:
-    seeds: list[int | None] = []
+def test_random_numbers_do_not_come_again_after_a_death(
+    world: World, role: Role, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per seed, each position has one key for each purpose, and a draft's position one for each round."""
+    drawn: dict[int, set[tuple[int, int, int]]] = {}
+    keys = Noise.keys
 
-    class Noting(FaultyBackend):
-        @asynccontextmanager
-        async def lease(self, leased: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
-            if leased == role:
-                seeds.append(request.sampling.seed)
-            async with super().lease(leased, request) as lease:
-                yield lease
+    def noting(self: Noise, purpose: Purpose, steps: torch.Tensor) -> torch.Tensor:
+        result = keys(self, purpose, steps)
+        for step, key in zip(steps.tolist(), result.tolist(), strict=True):
+            drawn.setdefault(key, set()).add((int(self._hashed), purpose, self._start + step))
+        return result
 
+    monkeypatch.setattr(Noise, "keys", noting)
     request = world.request(sampling=SamplingParams(seed=7), max_tokens=60)
-    asyncio.run(complete(request, Noting(world, nth(role, when, 2))))
-    assert (seeds[0] == 7) == (role == "target")
-    assert len(set(seeds)) == 2
+    asyncio.run(complete(request, FaultyBackend(world, nth(role, when, 2))))
+    assert len(drawn) > 60
+    assert all(len(draws) == 1 for draws in drawn.values())
+    assert len({seed for draws in drawn.values() for seed, _, _ in draws}) == 2  # the target's and the drafter's
 
 
 def test_any_engine_may_die_at_any_time(world: World) -> None:

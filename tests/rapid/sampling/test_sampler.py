@@ -13,8 +13,9 @@ from transformers import (
 )
 
 from rapid.errors import InvalidRequest
+from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.sampler import probabilities, sample
+from rapid.sampling.sampler import probabilities, sample, sample_few
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -86,40 +87,82 @@ def test_the_limits_themselves_are_allowed() -> None:
     SamplingParams(temperature=10, top_p=1e-9, top_k=10**9, min_p=1, seed=-(2**63))
 
 
+def keys(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Keys of that many requests, each with a seed of its own."""
+    seeds = seed * 10**6 + torch.arange(math.prod(shape)).view(shape)
+    return Noise(seeds).keys(Purpose.NEXT, torch.zeros(1, dtype=torch.long)).squeeze(-1)
+
+
 def test_sampling_never_draws_probability_0_and_follows_the_rest() -> None:
     probs = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
-    drawn = sample(probs.expand(4, 50_000, 6), torch.Generator().manual_seed(5))
+    drawn = sample(probs.expand(4, 50_000, 6), keys(4, 50_000))
     assert drawn.shape == (4, 50_000)
     shares = torch.bincount(drawn.flatten(), minlength=6) / drawn.numel()
     assert shares[probs == 0].sum() == 0
     torch.testing.assert_close(shares, probs, rtol=0, atol=0.005)
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("bits", [0, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_ends_of_the_uniform_draw_are_tokens_that_can_be(
-    uniform: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_the_ends_of_the_random_numbers_draw_tokens_that_can_be(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first token that has any probability, and the last; also where the row does not sum to 1."""
-    monkeypatch.setattr("torch.rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
-    for scale in (1e-6, 0.1, 1.0, 3.0):
-        probs = scale * torch.tensor([[0.0, 0.6, 0.0, 0.4, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]], dtype=dtype)
-        assert sample(probs).tolist() == ([1, 2] if uniform == 0 else [3, 2])
+    """The smallest and the largest number are inside (0, 1); also where the row does not sum to 1, in many blocks."""
+    some = keys(2)
+    monkeypatch.setattr("rapid.sampling.noise._mix", lambda counter: torch.full_like(counter, bits))
+    assert 0 < uniform(some).min() <= uniform(some).max() < 1
+    for size in (5, 200):
+        for scale in (1e-6, 0.1, 1.0, 3.0):
+            probs = torch.zeros(2, size, dtype=dtype)
+            probs[0, -4], probs[0, -2], probs[1, -3] = 0.6 * scale, 0.4 * scale, scale
+            assert sample(probs, some).tolist() == [size - 4, size - 3]
 
 
 def test_a_large_vocabulary_is_drawn_from_as_its_weights_say() -> None:
     """Rare tokens behind a hundred thousand others are neither lost nor favoured."""
     probs = torch.full((100_000,), 1e-6)
     probs[-3:] = torch.tensor([0.5, 0.0, 0.4])
-    drawn = sample(probs.expand(400, -1), torch.Generator().manual_seed(7))
+    drawn = sample(probs.expand(400, -1), keys(400))
     shares = torch.bincount(drawn, minlength=100_000) / 400
     torch.testing.assert_close(shares[-3:], probs[-3:], rtol=0, atol=0.08)
     assert shares[-2] == 0
     assert 0.05 < shares[:-3].sum() < 0.16
 
 
-def test_the_same_generator_state_draws_the_same() -> None:
+@pytest.mark.parametrize("size", [63, 64, 65, 128, 200])
+def test_every_token_of_every_block_has_its_probability(size: int) -> None:
+    """The last block may be short. Chi-square with 5 standard deviations of room."""
+    probs = torch.rand(size, generator=torch.Generator().manual_seed(8)).square()
+    expected = 200_000 * probs.double() / probs.double().sum()
+    observed = torch.bincount(sample(probs.expand(200_000, size), keys(200_000)), minlength=size)
+    likely = expected > 5
+    statistic = ((observed - expected)[likely].square() / expected[likely]).sum()
+    assert statistic < likely.sum() + 5 * (2 * likely.sum()) ** 0.5
+
+
+def test_a_few_tokens_are_drawn_as_their_weights_say_in_any_order() -> None:
+    weights, ids = torch.tensor([0.5, 0.0, 0.2, 0.3]), torch.tensor([7, 3, 99_000, 1])
+    drawn = sample_few(weights.expand(100_000, 4), ids.expand(100_000, 4), keys(100_000))
+    for token, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+        assert abs((drawn == token).float().mean() - weight) < 0.01
+    order = torch.tensor([2, 0, 3, 1])
+    again = sample_few(weights[order].expand(100_000, 4), ids[order].expand(100_000, 4), keys(100_000))
+    assert torch.equal(drawn, again)
+
+
+def test_the_same_key_draws_the_same() -> None:
     probs = torch.rand(100, 50, generator=torch.Generator().manual_seed(6))
-    first, again, other = (sample(probs, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (sample(probs, keys(100, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_little_noise_in_all_logits_changes_few_draws() -> None:
+    """Noise of 0.02 turns at most 3% of draws into other tokens. Inverting the cumulated distribution: a third."""
+    logits = 3 * torch.randn(49_152, generator=torch.Generator().manual_seed(9))
+    changed = 0
+    for draw in range(400):
+        noise = 0.02 * torch.randn(49_152, generator=torch.Generator().manual_seed(draw))
+        drawn = sample(torch.stack([logits, logits + noise]).softmax(-1), keys(1, seed=draw).expand(2))
+        changed += int(drawn[0] != drawn[1])
+    assert changed <= 12

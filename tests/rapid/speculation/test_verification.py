@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.closed_forms import Array, augmented, law, residual, softmax
+from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities, sample
 from rapid.speculation.verification import RULES, verify, verify_greedy
@@ -85,11 +86,11 @@ GAMMA, VOCAB = 3, 8
 
 def one_round(z: Array, q: Tensor, rule: str, eta: float, temperature: float, rounds: int) -> tuple[Tensor, Tensor]:
     """Independent rounds over the same γ positions: (emitted tokens [rounds, γ+1], how many of them count)."""
-    generator = torch.Generator().manual_seed(8)
+    noise = Noise(torch.arange(rounds))  # rounds of requests with different seeds
     p = torch.from_numpy(z / temperature).softmax(-1).float().expand(rounds, GAMMA + 1, VOCAB)
     q = q.expand(rounds, GAMMA, VOCAB)
-    draft = sample(q, generator)
-    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, generator)
+    draft = sample(q, noise.keys(Purpose.DRAFT, torch.arange(GAMMA)))
+    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, noise)
     emitted = torch.cat([draft, draft[:, :1]], -1).scatter(-1, num_accepted[:, None], next_token[:, None])
     return emitted, num_accepted + 1
 
@@ -134,7 +135,7 @@ def test_greedy_accepts_exactly_the_target_s_argmax(rule: str, eta: float) -> No
     is_right = torch.rand(2000, GAMMA, generator=generator) < 0.7
     draft = torch.where(is_right, best[:, :GAMMA], wrong)
     p, q = (torch.nn.functional.one_hot(tokens, 7).float() for tokens in (best, draft))
-    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, generator)
+    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, Noise(torch.arange(2000)))
     assert torch.equal(num_accepted, is_right.long().cumprod(-1).sum(-1))
     assert torch.equal(next_token, best.gather(-1, num_accepted[:, None])[:, 0])
 
@@ -151,7 +152,7 @@ def test_verifying_greedily_is_verifying_at_temperature_0(rule: str, gamma: int)
         draft = torch.where(is_right, logits[:-1].argmax(-1), logits[:-1].argmin(-1))
         p = probabilities(logits, SamplingParams(temperature=0))
         q = torch.nn.functional.one_hot(draft, 9).float()
-        expected = verify(RULES[rule], draft, q, p, 10.0, generator)
+        expected = verify(RULES[rule], draft, q, p, 10.0, Noise(torch.tensor(12)))
         verdict = verify_greedy(draft, logits)
         assert (int(verdict.num_accepted), int(verdict.next_token)) == tuple(map(int, expected))
         seen.add(int(verdict.num_accepted))
@@ -163,9 +164,10 @@ def test_a_greedy_target_overrules_a_sampled_draft(rule: str) -> None:
     """One-hot p: whatever q is and however strongly it is transferred, only the target's token comes out."""
     q = torch.tensor([[0.05, 0.9, 0.05]]).expand(1000, 1, 3)
     p = torch.tensor([1.0, 0.0, 0.0]).expand(1000, 2, 3)
-    generator = torch.Generator().manual_seed(10)
+    noise = Noise(torch.arange(1000))
+    draft = sample(q, noise.keys(Purpose.DRAFT, torch.arange(1)))
     for eta in ETAS:
-        num_accepted, next_token = verify(RULES[rule], sample(q, generator), q, p, eta, generator)
+        num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, noise)
         assert (next_token == 0).all()
         assert num_accepted.float().mean() < 0.1
 
@@ -202,8 +204,8 @@ def test_without_a_draft_the_target_is_sampled(rule: str) -> None:
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     rows = p.expand(200_000, 1, 4)
     empty = torch.zeros(200_000, 0, dtype=torch.long)
-    generator = torch.Generator().manual_seed(14)
-    num_accepted, next_token = verify(RULES[rule], empty, torch.zeros(200_000, 0, 4), rows, 10.0, generator)
+    noise = Noise(torch.arange(200_000))
+    num_accepted, next_token = verify(RULES[rule], empty, torch.zeros(200_000, 0, 4), rows, 10.0, noise)
     assert num_accepted.sum() == 0
     assert total_variation(torch.bincount(next_token) / 200_000, p) < 0.01
 

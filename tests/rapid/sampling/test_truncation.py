@@ -1,0 +1,48 @@
+"""The search for the lowest kept probability keeps what sorting the vocabulary keeps, ties included."""
+
+import pytest
+import torch
+
+from benchmarks.common import sorted_sampling as reference
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.sampler import probabilities
+from rapid.sampling.truncation import by_sorting, truncate
+
+CASES = [
+    SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    for top_k in (0, 50, 3000)
+    for top_p in (1.0, 0.9, 0.3, 1e-6)
+    for min_p in (0.0, 0.05)
+]
+
+
+@pytest.mark.parametrize("size", [1, 50, 4099, 9024])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_kept_tokens_are_those_of_the_reference(size: int, spread: float, rounded: bool) -> None:
+    """Flat and peaked rows of any size; logits rounded to bfloat16 are equal in their hundreds.
+
+    Where a sum meets the target to rounding, one token more or less may be kept.
+    """
+    logits = spread * torch.randn(3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    logits = logits.bfloat16().double() if rounded else logits
+    for params in CASES:
+        expected = reference.probabilities(logits, params)
+        torch.testing.assert_close(probabilities(logits, params), expected, rtol=0, atol=1e-12)
+        single = probabilities(logits.float(), params) > 0
+        assert ((single != (expected > 0)).sum(-1) <= 1).all()
+
+
+@pytest.mark.parametrize("params", CASES)
+def test_other_devices_keep_the_same(params: SamplingParams) -> None:
+    logits = 3 * torch.randn(4, 700, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    probs = logits.bfloat16().double().softmax(-1)
+    torch.testing.assert_close(by_sorting(probs, params), truncate(probs.clone(), params), rtol=0, atol=1e-12)
+
+
+def test_equal_tokens_are_kept_up_to_the_share() -> None:
+    """Those with the larger ids."""
+    for size, share in ((8192, 0.25), (100, 0.5)):
+        probs = truncate(torch.full((1, size), 1 / size, dtype=torch.float64), SamplingParams(top_p=share))
+        assert (probs > 0).sum() == size * share
+        assert (probs[0, -int(size * share) :] > 0).all()
