@@ -119,7 +119,7 @@ async def rounds(num: int) -> dict[str, Any]:
     drafts, verdicts = zip(*sizes, strict=True)
     return {
         "rounds": num,
-        "draft_TOP_K": TOP_K,
+        "draft_top_k": TOP_K,
         "coordination_ms_median": round(statistics.median(costs[skip:]), 2),
         "coordination_ms_p95": round(statistics.quantiles(costs[skip:], n=20)[-1], 2),
         "round_ms_median": round(statistics.median(whole[skip:]), 2),
