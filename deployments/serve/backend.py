@@ -21,10 +21,10 @@ from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
 from retrieval import IndexProgress, RetrievalError
 
-_RESUME_TIMEOUT_S = 300.0  # engine, when one is lost: a new replica has to load its model
-_LEASE_TIMEOUT_S = 20.0  # at one: what was asked of a node that is gone is answered by nobody, and Ray notices late
-_OPTIONAL_TIMEOUT_S = 5.0  # with Serve, for what a request can do without
-_LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket, when the request that asked for it is gone
+_RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
+_LEASE_TIMEOUT_S = 20.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
+_OPTIONAL_TIMEOUT_S = 5.0  # for the first word of what a request can do without
+_LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket whose request is gone
 
 
 class RayBackend:
