@@ -50,7 +50,8 @@ def examine(path: Path) -> list[Finding]:
         config = read_config(path)
         endpoint = read_endpoint(path)
     except ConfigError as error:
-        return [*findings, Finding("config", "problem", error.message, "Correct the file; docs/configuration.md lists the fields.")]
+        remedy = "Correct the file; docs/configuration.md lists the fields."
+        return [*findings, Finding("config", "problem", error.message, remedy)]
     findings.append(Finding("config", "ok", f"{path}: serves {config.model_name} at {endpoint.url}"))
     engines = {"target": config.target} | ({} if config.colocated else {"drafter": config.drafter})
     for name in dict.fromkeys([*(engine.model for engine in engines.values()), config.retriever.embedder]):
