@@ -14,9 +14,10 @@ from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine
 from rapid.engine.torch_thread import compute
 from rapid.errors import RetrievalFailed
-from rapid.kv_cache.memory import kv_budget, return_freed_memory
-from rapid.models.info import RankPlacement
+from rapid.kv_cache.memory import return_freed_memory
+from rapid.models.info import GraphLimits, RankPlacement
 from rapid.models.loader import load_model
+from rapid.models.memory import measured_kv_budget
 from rapid.models.model import Model
 from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
@@ -81,13 +82,26 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
 def build_engine(config: EngineConfig, placement: RankPlacement | None = None) -> Engine:
     """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
     model = compute(_load, config, placement)
-    budget = config.kv_memory_gib * 2**30 if config.kv_memory_gib else kv_budget(model.layout.devices)
+    max_tokens = config.batch_tokens(model.layout.device.type)
+    graphs = GraphLimits(config.graph_seconds, config.graph_memory_gib)
+    if config.kv_memory_gib:
+        budget = int(config.kv_memory_gib * 2**30)
+    else:
+        budget = compute(
+            measured_kv_budget,
+            model,
+            share=config.kv_share,
+            max_batch_tokens=max_tokens,
+            graph_bytes=graphs.bytes,
+        )
     return Engine(
         model,
-        kv_bytes=int(budget),
-        max_batch_tokens=config.max_batch_tokens,
+        kv_bytes=budget,
+        max_batch_tokens=max_tokens,
+        step_budget_ms=config.step_budget_ms,
         max_queued=config.max_queued,
         idle_timeout=config.idle_timeout_s,
+        graphs=graphs,
     )
 
 

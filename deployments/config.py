@@ -12,8 +12,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS
 from rapid.errors import InvalidRequest, RapidError
-from rapid.kv_cache.memory import FREE_MEMORY_SHARE
+from rapid.kv_cache.memory import FREE_MEMORY_SHARE, WHOLE_GPU_SHARE
+from rapid.models.info import GraphLimits
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
@@ -72,9 +74,26 @@ class EngineConfig(Strict):
         "none", pattern="^(none|int8|fp8|int4)$", description="of the weights: int8, int4 on a CPU; also fp8 on CUDA"
     )
     kv_memory_gib: float | None = Field(
-        None, gt=0, description=f"for keys and values; {FREE_MEMORY_SHARE:.0%} of what is free when not set"
+        None, gt=0, description="for keys and values; kv_memory_share of what is free when not set"
     )
-    max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
+    kv_memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description=f"of what weights and passes leave free; when not set, {WHOLE_GPU_SHARE:.0%} with a whole GPU "
+        f"(num_gpus of 1 or more), else {FREE_MEMORY_SHARE:.0%}",
+    )
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description=f"tokens in one forward pass; when not set, {MAX_BATCH_TOKENS['cpu']} on a CPU and "
+        f"{MAX_BATCH_TOKENS['cuda']} on CUDA",
+    )
+    step_budget_ms: float = Field(
+        STEP_BUDGET_MS, gt=0, description="what a pass that reads prompts may take while other sequences decode"
+    )
+    graph_seconds: float = Field(GraphLimits.seconds, ge=0, description="for recording CUDA graphs at load; 0: none")
+    graph_memory_gib: float = Field(GraphLimits.gib, ge=0, description="for CUDA graphs")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
@@ -91,6 +110,15 @@ class EngineConfig(Strict):
         if self.num_gpus % 1:
             raise ValueError(f"with device_map num_gpus is a number of whole GPUs, got {self.num_gpus:g}")
         return self
+
+    @property
+    def kv_share(self) -> float:
+        """The share of free memory for keys and values, where no bytes are given."""
+        return self.kv_memory_share or (WHOLE_GPU_SHARE if self.num_gpus >= 1 else FREE_MEMORY_SHARE)
+
+    def batch_tokens(self, device: str) -> int:
+        """Tokens in one forward pass on a ``device``: cpu or cuda."""
+        return self.max_batch_tokens or MAX_BATCH_TOKENS[device]
 
     @property
     def num_stages(self) -> int:

@@ -117,7 +117,7 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
         served(config.target),
         drafter,
         work,
-        chunk=config.target.max_batch_tokens,
+        chunk=config.target.batch_tokens("cuda"),
         target_kv_bytes=_kv_bytes(config.target),
         drafter_kv_bytes=_kv_bytes(config.drafter),
         other_gpus=math.ceil(config.retriever.num_gpus),

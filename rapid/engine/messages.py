@@ -88,11 +88,15 @@ class VerifyRequest:
 
 
 class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts."""
+    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
+
+    ``out_of_memory`` counts passes for which the device had no memory; they were tried again in parts.
+    """
 
     num_sequences: int
     num_waiting: int
     kv_bytes: int
     kv: PoolStats
+    out_of_memory: int
     forward_passes: int
     tokens_processed: int

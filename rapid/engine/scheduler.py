@@ -59,6 +59,19 @@ def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, i
     return scheduled
 
 
+def in_parts(scheduled: list[tuple[RunningTask, int]]) -> list[list[tuple[RunningTask, int]]]:
+    """Smaller passes in place of one for which there was no memory; empty if it cannot be cut.
+
+    A single request is cut to its first half, and the rest of it is scheduled later.
+    """
+    if len(scheduled) > 1:
+        middle = len(scheduled) // 2
+        return [scheduled[:middle], scheduled[middle:]]
+    running, num_tokens = scheduled[0]
+    first = min(num_tokens // 2, running.num_left - running.request.num_rows)
+    return [[(running, first)]] if first > 0 else []
+
+
 def settle(future: Future[Any], outcome: object) -> None:
     """Sets the result or the exception of ``future``, unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():

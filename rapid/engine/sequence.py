@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ class Sequence:
     ahead: Draft | None = None  # the tokens drafted ahead, behind the output
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
     last_used: float = field(default_factory=time.monotonic)
+    decoded_at: float = -math.inf  # when the last pass ended that was no prefill
 
     @property
     def prompt(self) -> list[int]:

@@ -23,6 +23,8 @@ from rapid.models.layers import Heads, Layer, RMSNorm
 from rapid.models.recorded_cpu import CompiledLayers
 from rapid.models.tensor_parallel import Group, local
 
+_CHANGING_ROPE = ("dynamic", "longrope")
+
 
 class Decoder:
     """Takes the weights out of ``network``, which cannot be used afterwards.
@@ -37,7 +39,8 @@ class Decoder:
     next.
 
     Raises:
-        ModelFileError: a layer has no full attention, or the heads cannot be shared equally.
+        ModelFileError: a layer has no full attention, the heads cannot be shared equally, or on CUDA the rotary
+            embedding changes from pass to pass.
     """
 
     def __init__(self, network: PreTrainedModel, quantization: str = "none", group: Group | None = None) -> None:
@@ -55,6 +58,12 @@ class Decoder:
         num_ranks = group.placement.num_ranks if group else 1
         if config.num_key_value_heads % num_ranks:
             raise ModelFileError(f"{config.num_key_value_heads} KV heads cannot be shared by {num_ranks} ranks equally")
+        kind = str(getattr(network.model.rotary_emb, "rope_type", "default"))
+        if network.device.type == "cuda" and kind in _CHANGING_ROPE:
+            raise ModelFileError(
+                f"rope_type {kind} is not supported on CUDA: its frequencies depend on the longest sequence of a pass, "
+                "so every pass would wait for the device. Use a CPU, or a checkpoint with another rope_type"
+            )
         self._group = group
         self.num_heads, self.num_kv_heads = (
             heads // num_ranks for heads in (config.num_attention_heads, config.num_key_value_heads)

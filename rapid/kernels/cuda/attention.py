@@ -27,7 +27,8 @@ class PagedBatch:
 
     ``slots`` int64 [T]: where each new token is written. ``table`` int32 [S, P]: each sequence's pages.
     ``lengths`` int32 [S]: tokens per sequence, the new ones included. ``starts`` int32 [S + 1]: where each sequence's
-    tokens begin. ``max_new``: the most new tokens of one sequence. ``parts``: if the sequences need different kernels,
+    tokens begin. Tokens behind the last start belong to no sequence, and attend to nothing. ``max_new``: the most new
+    tokens of one sequence. ``parts``: if the sequences need different kernels,
     batches of some of them, each with the places (int64) of its tokens among the T.
     """
 
@@ -79,12 +80,17 @@ class PagedAttention:
     """The attention backend over block tables. `rapid.kernels.cuda.choice` finds a device's best ``kernel``."""
 
     def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self.page_size = page_size
 
     @property
     def name(self) -> str:
-        return kernel_name(self._kernel)
+        return kernel_name(self.kernel)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether passes of few new tokens may be recorded as graphs (`recordable`)."""
+        return bool(getattr(self.kernel, "recordable", False))
 
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         pool = KVPool(layout, budget_bytes, page_size=self.page_size, slot_major=True)
@@ -134,20 +140,7 @@ class PagedAttention:
             lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
             starts=torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device),
             max_new=max(counts),
-            kernel=self._kernel,
-        )
-
-    def empty_batch(self, pool: KVPool, num_sequences: int, num_new: int, width: int) -> PagedBatch:
-        """A batch of ``num_sequences`` × ``num_new`` tokens that the caller fills in; it points at the spare page."""
-        device = pool.layout.device
-        return PagedBatch(
-            pool=pool,
-            slots=torch.full((num_sequences * num_new,), pool.spare_slot, device=device),
-            table=torch.full((num_sequences, width), pool.num_pages, dtype=torch.int32, device=device),
-            lengths=torch.full((num_sequences,), num_new, dtype=torch.int32, device=device),
-            starts=torch.arange(0, num_sequences * num_new + 1, num_new, dtype=torch.int32, device=device),
-            max_new=num_new,
-            kernel=self._kernel,
+            kernel=self.kernel,
         )
 
 
@@ -170,9 +163,20 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     output = F.scaled_dot_product_attention(
         padded, all_keys, all_values, attn_mask=seen, scale=scaling, enable_gqa=True
     )
-    sequence_of = torch.bucketize(torch.arange(len(query), device=query.device), batch.starts[1:], right=True)
-    offset_of = torch.arange(len(query), device=query.device) - batch.starts[sequence_of]
-    return output[sequence_of, :, offset_of]
+    row = torch.arange(len(query), device=query.device)
+    sequence_of = torch.bucketize(row, batch.starts[1:], right=True).clamp_max(num_sequences - 1)
+    offset_of = (row - batch.starts[sequence_of]).clamp_max(batch.max_new - 1)
+    belongs = (row < batch.starts[-1])[:, None, None]
+    return output[sequence_of, :, offset_of].where(belongs, 0)
+
+
+def recordable(kernel: PagedKernel) -> PagedKernel:
+    """Marks a kernel whose launches depend on shapes alone, and whose work on the lengths on the device.
+
+    A graph of it can be replayed over any sequences, and wide tables cost it nothing.
+    """
+    kernel.recordable = True  # type: ignore[attr-defined]
+    return kernel
 
 
 def kernel_name(kernel: PagedKernel) -> str:

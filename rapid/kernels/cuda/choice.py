@@ -21,6 +21,7 @@ from rapid.kernels.cuda.attention import (
     PagedKernel,
     gathered_sdpa,
     kernel_name,
+    recordable,
 )
 from rapid.kernels.cuda.paged_split import split_attention
 from rapid.kernels.cuda.prefill import varlen_gathered, varlen_paged
@@ -50,11 +51,16 @@ class ByRows:
     def name(self) -> str:
         return f"{kernel_name(self.few)}, prefill {kernel_name(self.many)}"
 
+    @property
+    def recordable(self) -> bool:
+        return bool(getattr(self.few, "recordable", False))
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
         kernel = self.few if batch.max_new <= FEW_TOKENS else self.many
         return kernel(query, keys, values, batch, scaling)
 
 
+@recordable
 def triton_split(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
     """`split_attention` of a batch."""
     return split_attention(

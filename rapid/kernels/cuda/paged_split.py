@@ -101,7 +101,8 @@ def split_attention(
         keys: [pages, page size, KV heads, d], the new tokens' included, as ``values``; float8_e4m3fn with scales.
         table: int32 [S, P], each sequence's pages in order.
         lengths: int32 [S], tokens in each sequence, the new ones included.
-        starts: int32 [S + 1], where in ``query`` each sequence's new tokens begin.
+        starts: int32 [S + 1], where in ``query`` each sequence's new tokens begin. Tokens behind the last start get
+            zeros.
         max_new: no sequence has more new tokens.
         scaling: factor of the scores.
         num_sms: processors of the device.
@@ -130,7 +131,8 @@ def split_attention(
         page_size=page_size,
         num_sms=num_sms,
     )
-    output = query.new_empty((total, heads, d))
+    # The second kernel writes every row; the first leaves out those that belong to no sequence.
+    output = query.new_empty((total, heads, d)) if made.parts > 1 else query.new_zeros((total, heads, d))
     partial = output if made.parts == 1 else query.new_empty((total, heads, made.parts, d), dtype=torch.float32)
     partial_lse = query.new_empty((total, heads, made.parts), dtype=torch.float32)
     with torch.cuda.device_of(query):  # Triton launches on the current device
@@ -169,8 +171,11 @@ def split_attention(
             combine_parts[(total * heads,)](
                 partial,
                 partial_lse,
+                starts,
                 output,
+                num_sequences,
                 made.parts,
+                HEADS=heads,
                 D=d,
                 BLOCK_D=made.block_d,
                 BLOCK_PARTS=_power_of_two(made.parts),

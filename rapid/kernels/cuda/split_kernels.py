@@ -155,26 +155,31 @@ def attend_part(
 def combine_parts(
     partial,
     partial_lse,
+    starts,  # int32 [S + 1]
     output,  # [T, HEADS, D]
+    num_sequences,
     parts,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,  # parts, rounded up to a power of two
 ):
     """Weighs one row's parts by their sums of exponentials. A row is one query head of one token.
 
-    The rows know nothing of sequences, so that any number of them, of any lengths, is combined alike.
+    The rows know nothing of sequences, so that any number of them, of any lengths, is combined alike. A row behind the
+    last sequence has no parts, and gets zeros.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
     dim = tl.arange(0, BLOCK_D)
-    lse = tl.load(partial_lse + row * parts + part, mask=part < parts, other=-float("inf"))
+    is_part = (part < parts) & (row < tl.load(starts + num_sequences) * HEADS)
+    lse = tl.load(partial_lse + row * parts + part, mask=is_part, other=-float("inf"))
     highest = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
     total = tl.sum(weights, 0)
     rows = tl.load(
         partial + (row * parts + part[:, None]) * D + dim[None, :],
-        mask=(part[:, None] < parts) & (dim[None, :] < D),
+        mask=is_part[:, None] & (dim[None, :] < D),
         other=0.0,
     )
     mean = tl.sum(rows * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)

@@ -11,7 +11,7 @@ from running import ROUNDING, new_cache, random_tokens
 
 from benchmarks.common import paged_cases
 from benchmarks.common.paged_cases import Case, error, plain
-from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
@@ -90,20 +90,30 @@ def test_the_distance_shows_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted
-def test_rows_of_a_query_may_lie_apart_and_padding_sequences_disturb_nobody() -> None:
+@pytest.mark.parametrize("width", [1, 8], ids=["one part", "several parts"])
+def test_rows_of_a_query_may_lie_apart_and_rows_of_no_sequence_get_zeros(width: int) -> None:
     """As after the projection that gives queries, keys and values in one; and as in a graph's unused places."""
     backend = PagedAttention(triton_split, page_size=16)
     layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
     pool = backend.pool(layout, 2**16)
     for rows in (*pool.keys, *pool.values):
         rows.fill_(torch.nan)
-    batch = backend.empty_batch(pool, num_sequences=4, num_new=3, width=8)
-    batch.table[0, 0], batch.lengths[0] = 2, 3
-    batch.slots[:3] = torch.arange(32, 35)
+    table = torch.full((4, width), pool.num_pages, dtype=torch.int32)
+    table[0, 0] = 2
+    batch = PagedBatch(
+        pool=pool,
+        slots=torch.cat((torch.arange(32, 35), torch.full((9,), pool.spare_slot))),
+        table=table,
+        lengths=torch.tensor([3, 0, 0, 0], dtype=torch.int32),
+        starts=torch.tensor([0, 3, 3, 3, 3], dtype=torch.int32),
+        max_new=3,
+        kernel=triton_split,
+    )
     fused = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))
     query, key, value = fused.split((4, 2, 2), 1)
     output = batch.attend(0, query, key, value, 0.25)
     expected = replace(batch, kernel=gathered_sdpa).attend(0, query, key, value, 0.25)
+    assert not output[3:].any() and not expected[3:].any()
     torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
 
 
