@@ -96,6 +96,7 @@ class Clock:
 
     def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.passes = 1000.0, []
+        monkeypatch.setattr(Model, "balanced_context", 1000.0)  # of so small a network it is a few tokens
         forward = model.forward
 
         def timed(entries: Any, **options: Any) -> Any:
