@@ -147,6 +147,22 @@ def test_cuda_graphs_are_for_one_device(tiny_network: MakeNetwork, monkeypatch: 
     assert [made.record(made.new_pool(1), GraphLimits()) for made in (one, two)] == [recorder, None]
 
 
+LONGROPE = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0} | LONGROPE],
+    ids=["dynamic", "longrope"],
+)
+@pytest.mark.usefixtures("pretended_gpus")
+def test_angles_that_depend_on_the_pass_are_refused_by_name(tiny_network: MakeNetwork, rope: dict[str, Any]) -> None:
+    """The host would wait for the device in every pass to find its longest sequence."""
+    network = tiny_network(layers=LAYERS, rope_parameters=rope | {"rope_theta": 1e4})
+    with pytest.raises(ModelFileError, match=f"spread: rope_type {rope['rope_type']} .* CUDA"):
+        Model(placed(network, {"": SECOND}), None, "spread", attention=PagedAttention(gathered_sdpa))
+
+
 # What goes where
 
 
