@@ -70,8 +70,8 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes
 
     def blocks_per_part(self, num_sms: int) -> int:
-        """How many blocks of inputs one program multiplies, so that the programs fill ``num_sms`` processors."""
-        parts = min(-(-PROGRAMS_PER_SM * num_sms // self.num_panels), self.num_blocks // _BLOCKS_PER_PART)
+        """How many blocks of inputs one program multiplies, so that ``num_sms`` processors run all programs at once."""
+        parts = min(PROGRAMS_PER_SM * num_sms // self.num_panels, self.num_blocks // _BLOCKS_PER_PART)
         return -(-self.num_blocks // max(1, parts))
 
 
@@ -79,7 +79,7 @@ def pack(weight: Tensor, scheme: str, group: int = GROUP) -> Packed:
     """Rounds ``weight`` [out, in] to a scheme of `SCHEMES`, and packs it; the same on every device."""
     parts = [_pack(part, scheme, group) for part in weight.split(_AT_ONCE)]
     codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Packed(scheme, *weight.shape, codes, scales)
+    return Packed(scheme, weight.shape[0], weight.shape[1], codes, scales)
 
 
 def _pack(weight: Tensor, scheme: str, group: int) -> tuple[Tensor, Tensor]:
