@@ -13,8 +13,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONPATH=/install/lib/p
 WORKDIR /src
 COPY constraints.txt .
 
-# The two images differ in PyTorch, which comes first: it is the largest layer and changes least; and in torchao, whose
-# kernels multiply weights of few bits on CUDA.
+# The two images differ in PyTorch, which comes first: it is the largest layer and changes least.
 FROM base AS packages-cpu
 RUN pip install --prefix=/install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu \
     --extra-index-url https://pypi.org/simple torch==2.13.0+cpu
@@ -24,7 +23,7 @@ RUN pip install --prefix=/install -c constraints.txt '.[otel]'
 FROM base AS packages-gpu
 RUN pip install --prefix=/install -c constraints.txt torch==2.13.0
 COPY --from=source / .
-RUN pip install --prefix=/install -c constraints.txt '.[otel,quantized-cuda]'
+RUN pip install --prefix=/install -c constraints.txt '.[otel]'
 
 # /usr/local is where this Python looks, and on every PATH. No NVIDIA_VISIBLE_DEVICES here: the device plugin sets it in
 # the pods that asked for GPUs, and in a head that saw them Ray would count them.

@@ -20,7 +20,7 @@ from rapid.kernels.linear import check_scheme, make_linear
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 from rapid.models.model import Model
 
-WEIGHT_BYTES = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}  # a weight of the layers, by scheme
+WEIGHT_BYTES = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # a weight of the layers, by scheme
 _ROWS = (1, 5, 16, 64, 2048)
 
 

@@ -1,24 +1,11 @@
 """Triton's part of attention over few rows: one program reads a part of one sequence's keys and values.
 
-`rapid.kernels.cuda.paged_split` launches these kernels and explains the arguments. This file is the one door to Triton.
-It can be imported without Triton; `AVAILABLE` is then False, and the kernels cannot be launched.
+`rapid.kernels.cuda.paged_split` launches these kernels and explains the arguments.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    jit = triton.jit
-except ImportError:
-    triton = tl = None
-
-    def jit(kernel):
-        return kernel
-
-
-AVAILABLE = triton is not None
+from rapid.kernels.cuda.jit import jit, tl
 
 
 @jit

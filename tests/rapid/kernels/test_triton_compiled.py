@@ -11,20 +11,23 @@ import pytest
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton: make test-triton")
 REGISTERS_OF_AN_SM = 65536
-SHARED_BYTES_OF_AN_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
+SHARED_BYTES_OF_AN_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "sm_120": 100 * 1024}
 
 
 @needs_triton
-def test_no_register_is_spilled_and_the_programs_fit_beside_each_other() -> None:
+@pytest.mark.parametrize("name", ["triton_attention", "triton_products"])
+def test_no_register_is_spilled_and_the_programs_fit_beside_each_other(name: str) -> None:
     """The number of parts counts on that many programs on a processor, for 16-bit keys and values."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.triton_attention", "--only", "compiled"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--only", "compiled"]
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    for row in json.loads(result.stdout):
+    rows = json.loads(result.stdout)
+    assert {row["target"] for row in rows} == set(SHARED_BYTES_OF_AN_SM)
+    for row in rows:
         assert row["spilled_bytes"] == 0, row
-        if row["type"] == "bf16" and row["d"] == 128 and not row.get("fp8"):
+        if row["kernel"] == "multiply" or (row.get("type") == "bf16" and row["d"] == 128 and not row.get("fp8")):
             assert row["programs_per_sm"] * row["threads"] * row["registers"] <= REGISTERS_OF_AN_SM, row
             assert row["programs_per_sm"] * (row["shared_bytes"] + 1024) <= SHARED_BYTES_OF_AN_SM[row["target"]], row
