@@ -131,7 +131,8 @@ class AccessConfig(Strict):
     api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
     tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
-    max_body_mb: float = Field(64, gt=0, description="a larger request is a 413")
+    max_json_mb: float = Field(4, gt=0, description="a larger body of JSON is a 413")
+    max_body_mb: float = Field(64, gt=0, description="a larger upload is a 413")
     request_timeout_s: float | None = Field(
         None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
     )
@@ -175,6 +176,9 @@ class AppConfig(Strict):
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+    special_tokens_in_text: bool = Field(
+        False, description="read special tokens that messages, tools, files and prompts have; else they are text"
+    )
     observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")

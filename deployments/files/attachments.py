@@ -12,8 +12,10 @@ from deployments.files.indexing import FileIndexer
 from deployments.files.store import FileStore
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
+from deployments.turns import FairPool
 from rapid.backend.protocol import Backend
 from rapid.errors import InvalidRequest, RapidError
+from rapid.text.encoding import encode_in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,13 +36,14 @@ async def extract_text(data: bytes, filename: str, *, timeout_s: float, param: s
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a file's text, as they stand in the middle of a prompt."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_in_pieces(tokenizer, text)
 
 
 class Attachments:
     """Reads the file parts of chats, and has engines forget the texts that are deleted.
 
     Args:
+        readers: the threads that read requests.
         timeout_s: for the text of one inline file.
     """
 
@@ -50,9 +53,11 @@ class Attachments:
         indexer: FileIndexer,
         backend: Backend,
         tokenizer: PreTrainedTokenizerBase,
+        readers: FairPool,
         *,
         timeout_s: float,
     ) -> None:
+        self._readers = readers
         self._store, self._indexer, self._backend = store, indexer, backend
         self._tokenizer, self._timeout_s = tokenizer, timeout_s
 
@@ -71,16 +76,16 @@ class Attachments:
         try:
             yield completion.model_copy(update={"messages": messages})
         finally:
-            await self.forget_deleted(used)
+            await self.forget_deleted(used, tenant)
 
-    async def forget(self, text: str) -> None:
+    async def forget(self, text: str, tenant: str) -> None:
         """Drops the keys and values of ``text`` from every engine."""
-        await self._backend.forget(await asyncio.to_thread(tokens_of, text, self._tokenizer))
+        await self._backend.forget(await self._readers.run(tenant, tokens_of, text, self._tokenizer))
 
-    async def forget_deleted(self, used: dict[str, str]) -> None:
+    async def forget_deleted(self, used: dict[str, str], tenant: str) -> None:
         """Forgets the texts that were deleted while a request used them (content to text) and engines read them."""
         for text in [text for name, text in used.items() if not self._store.has(name)]:
-            await self.forget(text)
+            await self.forget(text, tenant)
 
     async def _read_message(self, i: int, message: ChatMessage, tenant: str, used: dict[str, str]) -> ChatMessage:
         if not isinstance(message.content, list):

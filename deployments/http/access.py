@@ -67,8 +67,10 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(scope, receive, send, int(self._config.max_body_mb * 1e6))
         headers = Headers(scope=scope)
+        is_form = headers.get("content-type", "").startswith("multipart/form-data")
+        most_mb = self._config.max_body_mb if is_form else self._config.max_json_mb
+        exchange = _Exchange(scope, receive, send, int(most_mb * 1e6))
         scope["rapid.client"] = Client()
         try:
             self._check_origin(scope["method"], headers)
@@ -166,4 +168,6 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": end.encode(), "more_body": False})
 
     def _too_large(self) -> InvalidRequest:
-        return InvalidRequest(f"a request may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413)
+        return InvalidRequest(
+            f"a body of this kind may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413
+        )

@@ -91,13 +91,13 @@ def make_api(
     async def tokenize(request: Request) -> Tokenized:
         body = await read(TokenizeRequest, request)
         check_model(body.model or model_name)
-        return await service.tokenize(body)
+        return await service.tokenize(body, client_of(request).tenant)
 
     @app.post("/detokenize", **describe_body(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
         body = await read(DetokenizeRequest, request)
         check_model(body.model or model_name)
-        return await service.detokenize(body)
+        return await service.detokenize(body, client_of(request).tenant)
 
     @app.get("/version", responses=ERRORS)
     async def version() -> dict[str, str]:

@@ -10,7 +10,7 @@ passages in the place of the context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -100,7 +100,9 @@ class Prompt:
         retrieved = {turn.exchange for turn in self._turns if any(i in kept for i in turn.contents)}
         dropped = {turn.exchange for turn in self._turns if turn.contents} - retrieved - {None}
         messages = [turn.shortened(kept) for turn in self._turns if turn.exchange not in dropped]
-        text = _rendered(self.tokenizer, messages, self._tools, self._template_kwargs, self._special_tokens, self.is_chat)
+        text = _rendered(
+            self.tokenizer, messages, self._tools, self._template_kwargs, self._special_tokens, self.is_chat
+        )
         return _encode(self.tokenizer, text, self._special_tokens, self.is_chat)
 
 
@@ -129,7 +131,7 @@ def read_chat(
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     text = _rendered(tokenizer, messages, tools, template_kwargs, special_tokens, True)
-    _check_length(tokenizer, text, most_tokens, "messages")
+    check_length(tokenizer, text, most_tokens, "messages")
     tokens = _encode(tokenizer, text, special_tokens, True)
     contents, asked, turns = _divided(messages, tokenizer, long_content_tokens)
     return Prompt(tokens, contents, query or asked, turns, tokenizer, True, tools, template_kwargs, special_tokens)
@@ -164,7 +166,7 @@ def read_text(
             raise InvalidRequest(f"prompt: there is no token {unknown[0]}", param="prompt")
         text = str(tokenizer.decode(tokens))
     else:
-        _check_length(tokenizer, text, most_tokens, "prompt")
+        check_length(tokenizer, text, most_tokens, "prompt")
         tokens = _encode(tokenizer, text, special_tokens, False)
     contents, asked, turns = _divided([Message("user", text)], tokenizer, long_content_tokens)
     return Prompt(tokens, contents, query or asked, turns, tokenizer, False, _special_tokens=special_tokens)
@@ -242,7 +244,11 @@ def _is_long(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
     return count(tokenizer, text, stop=limit) > limit
 
 
-def _check_length(tokenizer: PreTrainedTokenizerBase, text: str, most_tokens: int | None, param: str) -> None:
+def check_length(tokenizer: PreTrainedTokenizerBase, text: str, most_tokens: int | None, param: str) -> None:
+    """
+    Raises:
+        ContextLengthExceeded: ``text`` has more than ``most_tokens``; the error names ``param``.
+    """
     beyond = None if most_tokens is None else count_beyond(tokenizer, text, most_tokens)
     if most_tokens is not None and beyond is not None:
         raise ContextLengthExceeded(

@@ -21,6 +21,7 @@ from deployments.files.store import FileNotStored, FileStore
 from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
+from deployments.turns import FairPool
 from rapid.errors import RapidError, RetrievalFailed
 from retrieval import IndexProgress
 
@@ -75,7 +76,8 @@ class World:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         config = {"target": {"model": "none"}, "files": {"folder": str(folder)}}
         self.folder, self.backend = folder, Backend()
-        self.files = LocalFiles(parse_config(config), self.backend, tokenizer)  # type: ignore[arg-type]
+        readers = FairPool(1, "read")
+        self.files = LocalFiles(parse_config(config), self.backend, tokenizer, readers)  # type: ignore[arg-type]
 
     async def upload(self, data: bytes = DATA) -> str:
         file_id: str = (await self.files.upload(OURS, "a.txt", "user_data", data))["id"]

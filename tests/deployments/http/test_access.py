@@ -130,7 +130,7 @@ def test_a_prompt_is_paid_for_once_and_also_by_who_leaves_early() -> None:
 
 @pytest.mark.parametrize("path", ["completions", "files"])
 def test_a_body_too_large_is_refused_however_it_comes(serve: Serve, path: str) -> None:
-    url = serve(max_body_mb=0.01)
+    url = serve(max_body_mb=0.01, max_json_mb=0.01)
     kind = "multipart/form-data; boundary=x" if path == "files" else "application/json"
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' if path == "files" else b""
     whole = head + b"x" * 20_000

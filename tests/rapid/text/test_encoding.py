@@ -1,4 +1,4 @@
-"""Special tokens that strangers write are text, those of the template stay, and all else has the tokens it always had."""
+"""Special tokens that strangers write are text, those of the template stay, and the rest has the tokens it had."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from rapid.errors import ContextLengthExceeded
-from rapid.text.encoding import count, count_beyond, encode, encode_in_pieces
+from rapid.text.encoding import _spelling, count, count_beyond, encode, encode_in_pieces
 from rapid.text.prompts import Message, read_chat, read_text
 
 TEMPLATE = """{% for tool in tools or [] %}<|im_start|>tool{{ tool | tojson }}<|im_end|>{% endfor -%}
@@ -86,8 +86,6 @@ def test_a_prompt_without_special_tokens_has_transformers_tokens(tokenizer: PreT
         chat = [{"role": "user", "content": content}]
         theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         assert _of(tokenizer, content) == theirs
-        from rapid.text.encoding import _spelling
-
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         spelling = _spelling(tokenizer)
         assert spelling.encode(spelling.renamed(text)) == theirs
