@@ -5,6 +5,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(RapidError):
@@ -106,7 +109,7 @@ class RetrieverConfig(Strict):
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
-    qdrant_api_key: SecretStr | None = Field(None, description="QDRANT_API_KEY in the environment when not set")
+    qdrant_api_key: SecretStr | None = Field(None, description="env:NAME or file:PATH; QDRANT_API_KEY when not set")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 
@@ -128,9 +131,21 @@ class FilesConfig(Strict):
 class AccessConfig(Strict):
     """API keys and limits. Without keys every client may ask, and limits hold for each client address."""
 
-    api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="where valid keys are, env:NAME or file:PATH; with RAPID_API_KEYS (comma-separated), all",
+    )
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
     tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
+    wrong_keys_per_minute: int = Field(60, ge=1, description="of one address; more is a 429, and right keys still pass")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="of one key at the same time, more wait; with several keys 3/4 of the places when not set",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="names that clients may know this server by, * is all; localhost without keys when not set"
+    )
     max_json_mb: float = Field(4, gt=0, description="a larger body of JSON is a 413")
     max_body_mb: float = Field(64, gt=0, description="a larger upload is a 413")
     request_timeout_s: float | None = Field(
@@ -140,9 +155,13 @@ class AccessConfig(Strict):
 
     @property
     def keys(self) -> list[str]:
-        """All valid keys, with those in the environment of this process."""
-        named = [key.get_secret_value() for key in self.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
-        return [key.strip() for key in named if key.strip()]
+        """All valid keys, with those in the environment of this process.
+
+        Raises:
+            ConfigError: a file cannot be read, or a variable is not set.
+        """
+        named = [key for where in self.api_keys for key in read_secrets(where, "access.api_keys")]
+        return named + _separated(os.environ.get("RAPID_API_KEYS", ""))
 
     @field_validator("api_keys")
     @classmethod
@@ -202,8 +221,43 @@ class AppConfig(Strict):
         return not self.colocated and self.target.num_gpus >= 1 and self.drafter.num_gpus >= 1
 
     @property
+    def max_in_flight(self) -> int | None:
+        """How many requests one client may have at the same time; None: any number."""
+        if self.access.max_in_flight is not None or len(self.access.keys) < 2:
+            return self.access.max_in_flight
+        return max(1, 3 * self.target.max_sequences * self.target.replicas.max // 4)
+
+    @property
     def model_name(self) -> str:
         return self.served_model or self.target.model
+
+
+def read_secrets(where: SecretStr, field: str) -> list[str]:
+    """The keys that ``where`` names: env:NAME (separated by commas), or file:PATH (one a line).
+
+    Ray Serve keeps the configuration, logs it and shows it, so a key itself should not be there; it still counts.
+
+    Raises:
+        ConfigError: there is no such variable or file, or it is empty; the message names ``field``.
+    """
+    kind, _, place = where.get_secret_value().strip().partition(":")
+    if kind == "env":
+        found = _separated(os.environ.get(place, ""))
+    elif kind == "file":
+        try:
+            found = [line.strip() for line in Path(place).expanduser().read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{field}: {place} cannot be read: {error}") from error
+    else:
+        logger.warning("%s: write env:NAME or file:PATH: Ray Serve logs and shows what stands in the file", field)
+        return [where.get_secret_value().strip()]
+    if not any(found):
+        raise ConfigError(f"{field}: {'the variable' if kind == 'env' else 'the file'} {place} has no key")
+    return [key for key in found if key]
+
+
+def _separated(keys: str) -> list[str]:
+    return [key.strip() for key in keys.split(",") if key.strip()]
 
 
 def read_config(path: Path) -> AppConfig:

@@ -19,6 +19,7 @@ The package deployments adds subclasses of RapidError:
         ManifestError                manifest_error           500   deployments.cli.manifests
         InvalidKey                   invalid_api_key          401   deployments.http.access
         OriginRefused                origin_not_allowed       403   deployments.http.access
+        HostRefused                  host_not_allowed         403   deployments.http.access
         TimedOut                     request_timeout          504   deployments.http.access
         RateLimited                  rate_limit_exceeded      429   deployments.http.rate_limits
         FileNotStored                file_not_found           404   deployments.files.store

@@ -51,7 +51,7 @@ def as_rapid_error(error: Exception) -> RapidError:
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
-    retry = {"Retry-After": "1"} if shown.status in (429, 503) else {}
+    retry = {"Retry-After": str(getattr(shown, "retry_after", 1))} if shown.status in (429, 503) else {}
     return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
 
 

@@ -131,7 +131,7 @@ class Completion(Body):
         """
         if self.n > config.target.max_sequences:
             raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
-        most = self._max_tokens() or config.default_max_tokens
+        most = self.tokens_to_write() or config.default_max_tokens
         if self.min_tokens > most:
             raise InvalidRequest(f"min_tokens must be at most {most}, got {self.min_tokens}", param="min_tokens")
         unknown = [token for token in self.stop_token_ids if not 0 <= token < len(tokenizer)]
@@ -162,7 +162,7 @@ class Completion(Body):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=stop_token_ids,
             min_tokens=self.min_tokens,
-            max_tokens=self._max_tokens(),
+            max_tokens=self.tokens_to_write(),
             default_max_tokens=config.default_max_tokens,
             logits=LogitParams(
                 **adjustments,
@@ -178,7 +178,7 @@ class Completion(Body):
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
         """The prompt; ``how`` are the options that `read_chat` and `read_text` have in common."""
 
-    def _max_tokens(self) -> int | None:
+    def tokens_to_write(self) -> int | None:
         return self.max_tokens
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -239,7 +239,7 @@ class ChatRequest(Completion):
             return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
         return super()._grammar(tokenizer)
 
-    def _max_tokens(self) -> int | None:
+    def tokens_to_write(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
