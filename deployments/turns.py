@@ -13,7 +13,8 @@ from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
