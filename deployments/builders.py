@@ -45,9 +45,9 @@ class LocalIndexingBackend(LocalBackend):
         super().__init__(target, drafter, retriever.retrieve, **how)
         self._retriever = retriever
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         try:
-            async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
+            async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
                 yield kept
         except RetrievalError as error:
             raise RetrievalFailed(f"retrieval failed: {error}") from error

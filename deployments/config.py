@@ -21,6 +21,7 @@ from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
 
+PUBLIC = "public"  # the tenant of every client where there are no keys
 logger = logging.getLogger(__name__)
 
 
@@ -151,6 +152,9 @@ class AccessConfig(Strict):
     request_timeout_s: float | None = Field(
         None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
     )
+    isolation: Literal["shared", "key"] = Field(
+        "key", description="key: each key has its own cache and files; shared: equal texts are computed once for all"
+    )
     cors_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask; * is all")
 
     @property
@@ -219,6 +223,10 @@ class AppConfig(Strict):
         if self.overlap != "auto":
             return self.overlap
         return not self.colocated and self.target.num_gpus >= 1 and self.drafter.num_gpus >= 1
+
+    def salt_of(self, tenant: str) -> str:
+        """What is cached for ``tenant`` is found by tenants with the same salt alone."""
+        return "" if tenant == PUBLIC or self.access.isolation == "shared" else tenant
 
     @property
     def max_in_flight(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol
 
 from deployments.config import AppConfig
@@ -18,6 +18,7 @@ from deployments.turns import FairPool
 from rapid.errors import ContextLengthExceeded
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
+from retrieval import TenantOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ class LocalService:
             request = await self._readers.run(tenant, whole.read, self._tokenizer, self._config, window)
             if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
+            salt = self._config.salt_of(tenant)
+            request = replace(request, salt=salt, retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt))
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from deployments.config import AppConfig
 from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
 from deployments.files.store import FileStore
@@ -44,22 +45,20 @@ class Attachments:
 
     Args:
         readers: the threads that read requests.
-        timeout_s: for the text of one inline file.
     """
 
     def __init__(
         self,
+        config: AppConfig,
         store: FileStore,
         indexer: FileIndexer,
         backend: Backend,
         tokenizer: PreTrainedTokenizerBase,
         readers: FairPool,
-        *,
-        timeout_s: float,
     ) -> None:
         self._readers = readers
         self._store, self._indexer, self._backend = store, indexer, backend
-        self._tokenizer, self._timeout_s = tokenizer, timeout_s
+        self._config, self._tokenizer = config, tokenizer
 
     @asynccontextmanager
     async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Completion]:
@@ -79,8 +78,9 @@ class Attachments:
             await self.forget_deleted(used, tenant)
 
     async def forget(self, text: str, tenant: str) -> None:
-        """Drops the keys and values of ``text`` from every engine."""
-        await self._backend.forget(await self._readers.run(tenant, tokens_of, text, self._tokenizer))
+        """Drops the keys and values of ``text`` from every engine, those of other tenants where they are shared."""
+        tokens = await self._readers.run(tenant, tokens_of, text, self._tokenizer)
+        await self._backend.forget(tokens, self._config.salt_of(tenant))
 
     async def forget_deleted(self, used: dict[str, str], tenant: str) -> None:
         """Forgets the texts that were deleted while a request used them (content to text) and engines read them."""
@@ -105,7 +105,9 @@ class Attachments:
         if part.file.file_id is None:
             param = f"{where}.file_data"
             data = await asyncio.to_thread(part.file.data, param)
-            text, _ = await extract_text(data, part.file.filename or "", timeout_s=self._timeout_s, param=param)
+            text, _ = await extract_text(
+                data, part.file.filename or "", timeout_s=self._config.files.read_timeout_s, param=param
+            )
             return text
         try:
             name = self._store.readable(tenant, part.file.file_id).content

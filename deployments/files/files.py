@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deployments.config import AppConfig
 from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
-from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload
+from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload, name_of
 from deployments.turns import FairPool
 from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
@@ -51,9 +50,7 @@ class LocalFiles:
         chunk_tokens = config.retriever.options.chunk_tokens
         made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
         self._indexer = FileIndexer(backend, self._store, chunk_tokens=chunk_tokens, made_with=made_with)
-        self.attachments = Attachments(
-            self._store, self._indexer, backend, tokenizer, readers, timeout_s=config.files.read_timeout_s
-        )
+        self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers)
 
     async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
         """Reads a file and starts to embed it. Bytes that were read before are not read again.
@@ -68,14 +65,15 @@ class LocalFiles:
         if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
             message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
             raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
-        name = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        salt = self._config.salt_of(tenant)
+        name = await asyncio.to_thread(name_of, data, salt)
         try:
             text, known = await asyncio.to_thread(self._store.text, name), self._store.content(name)
-            content = Content(known.media_type, known.text_sha256, known.tokens)  # its vectors may be going
+            content = Content(known.media_type, known.text_sha256, known.tokens, salt=salt)  # its vectors may be going
         except FileNotStored:
             timeout_s = self._config.files.read_timeout_s
             text, media_type = await extract_text(data, filename, timeout_s=timeout_s, param="file")
-            content = await self._readers.run(tenant, self._describe, text, media_type)
+            content = await self._readers.run(tenant, self._describe, text, media_type, salt)
         upload = await asyncio.to_thread(self._store.put, tenant, filename, purpose, data, text, content)
         self._indexer.retry(name)
         return self._object(upload, self._store.content(name))
@@ -126,8 +124,11 @@ class LocalFiles:
         prompt = await self._readers.run(tenant, self._shared_prefix, text, window)
         if len(prompt) >= window:
             raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=1, window=window, param="file_id")
+        salt = self._config.salt_of(tenant)
         try:
-            async with self._backend.lease("target", SequenceRequest(prompt, 1, self._config.sampling)) as lease:
+            async with self._backend.lease(
+                "target", SequenceRequest(prompt, 1, self._config.sampling, salt=salt)
+            ) as lease:
                 prefilled = await lease.prefill()
         finally:
             await self.attachments.forget_deleted({name: text}, tenant)
@@ -147,9 +148,9 @@ class LocalFiles:
                 stored.append((upload, self._store.content(upload.content)))
         return stored
 
-    def _describe(self, text: str, media_type: str) -> Content:
+    def _describe(self, text: str, media_type: str, salt: str) -> Content:
         num_tokens = count(self._tokenizer, text)
-        return Content(media_type, hashlib.sha256(text.encode()).hexdigest(), num_tokens)
+        return Content(media_type, name_of(text.encode(), salt), num_tokens, salt=salt)
 
     def _shared_prefix(self, text: str, window: int) -> list[int]:
         """The tokens that the prompts of two chats about ``text`` begin with, whatever the chat template adds.

@@ -53,7 +53,7 @@ class Content:
     """One content: its text, and how many of its ``chunks`` are ``embedded``.
 
     ``made_with`` names what the chunks depend on; ``vectors`` is their namespace in the vector store. A content
-    ``is_going`` when every file that has it is.
+    ``is_going`` when every file that has it is. Contents with another ``salt`` are other contents.
     """
 
     media_type: str
@@ -64,9 +64,15 @@ class Content:
     chunks: int = 0
     embedded: int = 0
     is_going: bool = False
+    salt: str = ""
 
     def is_embedded(self, made_with: str) -> bool:
         return self.made_with == made_with and self.embedded == self.chunks
+
+
+def name_of(data: bytes, salt: str) -> str:
+    """The name of a content: the same bytes have the same name where they have the same salt."""
+    return hashlib.sha256(salt.encode() + data).hexdigest()
 
 
 class FileStore:
@@ -77,7 +83,7 @@ class FileStore:
 
     def put(self, tenant: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
         """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is."""
-        name = hashlib.sha256(data).hexdigest()
+        name = name_of(data, content.salt)
         upload = Upload(f"file-{uuid.uuid4().hex}", filename, purpose, len(data), int(time.time()), name)
         with self._locked():
             place = self._content(name)

@@ -19,10 +19,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.config import AppConfig
+from deployments.config import PUBLIC, AppConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
 from deployments.http.internal_headers import check_headers
-from deployments.http.rate_limits import HEADERS, PUBLIC, Charge, Client, Clients
+from deployments.http.rate_limits import HEADERS, Charge, Client, Clients
 from deployments.turns import Turns
 from rapid.errors import InvalidRequest, RapidError
 

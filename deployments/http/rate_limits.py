@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from deployments.config import PUBLIC
 from deployments.schemas.events import Events, Started
 from rapid.errors import RapidError
 from rapid.events import Delta
 
-PUBLIC = "public"  # the tenant of every client where there are no keys
 HEADERS = [
     f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
 ]

@@ -199,9 +199,12 @@ class _Spelling:
         renamed = Tokenizer.from_str(json.dumps(state))
         renamed.no_truncation()
         renamed.no_padding()
-        added = {**self._backend.get_added_tokens_decoder()}
-        names = {token: aliases.get(one.content, one.content) for token, one in added.items()}
-        return renamed, {renamed.token_to_id(name): token for token, name in names.items()}
+        ids: dict[int, int] = {}
+        for token, one in self._backend.get_added_tokens_decoder().items():
+            new = renamed.token_to_id(aliases.get(one.content, one.content))
+            assert new is not None
+            ids[new] = token
+        return renamed, ids
 
 
 _spellings: WeakKeyDictionary[PreTrainedTokenizerBase, _Spelling] = WeakKeyDictionary()

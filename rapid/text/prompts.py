@@ -282,7 +282,7 @@ def _rendered(
         return value if special_tokens else hide(tokenizer, value)
 
     try:
-        text: str = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": one.role, "content": text_of(one.content), **text_of(dict(one.more))} for one in messages],
             tools=text_of(list(tools)) or None,
             tokenize=False,
@@ -291,4 +291,4 @@ def _rendered(
         )
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last three come from odd variables
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
-    return text
+    return str(text)

@@ -54,7 +54,7 @@ class Backend:
         self.on[method] = halts
         return begun, goes_on
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         tenant = hashlib.sha256(text.encode()).hexdigest()
         if tenant not in self.vectors:
             yield IndexProgress(tenant, 0, 2)
@@ -67,7 +67,7 @@ class Backend:
         await self._at("delete")
         self.vectors.discard(vectors)
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         await self._at("forget")
         self.forgotten.append(tokens)
 
@@ -261,7 +261,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
         assert await world.files.attachments._text(part, OURS, "here", {}) == "abc"
         await world.files.delete(OURS, file_id)
 
-    async def no_hashing(self: Backend, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def no_hashing(self: Backend, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         yield IndexProgress("somebody", 1, 1)
 
     asyncio.run(story())
@@ -272,7 +272,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
 def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads, forgotten = [], []
 
-    async def forget(tokens: list[int]) -> None:
+    async def forget(tokens: list[int], salt: str = "") -> None:
         forgotten.append(tokens)
 
     def get_actor(name: str) -> Any:
