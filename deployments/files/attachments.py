@@ -13,7 +13,7 @@ from deployments.files.indexing import FileIndexer
 from deployments.files.store import FileStore
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
-from deployments.turns import FairPool
+from deployments.turns import FairPool, Turns
 from rapid.backend.protocol import Backend
 from rapid.errors import InvalidRequest, RapidError
 from rapid.text.encoding import encode_in_pieces
@@ -22,14 +22,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-async def extract_text(data: bytes, filename: str, *, timeout_s: float, param: str) -> tuple[str, str]:
-    """(text, media type) of a file.
+_places = asyncio.Semaphore(2)  # a reader may take a core and 2 GiB
+_turns = Turns(1, max_waiting=64)
+
+
+async def extract_text(data: bytes, filename: str, tenant: str, *, timeout_s: float, param: str) -> tuple[str, str]:
+    """(text, media type) of a file. Files of one tenant are read one after another.
 
     Raises:
         InvalidRequest: the file has no readable text; the error names ``param``.
     """
     try:
-        return await extract(data, filename=filename, timeout_s=timeout_s)
+        async with _turns.turn(tenant), _places:
+            return await extract(data, filename=filename, timeout_s=timeout_s)
     except Unreadable as error:
         code = "unsupported_file" if error.status == 415 else "unreadable_file"
         raise InvalidRequest(error.message, code=code, status=error.status, param=param) from error
@@ -106,7 +111,7 @@ class Attachments:
             param = f"{where}.file_data"
             data = await asyncio.to_thread(part.file.data, param)
             text, _ = await extract_text(
-                data, part.file.filename or "", timeout_s=self._config.files.read_timeout_s, param=param
+                data, part.file.filename or "", tenant, timeout_s=self._config.files.read_timeout_s, param=param
             )
             return text
         try:

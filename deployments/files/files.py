@@ -72,7 +72,7 @@ class LocalFiles:
             content = Content(known.media_type, known.text_sha256, known.tokens, salt=salt)  # its vectors may be going
         except FileNotStored:
             timeout_s = self._config.files.read_timeout_s
-            text, media_type = await extract_text(data, filename, timeout_s=timeout_s, param="file")
+            text, media_type = await extract_text(data, filename, tenant, timeout_s=timeout_s, param="file")
             content = await self._readers.run(tenant, self._describe, text, media_type, salt)
         upload = await asyncio.to_thread(self._store.put, tenant, filename, purpose, data, text, content)
         self._indexer.retry(name)

@@ -41,7 +41,7 @@ class RetrievalFields(Body):
 
     max_tokens: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=-1, le=1)
-    chunk_tokens: int | None = Field(None, ge=1)
+    chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
     keep: bool | None = None
 
 
