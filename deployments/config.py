@@ -119,7 +119,7 @@ class FilesConfig(Strict):
     """Uploaded files and their vectors."""
 
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
-    max_stored_mb: float = Field(1024, gt=0, description="what one key's files may take together; more is a 413")
+    max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
 
     @property

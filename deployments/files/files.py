@@ -46,7 +46,7 @@ class LocalFiles:
         self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase, readers: FairPool
     ) -> None:
         self._config, self._backend, self._tokenizer, self._readers = config, backend, tokenizer, readers
-        self._store = FileStore(config.files.path)
+        self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6)
         chunk_tokens = config.retriever.options.chunk_tokens
         made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
         self._indexer = FileIndexer(backend, self._store, chunk_tokens=chunk_tokens, made_with=made_with)
@@ -60,11 +60,7 @@ class LocalFiles:
         """
         if purpose not in PURPOSES:
             raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
-        stored = await asyncio.to_thread(self._store.uploads, tenant)
-        limit = self._config.files.max_stored_mb
-        if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
-            message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
-            raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
+        await asyncio.to_thread(self._store.check_room, tenant, len(data))
         salt = self._config.salt_of(tenant)
         name = await asyncio.to_thread(name_of, data, salt)
         try:

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from deployments.config import parse_config
 from deployments.files import store as file_store
 from deployments.files.files import LocalFiles
-from deployments.files.store import FileNotStored, FileStore
+from deployments.files.store import Content, FileNotStored, FileStore
 from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
 from deployments.turns import FairPool
-from rapid.errors import RapidError, RetrievalFailed
+from rapid.errors import InvalidRequest, RapidError, RetrievalFailed
 from retrieval import IndexProgress
 
 OURS = "ours"
@@ -301,3 +301,21 @@ def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: p
 
     monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
     asyncio.run(story())
+
+
+def test_uploads_at_once_have_no_more_room_than_one_after_another(world: World) -> None:
+    """What is read from a file counts, too: a small PDF may stand for megabytes of text."""
+    room = 3 * 2 * 1000
+    world.files._store = store = FileStore(world.folder, room)
+
+    async def story() -> None:
+        uploads = (world.upload(b"%d" % i * 1000) for i in range(8))
+        results = await asyncio.gather(*uploads, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, InvalidRequest)]
+        assert len(refused) == 5 and {error.code for error in refused} == {"storage_limit_exceeded"}
+        assert sum(upload.stored for upload in store.uploads(OURS)) == room
+
+    asyncio.run(story())
+    with pytest.raises(InvalidRequest):
+        store.put("another", "a.pdf", "user_data", b"small", "long" * room, Content("application/pdf", "", 1))
+    assert not store.uploads("another")
