@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig
+from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig, read_secrets
 from deployments.files.indexing import in_threads
 from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine
@@ -32,8 +32,8 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
 
     embedder = load_embedder(embedded_models.resolve(config.embedder), device=config.device)
     return_freed_memory()
-    configured = config.qdrant_api_key
-    key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
+    named = config.qdrant_api_key
+    key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
     folder = files.path / "vectors"
     store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
     return Retriever(embedder, store, load_tokenizer(target_model))
@@ -46,9 +46,9 @@ class LocalIndexingBackend(LocalBackend):
         super().__init__(target, drafter, retriever.retrieve, **how)
         self._retriever = retriever
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         try:
-            async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
+            async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
                 yield kept
         except RetrievalError as error:
             raise RetrievalFailed(f"retrieval failed: {error}") from error

@@ -5,6 +5,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,9 @@ from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
+
+PUBLIC = "public"  # the tenant of every client where there are no keys
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(RapidError):
@@ -134,7 +138,7 @@ class RetrieverConfig(Strict):
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
-    qdrant_api_key: SecretStr | None = Field(None, description="QDRANT_API_KEY in the environment when not set")
+    qdrant_api_key: SecretStr | None = Field(None, description="env:NAME or file:PATH; QDRANT_API_KEY when not set")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 
@@ -143,7 +147,7 @@ class FilesConfig(Strict):
     """Uploaded files and their vectors."""
 
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
-    max_stored_mb: float = Field(1024, gt=0, description="what one key's files may take together; more is a 413")
+    max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
 
     @property
@@ -156,20 +160,40 @@ class FilesConfig(Strict):
 class AccessConfig(Strict):
     """API keys and limits. Without keys every client may ask, and limits hold for each client address."""
 
-    api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="where valid keys are, env:NAME or file:PATH; with RAPID_API_KEYS (comma-separated), all",
+    )
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
     tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
-    max_body_mb: float = Field(64, gt=0, description="a larger request is a 413")
+    wrong_keys_per_minute: int = Field(60, ge=1, description="of one address; more is a 429, and right keys still pass")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="of one key at the same time, more wait; with several keys 3/4 of the places when not set",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="names that clients may know this server by, * is all; localhost without keys when not set"
+    )
+    max_json_mb: float = Field(4, gt=0, description="a larger body of JSON is a 413")
+    max_body_mb: float = Field(64, gt=0, description="a larger upload is a 413")
     request_timeout_s: float | None = Field(
         None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
+    )
+    isolation: Literal["shared", "key"] = Field(
+        "key", description="key: each key has its own cache and files; shared: equal texts are computed once for all"
     )
     cors_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask; * is all")
 
     @property
     def keys(self) -> list[str]:
-        """All valid keys, with those in the environment of this process."""
-        named = [key.get_secret_value() for key in self.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
-        return [key.strip() for key in named if key.strip()]
+        """All valid keys, with those in the environment of this process.
+
+        Raises:
+            ConfigError: a file cannot be read, or a variable is not set.
+        """
+        named = [key for where in self.api_keys for key in read_secrets(where, "access.api_keys")]
+        return named + _separated(os.environ.get("RAPID_API_KEYS", ""))
 
     @field_validator("api_keys")
     @classmethod
@@ -203,6 +227,9 @@ class AppConfig(Strict):
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+    special_tokens_in_text: bool = Field(
+        False, description="read special tokens that messages, tools, files and prompts have; else they are text"
+    )
     observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")
@@ -225,9 +252,48 @@ class AppConfig(Strict):
             return self.overlap
         return not self.colocated and self.target.num_gpus >= 1 and self.drafter.num_gpus >= 1
 
+    def salt_of(self, tenant: str) -> str:
+        """What is cached for ``tenant`` is found by tenants with the same salt alone."""
+        return "" if tenant == PUBLIC or self.access.isolation == "shared" else tenant
+
+    @property
+    def max_in_flight(self) -> int | None:
+        """How many requests one client may have at the same time; None: any number."""
+        if self.access.max_in_flight is not None or len(self.access.keys) < 2:
+            return self.access.max_in_flight
+        return max(1, 3 * self.target.max_sequences * self.target.replicas.max // 4)
+
     @property
     def model_name(self) -> str:
         return self.served_model or self.target.model
+
+
+def read_secrets(where: SecretStr, field: str) -> list[str]:
+    """The keys that ``where`` names: env:NAME (separated by commas), or file:PATH (one a line).
+
+    Ray Serve keeps the configuration, logs it and shows it, so a key itself should not be there; it still counts.
+
+    Raises:
+        ConfigError: there is no such variable or file, or it is empty; the message names ``field``.
+    """
+    kind, _, place = where.get_secret_value().strip().partition(":")
+    if kind == "env":
+        found = _separated(os.environ.get(place, ""))
+    elif kind == "file":
+        try:
+            found = [line.strip() for line in Path(place).expanduser().read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{field}: {place} cannot be read: {error}") from error
+    else:
+        logger.warning("%s: write env:NAME or file:PATH: Ray Serve logs and shows what stands in the file", field)
+        return [where.get_secret_value().strip()]
+    if not any(found):
+        raise ConfigError(f"{field}: {'the variable' if kind == 'env' else 'the file'} {place} has no key")
+    return [key for key in found if key]
+
+
+def _separated(keys: str) -> list[str]:
+    return [key.strip() for key in keys.split(",") if key.strip()]
 
 
 def read_config(path: Path) -> AppConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,6 +21,9 @@ from deployments.schemas.body import BELONGS
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
+
+_SMALL_BODY = 2**16  # bytes that are parsed sooner than a thread has begun
+_parsers = ThreadPoolExecutor(2, thread_name_prefix="parse")
 
 
 def error_object(error: RapidError) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def as_rapid_error(error: Exception) -> RapidError:
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
-    retry = {"Retry-After": "1"} if shown.status in (429, 503) else {}
+    retry = {"Retry-After": str(getattr(shown, "retry_after", 1))} if shown.status in (429, 503) else {}
     return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
 
 
@@ -103,7 +108,10 @@ async def read(kind: type[T], request: Request) -> T:
     if not is_json(request.headers):
         message = "the body must be JSON: send the header `Content-Type: application/json`"
         raise InvalidRequest(message, code="unsupported_media_type", status=415)
-    return parse(kind, await request.body())
+    body = await request.body()
+    if len(body) <= _SMALL_BODY:
+        return parse(kind, body)
+    return await asyncio.get_running_loop().run_in_executor(_parsers, parse, kind, body)
 
 
 def is_json(headers: Headers) -> bool:

@@ -88,8 +88,8 @@ class RayBackend:
             raise RetrievalFailed(f"no retriever answered within {_OPTIONAL_TIMEOUT_S} s") from error
         return retrieval
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
-        stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens)
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
+        stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)
         try:
             with _retrieving():
                 async for kept in stream:
@@ -107,14 +107,14 @@ class RayBackend:
             dropped.cancel()
             raise RetrievalFailed(f"no retriever answered within {_LEASE_TIMEOUT_S} s") from error
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         """Every engine of the application, whoever has asked it for something."""
         mine = engines_of(serve.get_replica_context().app_name)
         for name in await asyncio.to_thread(ray.util.list_named_actors):
             if name.startswith(mine):
                 with suppress(ValueError, RayActorError):  # gone since, and what it held with it
                     engine = await asyncio.to_thread(ray.get_actor, name)
-                    await engine.forget.remote(tokens)
+                    await engine.forget.remote(tokens, salt)
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:

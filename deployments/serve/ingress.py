@@ -58,12 +58,12 @@ class RemoteService:
         window: int = await self._call("window")
         return window
 
-    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
-        tokenized: Tokenized = await self._call("tokenize", body)
+    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
+        tokenized: Tokenized = await self._call("tokenize", body, tenant)
         return tokenized
 
-    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
-        detokenized: Detokenized = await self._call("detokenize", body)
+    async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
+        detokenized: Detokenized = await self._call("detokenize", body, tenant)
         return detokenized
 
     async def _call(self, method: str, *args: Any) -> Any:

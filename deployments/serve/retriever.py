@@ -30,9 +30,9 @@ class RetrieverReplica:
         yield None
         yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         """The progress of `Retriever.keep`, batch by batch."""
-        async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
+        async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
             yield kept
 
     async def delete(self, vectors: str) -> None:

@@ -62,9 +62,9 @@ class LocalBackend:
         except Exception as error:  # the retriever has errors of its own
             raise RetrievalFailed(f"retrieval failed: {error}") from error
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         for engine in set(self._engines.values()):
-            await asyncio.wrap_future(engine.forget(tokens))
+            await asyncio.wrap_future(engine.forget(tokens, salt))
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:

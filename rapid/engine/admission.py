@@ -111,7 +111,7 @@ class Admission:
             request, _, future = arrival
             if future.cancelled():
                 continue
-            cache = self._pool.open(request.prompt, request.capacity) if not self._arrivals else None
+            cache = self._pool.open(request.prompt, request.capacity, request.salt) if not self._arrivals else None
             if cache is not None:
                 self._admit(arrival, cache)
             elif request.may_wait and len(self._arrivals) < self._max_queued:

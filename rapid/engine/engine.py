@@ -146,11 +146,11 @@ class Engine:
                 self._wake.notify()
         return future
 
-    def forget(self, tokens: list[int]) -> Future[int]:
+    def forget(self, tokens: list[int], salt: str = "") -> Future[int]:
         """Forgets the cached pages of a text with these ``tokens`` (`KVPool.forget`); the future gives their number."""
 
         def task() -> Task[int]:
-            return self._pool.forget(tokens)
+            return self._pool.forget(tokens, salt)
             yield
 
         return self.submit(task())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rapid.kv_cache.memory import take_small_pages
-from rapid.kv_cache.pages import PageAllocator
+from rapid.kv_cache.pages import PageAllocator, root_of
 from rapid.kv_cache.stats import PoolStats
 
 
@@ -87,13 +87,15 @@ class KVPool:
             evicted_pages=self._pages.num_evicted,
         )
 
-    def open(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
+    def open(self, prompt: Sequence[int], capacity: int, salt: str = "") -> KVCache | None:
         """A cache with room for ``capacity`` tokens, which already holds the indexed beginning of ``prompt``.
+
+        Only caches with the same ``salt`` share pages.
 
         The prompt's last token never comes from the index: the model must read it to give the first logits. Returns
         None if there is no room now.
         """
-        shared = self._pages.match_prefix(prompt, 0, before=None)
+        shared = self._pages.match_prefix(prompt, 0, before=None, root=root_of(salt))
         own = self._pages.take(self.pages_for(capacity) - len(shared))
         if own is None:
             self._pages.release(shared)
@@ -101,7 +103,7 @@ class KVPool:
         cached = len(shared) * self.page_size
         self._hits += cached
         self._misses += len(prompt) - cached
-        return KVCache(self, shared + own, num_shared=len(shared))
+        return KVCache(self, shared + own, num_shared=len(shared), root=root_of(salt))
 
     def adopt(self, cache: KVCache, tokens: Sequence[int]) -> None:
         """Replaces pages of ``cache`` that are still empty by pages that another sequence has filled since.
@@ -115,7 +117,7 @@ class KVPool:
         # The index knows the pages behind a page only if that page is indexed; then it is also the other sequence's.
         if before is not None and not self._pages.is_indexed(before):
             return
-        found = self._pages.match_prefix(tokens, cache.length, before)
+        found = self._pages.match_prefix(tokens, cache.length, before, cache.root)
         if found:
             self._pages.release(cache.pages[first : first + len(found)])
             cache.pages[first : first + len(found)] = found
@@ -133,7 +135,7 @@ class KVPool:
             return  # the page was forgotten, so no prompt could find the pages behind it
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             own = tokens[i * self.page_size : (i + 1) * self.page_size]
-            cache.pages[i] = self._pages.insert(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
+            cache.pages[i] = self._pages.insert(cache.pages[i], own, cache.pages[i - 1] if i else None, cache.root)
             cache.moved(shared_until=i + 1)
 
     def close(self, cache: KVCache) -> None:
@@ -146,12 +148,12 @@ class KVPool:
         """Evicts every page that no open sequence uses."""
         self._pages.evict_unused()
 
-    def forget(self, tokens: Sequence[int]) -> int:
-        """Forgets the cached pages of a text, at any position in a prompt (`PageAllocator.forget`).
+    def forget(self, tokens: Sequence[int], salt: str = "") -> int:
+        """Forgets the cached pages of a text, at any position in a prompt with ``salt`` (`PageAllocator.forget`).
 
         Returns the number of forgotten pages.
         """
-        return self._pages.forget(tokens)
+        return self._pages.forget(tokens, root_of(salt))
 
 
 class KVCache:
@@ -161,8 +163,8 @@ class KVCache:
     interrupted pass leaves the cache as it was, and a rollback only sets ``length``.
     """
 
-    def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int) -> None:
-        self.pool, self.pages, self.num_shared = pool, pages, num_shared
+    def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int, root: int = 0) -> None:
+        self.pool, self.pages, self.num_shared, self.root = pool, pages, num_shared, root
         self.length = num_shared * pool.page_size
         self._runs: list[tuple[int, int]] | None = None
 

@@ -24,7 +24,7 @@ CONFIG = {
     "target": ENGINE,
     "colocated": True,
     "retriever": {"long_content_tokens": 256, "options": OPTIONS},
-    "access": {"api_keys": ["ours", "theirs"]},
+    "access": {"api_keys": ["ours", "theirs"], "isolation": "shared"},
 }
 TEXT = document(3)
 
