@@ -88,7 +88,10 @@ class VerifyRequest:
 
 
 class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts."""
+    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
+
+    ``host_waits`` counts how often the engine's thread waited for its device to read results.
+    """
 
     num_sequences: int
     num_waiting: int
@@ -96,3 +99,4 @@ class EngineStats(NamedTuple):
     kv: PoolStats
     forward_passes: int
     tokens_processed: int
+    host_waits: int

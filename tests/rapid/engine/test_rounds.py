@@ -7,13 +7,12 @@ import torch
 from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opened, proposal, random_tokens, verification
 
 from rapid.engine.engine import Engine
-from rapid.engine.verify import dense
 from rapid.kernels.interface import BatchEntry
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
-from rapid.speculation.verification import RULES
+from rapid.speculation.verification import RULES, dense
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
@@ -100,7 +99,8 @@ def test_a_draft_tells_the_distributions_it_was_drawn_from(
     running = engine(model)
     sequence = opened(running, random_tokens(20, seed=7), sampling)
     draft: Draft = done(running.submit(proposal(sequence, 0, [], DraftLimits(6), top_k, frozenset())))
-    spread = dense(draft, VOCAB, torch.device("cpu"))
+    pairs = [tuple(torch.from_numpy(part).view(1, -1) for part in each) for each in draft.distributions]
+    spread = torch.cat([dense(ids.long(), weights, VOCAB) for ids, weights in pairs])
     tokens = torch.tensor(draft.tokens)[:, None]
     assert (spread.gather(-1, tokens) > 0).all()
     logits = model.forward([BatchEntry(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
