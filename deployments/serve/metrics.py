@@ -73,6 +73,7 @@ class EngineMetrics:
             "kv_evicted_pages": Counter("rapid_kv_evicted_pages", "Pages of the KV memory given to others"),
             "forward_passes": Counter("rapid_forward_passes", "Forward passes of the model"),
             "forward_pass_tokens": Counter("rapid_forward_pass_tokens", "Tokens computed by them"),
+            "host_waits": Counter("rapid_host_waits", "How often the engine waited for its device to read results"),
         }
         self._seen: dict[str, int] = dict.fromkeys(self._counters, 0)
 
@@ -88,6 +89,7 @@ class EngineMetrics:
             "kv_evicted_pages": kv.evicted_pages,
             "forward_passes": stats.forward_passes,
             "forward_pass_tokens": stats.tokens_processed,
+            "host_waits": stats.host_waits,
         }
         for name, total in totals.items():
             if total > self._seen[name]:

@@ -8,6 +8,7 @@ has at most one. So a draft that is read at its end makes the host wait once, an
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.sampling.sampler import warp
-from rapid.speculation.draft import Draft, DraftedToken, Logprobs
+from rapid.speculation.draft import Draft, DraftedToken, Logprobs, Pairs
 from rapid.speculation.drawing import draw, draw_greedily
 from rapid.speculation.verification import DraftRows, Rule, dense, output_law, verify, verify_greedy
 
@@ -81,7 +82,7 @@ class Download(NamedTuple):
     @staticmethod
     def together(wishes: Sequence[Download]) -> list[Floats]:
         ends = np.cumsum([len(values) for (values,) in wishes])
-        return np.split(download(_cat([values for (values,) in wishes])), ends[:-1])
+        return np.split(download(_joined([values for (values,) in wishes])), ends[:-1])
 
 
 Readout = Draw | Verify | Download
@@ -124,7 +125,7 @@ def _in_groups(
 
 def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
     """Draws for wishes with one ``draft_top_k``, or for greedy ones."""
-    logits = _cat([each.logits for each in wishes])
+    logits = _joined([each.logits for each in wishes])
     if wishes[0].sampling.temperature == 0:
         drawn = draw_greedily(logits)
     else:
@@ -142,22 +143,22 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     device = wishes[0].logits.device
     is_greedy = wishes[0].sampling.temperature == 0
     drafts = _draft_rows([each.draft for each in wishes], device)
-    # First the rows of all draft tokens, then the last row of each sequence: of one sequence that is their order.
-    logits = wishes[0].logits
-    if len(wishes) > 1:
-        logits = torch.cat([each.logits[:-1] for each in wishes] + [each.logits[-1:] for each in wishes])
+    logits = _joined([each.logits for each in wishes])
     if is_greedy:
         laws: list[Tensor | None] = [None] * len(wishes)
         found = verify_greedy(drafts, logits.argmax(-1))
     else:
         of_tokens = [each for each in wishes for _ in each.draft.tokens]
-        params = RowParams.of([each.sampling for each in (*of_tokens, *wishes)], device)
+        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], device)
         target_probs = warp(logits, params)
         strength = upload([[each.transfer_strength] for each in of_tokens] or np.zeros((0, 1)), "float32", device)
         places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", device)
         noise = Noise(places[:, 0], places[:, 1])
         found = verify(wishes[0].rule, drafts, target_probs, strength, noise)
-        laws = _laws(wishes, drafts, target_probs)
+        laws = [
+            None if each.num_logprobs is None else _law(each, probs)
+            for each, probs in zip(wishes, target_probs.split([len(each.logits) for each in wishes]), strict=True)
+        ]
     numbers = torch.stack(found, -1)  # [B, 2]
     return [
         row.double() if each.num_logprobs is None else torch.cat([row.double(), _logprobs(each, row, law)])
@@ -166,43 +167,37 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
 
 
 def _draft_rows(drafts: Sequence[Draft], device: torch.device) -> DraftRows:
-    pairs = [pair for draft in drafts for pair in draft.distributions]
-    sizes = np.array([len(ids) for ids, _ in pairs], np.int64)
-    is_filled = np.arange(sizes.max(initial=0)) < sizes[:, None]  # [N, k]
-    ids, weights = np.zeros(is_filled.shape, np.int64), np.zeros(is_filled.shape, np.float32)
-    if pairs:
-        ids[is_filled], weights[is_filled] = (np.concatenate(column) for column in zip(*pairs, strict=True))
     lengths = [len(draft.tokens) for draft in drafts]
-    firsts = [0, *np.cumsum(lengths)[:-1]]
-    tokens = [(token, b, step) for b, draft in enumerate(drafts) for step, token in enumerate(draft.tokens)]
-    of_tokens = upload(np.array(tokens, np.int64).reshape(-1, 3).T, "int64", device)
-    of_sequences = upload([lengths, firsts], "int64", device)
-    return DraftRows(
-        tokens=of_tokens[0],
-        sequences=of_tokens[1],
-        steps=of_tokens[2],
-        ids=upload(ids, "int64", device),
-        weights=upload(weights, "float32", device),
-        lengths=of_sequences[0],
-        firsts=of_sequences[1],
-        longest=max(lengths),
-    )
+    firsts = list(accumulate(lengths, initial=0))[:-1]
+    counts, starts = upload([lengths, firsts], "int64", device)
+    if not any(lengths):  # plain decoding
+        none = counts[:0]
+        return DraftRows(none, none, none, none, none, none, counts, starts, 0)
+    columns = [
+        (token, first + b + step, step, b)
+        for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
+        for step, token in enumerate(draft.tokens)
+    ]
+    ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
+    tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
+    return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
 
 
-def _laws(wishes: Sequence[Verify], drafts: DraftRows, target_probs: Tensor) -> list[Tensor | None]:
-    """The output law [γ+1, V] of each wish that has ``num_logprobs``."""
-    laws: list[Tensor | None] = []
-    first, num_drafted = 0, len(drafts.tokens)
-    for b, each in enumerate(wishes):
-        rows = slice(first, first + len(each.draft.tokens))
-        first = rows.stop
-        if each.num_logprobs is None:
-            laws.append(None)
-            continue
-        draft_probs = dense(drafts.ids[rows], drafts.weights[rows], target_probs.shape[-1])
-        own_probs = torch.cat([target_probs[rows], target_probs[num_drafted + b : num_drafted + b + 1]])
-        laws.append(output_law(each.rule, draft_probs, own_probs, each.transfer_strength))
-    return laws
+def _padded(pairs: Sequence[Pairs], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids and weights of ``pairs`` as rows [n, k]."""
+    sizes = np.array([len(ids) for ids, _ in pairs])
+    is_filled = np.arange(sizes.max()) < sizes[:, None]
+    ids, weights = np.zeros(is_filled.shape, np.int64), np.zeros(is_filled.shape, np.float32)
+    ids[is_filled], weights[is_filled] = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return upload(ids, "int64", device), upload(weights, "float32", device)
+
+
+def _law(wish: Verify, target_probs: Tensor) -> Tensor:
+    """The law [γ+1, V] of what ``wish`` emits, from its rows of p."""
+    if not wish.draft.tokens:
+        return target_probs
+    draft_probs = dense(*_padded(wish.draft.distributions, target_probs.device), target_probs.shape[-1])
+    return output_law(wish.rule, draft_probs, target_probs, wish.transfer_strength)
 
 
 def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
@@ -221,5 +216,12 @@ def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
     return torch.cat([own.double(), top.double(), ids.double()], -1).flatten()
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts``, one below the other. If they lie so in memory, as the rows of one pass do, nothing is copied."""
+    first, end = parts[0], parts[0].storage_offset()
+    memory = first.untyped_storage()._cdata
+    for part in parts:
+        if part.storage_offset() != end or part.untyped_storage()._cdata != memory or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -32,7 +32,7 @@ def transfer(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Stren
 
     Tokens outside the target's own support (top-p, top-k, min-p) stay outside: their p is 0.
     """
-    return _shifted(target_probs, transfer_strength * (draft_probs - target_probs))
+    return _shifted(target_probs, (draft_probs - target_probs).mul_(transfer_strength))
 
 
 def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
@@ -43,7 +43,7 @@ def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength:
 
 def drafter_masked(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """The released code's p̂: moves only the logits of tokens with q ≥ 0.1·max q, then takes one softmax over all."""
-    shift = transfer_strength * (draft_probs - target_probs)
+    shift = (draft_probs - target_probs).mul_(transfer_strength)
     unlikely = draft_probs < TAIL * draft_probs.amax(-1, keepdim=True)
     return _shifted(target_probs, shift.masked_fill(unlikely, 0.0))
 
@@ -72,7 +72,8 @@ def residual_excess(target_probs: Tensor, draft_probs: Tensor, augmented_probs: 
 def _shifted(probs: Tensor, shift: Tensor) -> Tensor:
     # The largest shift within the support is subtracted first, so that exp cannot overflow for any η.
     inside = shift.masked_fill(probs == 0, -torch.inf)
-    return _normalised(probs * (inside - inside.amax(-1, keepdim=True)).exp(), otherwise=probs)
+    weights = inside.sub_(inside.amax(-1, keepdim=True)).exp_().mul_(probs)
+    return _normalised(weights, otherwise=probs)
 
 
 def _normalised(weights: Tensor, *, otherwise: Tensor) -> Tensor:
@@ -106,20 +107,26 @@ LOSSLESS = RULES["lossless"]
 class DraftRows(NamedTuple):
     """The drafts of B sequences: N tokens in one column, whatever the lengths of the drafts, and their truncated q.
 
-    Token i is ``tokens[i]`` of sequence ``sequences[i]``, at place ``steps[i]`` of its draft. Its q gives ``ids[i]``
+    The target has γ + 1 rows for each sequence, one below the other: N + B rows. ``tokens[i]`` is judged by row
+    ``rows[i]``; it is the token at place ``steps[i]`` of the draft of sequence ``sequences[i]``. Its q gives ``ids[i]``
     the probabilities ``weights[i]`` [N, k], and 0 to all other tokens; a padding has weight 0. Sequence b's draft has
-    ``lengths[b]`` tokens, the first at ``firsts[b]``. The longest draft has ``longest``. All but ``longest`` are on the
-    device.
+    ``lengths[b]`` tokens, the first one being token ``firsts[b]``. ``longest`` is the largest length, on the host; all
+    else is on the device.
     """
 
     tokens: Tensor
-    sequences: Tensor
+    rows: Tensor
     steps: Tensor
+    sequences: Tensor
     ids: Tensor
     weights: Tensor
     lengths: Tensor
     firsts: Tensor
     longest: int
+
+    def scored(self, target_rows: Tensor) -> Tensor:
+        """Those of ``target_rows`` [N + B, ...] that judge a token: [N, ...]."""
+        return target_rows[:-1] if len(self.lengths) == 1 else target_rows.index_select(0, self.rows)
 
     def probs_of_tokens(self) -> Tensor:
         """q of each draft token, [N]."""
@@ -129,6 +136,10 @@ class DraftRows(NamedTuple):
         """[B], how many tokens stand before the first that ``accepts`` (bool [N]) refuses; all if it refuses none."""
         refused = torch.where(accepts, self.longest, self.steps)
         return self.lengths.scatter_reduce(0, self.sequences, refused, "amin")
+
+    def emitting(self, num_accepted: Tensor) -> Tensor:
+        """The row [B] of each sequence that gives the token behind ``num_accepted`` [B] others."""
+        return self.firsts + torch.arange(len(self.lengths), device=self.firsts.device) + num_accepted
 
 
 class Verdict(NamedTuple):
@@ -141,29 +152,32 @@ class Verdict(NamedTuple):
 def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strength: Strength, noise: Noise) -> Verdict:
     """One round's accept/reject decisions (paper §3.3), for B sequences.
 
-    ``target_probs`` [N + B, V] are the target's rows: first those at the positions of the N draft tokens, then one for
-    each sequence, behind its draft. ``transfer_strength`` is η, or [N, 1].
+    ``target_probs`` [N + B, V] are the target's rows; ``transfer_strength`` is η, or [N, 1].
 
     Tokens are accepted up to the first rejection; there the residual distribution gives the recovered token. If all
     tokens of a draft are accepted, the bonus token comes from p of the sequence's last row, because the drafter has no
     q there. A draft without tokens is plain decoding. ``noise`` holds the random numbers of the B requests from their
     first draft token's position on.
     """
-    num_drafted, vocab_size = len(drafts.tokens), target_probs.shape[-1]
-    scored, next_probs = target_probs[:num_drafted], target_probs[num_drafted:]
-    num_accepted = drafts.lengths
-    if num_drafted:
-        augmented_probs = scored
-        if rule.augment is not untouched:
+    num_accepted, next_probs, vocab_size = drafts.lengths, target_probs, target_probs.shape[-1]
+    if drafts.longest:
+        if rule.augment is untouched:
+            augmented_probs, accepting = target_probs, target_probs[drafts.rows, drafts.tokens]
+        else:
             draft_probs = dense(drafts.ids, drafts.weights, vocab_size)
-            augmented_probs = rule.augment(scored, draft_probs, transfer_strength)
-        ratio = augmented_probs.gather(-1, drafts.tokens.unsqueeze(-1)).squeeze(-1) / drafts.probs_of_tokens()
-        keys = noise.keys(Purpose.ACCEPT, torch.arange(drafts.longest, device=ratio.device))  # [B, longest]
+            augmented_probs = rule.augment(drafts.scored(target_probs), draft_probs, transfer_strength)
+            accepting = augmented_probs.gather(-1, drafts.tokens.unsqueeze(-1)).squeeze(-1)
+        keys = noise.keys(Purpose.ACCEPT, torch.arange(drafts.longest, device=accepting.device))  # [B, longest]
         # Strictly below: a token outside the target's support (ratio 0) must never be accepted.
+        ratio = accepting / drafts.probs_of_tokens()
         num_accepted = drafts.num_accepted(uniform(keys[drafts.sequences, drafts.steps]) < ratio)
-        rejected = (drafts.firsts + num_accepted).clamp_max(num_drafted - 1)  # of no meaning if all are accepted
-        draft_probs = dense(drafts.ids[rejected], drafts.weights[rejected], vocab_size)  # [B, V]
-        residual = rule.residual(scored[rejected], draft_probs, augmented_probs[rejected])
+
+        emitting = drafts.emitting(num_accepted)
+        next_probs = target_probs.index_select(0, emitting)
+        rejected = (drafts.firsts + num_accepted).clamp_max(len(drafts.tokens) - 1)  # of no meaning if all are accepted
+        draft_probs = dense(drafts.ids.index_select(0, rejected), drafts.weights.index_select(0, rejected), vocab_size)
+        augmented_probs = next_probs if rule.augment is untouched else augmented_probs.index_select(0, rejected)
+        residual = rule.residual(next_probs, draft_probs, augmented_probs)
         next_probs = torch.where((num_accepted == drafts.lengths).unsqueeze(-1), next_probs, residual)
     return Verdict(num_accepted, sample(next_probs, noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)))
 
@@ -171,16 +185,12 @@ def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strengt
 def verify_greedy(drafts: DraftRows, best: Tensor) -> Verdict:
     """`verify` at temperature 0, where p and q are one-hot: every rule accepts a draft token iff it is the argmax.
 
-    ``best`` [N + B]: the argmax of the target's rows, in the order of `verify`.
+    ``best`` [N + B]: the argmax of the target's rows.
     """
-    num_drafted = len(drafts.tokens)
-    num_accepted = drafts.lengths
-    next_token = best[num_drafted:]
-    if num_drafted:
-        num_accepted = drafts.num_accepted(best[:num_drafted] == drafts.tokens)
-        recovered = best[(drafts.firsts + num_accepted).clamp_max(num_drafted - 1)]
-        next_token = torch.where(num_accepted == drafts.lengths, next_token, recovered)
-    return Verdict(num_accepted, next_token)
+    if not drafts.longest:
+        return Verdict(drafts.lengths, best)
+    num_accepted = drafts.num_accepted(drafts.scored(best) == drafts.tokens)
+    return Verdict(num_accepted, best[drafts.emitting(num_accepted)])
 
 
 def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: Strength) -> Tensor:

@@ -296,4 +296,4 @@ def test_stats_count_what_was_done(model: Model, engine: MakeEngine) -> None:
     running.close(sequence)  # twice is once
     assert running.stats().num_sequences == 0
     eventually(lambda: running.stats().kv_bytes == 0)
-    assert running.stats()[-2:] == (4, 23)
+    assert running.stats()[-3:] == (4, 23, 4)
