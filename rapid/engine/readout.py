@@ -142,7 +142,7 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     """Verifies drafts by one rule, or greedily."""
     device = wishes[0].logits.device
     is_greedy = wishes[0].sampling.temperature == 0
-    drafts = _draft_rows([each.draft for each in wishes], device)
+    drafts = _draft_rows([each.draft for each in wishes], device, with_q=not is_greedy)
     logits = _joined([each.logits for each in wishes])
     if is_greedy:
         laws: list[Tensor | None] = [None] * len(wishes)
@@ -166,7 +166,7 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     ]
 
 
-def _draft_rows(drafts: Sequence[Draft], device: torch.device) -> DraftRows:
+def _draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
     lengths = [len(draft.tokens) for draft in drafts]
     firsts = list(accumulate(lengths, initial=0))[:-1]
     counts, starts = upload([lengths, firsts], "int64", device)
@@ -178,7 +178,9 @@ def _draft_rows(drafts: Sequence[Draft], device: torch.device) -> DraftRows:
         for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
         for step, token in enumerate(draft.tokens)
     ]
-    ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
+    ids = weights = counts[:0]
+    if with_q:
+        ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
     tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
     return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
 
