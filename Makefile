@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test test-triton check bench chaos load fuzz lock clean
+.PHONY: help install models serve test test-triton check bench chaos load fuzz gpu-check lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -44,6 +44,10 @@ load: .venv/bench.stamp ## clients, ten minutes at capacity, a burst (about twen
 
 fuzz: .venv/bench.stamp ## malformed requests and schemathesis against the HTTP API (about five minutes)
 	$(BIN)/python -m benchmarks.fuzz
+
+# Without .venv: a GPU machine may have torch, transformers and triton, and no way to install anything.
+gpu-check: ## measure everything on this machine's GPU (ten minutes; PYTHON=python3)
+	$(PYTHON) -m benchmarks.gpu_check
 
 check: .venv/dev.stamp ## lint and type-check
 	$(BIN)/ruff check .

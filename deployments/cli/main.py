@@ -116,7 +116,7 @@ def generate(
     """Answer a question about long documents, in this process. The answer goes to stdout, all else to stderr.
 
     Piped text is the document where --document is absent. Without --question
-    too, it is the whole prompt, and its last paragraph is the question.
+    too, it is the whole prompt, and the question is what it asks around its document.
     On a terminal, --question alone will do.
 
     What no option says, the config's `args` say.

@@ -2,9 +2,10 @@
 
 The rule (docs/design.md): a content longer than ``long_content_tokens`` is context, in any message. Short messages of
 the history are context too when they are longer than that together; they are shortened exchange by exchange. The query
-is the text that the caller names. Else it is the last user message, or the last paragraph of that message if it is
-long, or its text beside the documents if it has documents. The drafter reads the same messages, with the retrieved
-passages in the place of the context.
+is the text that the caller names. Else it is the last user message, or what that message asks around its document if it
+is long (`rapid.text.question`), or its text beside the documents if it has documents. If a long message asks nothing,
+what an earlier short message asks is the query. The drafter reads the same messages, with the retrieved passages in
+the place of the context.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from jinja2 import TemplateError
 
 from rapid.errors import InvalidRequest
+from rapid.text.question import Framed, find_question, questions, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +68,7 @@ class _Turn:
     rest: str
     exchange: int | None  # messages of one exchange stay or go together; None: it always stays
     contents: tuple[int, ...] = ()  # indices: this message's own contents, or the one that gathers short messages
+    before: str = ""  # stays too, in front of the contents
     is_short: bool = True  # then ``rest`` is the whole message, and nothing of it is cut
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +76,7 @@ class _Turn:
         if self.is_short:
             return Message(self.role, self.rest, self.more)
         kept_texts = [text for i in self.contents for text in kept.get(i, [])]
-        return Message(self.role, "\n\n".join(kept_texts) + self.rest, self.more)
+        return Message(self.role, self.before + "\n\n".join(kept_texts) + self.rest, self.more)
 
 
 @dataclass(frozen=True)
@@ -182,18 +185,17 @@ def _read(
         exchange = began if in_history(i) else i if role == "system" and is_long[i] else None
         if is_long[i]:
             documents, rest = messages[i].apart()
-            question = rest if documents else ""
+            framed = Framed("", "", rest and "\n\n" + rest, rest, asks=True)
             if not documents or _is_long(rest, tokenizer, long_content_tokens):
-                document, question = split_question(rest) if i == last else (rest, "")
-                if question and _is_long(question, tokenizer, long_content_tokens):
-                    document, question = rest, ""
-                documents.append(document)
-            elif question:
-                question = "\n\n" + question
-            if i == last and question:
-                default_query = question.strip()
+                framed = find_question(rest) if i == last else whole(rest)
+                if _is_long(framed.before + framed.behind, tokenizer, long_content_tokens):
+                    framed = whole(rest)
+                documents.append(framed.document)
+            if i == last:
+                earlier = [messages[j].content for j in range(i) if not is_long[j] and messages[j].role != "assistant"]
+                default_query = (not framed.asks and _asked_before(earlier)) or framed.query or default_query
             numbers = tuple(range(len(contents), len(contents) + len(documents)))
-            turns.append(_Turn(role, question, exchange, numbers, is_short=False, more=more))
+            turns.append(_Turn(role, framed.behind, exchange, numbers, framed.before, is_short=False, more=more))
             contents += documents
         elif in_history(i) and history_is_long:
             if gathered is None:
@@ -208,20 +210,10 @@ def _read(
     return Prompt(tokens, contents, query or default_query, turns, tokenizer, is_chat, tools, template_kwargs)
 
 
-def split_question(text: str) -> tuple[str, str]:
-    """(document, last paragraph with the white space before it); without a blank line the last line is the paragraph.
-
-    A text of one line has no question of its own: (text, "").
-    """
-    body = text.rstrip()
-    cut, end = body.rfind("\n"), len(body)
-    while (start := body.rfind("\n", 0, end)) >= 0:  # line by line from the end: linear time
-        if not body[start + 1 : end].strip():
-            cut = start
-            break
-        end = start
-    document = body[: max(cut, 0)].rstrip()
-    return (document, text[len(document) :]) if document else (text, "")
+def _asked_before(earlier: list[str]) -> str:
+    """What the latest of ``earlier`` messages asks that asks something in more than two words ("Unsure?" is none)."""
+    asked = (questions(text) for text in reversed(earlier))
+    return next((text for text in asked if len(text.split()) > 2 or (text and not text.isascii())), "")
 
 
 def _is_long(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
