@@ -76,6 +76,7 @@ class EngineMetrics:
             "passes_out_of_memory": Counter(
                 "rapid_passes_out_of_memory", "Passes that had to be cut for lack of memory"
             ),
+            "host_waits": Counter("rapid_host_waits", "How often the engine waited for its device to read results"),
         }
         self._seen: dict[str, int] = dict.fromkeys(self._counters, 0)
 
@@ -92,6 +93,7 @@ class EngineMetrics:
             "forward_passes": stats.forward_passes,
             "forward_pass_tokens": stats.tokens_processed,
             "passes_out_of_memory": stats.out_of_memory,
+            "host_waits": stats.host_waits,
         }
         for name, total in totals.items():
             if total > self._seen[name]:

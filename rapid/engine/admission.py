@@ -11,14 +11,11 @@ from collections.abc import Set
 from concurrent.futures import Future
 from typing import NamedTuple
 
-import torch
-
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import Sequence
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.sampling.logits_processor import LogitProcessor
-from rapid.sampling.noise import Noise
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +130,7 @@ class Admission:
         seed = request.sampling.seed
         if seed is None:
             seed = secrets.randbits(64) - 2**63
-        noise = Noise(torch.tensor(seed, device=self._pool.layout.device))
-        sequence = Sequence(next(self._ids), request, cache, noise, logits, cached_tokens=cache.length)
+        sequence = Sequence(next(self._ids), request, cache, seed, logits, cached_tokens=cache.length)
         if not future.set_running_or_notify_cancel():
             self._pool.close(cache)
             return

@@ -1,10 +1,11 @@
 """The batching loop: one model, one thread, many sequences.
 
 A *task* is a generator. It yields `ForwardRequest`s ("append these tokens to this sequence, and give me the logits of
-the last rows"), and the engine sends it the logits. Prefill, propose and verify (`rapid.engine.verify`,
-`rapid.engine.propose`) are such generators, so the loop does not know drafts or rules. Each iteration gathers the
-requests of all live tasks, cuts them to a token budget, runs one ragged forward pass, and hands the rows back. Target
-and drafter use the same class.
+the last rows"), and the engine sends it the logits. It then yields what it wants of them (`rapid.engine.readout`).
+Prefill, propose and verify (`rapid.engine.verify`, `rapid.engine.propose`) are such generators, so the loop does not
+know drafts or rules. Each iteration gathers the requests of all live tasks, cuts them to a token budget, runs one
+ragged forward pass, hands the rows back, and computes what is wanted of them for all tasks at once. Target and drafter
+use the same class.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
+from rapid.engine.readout import Download, Draw, Verify
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
@@ -77,7 +78,7 @@ class Engine:
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[RunningTask] = []
-        self._forward_passes = self._tokens_processed = self._out_of_memory = 0
+        self._forward_passes = self._tokens_processed = self._out_of_memory = self._host_waits = 0
         self._wake = threading.Condition()
         self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
@@ -166,6 +167,7 @@ class Engine:
                 forward_passes=self._forward_passes,
                 tokens_processed=self._tokens_processed,
                 out_of_memory=self._out_of_memory,
+                host_waits=self._host_waits,
             )
 
     def shutdown(self) -> None:
@@ -207,12 +209,13 @@ class Engine:
         self._decoding = self._admission.is_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
 
     def _step(self) -> None:
-        """One iteration: schedule, run a pass, send the rows back."""
+        """One iteration: schedule, run a pass, send the rows back, read out what is wanted of them."""
         for running in [r for r in self._running if r.request.tokens is None]:
             # Another sequence may have computed the same prefix since the last pass.
             self._pool.adopt(running.request.sequence.cache, running.request.sequence.prompt)
             if running.num_left <= 0:
                 self._resume(running, None)
+        self._read_out()
         scheduled = schedule(self._running, self._budget())
         if not scheduled:
             return
@@ -282,15 +285,40 @@ class Engine:
                 sequence.decoded_at = sequence.last_used
             if running.num_left <= 0:
                 self._resume(running, logits)
+        self._read_out()
+
+    def _read_out(self) -> None:
+        """Gives the tasks what they want of their rows: first what the device computes, then what the host reads."""
+        for kind in (Draw, Verify, Download):
+            wanting = [running for running in self._running if isinstance(running.readout, kind)]
+            if wanting:
+                self._compute_together(kind, wanting)
+
+    def _compute_together(self, kind: type[Draw] | type[Verify] | type[Download], tasks: list[RunningTask]) -> None:
+        """Answers ``tasks``, which all want the same ``kind``. If that fails together, each is tried alone."""
+        self._host_waits += kind is Download
+        try:
+            answers: Any = kind.together([task.readout for task in tasks])  # type: ignore[misc]
+        except _BREAKING:
+            raise
+        except Exception as error:
+            if len(tasks) == 1:
+                self._finish(tasks[0], error)
+            else:
+                for task in tasks:
+                    self._compute_together(kind, [task])
+            return
+        for task, answer in zip(tasks, answers, strict=True):
+            self._resume(task, answer)
 
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
         if not future.cancelled():
             self._running.append(RunningTask(task, future))
             self._resume(self._running[-1], None)
 
-    def _resume(self, running: RunningTask, logits: Tensor | None) -> None:
+    def _resume(self, running: RunningTask, answer: object) -> None:
         try:
-            running.resume(logits)
+            running.resume(answer)
         except StopIteration as stop:
             self._finish(running, stop.value)
         except _BREAKING:

@@ -92,6 +92,7 @@ class EngineStats(NamedTuple):
     """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
 
     ``out_of_memory`` counts passes for which the device had no memory; they were tried again in parts.
+    ``host_waits`` counts how often the engine's thread waited for its device to read results.
     """
 
     num_sequences: int
@@ -101,3 +102,4 @@ class EngineStats(NamedTuple):
     out_of_memory: int
     forward_passes: int
     tokens_processed: int
+    host_waits: int

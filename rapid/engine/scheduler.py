@@ -5,26 +5,35 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from torch import Tensor
-
-from rapid.engine.sequence import EarlyResult, Task
+from rapid.engine.readout import Readout
+from rapid.engine.sequence import EarlyResult, ForwardRequest, Task
 from rapid.kernels.interface import Tokens
 
 
 class RunningTask:
-    """A task between two passes: the request that it yielded, and how many of its tokens have been processed."""
+    """A task: the latest request that it yielded, how many of its tokens are processed, and what it wants of the rows.
+
+    ``readout`` is None when the task waits for a pass.
+    """
+
+    request: ForwardRequest
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self.task, self.future = task, future
+        self.num_done = 0
+        self.readout: Readout | None = None
 
-    def resume(self, logits: Tensor | None) -> None:
+    def resume(self, answer: object) -> None:
         """Runs the task to its next request; raises the exception that ends it (StopIteration with its result)."""
-        wish = self.task.send(logits)
+        wish = self.task.send(answer)
         while isinstance(wish, EarlyResult):
             settle(self.future, wish.result)
             self.future = wish.rest
             wish = self.task.send(None)
-        self.request, self.num_done = wish, 0
+        if isinstance(wish, ForwardRequest):
+            self.request, self.num_done, self.readout = wish, 0, None
+        else:
+            self.readout = wish
 
     @property
     def num_left(self) -> int:

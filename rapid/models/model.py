@@ -15,6 +15,7 @@ from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
 from rapid.kernels.linear import check_scheme
+from rapid.kernels.transfer import upload
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.models.info import GraphLimits, ModelInfo
 from rapid.models.recorded_cuda import GraphRunner, recorder_of
@@ -159,16 +160,16 @@ class Model:
             wanted.extend(range(len(positions) - num_rows, len(positions)))
         return self._decoder(
             gather_tokens([tokens for _, tokens, _ in entries], device),
-            torch.tensor(positions, device=device),
+            upload(positions, "int64", device),
             self.attention.batch(entries),
-            torch.tensor(wanted, dtype=torch.long, device=device),
+            upload(wanted, "int64", device),
             abandoned,
         )
 
 
 def gather_tokens(parts: Sequence[Tokens], device: torch.device) -> Tensor:
     """One [total] tensor on ``device``; parts that are on the device already are not copied to the host."""
-    return torch.cat([torch.as_tensor(part, dtype=torch.long, device=device) for part in parts])
+    return torch.cat([part if isinstance(part, Tensor) else upload(part, "int64", device) for part in parts])
 
 
 def eos_token_ids(network: PreTrainedModel) -> frozenset[int]:
