@@ -75,6 +75,40 @@ def test_chosen_pages(num_sms: int, window: int | None) -> None:
     assert error(Case(RAGGED, group=2, chosen=CHOSEN, sinks=3, window=window, num_sms=num_sms)) < EXACT
 
 
+# (first, end, shared pages of 16 tokens) of neighbours in GROUPED, whose caches are long enough.
+GROUPED = ((75, 1), (80, 4), (64, 17), (200, 2), (300, 16), (100, 5), (33, 1), (47, 9))
+GROUPS = {
+    "a pair": [(0, 2, 4), *((i, i + 1, 0) for i in range(2, 8))],
+    "three of them": [(0, 3, 4), (3, 5, 12), (5, 8, 2)],
+    "alone between": [(0, 1, 0), (1, 3, 4), (3, 4, 0), (4, 6, 6), (6, 7, 0), (7, 8, 0)],
+    "all eight": [(0, 8, 2)],
+}
+
+
+@interpreted
+@pytest.mark.parametrize("num_sms", [1, 6, 40])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_pages_that_neighbours_share_are_read_once_and_change_nothing(
+    groups: list[tuple[int, int, int]], num_sms: int
+) -> None:
+    """Up to all of a sequence's cached pages, beside sequences without a group."""
+    assert error(Case(GROUPED, group=3, groups=groups, num_sms=num_sms)) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("size", range(2, 9))
+def test_groups_of_two_to_eight(size: int) -> None:
+    """One token each, and nothing but the shared pages before it."""
+    assert error(Case([(64, 1)] * size, groups=[(0, size, 4)], num_sms=12)) < EXACT
+
+
+@interpreted
+def test_shared_float8_and_16_bit_pages() -> None:
+    assert error(Case(GROUPED, d=32, groups=GROUPS["three of them"], fp8=True)) < EXACT
+    case = Case([(700, 5), (600, 1), (512, 17)], d=64, page_size=256, dtype=torch.float16, groups=[(0, 3, 2)])
+    assert error(case) < ROUNDED[torch.float16]
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_float8_keys_and_values_with_a_scale_for_each_head(dtype: torch.dtype) -> None:
