@@ -184,8 +184,7 @@ class KVCache:
         self._runs = None
 
     def runs(self, end: int, *, start: int = 0) -> list[tuple[int, int]]:
-        """The slots of tokens ``start`` to ``end`` as (first, past the last) intervals; neighbouring pages are joined.
-        """
+        """The slots of tokens ``start`` to ``end`` as (first, past the last) intervals; neighbour pages are joined."""
         size = self.pool.page_size
         if self._runs is None:
             breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1

@@ -1,8 +1,8 @@
 """The work plan of the compiled attention over bfloat16 pages: which items of work its threads share.
 
-Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens: of one
-sequence, or of several that share the block's pages. When all blocks are done, the kernel merges their outputs, as in
-flash decoding. It computes the same numbers whether sequences share a block or not.
+Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens, of
+one sequence or of several that share the block's pages. When all blocks are done, the kernel merges their outputs, as
+in flash decoding. It computes the same numbers whether sequences share a block or not.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ of a sequence are split into parts. For every sequence, KV head and part, one pr
 and values of its part once, for all rows: the new tokens times the query heads that share the KV head. The second
 kernel combines the parts of each row.
 
-Sequences of a group that share their first pages read them once: a third launch, before the others' combination, has all
-rows of a group read the shared pages in programs of their own, and the first then begins behind them.
+Pages that a group of sequences shares are read once: the first kernel is launched once more, for all rows of each group
+over the group's pages. The sequences' own programs begin behind these.
 
 Sequences may have different numbers of new tokens. Everything that changes from pass to pass is a tensor on the device,
 and the number of parts depends on shapes alone, so that a CUDA graph can hold both kernels.
@@ -107,9 +107,7 @@ class SharedPrefix:
             ),
             pages=torch.tensor([pages for _, _, pages in groups] + [0] * unused, dtype=torch.int32),
             table_rows=torch.tensor([first for first, _, _ in groups] + [0] * unused, dtype=torch.int32),
-            skipped=torch.tensor(
-                [pages for first, end, pages in groups for _ in range(first, end)], dtype=torch.int32
-            ),
+            skipped=torch.tensor([pages for first, end, pages in groups for _ in range(first, end)], dtype=torch.int32),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -90,10 +90,9 @@ def attend_part(
     is_dim = dim < D
     at = (start + token).to(tl.int64)
     place = (at * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
-    if PREFIX:
-        if length == 0:  # a sequence without a group
-            tl.store(partial_lse + place, tl.full([ROWS], -float("inf"), tl.float32), mask=is_row)
-            return
+    if PREFIX and length == 0:  # a sequence without a group
+        tl.store(partial_lse + place, tl.full([ROWS], -float("inf"), tl.float32), mask=is_row)
+        return
     q = tl.load(
         query + at[:, None] * query_stride + head[:, None] * D + dim[None, :],
         mask=is_row[:, None] & is_dim[None, :],

@@ -11,11 +11,11 @@ from running import ROUNDING, new_cache, random_tokens
 
 from benchmarks.common import paged_cases
 from benchmarks.common.paged_cases import Case, error, plain
-from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVLayout
+from rapid.kv_cache.pool import KVCache, KVLayout
 from rapid.models.model import Model
 
 interpreted = pytest.mark.skipif(
@@ -164,6 +164,37 @@ def test_forward_passes_are_those_of_the_other_backend(tiny_model: Callable[...,
             torch.testing.assert_close(rows[i], reference.forward([BatchEntry(other, t, 1)])[0], **ROUNDING)
         for cache in (*caches, *others):
             cache.truncate(cache.length - 1)
+
+
+@interpreted
+def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From caches to the kernel; where the saved reads are not worth a launch, nothing is shared."""
+    backend = PagedAttention(triton_split, page_size=16)
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+    pool = backend.pool(layout, 2**18)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (*pool.keys, *pool.values):
+        rows.normal_(generator=generator)
+    pages = [[7, 3, 9, own] for own in (1, 2, 4)] + [[20, 21, 22, 23]]
+    entries = [
+        BatchEntry(KVCache.at(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)
+    ]
+    fused = torch.randn(11, 8, 16, generator=generator)
+    outputs = []
+    for worth in (0, 2**40):
+        monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", worth)
+        batch = backend.batch(entries)
+        assert isinstance(batch, PagedBatch)
+        assert (batch.prefix is None) == (worth > 0)
+        if batch.prefix is not None:
+            assert [part.tolist() for part in batch.prefix.tensors()] == [
+                [0, 8, 11, 11, 11],
+                [3, 0, 0, 0],
+                [0, 3, 0, 0],
+                [3, 3, 3, 0],
+            ]
+        outputs.append(batch.attend(0, *fused.split((4, 2, 2), 1), 0.25))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 # How a launch is cut needs no Triton

@@ -105,7 +105,7 @@ def test_the_compiled_kernel_computes_the_same_numbers_bit_for_bit(case: str) ->
 
 
 def test_shared_blocks_are_one_item_for_all_rows() -> None:
-    entries, query, _ = batch_of([(1024, [(20, 1)] * 8)], torch.bfloat16, 64)
+    entries, *_ = batch_of([(1024, [(20, 1)] * 8)], torch.bfloat16, 64)
     num_items = []
     for share_prefixes in (True, False):
         batch = RunBatch(entries, share_prefixes=share_prefixes)
