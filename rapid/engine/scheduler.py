@@ -52,7 +52,11 @@ class RunningTask:
 
 
 def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, int]]:
-    """How many tokens each task gets: short requests first; long requests share the rest of the budget."""
+    """How many tokens each task gets: short requests first; long requests share the rest of the budget.
+
+    Sequences that share pages are moved behind the first of them, because attention reads the pages that neighbours
+    share once (`rapid.kernels.prefix`).
+    """
     scheduled: list[tuple[RunningTask, int]] = []
     for running in sorted(tasks, key=lambda task: task.num_left):
         # All rows of logits of a request come from one pass, so its last part is not cut below that many tokens.
@@ -65,7 +69,10 @@ def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, i
     if not scheduled and tasks:  # a request for more rows than the budget runs alone, and exceeds it
         shortest = min(tasks, key=lambda task: task.num_left)
         scheduled.append((shortest, shortest.num_left))
-    return scheduled
+    pages = [running.request.sequence.cache.pages for running, _ in scheduled]
+    first = {own[0]: i for i, own in reversed(list(enumerate(pages)))}
+    order = sorted(range(len(pages)), key=lambda i: (first[pages[i][0]], pages[i]))
+    return [scheduled[i] for i in order]
 
 
 def in_parts(scheduled: list[tuple[RunningTask, int]]) -> list[list[tuple[RunningTask, int]]]:

@@ -185,8 +185,8 @@ class KVCache:
         self.length = max(self.length, shared_until * self.pool.page_size)
         self._runs = None
 
-    def runs(self, end: int) -> list[tuple[int, int]]:
-        """The slots of tokens 0 to ``end`` as (first, past the last) intervals; neighbouring pages are joined."""
+    def runs(self, end: int, *, start: int = 0) -> list[tuple[int, int]]:
+        """The slots of tokens ``start`` to ``end`` as (first, past the last) intervals; neighbour pages are joined."""
         size = self.pool.page_size
         if self._runs is None:
             breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1
@@ -198,7 +198,8 @@ class KVCache:
         for first, last in self._runs:
             if position >= end:
                 break
-            cut.append((first, min(last, first + end - position)))
+            if position + last - first > start:
+                cut.append((first + max(0, start - position), min(last, first + end - position)))
             position += last - first
         return cut
 

@@ -16,7 +16,7 @@ BLOCK = 256  # positions in one item of work
 _AHEAD = 2  # pages to prefetch
 # The fields of an item, of a merge and of the arguments. Items and merges lie in tables, one in each line.
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
-_MERGE = ("row", "new", "head", "partial", "blocks")
+_MERGE = ("row", "new", "head", "partial", "blocks", "apart")
 _ARGUMENTS = (
     *("items", "num_items", "merges", "num_merges", "pages", "scratch", "scratch_bytes", "partials"),
     *("query", "query_bytes", "output", "keys", "values", "head_bytes"),
@@ -74,7 +74,8 @@ class Attention:
             partial = code.plus(given["partials"], code.times(own["partial"], self._partial_bytes))
             row_bytes = code.integer(self._num_heads * self._d * 2)
             output = code.plus(given["output"], self._at(code, own["row"], own["head"], row_bytes))
-            code.call(merge, partial, own["blocks"], code.times(own["new"], self._group), output, row_bytes)
+            rows = code.times(own["new"], self._group)
+            code.call(merge, partial, own["blocks"], own["apart"], rows, output, row_bytes)
         code.finish()
 
     def _at(self, code: KernelBuilder, row: Any, kv_head: Any, row_bytes: Any) -> Any:
@@ -210,11 +211,11 @@ class Attention:
         return code.finish()
 
     def _merge(self) -> Any:
-        """(partials, blocks, rows, output, its bytes a row): merges the outputs of all blocks into one."""
-        code = KernelBuilder(self._module, "merge", 5)
-        partials, blocks, rows, output, row_bytes = code.parameters
+        """(partials, blocks, lines from block to block, rows, output, its bytes a row): merges all blocks' outputs."""
+        code = KernelBuilder(self._module, "merge", 6)
+        partials, blocks, apart, rows, output, row_bytes = code.parameters
         number = kind("f32")
-        stride = code.times(rows, self._partial_bytes)
+        stride = code.times(apart, self._partial_bytes)
         with code.loop(0, rows) as row:
             line = code.plus(partials, code.times(row, self._partial_bytes))
             top = code.variable(constant(number, -3e38))

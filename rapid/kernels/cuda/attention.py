@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid.kernels.cuda.paged_split import SharedPrefix
 from rapid.kernels.interface import Batch, BatchEntry
+from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
 FEW_TOKENS = 17  # new tokens of one sequence: a verification of 16 draft tokens
+
+# Reading this much takes an H100 about 5 µs. One more launch a layer is believed to cost as much.
+WORTH_SHARING_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -28,8 +33,9 @@ class PagedBatch:
     ``slots`` int64 [T]: where each new token is written. ``table`` int32 [S, P]: each sequence's pages.
     ``lengths`` int32 [S]: tokens per sequence, the new ones included. ``starts`` int32 [S + 1]: where each sequence's
     tokens begin. Tokens behind the last start belong to no sequence, and attend to nothing. ``max_new``: the most new
-    tokens of one sequence. ``parts``: if the sequences need different kernels,
-    batches of some of them, each with the places (int64) of its tokens among the T.
+    tokens of one sequence. ``parts``: if the sequences need different kernels, batches of some of them, each with the
+    places (int64) of its tokens among the T. ``prefix``: which sequences share their first pages, if a kernel that can
+    gains by it; for the others the table is complete.
     """
 
     pool: KVPool
@@ -40,6 +46,7 @@ class PagedBatch:
     max_new: int
     kernel: PagedKernel
     parts: tuple[tuple[Tensor, PagedBatch], ...] = ()
+    prefix: SharedPrefix | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
@@ -58,7 +65,7 @@ class PagedBatch:
         """The same batch for layers on ``device``."""
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
-        return replace(self, **here, parts=parts)
+        return replace(self, **here, parts=parts, prefix=self.prefix.to(device) if self.prefix else None)
 
 
 class _SpreadBatch:
@@ -133,15 +140,28 @@ class PagedAttention:
         lengths = [cache.length + n for (cache, _, _), n in zip(entries, counts, strict=True)]
         tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
         width = max(len(table) for table in tables)
+        starts = [0, *accumulate(counts)]
+        prefix = _shared_prefix(entries, starts)
         return PagedBatch(
             pool=pool,
             slots=torch.empty(0, dtype=torch.long, device=device),
             table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
             lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
-            starts=torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device),
+            starts=torch.tensor(starts, dtype=torch.int32).to(device),
             max_new=max(counts),
             kernel=self.kernel,
+            prefix=prefix.to(device) if prefix else None,
         )
+
+
+def _shared_prefix(entries: Sequence[BatchEntry], starts: Sequence[int]) -> SharedPrefix | None:
+    """The groups of ``entries``, if the reads that they save are worth another launch."""
+    pool = entries[0].cache.pool
+    groups = prefix_groups([cache.pages[: cache.length // pool.page_size] for cache, _, _ in entries])
+    saved = sum((end - first - 1) * num_pages for first, end, num_pages in groups)
+    if saved * pool.page_bytes < WORTH_SHARING_BYTES * pool.layout.num_layers:
+        return None
+    return SharedPrefix.of(groups, starts)
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:

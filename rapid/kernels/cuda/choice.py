@@ -73,6 +73,7 @@ def triton_split(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch,
         max_new=batch.max_new,
         scaling=scaling,
         num_sms=_num_sms(query.device),
+        prefix=batch.prefix,
     )
 
 

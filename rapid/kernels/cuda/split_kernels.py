@@ -18,10 +18,14 @@ def attend_part(
     pages_used,  # int32 [S]
     lengths,  # int32 [S]
     starts,  # int32 [S + 1]
+    shared_pages,  # int32 [S]
+    table_rows,  # int32 [S]
     key_scales,  # float32 [KV_HEADS], as value_scales
     value_scales,
-    partial,  # float32 [T, HEADS, parts, D]; with one part it is the output, in the output's type
-    partial_lse,  # float32 [T, HEADS, parts]
+    partial,  # float32 [T, HEADS, all_parts, D]; with one part it is the output, in the output's type
+    partial_lse,  # float32 [T, HEADS, all_parts]
+    first_part,  # of this launch, among all
+    all_parts,
     scaling,
     sinks,
     window,
@@ -37,8 +41,14 @@ def attend_part(
     WINDOWED: tl.constexpr,
     CHOSEN: tl.constexpr,
     SCALED: tl.constexpr,
+    PREFIX: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """Softmax over one part of a sequence's positions, for rows that are (new token, query head of the KV head)."""
+    """Softmax over one part of a sequence's positions, for rows that are (new token, query head of the KV head).
+
+    With PREFIX a "sequence" is a group of sequences with neighbouring rows, all of which see the first `shared_pages`
+    of the table's row `table_rows`, and nothing else is read. With REST these pages of each sequence are left out.
+    """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1) % KV_HEADS
     row_block = tl.program_id(1) // KV_HEADS
@@ -49,8 +59,14 @@ def attend_part(
     num_new = tl.load(starts + sequence + 1) - start
     if row_block * ROWS >= num_new * GROUP:
         return
-    length = tl.load(lengths + sequence)
-    first_new = length - num_new
+    table_row = sequence
+    if PREFIX:
+        length = tl.load(shared_pages + sequence) * PAGE
+        first_new = length
+        table_row = tl.load(table_rows + sequence)
+    else:
+        length = tl.load(lengths + sequence)
+        first_new = length - num_new
 
     row = row_block * ROWS + tl.arange(0, ROWS)
     token = row // GROUP
@@ -60,6 +76,10 @@ def attend_part(
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < D
     at = (start + token).to(tl.int64)
+    place = (at * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
+    if PREFIX and length == 0:  # a sequence without a group
+        tl.store(partial_lse + place, tl.full([ROWS], -float("inf"), tl.float32), mask=is_row)
+        return
     q = tl.load(
         query + at[:, None] * query_stride + head[:, None] * D + dim[None, :],
         mask=is_row[:, None] & is_dim[None, :],
@@ -83,6 +103,9 @@ def attend_part(
             skipped_from = tl.minimum(tl.cdiv(sinks, BLOCK), window_block)
             skipped = window_block - skipped_from
             num_blocks -= skipped
+        if REST:
+            skipped = tl.load(shared_pages + sequence) * blocks_per_page
+            num_blocks -= skipped
 
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -91,9 +114,9 @@ def attend_part(
     per_part = tl.cdiv(num_blocks, parts)
     for i in range(part * per_part, tl.minimum((part + 1) * per_part, num_blocks)):
         block = i
-        if WINDOWED:
+        if WINDOWED or REST:
             block = tl.where(i < skipped_from, i, i + skipped)
-        entry = sequence * table_width + block // blocks_per_page
+        entry = table_row * table_width + block // blocks_per_page
         offset = (block % blocks_per_page) * BLOCK + n
         slot = tl.load(table + entry).to(tl.int64) * PAGE + offset
         if CHOSEN:
@@ -129,7 +152,6 @@ def attend_part(
     if SCALED:
         output *= tl.load(value_scales + kv_head)
     nonzero = tl.where(total == 0.0, 1.0, total)
-    place = (at * (KV_HEADS * GROUP) + head) * parts + part
     tl.store(
         partial + place[:, None] * D + dim[None, :],
         (output / nonzero[:, None]).to(partial.dtype.element_ty),
@@ -166,7 +188,7 @@ def combine_parts(
     total = tl.sum(weights, 0)
     rows = tl.load(
         partial + (row * parts + part[:, None]) * D + dim[None, :],
-        mask=is_part[:, None] & (dim[None, :] < D),
+        mask=(lse[:, None] > -float("inf")) & (dim[None, :] < D),  # others may not be written
         other=0.0,
     )
     mean = tl.sum(rows * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
