@@ -24,6 +24,7 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     quantization: str = "none",
+    kv_dtype: str = "auto",
     placement: RankPlacement | None = None,
 ) -> Model:
     """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
@@ -52,7 +53,7 @@ def load_model(
         network = AutoModelForCausalLM.from_pretrained(files, dtype=torch_dtype, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
-    model = Model(network, tokenizer, ref, quantization=quantization, group=group)
+    model = Model(network, tokenizer, ref, quantization=quantization, kv_dtype=kv_dtype, group=group)
     del network  # its weights are repacked
     if group is not None:
         with together(ref):

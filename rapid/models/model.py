@@ -21,6 +21,9 @@ from rapid.models.registry import decoder_class
 from rapid.models.tensor_parallel import Group, NewPool, Pass, local, together
 
 
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
 class Model:
     """Weights, tokenizer and the ragged forward pass.
 
@@ -38,6 +41,7 @@ class Model:
         name: str,
         *,
         quantization: str = "none",
+        kv_dtype: str = "auto",
         attention: AttentionBackend | None = None,
         group: Group | None = None,
     ) -> None:
@@ -57,6 +61,7 @@ class Model:
             head_dim=self._decoder.head_dim,
             dtype=network.dtype,
             devices=self._decoder.devices,
+            kv_dtype=KV_DTYPES[kv_dtype],
         )
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.attention: AttentionBackend = attention or (
