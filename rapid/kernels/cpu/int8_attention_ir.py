@@ -6,8 +6,9 @@ instruction for groups of four products (VNNI) reads them, so nothing is turned 
 * keys: [d/4, 16 positions, 4] unsigned, 128 more than the number; then 16 scales in float32
 * values: [4, d, 4 positions] signed; then 16 scales
 
-Both operands of that instruction have 8 bits, so a query, and a weight times its value's scale, is rounded to 16 bits
-and multiplied in two halves. The products of integers are exact. What is lost is in the stored numbers.
+Both operands of that instruction have 8 bits. Queries are rounded to 8 bits as keys are. A weight times its value's
+scale is rounded to 16 bits and multiplied in two halves: with 8 bits, the many small weights beside a large one would
+be lost (as in SageAttention, arXiv 2410.02367, which rounds queries and keys to 8 bits and weights to 16).
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from rapid.kv_cache.pool import INT8_SCALE_BYTES
 
 _AHEAD = 2  # pages to prefetch
 _BIAS = 128  # of stored keys
-_QUERY_STEPS = 127.0 * 256  # both halves of a query then have 8 bits with a sign
+_STEPS = 127.0  # of a stored number, and of a number of the query
 _WEIGHT_STEPS = 65535.0
+# A number below 2²² that is added to this is rounded: the bits are those of the sum's, more by the integer.
+_ROUND, _ROUND_BITS = 1.5 * 2**23, 0x4B400000
 _TINY = 1e-30  # instead of a scale of 0
 
 
@@ -41,22 +44,25 @@ def page_bytes(d: int) -> int:
 
 
 class Int8Scratch:
-    """The layout of a thread's memory: a line for each of ``rows`` rows; offsets in a line, in bytes."""
+    """The layout of a thread's memory; offsets in bytes."""
 
     def __init__(self, rows: int, d: int) -> None:
-        self.query = BLOCK * 4  # behind the scores, then weights: high halves [d], low halves [d]
-        self.query_factor = self.query + 2 * d  # float32
-        self.bias = self.query_factor + 4  # int32 for each half: what the keys' bias adds to a product, negated
-        self.weight_factor = self.bias + 8  # float32
-        self.line = self.query + 2 * d + 64
-        self.size = rows * self.line
+        self.factors = 0  # [block] float32: the values' scales, relative to the largest; 0 behind the last position
+        self.steps = self.factors + BLOCK * 4  # float32: the largest scale over the steps of a weight
+        self.rows = self.steps + 64
+        # Offsets in a line, of which each of ``rows`` rows has one. Scores come first, then weights.
+        self.query = BLOCK * 4  # [d] 8-bit integers
+        self.query_factor = self.query + d  # float32
+        self.bias = self.query_factor + 4  # int32: what the keys' bias adds to a product, negated
+        self.line = self.query + d + 64
+        self.size = self.rows + rows * self.line
 
 
 class Int8Attention(Attention):
     """Writes the kernel. It differs from that over bfloat16 pages in an item of work, and merges items as that does."""
 
     def _item(self) -> Callable[..., None]:
-        split, weights = self._split_query(), self._int8_weights()
+        query_rows, scale, weights = self._round_query(), self._scale_values(), self._int8_weights()
         sizes = range(1, 5)
         scores, sums = [self._int8_scores(size) for size in sizes], [self._int8_sums(size) for size in sizes]
 
@@ -68,7 +74,7 @@ class Int8Attention(Attention):
             row_bytes = given["query_bytes"]
             query = code.plus(given["query"], self._at(code, own["row"], own["head"], row_bytes))
             partial = code.plus(given["partials"], code.times(own["partial"], self._partial_bytes))
-            code.call(split, rows, query, row_bytes, scratch)
+            code.call(query_rows, rows, query, row_bytes, scratch)
             with code.loop(own["first"], own["last"], LANES) as position:
                 page = code.plus(keys, self._page(code, pages, position))
                 code.prefetch(code.plus(page, _AHEAD * page_bytes(self._d)), page_bytes(self._d))
@@ -76,7 +82,8 @@ class Int8Attention(Attention):
                 with code.tiles(rows, 4) as (row, size):
                     code.choose(scores, size, row, page, scratch, column)
             seen = (own["first"], own["last"], own["length"], own["new"])
-            code.call(weights, scratch, rows, *seen, values, pages, partial)
+            code.call(scale, scratch, own["first"], own["last"], values, pages)
+            code.call(weights, scratch, rows, *seen, partial)
             with code.tiles(rows, 4) as (row, size):
                 code.choose(sums, size, row, scratch, values, pages, own["first"], own["last"], partial)
 
@@ -87,37 +94,24 @@ class Int8Attention(Attention):
         return code.times(page, page_bytes(self._d))
 
     def _line(self, code: KernelBuilder, scratch: Any, row: Any) -> Any:
-        return code.plus(scratch, code.times(row, Int8Scratch(0, self._d).line))
+        offsets = Int8Scratch(0, self._d)
+        return code.plus(scratch, offsets.rows, code.times(row, offsets.line))
 
-    def _split_query(self) -> Any:
-        """(rows, query, its bytes a row, scratch): every row of the query in two halves of 8 bits."""
-        code = KernelBuilder(self._module, "split", 4)
+    def _round_query(self) -> Any:
+        """(rows, query, its bytes a row, scratch): every row of the query in 8 bits."""
+        code = KernelBuilder(self._module, "query", 4)
         rows, query, row_bytes, scratch = code.parameters
         offsets = Int8Scratch(0, self._d)
         with code.loop(0, rows) as row:
             line = self._line(code, scratch, row)
-            source = code.plus(query, self._row(code, row, row_bytes))
-            numbers = [
-                code.builder.fpext(code.load(kind("bf16", LANES), code.plus(source, 2 * i)), floats())
-                for i in range(0, self._d, LANES)
-            ]
-            largest = largest_magnitude(code, numbers)
-            factor = code.splat(code.builder.fdiv(constant(kind("f32"), _QUERY_STEPS), largest))
-            sums = [every_word(0), every_word(0)]
-            for i, part in enumerate(numbers):
-                whole = nearest(code, code.builder.fmul(part, factor))
-                high = code.builder.ashr(code.builder.add(whole, every_word(128)), every_word(8))
-                low = code.builder.sub(whole, code.builder.shl(high, every_word(8)))
-                for half, number in enumerate((high, low)):
-                    place = code.plus(line, offsets.query + half * self._d + i * LANES)
-                    code.store(code.builder.trunc(number, kind("i8", LANES)), place)
-                    sums[half] = code.builder.add(sums[half], number)
-            back = code.builder.fdiv(largest, constant(kind("f32"), _QUERY_STEPS))
-            code.store(back, code.plus(line, offsets.query_factor))
-            for half, total in enumerate(sums):
-                bias = code.intrinsic("llvm.vector.reduce.add.v16i32", kind("i32"), total)
-                bias = code.builder.mul(bias, constant(kind("i32"), -_BIAS))
-                code.store(bias, code.plus(line, offsets.bias + 4 * half))
+            integers, factor = _rounded(code, code.plus(query, self._row(code, row, row_bytes)), self._d)
+            total = every_word(0)
+            for i, part in enumerate(integers):
+                code.store(code.builder.trunc(part, kind("i8", LANES)), code.plus(line, offsets.query + i * LANES))
+                total = code.builder.add(total, part)
+            code.store(factor, code.plus(line, offsets.query_factor))
+            bias = code.intrinsic("llvm.vector.reduce.add.v16i32", kind("i32"), total)
+            code.store(code.builder.mul(bias, constant(kind("i32"), -_BIAS)), code.plus(line, offsets.bias))
         return code.finish()
 
     def _int8_scores(self, num_rows: int) -> Any:
@@ -126,60 +120,73 @@ class Int8Attention(Attention):
         row, page, scratch, column = code.parameters
         offsets = Int8Scratch(0, self._d)
         lines = [self._line(code, scratch, code.plus(row, i)) for i in range(num_rows)]
-        totals = [
-            [code.splat(code.load(kind("i32"), code.plus(line, offsets.bias + 4 * half))) for half in range(2)]
-            for line in lines
-        ]
-        for i in range(0, self._d, 4):
-            key = code.load(words(), code.plus(page, i * LANES))
+        # Two sums a row: each product must wait for the one before it in its sum.
+        totals = [[code.splat(code.load(kind("i32"), code.plus(line, offsets.bias))), every_word(0)] for line in lines]
+        for i in range(self._d // 4):
+            key = code.load(words(), code.plus(page, i * LANES * 4))
             for line, total in zip(lines, totals, strict=True):
-                for half in range(2):
-                    place = code.plus(line, offsets.query + half * self._d + i)
-                    total[half] = code.dot4(total[half], key, code.splat(code.load(kind("i32"), place)))
+                query = code.splat(code.load(kind("i32"), code.plus(line, offsets.query + i * 4)))
+                total[i % 2] = code.dot4(total[i % 2], key, query)
         scales = code.load(floats(), code.plus(page, LANES * self._d))
-        for line, total in zip(lines, totals, strict=True):
+        for line, (even, odd) in zip(lines, totals, strict=True):
             factor = code.splat(code.load(kind("f32"), code.plus(line, offsets.query_factor)))
-            score = code.builder.fmul(code.builder.fmul(joined(code, *total), scales), factor)
-            code.store(score, code.plus(line, column))
+            product = code.builder.sitofp(code.builder.add(even, odd), floats())
+            code.store(code.builder.fmul(code.builder.fmul(product, scales), factor), code.plus(line, column))
+        return code.finish()
+
+    def _scale_values(self) -> Any:
+        """(scratch, first, last, values, pages): the factors of a block's weights.
+
+        A weight is at most 1, so that weight times factor is at most the steps of a weight.
+        """
+        code = KernelBuilder(self._module, "scale", 5)
+        scratch, first, last, values, pages = code.parameters
+        offsets = Int8Scratch(0, self._d)
+        factors = code.plus(scratch, offsets.factors)
+        lanes, narrow = constant(words(), list(range(LANES))), kind("i32")
+        largest = code.variable(every_float(_TINY))
+        with code.loop(first, last, LANES) as position:
+            page = code.plus(values, self._page(code, pages, position))
+            # Scales behind the last position were never written, and may be NaN.
+            left = code.splat(code.builder.trunc(code.builder.sub(last, position), narrow))
+            written = code.builder.icmp_signed("<", lanes, left)
+            scales = code.builder.select(
+                written, code.load(floats(), code.plus(page, LANES * self._d)), every_float(0.0)
+            )
+            code.store(scales, code.plus(factors, code.times(code.builder.sub(position, first), 4)))
+            largest.value = code.intrinsic("llvm.maxnum.v16f32", floats(), largest.value, scales)
+        most = code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
+        steps = constant(kind("f32"), _WEIGHT_STEPS)
+        code.store(code.builder.fdiv(most, steps), code.plus(scratch, offsets.steps))
+        factor = code.splat(code.builder.fdiv(steps, most))
+        with code.loop(0, code.builder.sub(last, first), LANES) as column:
+            place = code.plus(factors, code.times(column, 4))
+            code.store(code.builder.fmul(code.load(floats(), place), factor), place)
         return code.finish()
 
     def _int8_weights(self) -> Any:
-        """(scratch, rows, first, last, length, new, values, pages, partial): scores to weights times values' scales.
+        """(scratch, rows, first, last, length, new, partial): scores to weights times factors, as integers.
 
         Each sixteen weights become sixteen high and sixteen low halves.
         """
-        code = KernelBuilder(self._module, "weights", 9)
-        scratch, rows, first, last, length, new, values, pages, partial = code.parameters
-        offsets, wide = Int8Scratch(0, self._d), floats()
+        code = KernelBuilder(self._module, "weights", 7)
+        scratch, rows, first, last, length, new, partial = code.parameters
+        factors = code.plus(scratch, Int8Scratch(0, self._d).factors)
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = self._line(code, scratch, row)
             top = self._mask_scores(code, line, row, first, width, length, new)
-            total, largest = code.variable(every_float(0.0)), code.variable(every_float(0.0))
+            total = code.variable(every_float(0.0))
             with code.loop(0, width, LANES) as column:
-                here = code.plus(line, code.times(column, 4))
-                weight = code.exp(code.builder.fsub(code.load(wide, here), code.splat(top)))
+                # Halves take half the room of scores, so they never overwrite scores that are still needed.
+                score = code.load(floats(), code.plus(line, code.times(column, 4)))
+                weight = code.exp(code.builder.fsub(score, code.splat(top)))
                 total.value = code.builder.fadd(total.value, weight)
-                page = code.plus(values, self._page(code, pages, code.plus(first, column)))
-                # Scales behind the last position were never written, and may be NaN.
-                score = code.load(wide, here)
-                visible = code.builder.fcmp_ordered("!=", score, every_float(-float("inf")))
-                weight = code.builder.fmul(weight, code.load(wide, code.plus(page, LANES * self._d)))
-                weight = code.builder.select(visible, weight, every_float(0.0))
-                largest.value = code.intrinsic("llvm.maxnum.v16f32", wide, largest.value, weight)
-                code.store(weight, here)
-            most = code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
-            most = code.intrinsic("llvm.maxnum.f32", kind("f32"), most, constant(kind("f32"), _TINY))
-            steps = constant(kind("f32"), _WEIGHT_STEPS)
-            factor = code.splat(code.builder.fdiv(steps, most))
-            with code.loop(0, width, LANES) as column:
-                # Halves take half the room of weights, so they never overwrite weights that are still needed.
-                weight = code.load(wide, code.plus(line, code.times(column, 4)))
-                whole = nearest(code, code.builder.fmul(weight, factor))
+                factor = code.load(floats(), code.plus(factors, code.times(column, 4)))
+                whole = code.builder.bitcast(code.fma(weight, factor, every_float(_ROUND)), words())
                 for half, number in enumerate((code.builder.lshr(whole, every_word(8)), whole)):
                     place = code.plus(line, code.times(column, 2), half * LANES)
                     code.store(code.builder.trunc(number, kind("i8", LANES)), place)
-            code.store(code.builder.fdiv(most, steps), code.plus(line, offsets.weight_factor))
             result = code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d)
             code.store(top, result)
             code.store(code.sum(total.value), code.plus(result, 4))
@@ -189,7 +196,6 @@ class Int8Attention(Attention):
         """(row, scratch, values, pages, first, last, partial): weighted sums of a block's values."""
         code = KernelBuilder(self._module, f"sums{num_rows}", 7)
         row, scratch, values, pages, first, last, partial = code.parameters
-        offsets = Int8Scratch(0, self._d)
         rows = [code.plus(row, i) for i in range(num_rows)]
         lines = [self._line(code, scratch, row) for row in rows]
         for start in range(0, self._d, 2 * LANES):  # as many sums as registers hold
@@ -210,57 +216,52 @@ class Int8Attention(Attention):
                             weight = code.splat(weight)
                             for part, places in zip(parts, total, strict=True):
                                 places[half].value = code.dot4(places[half].value, weight, part)
-            for row, line, total in zip(rows, lines, totals, strict=True):
-                factor = code.splat(code.load(kind("f32"), code.plus(line, offsets.weight_factor)))
-                for i, (high, low) in enumerate(total):
-                    output = code.builder.fmul(joined(code, high.value, low.value), factor)
+            factor = code.splat(code.load(kind("f32"), code.plus(scratch, Int8Scratch(0, self._d).steps)))
+            for row, total in zip(rows, totals, strict=True):
+                for i, halves in enumerate(total):
+                    high, low = (code.builder.sitofp(half.value, floats()) for half in halves)
+                    output = code.builder.fmul(code.fma(high, every_float(256.0), low), factor)
                     place = code.plus(partial, code.times(row, self._partial_bytes), (start + i * LANES) * 4)
                     code.store(output, place)
         return code.finish()
 
 
-def joined(code: KernelBuilder, high: Any, low: Any) -> Any:
-    """256 · high + low in float32."""
-    return code.fma(code.builder.sitofp(high, floats()), every_float(256.0), code.builder.sitofp(low, floats()))
-
-
-def nearest(code: KernelBuilder, numbers: Any) -> Any:
-    """The nearest 32-bit integers; halves go up."""
-    up = code.intrinsic("llvm.floor.v16f32", floats(), code.builder.fadd(numbers, every_float(0.5)))
-    return code.builder.fptosi(up, words())
-
-
-def largest_magnitude(code: KernelBuilder, numbers: list[Any]) -> Any:
-    """The largest magnitude in all lanes of ``numbers``, and never 0."""
+def _rounded(code: KernelBuilder, place: Any, d: int) -> tuple[list[Any], Any]:
+    """The ``d`` numbers in bfloat16 at ``place`` as integers from −127 to 127, and the factor that makes them numbers."""
+    numbers = [
+        code.builder.fpext(code.load(kind("bf16", LANES), code.plus(place, 2 * i)), floats())
+        for i in range(0, d, LANES)
+    ]
     largest = every_float(_TINY)
     for part in numbers:
         magnitude = code.intrinsic("llvm.fabs.v16f32", floats(), part)
         largest = code.intrinsic("llvm.maxnum.v16f32", floats(), largest, magnitude)
-    return code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest)
+    most = code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest)
+    steps = constant(kind("f32"), _STEPS)
+    factor = code.splat(code.builder.fdiv(steps, most))
+    integers = []
+    for part in numbers:
+        whole = code.builder.bitcast(code.fma(part, factor, every_float(_ROUND)), words())
+        integers.append(code.builder.sub(whole, every_word(_ROUND_BITS)))
+    return integers, code.builder.fdiv(most, steps)
 
 
 def write_storing(code: KernelBuilder, d: int, new: Any, slot: Any, cache: Any, *, is_key: bool) -> None:
     """Writes the code that stores ``d`` numbers in bfloat16 at ``new`` as slot ``slot`` of a head's pages."""
     t = code.builder.and_(slot, code.integer(LANES - 1))
     page = code.plus(cache, code.times(code.divided(slot, LANES), page_bytes(d)))
-    numbers = [
-        code.builder.fpext(code.load(kind("bf16", LANES), code.plus(new, 2 * i)), floats()) for i in range(0, d, LANES)
-    ]
-    scale = code.builder.fdiv(largest_magnitude(code, numbers), constant(kind("f32"), 127.0))
+    integers, scale = _rounded(code, new, d)
     code.store(scale, code.plus(page, LANES * d, code.times(t, INT8_SCALE_BYTES)))
-    factor = code.splat(code.builder.fdiv(constant(kind("f32"), 1.0), scale))
     four = code.plus(page, code.times(code.divided(t, 4), 4 * d), code.builder.and_(t, code.integer(3)))
-    for start, part in zip(range(0, d, LANES), numbers, strict=True):
-        whole = nearest(code, code.builder.fmul(part, factor))
+    for start, part in zip(range(0, d, LANES), integers, strict=True):
         if is_key:
-            whole = code.builder.add(whole, every_word(_BIAS))
-        stored = code.builder.trunc(whole, kind("i8", LANES))
-        if is_key:
+            stored = code.builder.trunc(code.builder.add(part, every_word(_BIAS)), kind("i8", LANES))
             fours = code.builder.bitcast(stored, kind("i32", 4))
             for i in range(4):
                 place = code.plus(page, (start + 4 * i) * LANES, code.times(t, 4))
                 code.store(code.builder.extract_element(fours, constant(kind("i32"), i)), place)
         else:
+            stored = code.builder.trunc(part, kind("i8", LANES))
             for i in range(LANES):
                 byte = code.builder.extract_element(stored, constant(kind("i32"), i))
                 code.store(byte, code.plus(four, (start + i) * 4))

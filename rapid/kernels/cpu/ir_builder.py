@@ -205,9 +205,7 @@ class KernelBuilder:
         for coefficient in _EXP2[1:]:
             polynomial = self.fma(polynomial, fraction, every_float(coefficient))
         exponent = self.builder.add(self.builder.fptosi(whole, words()), every_word(127))
-        return self.builder.fmul(
-            polynomial, self.builder.bitcast(self.builder.shl(exponent, every_word(23)), floats())
-        )
+        return self.builder.fmul(polynomial, self.builder.bitcast(self.builder.shl(exponent, every_word(23)), floats()))
 
 
 # Coefficients of a least-squares polynomial for 2ᶠ, 0 ≤ f < 1, from f⁵ down to 1.
