@@ -1,4 +1,4 @@
-"""Stored keys and values of 8 bits against bfloat16: the time of a pass, memory, and what the model then says of a text.
+"""Stored keys and values of 8 bits against bfloat16: the time of a pass, memory, and what the model makes of a text.
 
 Each pass is timed in turn with each type, so that all see the same changes of the machine's speed. Beyond the model's
 window only speed is measured. Quality: the model reads books, and every type's next-token distributions behind 4K
@@ -18,14 +18,18 @@ import rapid  # noqa: F401 (before torch)
 # isort: split
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common.local import MODEL
 from benchmarks.common.results import DATA, write
 from rapid.engine.torch_thread import compute
+from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.loader import load_model
 from rapid.models.model import Model
+from rapid.text.tokenizer import load_tokenizer
+from rapid.weights import embedded_models
 
 CONTEXTS = (7000, 32768)
 ROWS = (("plain step", 1), ("verify 5", 5), ("verify 11", 11))
@@ -36,15 +40,10 @@ CHUNK = 256
 
 
 def opened(model: Model, num_tokens: int) -> KVCache:
-    pool = model.new_pool((num_tokens + pool_slack(model)) * model.layout.bytes_per_token)
+    pool = model.new_pool((num_tokens + CHUNK) * model.layout.bytes_per_token)  # pages are whole
     cache = pool.open([0], num_tokens)
     assert cache is not None
     return cache
-
-
-def pool_slack(model: Model) -> int:
-    """A page, because pages are whole."""
-    return 256
 
 
 def filled(model: Model, context: int) -> KVCache:
@@ -90,8 +89,8 @@ def log_probabilities(model: Model, tokens: list[int]) -> Iterator[Tensor]:
 
 
 def compared(models: dict[str, Model], tokens: list[int]) -> dict[str, Any]:
-    """Over the positions of one text: argmax agreement with bfloat16, perplexity, and the mean of KL(bfloat16 ‖ other)."""
-    targets = torch.tensor(tokens[CONTEXT + 1 :] + [0])
+    """Sums over the positions of one text: the same argmax as bfloat16, KL(bfloat16 ‖ other), −log p of what follows."""
+    targets = torch.tensor([*tokens[CONTEXT + 1 :], 0])
     sums = {name: {"same": 0.0, "kl": 0.0, "nll": 0.0} for name in models}
     start, last = 0, len(targets) - 1
     for parts in zip(*(log_probabilities(model, tokens) for model in models.values()), strict=True):
@@ -130,3 +129,38 @@ def quality(models: dict[str, Model], positions: int) -> dict[str, Any]:
     for name, row in rows.items():
         print(name, row, flush=True)
     return {"books": BOOKS, "positions": n, "context": CONTEXT, "by_dtype": rows}
+
+
+def fp8_on_cpu() -> Model:
+    """fp8 as on CUDA, with the reference kernel: for quality only."""
+    network = AutoModelForCausalLM.from_pretrained(embedded_models.resolve(MODEL), dtype=torch.bfloat16)
+    return Model(network, load_tokenizer(MODEL), MODEL, kv_dtype="fp8", attention=PagedAttention(gathered_sdpa))
+
+
+def measure(contexts: list[int], repeats: int, positions: int) -> dict[str, Any]:
+    models = {
+        "bfloat16": load_model(MODEL, dtype="bfloat16"),
+        "int8": load_model(MODEL, dtype="bfloat16", kv_dtype="int8"),
+    }
+    results: dict[str, Any] = {}
+    if repeats:
+        results["passes"] = [row for context in contexts for row in timed(models, context, repeats)]
+    if positions:
+        models |= {"fp8": fp8_on_cpu(), "float32": load_model(MODEL, dtype="float32")}
+        results["bytes_per_token"] = {name: model.layout.bytes_per_token for name, model in models.items()}
+        results["quality"] = quality(models, positions)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--repeats", type=int, default=21, help="of each pass; 0: only quality")
+    parser.add_argument("--positions", type=int, default=1024, help="of each book; 0: only passes")
+    options = parser.parse_args()
+    results = compute(measure, options.contexts, options.repeats, options.positions)
+    write("kv_dtype", results, part="" if options.repeats and options.positions else "part")
+
+
+if __name__ == "__main__":
+    main()

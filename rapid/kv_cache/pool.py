@@ -16,13 +16,12 @@ from rapid.kv_cache.memory import take_small_pages
 from rapid.kv_cache.pages import PageAllocator
 from rapid.kv_cache.stats import PoolStats
 
-
 INT8_SCALE_BYTES = 4  # beside the integers of a token's key, or value, in one KV head
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The size of one token: a key and a value of ``head_dim`` numbers for each of ``num_kv_heads`` on each layer's device.
+    """The size of one token: on each layer's device, a key and a value of ``head_dim`` numbers for each KV head.
 
     ``dtype`` is that of the model: queries, new keys and new values. ``kv_dtype`` is that of stored numbers, if they
     have fewer bits: float8_e4m3fn, or int8 with a scale.

@@ -37,8 +37,8 @@ def load_model(
         EngineLost: the other ranks did not come in time, or one is gone.
     """
     device = default_device() if device == "auto" else device
-    # Quantised products on a CPU need bfloat16 rows, even if dense products are faster in float32.
-    few_bits = quantization != "none" and device == "cpu"
+    # Quantised products, and 8-bit pages, on a CPU need bfloat16 rows, even if dense products are faster in float32.
+    few_bits = (quantization != "none" or kv_dtype == "int8") and device == "cpu"
     automatic = torch.bfloat16 if few_bits else default_dtype(device)
     torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     tokenizer = load_tokenizer(ref)

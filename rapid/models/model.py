@@ -13,15 +13,13 @@ from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
+from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.models.info import ModelInfo
 from rapid.models.recorded_cuda import GraphRunner
 from rapid.models.registry import decoder_class
 from rapid.models.tensor_parallel import Group, NewPool, Pass, local, together
-
-
-KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class Model:
@@ -31,7 +29,7 @@ class Model:
     constructor takes the weights out of ``network`` and repacks them.
 
     Raises:
-        ModelFileError: the architecture or the quantisation is not supported.
+        ModelFileError: the architecture, the quantisation or ``kv_dtype`` is not supported.
     """
 
     def __init__(
@@ -51,7 +49,9 @@ class Model:
         eos = eos_token_ids(network)
         try:
             decoder = decoder_class(config.model_type)
-            self._decoder = decoder(network.eval().requires_grad_(False), quantization, group)
+            self._decoder = decoder(
+                network.eval().requires_grad_(False), quantization, group, fits_fp8=kv_dtype == "fp8"
+            )
         except ModelFileError as error:
             raise ModelFileError(f"{name}: {error.message}") from error
         self.tokenizer = tokenizer
@@ -63,6 +63,8 @@ class Model:
             devices=self._decoder.devices,
             kv_dtype=KV_DTYPES[kv_dtype],
         )
+        if attention is None:
+            check_kv_dtype(self.layout)
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.attention: AttentionBackend = attention or (
             RunAttention()

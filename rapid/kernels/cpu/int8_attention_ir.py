@@ -29,7 +29,7 @@ from rapid.kernels.cpu.ir_builder import (
 )
 from rapid.kv_cache.pool import INT8_SCALE_BYTES
 
-_AHEAD = 2  # pages to prefetch
+_AHEAD = 8  # pages to prefetch
 _BIAS = 128  # of stored keys
 _STEPS = 127.0  # of a stored number, and of a number of the query
 _WEIGHT_STEPS = 65535.0
@@ -227,7 +227,7 @@ class Int8Attention(Attention):
 
 
 def _rounded(code: KernelBuilder, place: Any, d: int) -> tuple[list[Any], Any]:
-    """The ``d`` numbers in bfloat16 at ``place`` as integers from −127 to 127, and the factor that makes them numbers."""
+    """The ``d`` numbers in bfloat16 at ``place`` as integers from −127 to 127, and the factor that undoes it."""
     numbers = [
         code.builder.fpext(code.load(kind("bf16", LANES), code.plus(place, 2 * i)), floats())
         for i in range(0, d, LANES)

@@ -142,7 +142,7 @@ def _keep(code: bytes, path: Path) -> bytes:
 
 @functools.cache
 def _version(sources: tuple[str, ...]) -> str:
-    """A hash of everything that the compiled code of the kernels in ``sources`` depends on, except their own parameters.
+    """A hash of all that the compiled code of the kernels in ``sources`` depends on, except their own parameters.
 
     That is this machine, LLVM, and the Python code of the writer and the compiler of kernels, without its comments.
     """
