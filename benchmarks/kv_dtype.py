@@ -89,7 +89,7 @@ def log_probabilities(model: Model, tokens: list[int]) -> Iterator[Tensor]:
 
 
 def compared(models: dict[str, Model], tokens: list[int]) -> dict[str, Any]:
-    """Sums over the positions of one text: the same argmax as bfloat16, KL(bfloat16 ‖ other), −log p of what follows."""
+    """Sums over the positions of one text: the same argmax as bfloat16, KL(bfloat16 ‖ other), −log p of the next."""
     targets = torch.tensor([*tokens[CONTEXT + 1 :], 0])
     sums = {name: {"same": 0.0, "kl": 0.0, "nll": 0.0} for name in models}
     start, last = 0, len(targets) - 1

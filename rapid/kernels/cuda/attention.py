@@ -106,9 +106,8 @@ class PagedAttention:
         pool = KVPool(layout, budget_bytes, page_size=self.page_size, slot_major=True)
         for rows in (*pool.keys, *pool.values):
             if rows.is_cuda:
-                rows.view(
-                    torch.uint8
-                ).zero_()  # FlashAttention may multiply what lies behind a sequence's end by a weight of 0
+                # FlashAttention may multiply what lies behind a sequence's end by a weight of 0.
+                rows.view(torch.uint8).zero_()
         return pool
 
     def batch(self, entries: Sequence[BatchEntry]) -> Batch:

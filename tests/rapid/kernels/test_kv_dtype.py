@@ -1,4 +1,4 @@
-"""Keys and values stored with 8 bits: attention is off by their rounding and no more, in kernels and in whole passes."""
+"""Keys and values stored with 8 bits: attention is off by their rounding and no more."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,10 @@ def rounded(rows: Tensor) -> Tensor:
 
 
 def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int) -> tuple[float, float]:
-    """Of a batch of sequences with (cached, new) tokens from float64: over rounded numbers, and over given ones."""
+    """Of a batch of sequences with (cached, new) tokens from float64: over rounded numbers, and over given ones.
+
+    Beyond what rounding the output to bfloat16 may add.
+    """
     generator = torch.Generator().manual_seed(1)
     num_kv_heads, group = heads
     layout = KVLayout(num_kv_heads, d, torch.bfloat16, CPU, kv_dtype=torch.int8)
@@ -57,7 +60,8 @@ def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int
 
     def distance(seen: Callable[[Tensor], Tensor]) -> float:
         each = (plain_attention(seen(part), *seen(rows)) for part, rows in zip(parts, sequences, strict=True))
-        return (output.double() - torch.cat(list(each))).abs().max().item()
+        expected = torch.cat(list(each))
+        return ((output.double() - expected).abs() - expected.abs() * 2**-8).max().item()
 
     return distance(rounded), distance(lambda numbers: numbers)
 
@@ -66,10 +70,10 @@ def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int
 @pytest.mark.parametrize("d", [64, 96])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 3), (1, 9)], ids=lambda heads: "x".join(map(str, heads)))
 def test_int8_pages_hold_numbers_in_255_steps(heads: tuple[int, int], d: int) -> None:
-    """Scattered and ragged, over memory that holds NaN; the rest of the error is that of a bfloat16 output."""
+    """Scattered and ragged, over memory that holds NaN; nothing else but the output is rounded by much."""
     shapes = [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70), (31, 33), (600, 5)]
     to_rounded, to_given = int8_distances(heads, shapes, d)
-    assert to_rounded < 1.2e-2 < to_given < 8e-2
+    assert to_rounded < 2e-3 < to_given < 6e-2
 
 
 @compiled

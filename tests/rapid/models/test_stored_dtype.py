@@ -62,7 +62,7 @@ def test_a_shared_prefix_and_a_rollback_change_nothing(make: Callable[..., Model
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_fp8_scales_weights_and_leaves_the_function_as_it_is(tiny_network: MakeNetwork, kind: str) -> None:
-    """Keys and values of any size fit: here biases or gains are thousands of times what e4m3 holds."""
+    """Keys and values of any size fit: here they are thousands of times what e4m3 holds."""
 
     def network() -> PreTrainedModel:
         made = with_random_vectors(tiny_network(kind=kind, **SIZES))
