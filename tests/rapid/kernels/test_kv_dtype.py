@@ -29,10 +29,7 @@ def rounded(rows: Tensor) -> Tensor:
 
 
 def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int) -> tuple[float, float]:
-    """Of a batch of sequences with (cached, new) tokens from float64: over rounded numbers, and over given ones.
-
-    Beyond what rounding the output to bfloat16 may add.
-    """
+    """Relative, of a batch of sequences with (cached, new) tokens from float64: over rounded numbers, and over given ones."""
     generator = torch.Generator().manual_seed(1)
     num_kv_heads, group = heads
     layout = KVLayout(num_kv_heads, d, torch.bfloat16, CPU, kv_dtype=torch.int8)
@@ -61,7 +58,7 @@ def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int
     def distance(seen: Callable[[Tensor], Tensor]) -> float:
         each = (plain_attention(seen(part), *seen(rows)) for part, rows in zip(parts, sequences, strict=True))
         expected = torch.cat(list(each))
-        return ((output.double() - expected).abs() - expected.abs() * 2**-8).max().item()
+        return ((output.double() - expected).norm() / expected.norm()).item()
 
     return distance(rounded), distance(lambda numbers: numbers)
 
@@ -73,7 +70,7 @@ def test_int8_pages_hold_numbers_in_255_steps(heads: tuple[int, int], d: int) ->
     """Scattered and ragged, over memory that holds NaN; nothing else but the output is rounded by much."""
     shapes = [(0, 9), (7, 1), (40, 4), (0, 80), (100, 70), (31, 33), (600, 5)]
     to_rounded, to_given = int8_distances(heads, shapes, d)
-    assert to_rounded < 2e-3 < to_given < 6e-2
+    assert to_rounded < 3e-3 < 5e-3 < to_given < 2e-2
 
 
 @compiled
