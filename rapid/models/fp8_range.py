@@ -3,9 +3,9 @@
 A number of e4m3 keeps four significant bits between 2⁻⁶ and 448, so a factor for each KV head is enough, and it needs
 no data: the input of a projection W is x/rms(x)·g, where x/rms(x) has a length of at most √h, so no key or value is
 larger than √h·‖W_i·g‖ + |b_i|. Each head's factor is the power of two that brings this bound to at most 448, which is
-exact in the model's weights: keys are divided by it and queries multiplied, values divided and the columns of the output
-projection multiplied. The model computes the same function, kernels and pools know of no scale, and nothing is ever
-clipped.
+exact in the model's weights. Keys are divided by it and queries multiplied; values are divided and the columns of the
+output projection multiplied. The model computes the same function, kernels and pools know of no scale, and nothing is
+ever clipped.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def rounded(rows: Tensor) -> Tensor:
 
 
 def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int) -> tuple[float, float]:
-    """Relative, of a batch of sequences with (cached, new) tokens from float64: over rounded numbers, and over given ones."""
+    """Of a batch of sequences with (cached, new) tokens from float64, relative: over rounded and given numbers."""
     generator = torch.Generator().manual_seed(1)
     num_kv_heads, group = heads
     layout = KVLayout(num_kv_heads, d, torch.bfloat16, CPU, kv_dtype=torch.int8)
