@@ -120,5 +120,6 @@ def _load(config: EngineConfig, placement: RankPlacement | None) -> Model:
         device=config.device,
         device_map=config.device_map,
         quantization=config.quantization,
+        kv_dtype=config.kv_dtype,
         placement=placement,
     )

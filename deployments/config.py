@@ -77,6 +77,9 @@ class EngineConfig(Strict):
     quantization: str = Field(
         "none", pattern="^(none|int8|fp8|int4)$", description="of the weights: int8, int4 on a CPU; also fp8 on CUDA"
     )
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="of stored keys and values: int8 on a CPU, fp8 on CUDA; the model's own type when auto"
+    )
     kv_memory_gib: float | None = Field(
         None, gt=0, description="for keys and values; kv_memory_share of what is free when not set"
     )
@@ -102,6 +105,18 @@ class EngineConfig(Strict):
     max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
     drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
+
+    @model_validator(mode="after")
+    def _stores_what_the_device_reads(self) -> "EngineConfig":
+        if self.kv_dtype == "fp8" and self.device == "cpu":
+            raise ValueError("kv_dtype fp8 is for CUDA: on a CPU set kv_dtype to int8 or auto")
+        if self.kv_dtype == "int8" and (self.device.startswith("cuda") or self.num_gpus):
+            raise ValueError("kv_dtype int8 is for a CPU: on CUDA set kv_dtype to fp8 or auto")
+        if self.kv_dtype == "int8" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"kv_dtype int8 goes with dtype bfloat16, got {self.dtype}: leave dtype at auto")
+        if self.kv_dtype == "fp8" and self.dtype == "float32":
+            raise ValueError("kv_dtype fp8 goes with dtype bfloat16 or float16, got float32: leave dtype at auto")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_share(self) -> "EngineConfig":

@@ -209,7 +209,8 @@ def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:
 def _dtype(engine: EngineConfig, device: str) -> str:
     if engine.dtype != "auto":
         return engine.dtype
-    few_bits = engine.quantization != "none" and device == "cpu"  # always with bfloat16 beside them
+    # Both are always with bfloat16 beside them.
+    few_bits = device == "cpu" and (engine.quantization != "none" or engine.kv_dtype == "int8")
     return "bfloat16" if few_bits else str(default_dtype(device)).removeprefix("torch.")
 
 

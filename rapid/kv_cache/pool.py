@@ -16,15 +16,32 @@ from rapid.kv_cache.memory import take_small_pages
 from rapid.kv_cache.pages import PageAllocator, root_of
 from rapid.kv_cache.stats import PoolStats
 
+INT8_SCALE_BYTES = 4  # beside the integers of a token's key, or value, in one KV head
+
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The size of one token: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
+    """The size of one token: on each layer's device, a key and a value of ``head_dim`` numbers for each KV head.
+
+    ``dtype`` is that of the model: queries, new keys and new values. ``kv_dtype`` is that of stored numbers, if they
+    have fewer bits: float8_e4m3fn, or int8 with a scale.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
+    kv_dtype: torch.dtype | None = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type of stored numbers."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def slot_size(self) -> int:
+        """The numbers of one key, or one value, as they are stored; a scale takes the room of four integers."""
+        return self.head_dim + (INT8_SCALE_BYTES if self.stored_dtype == torch.int8 else 0)
 
     @property
     def num_layers(self) -> int:
@@ -37,14 +54,15 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.num_layers * 2 * self.num_kv_heads * self.slot_size * self.stored_dtype.itemsize
 
 
 class KVPool:
     """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: only the engine's thread uses it.
 
     For each layer, ``keys`` and ``values`` have a tensor on the layer's device: [KV heads, slots, head size], or
-    [slots, KV heads, head size] when ``slot_major`` (the layout that paged kernels read). Token ``i`` of a page is slot
+    [slots, KV heads, head size] when ``slot_major`` (the layout that paged kernels read). The head size is the layout's
+    ``slot_size``. Token ``i`` of a page is slot
     ``page · page_size + i``. On a CPU the system gives the memory only as pages are written.
     """
 
@@ -54,7 +72,10 @@ class KVPool:
         slots = (self.num_pages + 1) * page_size  # with a spare page for what padding writes
         heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
         self.keys, self.values = (
-            [torch.empty(*heads_and_slots, layout.head_dim, dtype=layout.dtype, device=d) for d in layout.devices]
+            [
+                torch.empty(*heads_and_slots, layout.slot_size, dtype=layout.stored_dtype, device=d)
+                for d in layout.devices
+            ]
             for _ in range(2)
         )
         for rows in (*self.keys, *self.values):

@@ -14,6 +14,7 @@ from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
+from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
 from rapid.kernels.transfer import upload
 from rapid.kv_cache.pool import KVLayout, KVPool
@@ -30,7 +31,7 @@ class Model:
     constructor takes the weights out of ``network`` and repacks them.
 
     Raises:
-        ModelFileError: the architecture or the quantisation is not supported.
+        ModelFileError: the architecture, the quantisation or ``kv_dtype`` is not supported.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Model:
         name: str,
         *,
         quantization: str = "none",
+        kv_dtype: str = "auto",
         attention: AttentionBackend | None = None,
         group: Group | None = None,
     ) -> None:
@@ -49,7 +51,9 @@ class Model:
         eos = eos_token_ids(network)
         try:
             decoder = decoder_class(config.model_type)
-            self._decoder = decoder(network.eval().requires_grad_(False), quantization, group)
+            self._decoder = decoder(
+                network.eval().requires_grad_(False), quantization, group, fits_fp8=kv_dtype == "fp8"
+            )
         except ModelFileError as error:
             raise ModelFileError(f"{name}: {error.message}") from error
         self.tokenizer = tokenizer
@@ -59,7 +63,10 @@ class Model:
             head_dim=self._decoder.head_dim,
             dtype=network.dtype,
             devices=self._decoder.devices,
+            kv_dtype=KV_DTYPES[kv_dtype],
         )
+        if attention is None:
+            check_kv_dtype(self.layout)
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.attention: AttentionBackend = attention or (
             RunAttention()

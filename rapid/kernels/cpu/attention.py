@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.cpu.attention_plan import BLOCK_PAGES, QuerySpan, WorkPlan, supports
-from rapid.kernels.cpu.rows import store
+from rapid.kernels.cpu.rows import store, store_int8
 from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
@@ -85,8 +85,12 @@ class RunBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [KV heads, slots, d]
-        store(key, self.slots, keys)
-        store(value, self.slots, values)
+        if self.pool.layout.stored_dtype == torch.int8:
+            store_int8(key, self.slots, keys, is_key=True)
+            store_int8(value, self.slots, values, is_key=False)
+        else:
+            store(key, self.slots, keys)
+            store(value, self.slots, values)
         if self.is_compiled:
             return self.plan(query.shape[1], scaling).attend(query, keys, values)
         query = query * scaling

@@ -1,4 +1,4 @@
-"""The work plan of the compiled attention over bfloat16 pages: which items of work its threads share.
+"""The work plan of the compiled attention over bfloat16 and 8-bit pages: which items of work its threads share.
 
 Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens, of
 one sequence or of several that share the block's pages. When all blocks are done, the kernel merges their outputs, as
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rapid.kernels.cpu import attention_ir
+from rapid.kernels.cpu import attention_ir, int8_attention_ir
 from rapid.kernels.cpu.attention_ir import BLOCK, Attention, Scratch
+from rapid.kernels.cpu.int8_attention_ir import Int8Attention, Int8Scratch
 from rapid.kernels.cpu.ir_builder import LANES
 from rapid.kernels.cpu.jit import Kernel, available
 from rapid.kernels.prefix import PrefixGroup
@@ -42,9 +43,12 @@ class QuerySpan(NamedTuple):
 
 def supports(pool: KVPool) -> bool:
     """Whether the compiled kernel supports this cache."""
-    dtype, d = pool.layout.dtype, pool.layout.head_dim
-    # A page has as many positions as a register has lanes.
-    return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
+    return pool.page_size == LANES and supports_layout(pool.layout)
+
+
+def supports_layout(layout: KVLayout) -> bool:
+    """Whether there is a compiled kernel for pages of as many positions as a register has lanes."""
+    return layout.dtype == torch.bfloat16 and layout.head_dim % (2 * LANES) == 0 and available()
 
 
 class WorkPlan:
@@ -74,9 +78,11 @@ class WorkPlan:
         self._pages.append(0)  # the kernel loads it, and does not use it, if a block ends with the last page
         self._tables = [torch.tensor(table) for table in (self._items, self._merges, self._pages)]
         most = max(item[2] for item in self._items) * self._group
-        self._scratch = torch.empty(torch.get_num_threads(), Scratch(most, layout.head_dim).size, dtype=torch.uint8)
+        scratch = (Int8Scratch if layout.stored_dtype == torch.int8 else Scratch)(most, layout.head_dim)
+        self._scratch = torch.empty(torch.get_num_threads(), scratch.size, dtype=torch.uint8)
         self._partials = torch.empty(partial, layout.head_dim + 2)
-        self._kernel = attention_kernel(layout.num_kv_heads, self._group, layout.head_dim, scaling)
+        heads = layout.num_kv_heads, self._group
+        self._kernel = attention_kernel(layout.stored_dtype, heads, layout.head_dim, scaling)
         items, merges, pages = self._tables
         self.words = (
             *(items.data_ptr(), len(items), merges.data_ptr(), len(merges)),
@@ -117,7 +123,7 @@ class WorkPlan:
         return partial + self._num_kv_heads * num_blocks * num_rows
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d] to [total, heads·d]."""
+        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, slot size] to [total, heads·d]."""
         output = query.new_empty(len(query), query.shape[1] * query.shape[2])
         query_bytes, head_bytes = query.stride(0) * query.itemsize, keys.stride(0) * keys.itemsize
         self._kernel(
@@ -132,8 +138,10 @@ def _blocks(length: int) -> int:
 
 
 @functools.cache
-def attention_kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
-    name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
-    return Kernel(
-        name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write(), attention_ir.__file__
-    )
+def attention_kernel(dtype: torch.dtype, heads: tuple[int, int], d: int, scaling: float) -> Kernel:
+    """The kernel over pages of ``dtype``; ``heads`` are KV heads, and query heads of each."""
+    writer, sources = Attention, [attention_ir.__file__]
+    if dtype == torch.int8:
+        writer, sources = Int8Attention, [*sources, int8_attention_ir.__file__]
+    name = f"attention-{str(dtype).removeprefix('torch.')}-{heads[0]}x{heads[1]}x{d}-{scaling}"
+    return Kernel(name, lambda module: writer(module, *heads, d, scaling).write(), *sources)

@@ -20,6 +20,7 @@ from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
+FP8 = torch.float8_e4m3fn  # the type of stored keys and values with ``kv_dtype`` fp8
 FEW_TOKENS = 17  # new tokens of one sequence: a verification of 16 draft tokens
 
 # Reading this much takes an H100 about 5 µs. One more launch a layer is believed to cost as much.
@@ -50,8 +51,8 @@ class PagedBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
-        keys.index_copy_(0, self.slots, key)
-        values.index_copy_(0, self.slots, value)
+        write(key, self.slots, keys)
+        write(value, self.slots, values)
         pages = (-1, self.pool.page_size, *keys.shape[1:])
         keys, values = keys.view(pages), values.view(pages)
         if not self.parts:
@@ -66,6 +67,21 @@ class PagedBatch:
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
         return replace(self, **here, parts=parts, prefix=self.prefix.to(device) if self.prefix else None)
+
+
+def write(new: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Writes ``new`` [T, KV heads, d] to ``slots`` [T] of ``rows`` [slots, KV heads, d], in the type of ``rows``."""
+    if rows.dtype == FP8:
+        # Not every operator knows 8-bit floats, so their bytes are copied.
+        new, rows = new.to(FP8).view(torch.uint8), rows.view(torch.uint8)
+    rows.index_copy_(0, slots, new)
+
+
+def gathered(pages: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pages of an int64 ``table`` of any shape, in ``dtype``: [*table's shape, page size, KV heads, d]."""
+    if pages.dtype == FP8:
+        return pages.view(torch.uint8)[table].view(FP8).to(dtype)
+    return pages[table]
 
 
 class _SpreadBatch:
@@ -103,7 +119,8 @@ class PagedAttention:
         pool = KVPool(layout, budget_bytes, page_size=self.page_size, slot_major=True)
         for rows in (*pool.keys, *pool.values):
             if rows.is_cuda:
-                rows.zero_()  # FlashAttention may multiply what lies behind a sequence's end by a weight of 0
+                # FlashAttention may multiply what lies behind a sequence's end by a weight of 0.
+                rows.view(torch.uint8).zero_()
         return pool
 
     def batch(self, entries: Sequence[BatchEntry]) -> Batch:
@@ -172,7 +189,8 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     # Memory behind a sequence's end may hold NaN, and even a weight of 0 does not make a NaN harmless.
     empty = torch.arange(shape[1], device=query.device) >= batch.lengths[:, None]
     all_keys, all_values = (
-        pages[table].reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2) for pages in (keys, values)
+        gathered(pages, table, query.dtype).reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2)
+        for pages in (keys, values)
     )
     new = batch.starts.diff()[:, None]  # [S, 1]
     offsets = torch.arange(batch.max_new, device=query.device)

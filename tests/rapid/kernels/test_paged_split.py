@@ -152,9 +152,10 @@ def test_rows_of_a_query_may_lie_apart_and_rows_of_no_sequence_get_zeros(width: 
 
 
 @interpreted
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("case", [FEW, DECODE], ids=["few", "decode"])
-def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...]) -> None:
-    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...], kv_dtype: torch.dtype | None) -> None:
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),), kv_dtype=kv_dtype)
     assert fault(triton_split, layout, 6, case) is None
 
 
