@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, SequenceRequest
