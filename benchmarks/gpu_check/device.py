@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.linear import check_scheme, make_linear
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.models.info import GraphLimits
 from rapid.models.model import Model
 
 WEIGHT_BYTES = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # a weight of the layers, by scheme
@@ -156,6 +158,9 @@ def _replays(model: Model, device: torch.device) -> Result:
     pool = model.new_pool(64 * 1024 * model.layout.bytes_per_token)
     for rows in (*pool.keys, *pool.values):
         rows.normal_()
+    started = time.perf_counter()
+    recorded = model.record(pool, GraphLimits())
+    record_s = time.perf_counter() - started
     stop = threading.Event()
     beside = threading.Thread(target=_allocate, args=(device, stop), daemon=True)
     beside.start()
@@ -183,7 +188,8 @@ def _replays(model: Model, device: torch.device) -> Result:
     finally:
         stop.set()
         beside.join()
-    return {"passes": 100, "max_difference": worst}
+    num_graphs = 0 if recorded is None else len(recorded.shapes)
+    return {"passes": 100, "max_difference": worst, "graphs": num_graphs, "record_s": record_s}
 
 
 def _allocate(device: torch.device, stop: threading.Event) -> None:

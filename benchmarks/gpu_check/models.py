@@ -24,6 +24,7 @@ from rapid.engine.lease import LeasedSequence
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import Sequence, Task
 from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.models.info import GraphLimits
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 
@@ -108,7 +109,8 @@ def _model(network: PreTrainedModel, name: str, quantization: str) -> Model:
 @contextmanager
 def engine(model: Model, num_tokens: int) -> Iterator[Engine]:
     """An engine with room for ``num_tokens``, whose pages hold noise of the size of real keys and values."""
-    running = Engine(model, kv_bytes=(num_tokens + 4096) * model.layout.bytes_per_token)
+    kv_bytes = (num_tokens + 4096) * model.layout.bytes_per_token
+    running = Engine(model, kv_bytes=kv_bytes, graphs=GraphLimits(seconds=8))  # the check makes many engines
 
     def noise() -> Task[None]:
         pool = running._pool
