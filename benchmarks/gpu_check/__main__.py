@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.gpu_check import device as below
 from benchmarks.gpu_check import engines
-from benchmarks.gpu_check.models import PRETENDED, REAL
+from benchmarks.gpu_check.models import PRETENDED, REAL, Sizes
 from benchmarks.gpu_check.progress import Progress, Result
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -69,10 +69,14 @@ def main() -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and not options.pretend:
         sys.exit("no GPU here; --pretend runs every step on a small shape")
-    sizes = PRETENDED if options.pretend else REAL
     name = "gpu_check_pretended.json" if options.pretend else "gpu_check.json"
-    progress = Progress(options.output or RESULTS / name, about(device), 60 * options.minutes)
-    print(f"{progress.results['about']}\nresults: {progress.path}", flush=True)
+    with Progress(options.output or RESULTS / name, about(device), 60 * options.minutes) as progress:
+        print(f"{progress.results['about']}\nresults: {progress.path}", flush=True)
+        check(progress, PRETENDED if options.pretend else REAL, device)
+
+
+def check(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """All steps, each within its share of the time."""
     per_ms, flops_per_ms = 1.0, 1.0
     with progress.step("device", 20):
         per_ms, flops_per_ms = below.peaks(progress, sizes, device)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 Result = dict[str, Any]
 
@@ -34,9 +34,15 @@ class Progress:
             before = json.loads(path.read_text(encoding="utf-8"))
             if before.get("about") == about:
                 self.results = before
-        watchdog = threading.Timer(limit_s + grace_s, self._give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        self._watchdog = threading.Timer(limit_s + grace_s, self._give_up)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._watchdog.cancel()
 
     @property
     def seconds_left(self) -> float:

@@ -44,7 +44,7 @@ def fit_fp8(attention: Any, norm: Any, heads: Heads) -> None:
 def _bounds(projection: Any, gain: Tensor) -> Tensor:
     """The largest magnitude that each output of a projection behind a norm can have, [outputs]."""
     weight = local(projection.weight).float() * gain.float()
-    bounds = weight.norm(dim=1) * weight.shape[1] ** 0.5
+    bounds: Tensor = weight.norm(dim=1) * weight.shape[1] ** 0.5
     return bounds if projection.bias is None else bounds + local(projection.bias).float().abs()
 
 

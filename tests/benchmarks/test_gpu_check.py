@@ -44,7 +44,7 @@ def test_every_step_runs_on_a_pretended_device(tmp_path: Path, monkeypatch: pyte
 
 
 def measured(progress: Progress, **results: Result) -> list[str]:
-    """The names of those of ``results`` that were measured and not known."""
+    """The names of those of ``results`` that were measured and not known. The run ends with them."""
     called: list[str] = []
 
     def measurement(name: str, result: Result) -> Result:
@@ -53,7 +53,7 @@ def measured(progress: Progress, **results: Result) -> list[str]:
             raise RuntimeError(result["fault"])
         return result
 
-    with progress.step("step", 100):
+    with progress, progress.step("step", 100):
         for name, result in results.items():
             progress.measure(name, lambda n=name, r=result: measurement(n, r))  # type: ignore[misc]
     return called
@@ -84,7 +84,7 @@ import threading
 from pathlib import Path
 from benchmarks.gpu_check.progress import Progress
 progress = Progress(Path({str(path)!r}), {{}}, 0.2, grace_s=0.2)
-with progress.step("step", 100):
+with progress, progress.step("step", 100):
     progress.measure("a", lambda: {{"ms": 1.0}})
     progress.measure("b", lambda: threading.Event().wait() and {{}})
 """

@@ -48,7 +48,7 @@ class _Valueless:
     layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(DEVICE,))
 
     def __init__(self, model: Model) -> None:
-        self.info = model.info
+        self.info, self.balanced_context = model.info, model.balanced_context
         self.fed: list[Any] = []
         self._on_host = model
 
@@ -56,6 +56,9 @@ class _Valueless:
         pool = self._on_host.new_pool(budget_bytes)
         pool.layout = self.layout
         return pool
+
+    def record(self, *_: object) -> None:
+        """Nothing is recorded."""
 
     def forward(self, entries: list[BatchEntry], **_: Any) -> list[Tensor]:
         self.fed += [tokens for _, tokens, _ in entries]
@@ -97,7 +100,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.fixture
 def running(tiny_model: Callable[..., Model], waits: list[Tensor]) -> Iterator[Engine]:
-    engine = _WatchedEngine(_Valueless(tiny_model(VOCAB)), kv_bytes=2**22)  # type: ignore[arg-type]
+    engine = _WatchedEngine(_Valueless(tiny_model(VOCAB)), kv_bytes=2**22, max_batch_tokens=128)  # type: ignore[arg-type]
     yield engine
     engine.shutdown()
 
