@@ -26,7 +26,7 @@ DOORS = {
     "torchao": "rapid/kernels/linear.py",
     "llvmlite": "rapid/kernels/cpu/jit.py",
     "triton": "rapid/kernels/cuda/split_kernels.py",
-    "llguidance": "rapid/sampling/grammar.py",
+    "llguidance": "rapid/sampling/grammar",
 }
 
 
@@ -81,7 +81,7 @@ def test_ray_is_imported_only_where_the_application_runs_on_it(name: str) -> Non
 
 @parametrize(*PACKAGES)
 def test_a_library_is_imported_through_its_one_door(name: str) -> None:
-    assert not imported(parsed(name)) & {library for library, door in DOORS.items() if door != name}
+    assert not imported(parsed(name)) & {library for library, door in DOORS.items() if not name.startswith(door)}
 
 
 @parametrize(*PACKAGES)
