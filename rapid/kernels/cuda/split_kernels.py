@@ -76,8 +76,8 @@ def attend_part(
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < D
     at = (start + token).to(tl.int64)
-    place = (at * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
     if PREFIX and length == 0:  # a sequence without a group
+        place = (at * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
         tl.store(partial_lse + place, tl.full([ROWS], -float("inf"), tl.float32), mask=is_row)
         return
     q = tl.load(
@@ -152,6 +152,8 @@ def attend_part(
     if SCALED:
         output *= tl.load(value_scales + kv_head)
     nonzero = tl.where(total == 0.0, 1.0, total)
+    # Here and not above: what is kept over the loop takes registers.
+    place = ((start + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
     tl.store(
         partial + place[:, None] * D + dim[None, :],
         (output / nonzero[:, None]).to(partial.dtype.element_ty),
