@@ -8,17 +8,13 @@ its own, and they take turns, case by case; a case's time is the median over all
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.checkouts import HERE, Checkout
 from benchmarks.common.results import write
 
-HERE = Path(__file__).parents[1]
 SAMPLING: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.7},
@@ -41,7 +37,7 @@ from rapid.speculation.draft import Draft, DraftLimits
 from rapid.speculation.params import SpeculationParams
 
 class Prepared:
-    tokenizer = None
+    tokenizer, balanced_context = None, 4096.0
     layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
 
     def __init__(self, vocab_size, bias):
@@ -53,6 +49,9 @@ class Prepared:
 
     def new_pool(self, budget):
         return RunAttention().pool(self.layout, budget)
+
+    def record(self, *_):
+        pass
 
     @torch.inference_mode()
     def forward(self, entries, *, abandoned=None):
@@ -96,29 +95,6 @@ for line in sys.stdin:
 """
 
 
-def begin(source: Path, vocab_size: int) -> subprocess.Popen[str]:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(vocab_size)],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": str(source)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdout is not None
-    if worker.stdout.readline().strip() != "ready":
-        raise SystemExit(f"{source}: the worker did not start")
-    return worker
-
-
-def ask(worker: subprocess.Popen[str], *case: Any) -> list[float]:
-    assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write(json.dumps(case) + "\n")
-    worker.stdin.flush()
-    took: list[float] = json.loads(worker.stdout.readline())
-    return took
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("against", type=Path, help="the earlier checkout (a git worktree)")
@@ -127,8 +103,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     workers = {
-        "now": begin(HERE, options.vocabulary),
-        "before": begin(options.against.resolve(), options.vocabulary),
+        "now": Checkout(HERE, WORKER, options.vocabulary),
+        "before": Checkout(options.against.resolve(), WORKER, options.vocabulary),
     }
     rows: list[dict[str, Any]] = []
     for name, sampling in SAMPLING.items():
@@ -137,14 +113,13 @@ def main() -> None:
                 took: dict[str, list[float]] = {side: [] for side in workers}
                 for repeat in range(options.repeats):
                     for side in list(workers) if repeat % 2 else list(workers)[::-1]:
-                        took[side] += ask(workers[side], work, count, gamma, sampling, options.rounds)
+                        took[side] += workers[side].ask(work, count, gamma, sampling, options.rounds)
                 now, before = (round(statistics.median(took[side]), 3) for side in ("now", "before"))
                 row = {"sampling": name, "work": work, "draft_tokens": gamma, "sequences": count}
                 rows.append(row | {"ms": now, "before_ms": before, "speedup": round(before / now, 2)})
                 print(rows[-1], flush=True)
     for worker in workers.values():
-        worker.terminate()
-        worker.wait()
+        worker.end()
     write("readout", {"vocabulary": options.vocabulary, "rows": rows})
 
 

@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
 
+LONGEST_WAIT_S = 600.0  # for a turn, as long as an idle sequence stays open
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -36,7 +38,7 @@ class Turns:
         """Waits for a turn of ``client``; `give_back` ends it.
 
         Raises:
-            Overloaded: too many of this client's wait already (429).
+            Overloaded: too many of this client's wait already, or no turn came in `LONGEST_WAIT_S` (429).
         """
         if self._per_client is None:
             return
@@ -52,6 +54,14 @@ class Turns:
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.waiting.append(turn)
+        try:
+            async with asyncio.timeout(LONGEST_WAIT_S):
+                await self._until(turn, line, client)
+        except TimeoutError as error:
+            message = f"no place came free in {LONGEST_WAIT_S:g} s among your own requests: send fewer at once"
+            raise Overloaded(message, status=429) from error
+
+    async def _until(self, turn: asyncio.Future[None], line: _Line, client: str) -> None:
         try:
             await turn
         except asyncio.CancelledError:

@@ -78,3 +78,17 @@ def test_turns_come_in_order_and_none_is_lost() -> None:
         assert not turns._lines
 
     asyncio.run(story())
+
+
+def test_a_wait_for_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.turns.LONGEST_WAIT_S", 0.01)
+
+    async def story() -> None:
+        turns = Turns(1, max_waiting=4)
+        await turns.take("slow")
+        with pytest.raises(Overloaded, match="no place came free"):
+            await asyncio.wait_for(turns.take("slow"), 30)
+        turns.give_back("slow")
+        await asyncio.wait_for(turns.take("slow"), 30)  # nobody who gave up has the place
+
+    asyncio.run(story())
