@@ -3,7 +3,7 @@
 Its modules and packages are listed from the lowest to the highest. Each one imports only itself and the ones before it
 (`tests/test_imports.py`):
 
-    errors strategies weights text kv_cache kernels models sampling speculation engine request events output
+    errors strategies weights text datastore kv_cache kernels models sampling speculation engine request events output
     backend drafters generate
 """
 

@@ -22,6 +22,8 @@ class Statistics:
     accepted: int = 0
     lookup_drafted: int = 0
     lookup_accepted: int = 0
+    datastore_drafted: int = 0
+    datastore_accepted: int = 0
     drafted_ahead: int = 0
     emitted: int = 0
     prompt_tokens: int = 0
@@ -73,7 +75,7 @@ class Statistics:
         return replace(
             first,
             **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
-            **summed("resumed", "drafters_lost"),
+            **summed("datastore_drafted", "datastore_accepted", "resumed", "drafters_lost"),
             cached_tokens=min(choice.cached_tokens for choice in choices),  # the first may fill pages for the rest
             fallback=next((choice.fallback for choice in choices if choice.fallback), None),
             timings_ms=times | shared,

@@ -146,6 +146,9 @@ def _count_round(stats: Statistics, source: str, verdict: VerifyResult, num_emit
     if source == "lookup":
         stats.lookup_drafted += verdict.num_drafted
         stats.lookup_accepted += accepted
+    elif source == "datastore":
+        stats.datastore_drafted += verdict.num_drafted
+        stats.datastore_accepted += accepted
     stats.timings_ms["drafting"] += verdict.draft_ms
     stats.timings_ms["verification"] += verdict.verify_ms
     stats.timings_ms["transport"] += max(0.0, elapsed_ms - verdict.draft_ms - verdict.verify_ms)

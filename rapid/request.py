@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rapid.datastore.search import Datastore
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import Prompt
@@ -19,6 +20,7 @@ class GenerationRequest:
     is not shown. Stop strings do not apply to the first ``min_tokens`` tokens; ``logits`` makes sure that no end of
     sequence is sampled among them. With ``num_logprobs`` each token comes with its log-probability, and with those of
     that many most likely tokens. Only requests with the same ``salt`` share the keys and values of what they read.
+    ``datastore`` holds the texts that the request may draft from; None: there is none.
     """
 
     prompt: Prompt
@@ -34,3 +36,4 @@ class GenerationRequest:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     salt: str = ""
+    datastore: Datastore | None = None

@@ -28,6 +28,7 @@ class Strategy:
 
 
 _RETRIEVAL, _LOOKUP = "retrieval:RetrievalDrafter", "lookup:LookupDrafter"
+_DATASTORE = "datastore:DatastoreDrafter"
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
@@ -40,6 +41,11 @@ STRATEGIES: dict[str, Strategy] = {
             drafters=(_LOOKUP,),
         ),
         Strategy(
+            "rest",
+            "drafts are looked up in a datastore of other texts; the output is exactly the target's own",
+            drafters=(_DATASTORE,),
+        ),
+        Strategy(
             "speculative",
             "a drafter that reads the retrieved passages drafts; the output is exactly the target's own",
             drafters=(_RETRIEVAL,),
@@ -47,7 +53,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy(
             "rapid",
             "drafts from the passages and from lookups; the target's distribution is moved towards the drafter's (η)",
-            drafters=(_RETRIEVAL, _LOOKUP),
+            drafters=(_RETRIEVAL, _LOOKUP, _DATASTORE),
             transfers=True,
         ),
     )

@@ -18,7 +18,8 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 
 CORE = {"torch", "transformers", "accelerate"}
 BROUGHT_BY_CORE = {"huggingface_hub", "jinja2", "numpy", "tokenizers", "tqdm"}
-OPTIONAL = {"llvmlite", "llguidance", "triton"}  # where one is needed and not installed, an error says so
+# Where one is needed and not installed, an error says so.
+OPTIONAL = {"llvmlite", "llguidance", "pydivsufsort", "triton"}
 ON_RAY = ("deployments/serve/", "deployments/app.py", "deployments/cli/serve.py")
 DOORS = {
     "qdrant_client": "retrieval/store.py",
@@ -26,6 +27,7 @@ DOORS = {
     "llvmlite": "rapid/kernels/cpu/jit.py",
     "triton": "rapid/kernels/cuda/jit.py",
     "llguidance": "rapid/sampling/grammar",
+    "pydivsufsort": "rapid/datastore/search.py",
 }
 
 

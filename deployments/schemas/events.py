@@ -39,7 +39,7 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
 def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
     """The `rapid_round` object of a streamed chunk: the origin of each of a round's tokens; ``chunks`` where given."""
     accepted = min(delta.num_accepted, len(delta.tokens))
-    drafted = "lookup" if delta.source == "lookup" else "accepted"
+    drafted = delta.source if delta.source in ("lookup", "datastore") else "accepted"
     following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
     return {
         "source": delta.source,

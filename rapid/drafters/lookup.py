@@ -10,10 +10,10 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rapid.drafters.interface import Drafter
+from rapid.drafters.known import Known, KnownDrafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Offer
-from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
+from rapid.speculation.controller import Acceptance
+from rapid.speculation.draft import VerifyResult
 
 NGRAM = 3
 _LONGEST_MATCH = 32
@@ -24,40 +24,27 @@ MATCH_LENGTHS = (4, 6, 9, 14, 24)
 MATCH_PRIOR = (0.3, 0.45, 0.55, 0.65, 0.75, 0.9)
 
 
-class LookupDrafter(Drafter):
-    """Continues the text as it continued before. The tokens are known, so a draft costs no step."""
+class LookupDrafter(KnownDrafter):
+    """Continues the text as it continued before."""
 
     label = "lookup"
-    sampled = False
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self._acceptance = Acceptance(MATCH_LENGTHS, MATCH_PRIOR)
+        super().__init__(session, Acceptance(MATCH_LENGTHS, MATCH_PRIOR))
         self._index: Lookup
-        self._found: list[int] = []
-        self._match_length = 0
-        self._proposed = False
 
     async def start(self, *, wait: bool) -> None:
         self._index = await asyncio.to_thread(Lookup, self._session.request.prompt.tokens)
 
-    def offer(self, room: int) -> Offer | None:
+    def find(self, room: int) -> Known | None:
         found = self._index.find(room)
         if found is None:
             return None
-        self._match_length, self._found = found
-        lengths = range(self._match_length, self._match_length + min(len(self._found), MAX_DRAFT_TOKENS))
-        return Offer(self.label, len(self._found), known=tuple(self._acceptance.of(length) for length in lengths))
-
-    async def propose(self, limits: DraftLimits) -> Draft:
-        self._proposed = True
-        return certain_draft(len(self._session.output), self._found[: limits.max_tokens])
+        length, tokens = found
+        return Known(tokens, range(length, length + len(tokens)))
 
     def observe(self, result: VerifyResult) -> None:
-        if self._proposed:
-            for i in range(min(result.num_drafted, result.num_accepted + 1)):
-                self._acceptance.observe(self._match_length + i, i < result.num_accepted)
-        self._proposed = False
+        super().observe(result)
         self._index.extend(result.tokens)
 
 

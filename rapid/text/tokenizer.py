@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
@@ -79,13 +80,25 @@ def check_same_tokenizer(target: PreTrainedTokenizerBase, drafter: PreTrainedTok
             f"{len(ours):,} tokens in the target and {len(theirs):,} in the drafter; "
             f"{lone!r} is only in the {'target' if lone in ours else 'drafter'}"
         )
-    for name in ("bos_token", "eos_token"):
+    for name in _NAMED:
         if getattr(target, name) != getattr(drafter, name):
             refuse(f"{name} is {getattr(target, name)!r} in the target and {getattr(drafter, name)!r} in the drafter")
     for sample in _SAMPLES:
         if (a := _ids(target, sample)) != (b := _ids(drafter, sample)):
             refuse(f"they split {sample!r} into {len(a)} and {len(b)} tokens, {a[:8]}… and {b[:8]}…")
 
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what `check_same_tokenizer` compares: tokenizers with the same one mean the same by a token's id."""
+    identity = [
+        sorted(tokenizer.get_vocab().items()),
+        [getattr(tokenizer, name) for name in _NAMED],
+        [_ids(tokenizer, sample) for sample in _SAMPLES],
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+_NAMED = ("bos_token", "eos_token")
 
 # These texts show most differences in normalisation and splitting: spaces, digits, case, accents, scripts, emoji, code.
 _SAMPLES = (
