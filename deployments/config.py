@@ -172,6 +172,20 @@ class FilesConfig(Strict):
         return Path(named).expanduser() if named else cache_dir() / "files"
 
 
+class DatastoreConfig(Strict):
+    """Texts that answers draft from."""
+
+    path: str | None = Field(None, description="made by `rapid datastore build`; all keys draft from it")
+    files: bool = Field(False, description="draft from uploaded files, each key from its own")
+    answer_tokens: int = Field(
+        0, ge=0, description="draft from the latest answers, each key from its own: how many tokens are kept"
+    )
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self.path or self.files or self.answer_tokens)
+
+
 class AccessConfig(Strict):
     """API keys and limits. Without keys every client may ask, and limits hold for each client address."""
 
@@ -238,6 +252,7 @@ class AppConfig(Strict):
     )
     retriever: RetrieverConfig = RetrieverConfig()
     files: FilesConfig = FilesConfig()
+    datastore: DatastoreConfig = DatastoreConfig()
     access: AccessConfig = AccessConfig()
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
@@ -253,6 +268,8 @@ class AppConfig(Strict):
             raise ValueError("colocated means that the target drafts: leave `drafter` out, or set colocated to false")
         if self.target.replicas.min < 1:
             raise ValueError("target.replicas.min must be at least 1: without a target nothing can be answered")
+        if self.speculation.strategy == "rest" and not self.datastore.is_used:
+            raise ValueError("speculation.strategy rest needs datastore.path, .files or .answer_tokens")
         return self
 
     @property

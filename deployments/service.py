@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol
 
 from deployments.config import AppConfig
+from deployments.datastores import Datastores
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.observability.tracing import Trace
@@ -45,7 +48,8 @@ class LocalService:
     def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self._readers = FairPool(_NUM_READERS, "read")
-        self.files = LocalFiles(config, backend, tokenizer, self._readers)
+        self._datastores = Datastores(config, tokenizer)
+        self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         """Writes the choices of one completion. Closing the generator frees everything that they hold.
@@ -53,14 +57,19 @@ class LocalService:
         Raises:
             RapidError: the request is wrong, or an engine failed.
         """
-        async with self.files.attachments.read(completion, tenant) as whole:
+        async with self.files.attachments.read(completion, tenant) as (whole, texts):
             # In a thread: tokenizing a book takes a second, and the rounds of other requests go on meanwhile.
             window = await self.window()
             request = await self._readers.run(tenant, whole.read, self._tokenizer, self._config, window)
             if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
             salt = self._config.salt_of(tenant)
-            request = replace(request, salt=salt, retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt))
+            request = replace(
+                request,
+                salt=salt,
+                retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt),
+                datastore=await asyncio.to_thread(self._datastores.of, salt),
+            )
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:
@@ -71,12 +80,17 @@ class LocalService:
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
                     yield Finish("", "length", statistics, choice=choice)
                 return
+            answers: defaultdict[int, list[int]] = defaultdict(list)  # by choice
             with Trace.start(request, self._backend) as trace:
                 async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
                     async for event in events:
                         if isinstance(event, Finish):
                             trace.finish(event)
+                        else:
+                            answers[event.choice] += event.tokens
                         yield event
+            for answer in answers.values():
+                await asyncio.to_thread(self._datastores.add_answer, salt, answer, texts)
 
     async def health(self) -> Health:
         """What each running engine holds. Raises where an engine does not answer."""

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deployments.builders import local_backend
 from deployments.config import AppConfig
+from deployments.datastores import Datastores
 from deployments.schemas.events import rapid_object, usage
 from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.backend.protocol import Role
+from rapid.datastore.search import Datastore
 from rapid.events import Delta, Statistics
 from rapid.generate import generate
 from rapid.models.info import ModelInfo
 from rapid.request import GenerationRequest
+from rapid.text.tokenizer import load_tokenizer
 
 
 class Answer(NamedTuple):
@@ -51,8 +55,8 @@ class Answer(NamedTuple):
 class LocalRun:
     """Loaded models. ``on_prefill`` is `LocalBackend`'s."""
 
-    def __init__(self, backend: LocalBackend, tokens_read: dict[Role, int]) -> None:
-        self._backend, self._tokens_read = backend, tokens_read
+    def __init__(self, backend: LocalBackend, datastore: Datastore | None, tokens_read: dict[Role, int]) -> None:
+        self._backend, self._datastore, self._tokens_read = backend, datastore, tokens_read
 
     @classmethod
     @contextmanager
@@ -64,8 +68,9 @@ class LocalRun:
             tokens_read[role] = total + 1  # a prompt's last token is read with the first round
             on_prefill(role, done, total)
 
+        datastore = Datastores(config, load_tokenizer(config.target.model)).of("")
         with local_backend(config, on_prefill=count) as backend:
-            yield cls(backend, tokens_read)
+            yield cls(backend, datastore, tokens_read)
 
     def info(self, role: Role) -> ModelInfo:
         return self._backend.info(role)
@@ -74,7 +79,7 @@ class LocalRun:
         """Writes one completion; ``on_text(piece, tokens so far)`` is called after each round."""
         self._tokens_read.clear()
         text, num_tokens = "", 0
-        async for event in generate(request, self._backend):
+        async for event in generate(replace(request, datastore=self._datastore), self._backend):
             text += event.text
             if isinstance(event, Delta):
                 num_tokens += len(event.tokens)

@@ -1,4 +1,4 @@
-"""The commands that ask no model anything: models, doctor, plan, manifests."""
+"""The commands that ask no model anything: models, datastore, doctor, plan, manifests."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from deployments.cli.datastore import datastore
 from deployments.cli.shell_completion import CONFIG, configs, embedded
 from rapid.errors import InvalidRequest
 
 tools = typer.Typer()
 models = typer.Typer(help="The embedded models: real weights that need no model hub.", no_args_is_help=True)
 tools.add_typer(models, name="models")
+tools.add_typer(datastore, name="datastore")
 
 
 @models.command("list")

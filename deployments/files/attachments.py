@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deployments.config import AppConfig
+from deployments.datastores import Datastores
 from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
-from deployments.files.store import FileStore
+from deployments.files.store import FileStore, name_of
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
 from deployments.turns import FairPool, Turns
@@ -45,8 +46,15 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encode_in_pieces(tokenizer, text)
 
 
+class Attached(NamedTuple):
+    """A completion with the text of its files, and the names of those texts that are stored (`Content.text_sha256`)."""
+
+    completion: Completion
+    texts: frozenset[str] = frozenset()
+
+
 class Attachments:
-    """Reads the file parts of chats, and has engines forget the texts that are deleted.
+    """Reads the file parts of chats, and has engines and datastores forget the texts that are deleted.
 
     Args:
         readers: the threads that read requests.
@@ -60,30 +68,36 @@ class Attachments:
         backend: Backend,
         tokenizer: PreTrainedTokenizerBase,
         readers: FairPool,
+        datastores: Datastores,
     ) -> None:
-        self._readers = readers
+        self._readers, self._datastores = readers, datastores
         self._store, self._indexer, self._backend = store, indexer, backend
         self._config, self._tokenizer = config, tokenizer
 
     @asynccontextmanager
-    async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Completion]:
+    async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Attached]:
         """``completion`` with the text of its files in their place, until the block ends.
 
         Raises:
             FileNotStored, InvalidRequest: ``param`` names the part.
         """
         if not isinstance(completion, ChatRequest) or not completion.has_files:
-            yield completion
+            yield Attached(completion)
             return
         used: dict[str, str] = {}  # content to text
         messages = [await self._read_message(i, message, tenant, used) for i, message in enumerate(completion.messages)]
         try:
-            yield completion.model_copy(update={"messages": messages})
+            texts = {self._name(text, tenant) for text in used.values()}
+            yield Attached(completion.model_copy(update={"messages": messages}), frozenset(texts))
         finally:
             await self.forget_deleted(used, tenant)
 
     async def forget(self, text: str, tenant: str) -> None:
-        """Drops the keys and values of ``text`` from every engine, those of other tenants where they are shared."""
+        """Drops ``text`` from every engine's keys and values, and from the datastores.
+
+        What other tenants read is dropped too, where it is shared.
+        """
+        await asyncio.to_thread(self._datastores.remove, self._config.salt_of(tenant), self._name(text, tenant))
         tokens = await self._readers.run(tenant, tokens_of, text, self._tokenizer)
         await self._backend.forget(tokens, self._config.salt_of(tenant))
 
@@ -91,6 +105,10 @@ class Attachments:
         """Forgets the texts that were deleted while a request used them (content to text) and engines read them."""
         for text in [text for name, text in used.items() if not self._store.has(name)]:
             await self.forget(text, tenant)
+
+    def _name(self, text: str, tenant: str) -> str:
+        """`Content.text_sha256` of a file with this text."""
+        return name_of(text.encode(), self._config.salt_of(tenant))
 
     async def _read_message(self, i: int, message: ChatMessage, tenant: str, used: dict[str, str]) -> ChatMessage:
         if not isinstance(message.content, list):

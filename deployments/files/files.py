@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deployments.config import AppConfig
+from deployments.datastores import Datastores
 from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
 from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload, name_of
@@ -43,14 +44,19 @@ class LocalFiles:
     """
 
     def __init__(
-        self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase, readers: FairPool
+        self,
+        config: AppConfig,
+        backend: IndexingBackend,
+        tokenizer: PreTrainedTokenizerBase,
+        readers: FairPool,
+        datastores: Datastores,
     ) -> None:
         self._config, self._backend, self._tokenizer, self._readers = config, backend, tokenizer, readers
         self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6)
         chunk_tokens = config.retriever.options.chunk_tokens
         made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
-        self._indexer = FileIndexer(backend, self._store, chunk_tokens=chunk_tokens, made_with=made_with)
-        self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers)
+        self._indexer = FileIndexer(backend, self._store, datastores, chunk_tokens=chunk_tokens, made_with=made_with)
+        self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers, datastores)
 
     async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
         """Reads a file and starts to embed it. Bytes that were read before are not read again.
@@ -89,7 +95,8 @@ class LocalFiles:
         return upload.filename, await asyncio.to_thread(self._store.original, upload.content)
 
     async def delete(self, tenant: str, file_id: str) -> None:
-        """Removes the file and, where no other file has its text, the text, its vectors, and its keys and values.
+        """Removes the file and, where no other file has its text, the text, its vectors, its keys and values, and its
+        place in a datastore, with the answers about it.
 
         A deletion that failed can be repeated until everything is gone.
 

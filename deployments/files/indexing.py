@@ -1,4 +1,7 @@
-"""Embeds the text of stored files in the background, once for each text, so that chats find its chunks indexed."""
+"""Embeds the text of stored files in the background, once for each text, so that chats find its chunks indexed.
+
+Where answers draft from files, it also adds the text to their datastore.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Protocol, TypeVar
 
+from deployments.datastores import Datastores
 from deployments.files.store import Content, FileNotStored, FileStore
 from rapid.backend.protocol import Backend
-from rapid.errors import RetrievalFailed
+from rapid.errors import RapidError
 from retrieval import IndexProgress
 
 T = TypeVar("T")
@@ -47,15 +51,24 @@ class FileIndexer:
         made_with: names the embedder and the chunks; vectors that were made otherwise are replaced.
     """
 
-    def __init__(self, backend: IndexingBackend, store: FileStore, *, chunk_tokens: int, made_with: str) -> None:
-        self._backend, self._store = backend, store
+    def __init__(
+        self,
+        backend: IndexingBackend,
+        store: FileStore,
+        datastores: Datastores,
+        *,
+        chunk_tokens: int,
+        made_with: str,
+    ) -> None:
+        self._backend, self._store, self._datastores = backend, store, datastores
         self._chunk_tokens, self._made_with = chunk_tokens, made_with
         self._running: dict[str, asyncio.Task[None]] = {}  # by content
         self._errors: dict[str, str] = {}  # by content; in memory, since a full disk is one of the reasons
 
     def ensure(self, name: str, content: Content) -> None:
         """Starts the embedding of a content unless it is done, is under way, has failed, or the content is going."""
-        is_wanted = not content.is_going and not self.is_done(content)
+        is_everywhere = self.is_done(content) and self._datastores.has_file(content.salt, content.text_sha256)
+        is_wanted = not content.is_going and not is_everywhere
         if is_wanted and name not in self._running and name not in self._errors:
             task = self._running[name] = asyncio.create_task(self._embed(name))
             task.add_done_callback(lambda _: self._running.pop(name))
@@ -100,11 +113,13 @@ class FileIndexer:
                     await asyncio.to_thread(self._store.update, name, content)
                 if outdated and outdated != content.vectors:
                     await self._backend.delete(outdated)
+                if self._store.has(name):  # else its deletion may have looked into the datastores already
+                    await asyncio.to_thread(self._datastores.add_file, content.salt, content.text_sha256, text)
         except FileNotStored:  # any more: its deletion waits for the claim, and then removes the vectors
             return
         except Exception as error:
             logger.warning("a file was not embedded", exc_info=error)
-            self._errors[name] = error.message if isinstance(error, RetrievalFailed) else "internal error"
+            self._errors[name] = error.message if isinstance(error, RapidError) else "internal error"
 
 
 async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:

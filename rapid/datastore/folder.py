@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class Text:
 
     def is_of(self, name: str) -> bool:
         return name == self.name or name in self.sources
+
+
+class FolderInfo(NamedTuple):
+    """What a datastore holds, and the fingerprint of the tokenizer that it is for."""
+
+    tokenizer: str
+    num_texts: int
+    num_tokens: int
+    num_segments: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,17 @@ class DatastoreFolder:
     def texts(self) -> list[Text]:
         """All texts; a text that was cut is several."""
         return [text for stored in self._stored() for text in stored.texts]
+
+    def info(self) -> FolderInfo:
+        """What the folder holds. Raises ModelFileError where a file is no datastore's."""
+        stored, texts = self._stored(), self.texts()
+        return FolderInfo(
+            tokenizer=", ".join(sorted({each.tokenizer for each in stored})),
+            num_texts=len({text.name for text in texts}),
+            num_tokens=sum(text.num_tokens for text in texts),
+            num_segments=len(stored),
+            num_bytes=sum(file.stat().st_size for each in stored for file in (each.path, each.arrays)),
+        )
 
     def add(self, name: str, tokens: Sequence[int] | Tokens, sources: Iterable[str] = ()) -> None:
         """Adds a text under ``name``, which takes the place of what had that name.

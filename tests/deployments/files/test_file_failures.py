@@ -15,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deployments.config import parse_config
+from deployments.datastores import Datastores
 from deployments.files import store as file_store
 from deployments.files.files import LocalFiles
 from deployments.files.store import Content, FileNotStored, FileStore
@@ -77,7 +78,9 @@ class World:
         config = {"target": {"model": "none"}, "files": {"folder": str(folder)}}
         self.folder, self.backend = folder, Backend()
         readers = FairPool(1, "read")
-        self.files = LocalFiles(parse_config(config), self.backend, tokenizer, readers)  # type: ignore[arg-type]
+        settings = parse_config(config)
+        datastores = Datastores(settings, tokenizer)
+        self.files = LocalFiles(settings, self.backend, tokenizer, readers, datastores)  # type: ignore[arg-type]
 
     async def upload(self, data: bytes = DATA) -> str:
         file_id: str = (await self.files.upload(OURS, "a.txt", "user_data", data))["id"]

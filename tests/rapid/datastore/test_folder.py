@@ -113,7 +113,7 @@ def test_a_datastore_of_another_tokenizer_is_refused_with_both_names(tmp_path: P
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 9, "tokenizer": "t", "texts": []}'])
 def test_a_folder_that_holds_something_else_is_refused_by_its_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "segment.json").write_text(content)
-    with pytest.raises(ModelFileError, match="segment.json"):
+    with pytest.raises(ModelFileError, match=r"segment\.json"):
         DatastoreFolder(tmp_path, "t").segments()
 
 
