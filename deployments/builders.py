@@ -43,7 +43,7 @@ class LocalIndexingBackend(LocalBackend):
     """A local backend whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`)."""
 
     def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
-        super().__init__(target, drafter, retriever.retrieve, **how)
+        super().__init__(target, drafter, retriever.retrieve, embed=retriever.embedder.embed, **how)
         self._retriever = retriever
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:

@@ -32,6 +32,7 @@ class Statistics:
     retrieved_tokens: int = 0
     draft_prompt_tokens: int = 0
     chunks: list[dict[str, float]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     fallback: str | None = None
     resumed: int = 0
     drafters_lost: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from rapid.output import OutputWriter
 from rapid.request import GenerationRequest
 from rapid.speculation.controller import MAX_DRAFT_TOKENS, PLAIN_ROUND, Costs, DraftController
 from rapid.speculation.draft import Draft, VerifyResult
+from rapid.speculative_rag.choice import ChosenAnswer, choose_answer
 from rapid.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ async def generate(
     started = time.perf_counter()
     session = Session(request, backend, retrieve or backend.retrieve)
     strategy, stats, output = STRATEGIES[request.speculation.strategy], session.statistics, session.output
+    if strategy.chooses:
+        chosen = await choose_answer(session)
+        if chosen is not None:
+            for event in _given_out(session, chosen, (time.perf_counter() - started) * 1e3):
+                yield event
+            return
     costs = backend.costs.copy() if session.by_the_clock else Costs()
     controller = DraftController(request.speculation.fixed_draft_tokens, costs, timed=session.by_the_clock)
     async with AsyncExitStack() as leases:
@@ -86,6 +93,20 @@ async def generate(
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
     yield Finish(rest, writer.reason, stats, logprobs)
+
+
+def _given_out(session: Session, chosen: ChosenAnswer, total_ms: float) -> Iterator[Delta | Finish]:
+    """An answer that was chosen whole, as one round."""
+    request, stats = session.request, session.statistics
+    eos = frozenset[int]() if request.ignore_eos else session.backend.info("target").eos_token_ids
+    writer = OutputWriter(request, eos, chosen.max_tokens)
+    emitted, pieces, _ = writer.write(chosen.tokens, [])
+    stats.rounds, stats.emitted, stats.timings_ms["total"] = 1, len(emitted), total_ms
+    times_ms = stats.timings_ms["drafting"], stats.timings_ms["verification"]
+    yield Delta(emitted, pieces, 0, 0, "answers", sum(times_ms), *times_ms, stats.chunks, [])
+    _, (rest,), _ = writer.finish()
+    assert writer.reason is not None  # the answer ends with an end of sequence, or has all tokens that it may have
+    yield Finish(rest, writer.reason, stats)
 
 
 async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, dict[str, Drafter], int]:

@@ -17,12 +17,14 @@ class Strategy:
 
     ``reads`` is what the target reads: the whole context, or only the passages retrieved from it. ``drafters`` are
     classes of `rapid.drafters` as "module:Class", in the order in which a fixed γ prefers them; a class is imported
-    when a request needs it. With ``transfers`` a drafter's q may change the output (η, paper §3.3).
+    when a request needs it. With ``transfers`` a drafter's q may change the output (η, paper §3.3). With ``chooses``
+    the output is one of several drafted answers; where there are none to choose from, the target writes it.
     """
 
     name: str
     summary: str
     reads: Literal["context", "retrieved"] = "context"
+    chooses: bool = False
     drafters: tuple[str, ...] = ()
     transfers: bool = False
 
@@ -35,6 +37,12 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         Strategy("autoregressive", "the target decodes alone, from the whole prompt"),
         Strategy("rag", "one model reads the retrieved passages alone", reads="retrieved"),
+        Strategy(
+            "speculative_rag",
+            "several answers are drafted from parts of the passages, and the target chooses one",
+            reads="retrieved",
+            chooses=True,
+        ),
         Strategy(
             "lookup",
             "drafts are looked up in the text itself; the output is exactly the target's own",

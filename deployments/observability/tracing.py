@@ -11,6 +11,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from opentelemetry import trace
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -25,7 +27,7 @@ from rapid.request import GenerationRequest
 from rapid.speculation.controller import Costs
 
 _tracer = trace.get_tracer("rapid")
-_SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify"}  # by the lease's call
+_SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify", "score": "score"}  # by the lease's call
 
 
 def otlp() -> list[SpanProcessor]:
@@ -102,6 +104,9 @@ class TracedBackend:
             }
             span.set_attributes(attributes)
             return retrieval
+
+    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        return await self._backend.embed(texts)
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         await self._backend.forget(tokens, salt)

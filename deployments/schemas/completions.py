@@ -22,7 +22,7 @@ from deployments.schemas.tools import Tool, ToolChoice, call_format, call_gramma
 from rapid.errors import InvalidRequest
 from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
-from rapid.speculation.params import SpeculationParams
+from rapid.speculation.params import NUM_ANSWER_CHUNKS, SpeculationParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 from rapid.text.prompts import Prompt, read_text
 
@@ -54,6 +54,8 @@ class RapidFields(Body):
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
     rag_model: str | None = None
+    num_answers: int | None = None
+    num_clusters: int | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()
     trace: bool = Field(False, description="with each chunk of a stream, the round that wrote it")
@@ -146,13 +148,20 @@ class Completion(Body):
         rapid = self.rapid.given(*(field.name for field in fields(SpeculationParams)))
         retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
         speculation = replace(config.speculation, **rapid)
+        options = replace(config.retriever.options, **retrieval)
+        if STRATEGIES[speculation.strategy].chooses:
+            if self.num_logprobs is not None:
+                message = f"{speculation.strategy} chooses between whole answers, and gives no log-probabilities"
+                raise InvalidRequest(message, param="logprobs")
+            if options.max_tokens is None:  # room for as many chunks as the answers are drafted from
+                options = replace(options, max_tokens=NUM_ANSWER_CHUNKS * options.chunk_tokens)
         most_tokens = window
         if window is not None and STRATEGIES[speculation.strategy].reads == "retrieved":
             most_tokens = MAX_WINDOWS * window
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
             speculation=speculation,
-            retrieval=replace(config.retriever.options, **retrieval),
+            retrieval=options,
             prompt=self._prompt(
                 tokenizer,
                 long_content_tokens=config.retriever.long_content_tokens,

@@ -41,6 +41,8 @@ def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[st
     accepted = min(delta.num_accepted, len(delta.tokens))
     drafted = delta.source if delta.source in ("lookup", "datastore") else "accepted"
     following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
+    if delta.source == "answers":
+        following = "chosen"
     return {
         "source": delta.source,
         "drafted": delta.num_drafted,

@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Ite
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError
@@ -87,6 +89,17 @@ class RayBackend:
             stream.cancel()
             raise RetrievalFailed(f"no retriever answered within {_OPTIONAL_TIMEOUT_S} s") from error
         return retrieval
+
+    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        embedded = self._retriever.embed.remote(texts)
+        try:
+            with _retrieving():
+                async with asyncio.timeout(_LEASE_TIMEOUT_S):
+                    vectors: NDArray[np.float32] = await embedded
+        except TimeoutError as error:
+            embedded.cancel()
+            raise RetrievalFailed(f"no retriever answered within {_LEASE_TIMEOUT_S} s") from error
+        return vectors
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)

@@ -4,6 +4,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 
+import numpy as np
+from numpy.typing import NDArray
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
@@ -29,6 +31,10 @@ class RetrieverReplica:
         absent retriever."""
         yield None
         yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
+
+    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        """`Embedder.embed`; it remembers the texts that it has embedded lately."""
+        return await asyncio.to_thread(self._retriever.embedder.embed, texts)
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         """The progress of `Retriever.keep`, batch by batch."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 from rapid.backend.protocol import Backend, Lease, Role
-from rapid.engine.messages import SequenceRequest, VerifyRequest
+from rapid.engine.messages import DraftRequest, ScoreRequest, ScoreResult, SequenceRequest, VerifyRequest
 from rapid.errors import EngineLost, RapidError
 from rapid.events import Statistics
-from rapid.speculation.draft import VerifyResult
+from rapid.speculation.draft import Draft, VerifyResult
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # seconds between two tries to lease
@@ -55,12 +57,23 @@ class TargetLease:
         Raises:
             EngineLost: no other engine was found within the backend's ``resume_timeout_s``.
         """
+        return await self._answered(lambda lease: lease.verify(request))
+
+    async def propose(self, request: DraftRequest) -> Draft:
+        """A draft by the target itself; raises as `verify` does."""
+        return await self._answered(lambda lease: lease.propose(request))
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """How probable given tokens are; raises as `verify` does."""
+        return await self._answered(lambda lease: lease.score(request))
+
+    async def _answered(self, ask: Callable[[Lease], Awaitable[T]]) -> T:
         while True:
             try:
                 if self._lease is None:
                     await self._resume()
                 assert self._lease is not None
-                return await self._lease.verify(request)
+                return await ask(self._lease)
             except EngineLost as error:
                 if self._lease is None:
                     raise

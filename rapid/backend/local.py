@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rapid.backend.protocol import Lease, Retrieval, Role
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
@@ -19,6 +22,7 @@ from rapid.text.tokenizer import check_same_tokenizer
 
 _REPORT_EVERY_S = 0.2
 
+Embed = Callable[[list[str]], NDArray[np.float32]]
 Retrieve = Callable[[list[str], str, Any], Retrieval]
 OnPrefill = Callable[[Role, int, int], None]
 
@@ -38,6 +42,7 @@ class LocalBackend:
         drafter: Engine,
         retrieve: Retrieve,
         *,
+        embed: Embed | None = None,
         overlap: bool = False,
         on_prefill: OnPrefill = lambda *_: None,
     ) -> None:
@@ -47,7 +52,7 @@ class LocalBackend:
         self.resume_timeout_s = 0.0
         self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
-        self._retrieve = retrieve
+        self._retrieve, self._embed = retrieve, embed
         self._on_prefill = on_prefill
 
     def info(self, role: Role) -> ModelInfo:
@@ -61,6 +66,14 @@ class LocalBackend:
             return await asyncio.to_thread(self._retrieve, contents, query, options)
         except Exception as error:  # the retriever has errors of its own
             raise RetrievalFailed(f"retrieval failed: {error}") from error
+
+    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        if self._embed is None:
+            raise RetrievalFailed("there is no embedder in this process")
+        try:
+            return await asyncio.to_thread(self._embed, texts)
+        except Exception as error:
+            raise RetrievalFailed(f"embedding failed: {error}") from error
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         for engine in set(self._engines.values()):

@@ -6,7 +6,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
-from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, SequenceRequest, VerifyRequest
+import numpy as np
+from numpy.typing import NDArray
+
+from rapid.engine.messages import (
+    DraftRequest,
+    EngineStats,
+    PrefillResult,
+    ScoreRequest,
+    ScoreResult,
+    SequenceRequest,
+    VerifyRequest,
+)
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
 from rapid.speculation.draft import Draft, VerifyResult
@@ -70,6 +81,10 @@ class Lease:
         """Verifies one round (`rapid.engine.verify.verify_draft`)."""
         return self.call("verify", request)
 
+    def score(self, request: ScoreRequest) -> Awaitable[ScoreResult]:
+        """How probable given tokens are (`rapid.engine.score.score`)."""
+        return self.call("score", request)
+
 
 class Backend(Protocol):
     """Gives `generate` sequences on engines, and retrieved passages.
@@ -93,6 +108,14 @@ class Backend(Protocol):
 
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
+        """
+        ...
+
+    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        """A unit vector for each of ``texts``: [len(texts), dimension].
+
+        Raises:
+            RetrievalFailed: the retriever is gone or failed.
         """
         ...
 

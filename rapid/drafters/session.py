@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from rapid.backend.protocol import Backend, Retrieval
+from rapid.backend.protocol import Backend, Retrieval, RetrievedChunk
 from rapid.events import Statistics
 from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
@@ -31,20 +31,32 @@ class Session:
         self.statistics = Statistics(request.speculation.strategy, prompt_tokens=len(request.prompt.tokens))
         self.by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
         self._retrieve = retrieve
+        self._retrieved: Sequence[RetrievedChunk] | None = None
 
     async def retrieved_prompt(self) -> list[int] | None:
-        """The prompt with the retrieved passages in the place of its context.
+        """The prompt with the retrieved passages in the place of its context; None as `retrieved` says.
 
-        Returns None, with the reason in ``statistics.fallback``, if there is no context or no passage reached the
+        Raises:
+            RetrievalFailed: the retriever or its store is gone or failed.
+        """
+        chunks = await self.retrieved()
+        return self.request.prompt.shortened(chunks) if chunks else None
+
+    async def retrieved(self) -> Sequence[RetrievedChunk]:
+        """The retrieved passages, in document order; they are retrieved once.
+
+        None are there, with the reason in ``statistics.fallback``, if there is no context or no passage reached the
         threshold.
 
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
         """
         prompt, statistics = self.request.prompt, self.statistics
+        if self._retrieved is not None:
+            return self._retrieved
         if not prompt.contents:
             statistics.fallback = "no_long_context"
-            return None
+            return ()
         started = time.perf_counter()
         retrieval = await self._retrieve(prompt.contents, prompt.query, self.request.retrieval)
         statistics.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
@@ -55,5 +67,5 @@ class Session:
         ]
         if not retrieval.chunks:
             statistics.fallback = "nothing_above_threshold"
-            return None
-        return prompt.shortened(retrieval.chunks)
+        self._retrieved = retrieval.chunks
+        return self._retrieved

@@ -88,6 +88,29 @@ class VerifyRequest:
         return {"rapid.transfers": self.transfers}
 
 
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Asks how probable ``tokens`` are behind the prompt."""
+
+    tokens: list[int]
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.scored": len(self.tokens)}
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """``logprobs[i]`` is the natural log-probability of token i, given the prompt and the tokens before it.
+
+    It is that of the model itself: nothing is warped or adjusted.
+    """
+
+    logprobs: list[float]
+
+    def attributes(self) -> dict[str, Any]:
+        return {}
+
+
 class EngineStats(NamedTuple):
     """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
 

@@ -8,6 +8,8 @@ from typing import Literal
 from rapid.errors import InvalidRequest
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
+NUM_ANSWER_CHUNKS = 10  # the strategy "speculative_rag" drafts from so many of the best chunks
+
 
 @dataclass(frozen=True)
 class SpeculationParams:
@@ -16,6 +18,7 @@ class SpeculationParams:
     With γ "auto" the controller chooses γ every round from measured costs and acceptance
     (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
     offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
+    ``num_answers`` and ``num_clusters`` are m and k of the strategy "speculative_rag".
 
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
@@ -30,6 +33,8 @@ class SpeculationParams:
     verification: str = "published"
     draft_top_k: int = 64
     rag_model: str = "target"
+    num_answers: int = 5
+    num_clusters: int = 2
 
     def __post_init__(self) -> None:
         def require(ok: bool, param: str, rule: str) -> None:
@@ -48,6 +53,8 @@ class SpeculationParams:
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
+        require(1 <= self.num_answers <= 16, "num_answers", "between 1 and 16")
+        require(1 <= self.num_clusters <= 10, "num_clusters", "between 1 and 10")
 
     @property
     def fixed_draft_tokens(self) -> int | None:

@@ -62,7 +62,7 @@ def test_the_retriever_is_asked_for_the_context_and_the_query(world: World) -> N
 
     for strategy in STRATEGIES:
         run(world.request(strategy=strategy, retrieval={"mode": strategy}), world.backend(retrieve))
-    expected = [(["abcabbcacbaabcabca"], "ab", {"mode": s}) for s in ("rag", "speculative", "rapid")]
+    expected = [(["abcabbcacbaabcabca"], "ab", {"mode": s}) for s in ("rag", "speculative_rag", "speculative", "rapid")]
     assert asked == expected
 
 
