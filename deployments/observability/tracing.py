@@ -77,6 +77,7 @@ class TracedBackend:
     def __init__(self, backend: Backend, parent: Span) -> None:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
+        self.quarantine = backend.quarantine
 
     @property
     def costs(self) -> Costs:
@@ -112,7 +113,7 @@ class TracedBackend:
         async with AsyncExitStack() as stack:
             with _ending(_tracer.start_span("queue", self._context, attributes=attributes)):
                 lease = await stack.enter_async_context(self._backend.lease(role, request))
-            yield Lease(partial(self._call, lease, attributes))
+            yield lease.over(partial(self._call, lease, attributes))
 
     def _call(self, lease: Lease, attributes: dict[str, Any], method: str, *message: Any) -> Awaitable[Any]:
         """One call of ``lease``, as a span with what its message and its result say of themselves."""

@@ -7,12 +7,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from rapid.backend.breaker import Breaker
 from rapid.backend.protocol import Lease, Retrieval, Role
+from rapid.backend.quarantine import Quarantine
+from rapid.backend.waiting import (
+    DRAFTER_PATIENCE_S,
+    QUEUE_LIMIT_S,
+    TARGET_PATIENCE_S,
+    prefill_limit_s,
+    retrieval_limit_s,
+    while_it_goes_on,
+)
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.sequence import Sequence
-from rapid.errors import RetrievalFailed
+from rapid.errors import EngineHung, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
 from rapid.text.tokenizer import check_same_tokenizer
@@ -44,6 +54,8 @@ class LocalBackend:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.costs = Costs()
+        self.quarantine = Quarantine()
+        self._drafting, self._retrieving = Breaker("the drafter"), Breaker("the retriever")
         self.resume_timeout_s = 0.0
         self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
@@ -57,22 +69,40 @@ class LocalBackend:
         return {role: engine.stats() for role, engine in self._engines.items()}
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        if refusal := self._retrieving.refusal():
+            raise RetrievalFailed(refusal)
+        limit_s = retrieval_limit_s(contents)
         try:
-            return await asyncio.to_thread(self._retrieve, contents, query, options)
+            async with asyncio.timeout(limit_s):
+                retrieval = await asyncio.to_thread(self._retrieve, contents, query, options)
         except Exception as error:  # the retriever has errors of its own
-            raise RetrievalFailed(f"retrieval failed: {error}") from error
+            if isinstance(error, TimeoutError):
+                self._retrieving.failed()
+            raise RetrievalFailed(f"retrieval failed: {error or f'no answer in {limit_s:.0f} s'}") from error
+        self._retrieving.succeeded()
+        return retrieval
 
     async def forget(self, tokens: list[int]) -> None:
         for engine in set(self._engines.values()):
-            await asyncio.wrap_future(engine.forget(tokens))
+            forgetting = asyncio.wrap_future(engine.forget(tokens))
+            await while_it_goes_on(
+                forgetting, _pulse_of(engine), patience_s=TARGET_PATIENCE_S, limit_s=prefill_limit_s(len(tokens))
+            )
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         engine = self._engines[role]
+        breaker = self._drafting if role == "drafter" and not request.may_wait else None
+        if breaker and (refusal := breaker.refusal()):
+            raise EngineHung(refusal)
+        patience_s = DRAFTER_PATIENCE_S if breaker else TARGET_PATIENCE_S
         opened = engine.open(request)
+        waiting = asyncio.wrap_future(opened)
         try:
-            sequence = await asyncio.wrap_future(opened)
-        except asyncio.CancelledError:
+            sequence = await while_it_goes_on(waiting, _pulse_of(engine), patience_s=patience_s, limit_s=QUEUE_LIMIT_S)
+        except (asyncio.CancelledError, EngineHung) as error:
+            if breaker and isinstance(error, EngineHung):
+                breaker.failed()
             engine.abandon(opened)
             raise
         leased = LeasedSequence(engine, sequence)
@@ -82,7 +112,7 @@ class LocalBackend:
             return self._report(role, sequence, answer) if method == "prefill" else answer
 
         try:
-            yield Lease(call)
+            yield Lease(call, len(request.prompt), patience_s, breaker)
         finally:
             engine.close(sequence)
 
@@ -96,3 +126,10 @@ class LocalBackend:
             return running.result()
         finally:
             running.cancel()  # closing the sequence ends the work
+
+
+def _pulse_of(engine: Engine) -> Callable[[], Awaitable[Pulse]]:
+    async def pulse() -> Pulse:
+        return engine.pulse()
+
+    return pulse

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
+from rapid.engine.pass_clock import PassClock
 from rapid.engine.scheduler import RunningTask, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
@@ -69,6 +70,7 @@ class Engine:
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[RunningTask] = []
         self._forward_passes = self._tokens_processed = 0
+        self._clock = PassClock()
         self._wake = threading.Condition()
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
@@ -155,7 +157,12 @@ class Engine:
                 kv=self._admission.kv,
                 forward_passes=self._forward_passes,
                 tokens_processed=self._tokens_processed,
+                pulse=self.pulse(),
             )
+
+    def pulse(self) -> Pulse:
+        """How long the current pass has been running. It waits for nothing, so it answers when the thread hangs."""
+        return self._clock.pulse()
 
     def shutdown(self) -> None:
         """Ends the thread; every open task fails with SequenceClosed."""
@@ -173,7 +180,8 @@ class Engine:
                         self._wake.wait(timeout=1.0)
                         self._update_admission()
                 if self._ending is None:
-                    compute(self._work)
+                    with self._clock.running():
+                        compute(self._work)
         except Exception as error:
             logger.exception("the engine of %s is broken", self.model.info.name)
             with self._wake:
