@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,8 @@ from deployments.schemas.body import BELONGS
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
+
+LONGEST_RETRY_S = 5
 
 
 def error_object(error: RapidError) -> dict[str, Any]:
@@ -46,7 +49,8 @@ def as_rapid_error(error: Exception) -> RapidError:
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
-    retry = {"Retry-After": "1"} if shown.status in (429, 503) else {}
+    # Clients that were refused together must not come back together.
+    retry = {"Retry-After": str(random.randint(1, LONGEST_RETRY_S))} if shown.status in (429, 503) else {}
     return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
 
 

@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, Status, StatusCode
 
-from rapid.backend.protocol import Backend, Lease, Retrieval, Role
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.backend.protocol import Backend, Lease, Retrieval, Role, Vitals
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
@@ -90,8 +90,8 @@ class TracedBackend:
     def info(self, role: Role) -> ModelInfo:
         return self._backend.info(role)
 
-    async def stats(self) -> dict[Role, EngineStats]:
-        return await self._backend.stats()
+    async def vitals(self) -> Vitals:
+        return await self._backend.vitals()
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         with _ending(_tracer.start_span("retrieve", self._context)) as span:

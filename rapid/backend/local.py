@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from rapid.backend.breaker import Breaker
-from rapid.backend.protocol import Lease, Retrieval, Role
+from rapid.backend.protocol import Lease, Retrieval, Role, Vitals
 from rapid.backend.quarantine import Quarantine
 from rapid.backend.waiting import (
     DRAFTER_PATIENCE_S,
@@ -20,7 +20,7 @@ from rapid.backend.waiting import (
 )
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
-from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
+from rapid.engine.messages import Pulse, SequenceRequest
 from rapid.engine.sequence import Sequence
 from rapid.errors import EngineHung, RetrievalFailed
 from rapid.models.info import ModelInfo
@@ -55,7 +55,7 @@ class LocalBackend:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.costs = Costs()
         self.quarantine = Quarantine()
-        self._drafting, self._retrieving = Breaker("the drafter"), Breaker("the retriever")
+        self._drafting, self._retrieving = Breaker(), Breaker()
         self.resume_timeout_s = 0.0
         self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
@@ -65,20 +65,23 @@ class LocalBackend:
     def info(self, role: Role) -> ModelInfo:
         return self._engines[role].model.info
 
-    async def stats(self) -> dict[Role, EngineStats]:
-        return {role: engine.stats() for role, engine in self._engines.items()}
+    async def vitals(self) -> Vitals:
+        engines = {role: engine.stats() for role, engine in self._engines.items()}
+        stuck = {role: stats.pulse.problem(TARGET_PATIENCE_S) for role, stats in engines.items()}
+        return Vitals(engines, {role: problem for role, problem in stuck.items() if problem})
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         if refusal := self._retrieving.refusal():
-            raise RetrievalFailed(refusal)
+            raise refusal
         limit_s = retrieval_limit_s(contents)
         try:
             async with asyncio.timeout(limit_s):
                 retrieval = await asyncio.to_thread(self._retrieve, contents, query, options)
         except Exception as error:  # the retriever has errors of its own
+            failure = RetrievalFailed(f"retrieval failed: {str(error) or f'no answer in {limit_s:.0f} s'}")
             if isinstance(error, TimeoutError):
-                self._retrieving.failed()
-            raise RetrievalFailed(f"retrieval failed: {error or f'no answer in {limit_s:.0f} s'}") from error
+                self._retrieving.failed(failure)
+            raise failure from error
         self._retrieving.succeeded()
         return retrieval
 
@@ -94,7 +97,7 @@ class LocalBackend:
         engine = self._engines[role]
         breaker = self._drafting if role == "drafter" and not request.may_wait else None
         if breaker and (refusal := breaker.refusal()):
-            raise EngineHung(refusal)
+            raise refusal
         patience_s = DRAFTER_PATIENCE_S if breaker else TARGET_PATIENCE_S
         opened = engine.open(request)
         waiting = asyncio.wrap_future(opened)
@@ -102,7 +105,7 @@ class LocalBackend:
             sequence = await while_it_goes_on(waiting, _pulse_of(engine), patience_s=patience_s, limit_s=QUEUE_LIMIT_S)
         except (asyncio.CancelledError, EngineHung) as error:
             if breaker and isinstance(error, EngineHung):
-                breaker.failed()
+                breaker.failed(error)
             engine.abandon(opened)
             raise
         leased = LeasedSequence(engine, sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rapid.backend.breaker import Breaker
 from rapid.backend.quarantine import Quarantine
@@ -46,6 +46,13 @@ class Retrieval(Protocol):
     def context_tokens(self) -> int: ...
     @property
     def retrieved_tokens(self) -> int: ...
+
+
+class Vitals(NamedTuple):
+    """The statistics of the ``engines`` that answer, and what is wrong (``problems``) with which part, in words."""
+
+    engines: dict[Role, EngineStats]
+    problems: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,9 @@ class Lease:
     async def _watched(self, sent: Awaitable[Any], limit_s: float) -> Any:
         try:
             answer = await while_it_goes_on(sent, self.pulse, patience_s=self.patience_s, limit_s=limit_s)
-        except EngineHung:
+        except EngineHung as error:
             if self.breaker is not None:
-                self.breaker.failed()
+                self.breaker.failed(error)
             raise
         if self.breaker is not None:
             self.breaker.succeeded()
@@ -116,8 +123,8 @@ class Backend(Protocol):
     overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
-    async def stats(self) -> dict[Role, EngineStats]:
-        """The statistics of every engine that answers."""
+    async def vitals(self) -> Vitals:
+        """What every part says of itself, within a few seconds."""
         ...
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:

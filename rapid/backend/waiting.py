@@ -56,8 +56,8 @@ async def _check(pulse: Callable[[], Awaitable[Pulse]], patience_s: float) -> No
             now = await pulse()
     except TimeoutError as error:
         raise EngineHung(f"the engine's process has not answered for {LATE_S + patience_s:g} s") from error
-    if now.is_stuck(patience_s):
-        raise EngineHung(f"the engine has been stuck in one pass for {now.pass_age_s:.1f} s")
+    if problem := now.problem(patience_s):
+        raise EngineHung(f"the engine is {problem}")
 
 
 def prefill_limit_s(num_tokens: int) -> float:

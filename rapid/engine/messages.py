@@ -107,6 +107,10 @@ class Pulse(NamedTuple):
         longest_s = _FIRST_PASSES_S if self.longest_pass_s is None else _PASS_FACTOR * self.longest_pass_s
         return self.pass_age_s > max(patience_s, longest_s)
 
+    def problem(self, patience_s: float) -> str | None:
+        """`is_stuck` in words."""
+        return f"stuck in one pass for {self.pass_age_s:.1f} s" if self.is_stuck(patience_s) else None
+
 
 class EngineStats(NamedTuple):
     """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts."""

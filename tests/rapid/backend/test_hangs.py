@@ -232,13 +232,15 @@ def test_a_quarantine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_breaker_lets_one_through_after_pauses_that_double(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    part = Breaker("the part")
-    assert part.refusal() is None and part.refusal() is None
+    part = Breaker()
+    assert part.refusal() is None and not part.is_open
     for pause in (1, 2, 4, 8, 15, 15):
-        part.failed()
+        for _ in range(8):  # all that waited at the same time
+            part.failed(EngineHung("it hangs"))
         now += pause - 0.1
-        assert part.refusal() == "the part did not answer lately; it is asked again in 0.1 s"
+        refusal = part.refusal()
+        assert isinstance(refusal, EngineHung) and refusal.message == "it hangs; it is asked again in 0.1 s"
         now += 0.2
         assert part.refusal() is None and part.refusal() is not None  # one tries, and the others do without
     part.succeeded()
-    assert part.refusal() is None and part.refusal() is None
+    assert part.refusal() is None and not part.is_open
