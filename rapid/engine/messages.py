@@ -91,7 +91,7 @@ class VerifyRequest:
 
 
 class Pulse(NamedTuple):
-    """How long an engine's current pass has been running, and the longest of its latest passes, in seconds.
+    """How long an engine's current pass has been running, and the longest lately, in seconds.
 
     ``pass_age_s`` is 0 between passes. ``longest_pass_s`` is None for an engine that has run only a few.
     """

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rapid.engine.messages import Pulse
 
-_REMEMBERED = 256  # iterations
-_WARM = 8  # iterations after which the longest of them says something about the next
+_WARM = 8  # iterations that may compile kernels, and say nothing about later ones
+_DECAY = 0.999  # of the longest, per iteration: decoding for long must not make the next prefill look like a hang
 
 
 class PassClock:
@@ -22,7 +21,7 @@ class PassClock:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self._count, self._longest = 0, 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -32,10 +31,12 @@ class PassClock:
             yield
         finally:
             self._began = None
-            self._durations.append(time.monotonic() - began)
+            self._count += 1
+            if self._count > _WARM:
+                self._longest = max(time.monotonic() - began, _DECAY * self._longest)
 
     def pulse(self) -> Pulse:
         """The age of the current iteration, and the longest of those before it."""
-        began, durations = self._began, list(self._durations)
+        began = self._began
         age_s = time.monotonic() - began if began is not None else 0.0
-        return Pulse(age_s, max(durations) if len(durations) >= _WARM else None)
+        return Pulse(age_s, self._longest or None)

@@ -28,8 +28,7 @@ LIMIT_S = 30.0  # of a test: a wait without an end would take for ever
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "LATE_S", 0.02)
     for name in ("TARGET_PATIENCE_S", "DRAFTER_PATIENCE_S"):
-        monkeypatch.setattr(local, name, 0.1)
-    monkeypatch.setattr(messages, "_FIRST_PASSES_S", 0.1)
+        monkeypatch.setattr(local, name, 0.5)
     monkeypatch.setattr(leases, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(leases, "LONGEST_APART_S", 0.0)
 
@@ -107,6 +106,7 @@ def hung(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Ev
         assert going_on.wait(LIMIT_S)
         return forward(*args, **options)
 
+    monkeypatch.setattr(messages, "_FIRST_PASSES_S", 0.5)
     monkeypatch.setattr(world.target.model, "forward", hangs)
     yield going_on
     going_on.set()
@@ -118,7 +118,7 @@ def test_a_pass_that_never_returns_ends_the_request_and_not_the_wait(world: Worl
             for asked in range(2):  # the second waits for a place in an engine that hangs
                 with pytest.raises(EngineHung, match="stuck in one pass"):
                     await complete(world.request(strategy="autoregressive"), world.backend())
-                assert world.target.stats().pulse.pass_age_s > 0.1, asked
+                assert world.target.stats().pulse.pass_age_s > 0.5, asked
             hung.set()
             assert (await complete(world.request(), world.backend())).tokens
 
