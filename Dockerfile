@@ -13,8 +13,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONPATH=/install/lib/p
 WORKDIR /src
 COPY constraints.txt .
 
-# The two images differ in PyTorch, which comes first: it is the largest layer and changes least; and in torchao, whose
-# kernels multiply weights of few bits on CUDA.
+# The two images differ in PyTorch, which comes first: it is the largest layer and changes least.
 FROM base AS packages-cpu
 RUN pip install --prefix=/install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu \
     --extra-index-url https://pypi.org/simple torch==2.13.0+cpu
@@ -24,13 +23,14 @@ RUN pip install --prefix=/install -c constraints.txt '.[otel]'
 FROM base AS packages-gpu
 RUN pip install --prefix=/install -c constraints.txt torch==2.13.0
 COPY --from=source / .
-RUN pip install --prefix=/install -c constraints.txt '.[otel,quantized-cuda]'
+RUN pip install --prefix=/install -c constraints.txt '.[otel]'
 
 # /usr/local is where this Python looks, and on every PATH. No NVIDIA_VISIBLE_DEVICES here: the device plugin sets it in
 # the pods that asked for GPUs, and in a head that saw them Ray would count them.
 FROM python:3.11.14-slim-bookworm AS runtime
 # Two heaps a process: glibc's own choice, one for each of Ray's threads, fragments as prompts come and go.
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.serve.edge:middlewares
 RUN groupadd --gid 1000 rapid && useradd --uid 1000 --gid 1000 --create-home rapid
 WORKDIR /home/rapid
 USER 1000:1000

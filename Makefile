@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test test-triton check bench chaos load fuzz lock clean
+.PHONY: help install models serve test test-triton check bench chaos load fuzz gpu-check lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -28,7 +28,8 @@ test: .venv/dev.stamp ## run the tests
 	$(MAKE) test-triton
 
 test-triton: .venv-triton/stamp ## hold the Triton kernels to float64 on a CPU, and compile them for GPUs
-	TRITON_INTERPRET=1 timeout 900 .venv-triton/bin/python -m pytest tests/rapid/kernels/test_paged_split.py tests/rapid/kernels/test_split_compiled.py
+	TRITON_INTERPRET=1 timeout 900 .venv-triton/bin/python -m pytest \
+		tests/rapid/kernels/test_paged_split.py tests/rapid/kernels/test_low_bit.py tests/rapid/kernels/test_triton_compiled.py
 
 bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)
 	$(BIN)/python -m benchmarks.steps
@@ -45,6 +46,10 @@ load: .venv/bench.stamp ## clients, ten minutes at capacity, a burst (about twen
 fuzz: .venv/bench.stamp ## malformed requests and schemathesis against the HTTP API (about five minutes)
 	$(BIN)/python -m benchmarks.fuzz
 
+# Without .venv: a GPU machine may have torch, transformers and triton, and no way to install anything.
+gpu-check: ## measure everything on this machine's GPU (ten minutes; PYTHON=python3)
+	$(PYTHON) -m benchmarks.gpu_check
+
 check: .venv/dev.stamp ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,7 +57,7 @@ check: .venv/dev.stamp ## lint and type-check
 
 # Resolves from nothing, so that no version lingers only because it was pinned before.
 lock: install ## pin every dependency anew in constraints.txt
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev,bench,quantized-cuda]'
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report=.venv/report.json '.[dev,bench]'
 	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from benchmarks.common.closed_forms import law, softmax
+from benchmarks.common.dense_rounds import verify_dense
 from benchmarks.common.results import write
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.sampler import sample
-from rapid.speculation.verification import RULES, verify
+from rapid.speculation.verification import RULES
 
 GAMMA, VOCAB = 3, 10
 
@@ -37,7 +38,7 @@ def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, 
 
     noise = Noise(torch.arange(rounds))  # rounds of requests with different seeds
     draft = sample(q.expand(rounds, GAMMA, VOCAB), noise.keys(Purpose.DRAFT, torch.arange(GAMMA)))
-    num_accepted, next_token = verify(
+    num_accepted, next_token = verify_dense(
         RULES[rule],
         draft,
         q.expand(rounds, GAMMA, VOCAB),

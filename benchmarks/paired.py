@@ -8,17 +8,13 @@ earlier checkout.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.checkouts import HERE, Checkout
 from benchmarks.common.results import write
 
-HERE = Path(__file__).parents[1]
 STRATEGIES = ("autoregressive", "rapid", "lookup")
 # Runs in both checkouts, whose modules may lie elsewhere.
 WORKER = """
@@ -55,30 +51,6 @@ with local_backend(settings) as backend:
 """
 
 
-def begin(source: Path, num_tokens: int) -> subprocess.Popen[str]:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(num_tokens)],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": str(source)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert worker.stdout is not None
-    if worker.stdout.readline().strip() != "ready":
-        raise SystemExit(f"{source}: the worker did not start")
-    return worker
-
-
-def ask(worker: subprocess.Popen[str], *question: int) -> dict[str, list[float]]:
-    assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write(json.dumps(question) + "\n")
-    worker.stdin.flush()
-    measured: dict[str, list[float]] = json.loads(worker.stdout.readline())
-    return measured
-
-
 def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
     """How many times as fast the later checkout is."""
     now, before = (statistics.median(row[side][what]) for side in ("now", "before"))
@@ -94,19 +66,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     workers = {
-        "now": begin(HERE, options.prompt_tokens),
-        "before": begin(options.against.resolve(), options.prompt_tokens),
+        "now": Checkout(HERE, WORKER, options.prompt_tokens),
+        "before": Checkout(options.against.resolve(), WORKER, options.prompt_tokens),
     }
     rows: list[dict[str, Any]] = []
     for i in range(options.questions):
         sides = list(workers) if i % 2 else list(workers)[::-1]
-        row: dict[str, Any] = {side: ask(workers[side], i, options.new_tokens, options.repeats) for side in sides}
+        row: dict[str, Any] = {side: workers[side].ask(i, options.new_tokens, options.repeats) for side in sides}
         row["ratio"] = {what: ratio(row, what) for what in ("first_token", *STRATEGIES)}
         rows.append(row)
         print(row["ratio"], flush=True)
     for worker in workers.values():
-        worker.terminate()
-        worker.wait()
+        worker.end()
     medians = {what: statistics.median(row["ratio"][what] for row in rows) for what in ("first_token", *STRATEGIES)}
     print("median:", medians)
     write(

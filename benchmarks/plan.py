@@ -140,7 +140,7 @@ def check_prefill(device: Device) -> dict[str, Any]:
         measured += [(read_s[0]["prompt_tokens"], name, read_s[0]["prefill_tokens_per_second"])]
     rows = []
     for tokens, name, speed in measured:
-        predicted = tokens / device.prefill_s(SERVED["bfloat16"], tokens, config().target.max_batch_tokens)
+        predicted = tokens / device.prefill_s(SERVED["bfloat16"], tokens, config().target.batch_tokens("cpu"))
         rows.append({"tokens": tokens, "from": name, "predicted": round(predicted, 1), "measured": speed})
     return summary([row["predicted"] / row["measured"] - 1 for row in rows]) | {"rows": rows}
 

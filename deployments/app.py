@@ -38,7 +38,11 @@ def build(config: AppConfig) -> Application:
         "graceful_shutdown_timeout_s": drain_timeout_s,
     }
     coordinator = Coordinator.options(name="Coordinator", **light).bind(config, target, drafter, retriever)
-    ingress: Application = Ingress.options(name="Ingress", **light).bind(config, coordinator)
+    # The proxy's router of Serve remembers a name for ever that any client may send in a header.
+    router = RequestRouterConfig(request_router_class=LeaseRouter)
+    ingress: Application = Ingress.options(name="Ingress", request_router_config=router, **light).bind(
+        config, coordinator
+    )
     return ingress
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig
+from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig, read_secrets
 from deployments.files.indexing import in_threads
 from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine
 from rapid.engine.torch_thread import compute
 from rapid.errors import RetrievalFailed
-from rapid.kv_cache.memory import kv_budget, return_freed_memory
-from rapid.models.info import RankPlacement
+from rapid.kv_cache.memory import return_freed_memory
+from rapid.models.info import GraphLimits, RankPlacement
 from rapid.models.loader import load_model
+from rapid.models.memory import measured_kv_budget
 from rapid.models.model import Model
 from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
@@ -31,8 +32,8 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
 
     embedder = load_embedder(embedded_models.resolve(config.embedder), device=config.device)
     return_freed_memory()
-    configured = config.qdrant_api_key
-    key = configured.get_secret_value() if configured else os.environ.get("QDRANT_API_KEY")
+    named = config.qdrant_api_key
+    key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
     folder = files.path / "vectors"
     store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
     return Retriever(embedder, store, load_tokenizer(target_model))
@@ -45,9 +46,9 @@ class LocalIndexingBackend(LocalBackend):
         super().__init__(target, drafter, retriever.retrieve, **how)
         self._retriever = retriever
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         try:
-            async for kept in in_threads(self._retriever.keep(text, chunk_tokens)):
+            async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
                 yield kept
         except RetrievalError as error:
             raise RetrievalFailed(f"retrieval failed: {error}") from error
@@ -81,13 +82,26 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
 def build_engine(config: EngineConfig, placement: RankPlacement | None = None) -> Engine:
     """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
     model = compute(_load, config, placement)
-    budget = config.kv_memory_gib * 2**30 if config.kv_memory_gib else kv_budget(model.layout.devices)
+    max_tokens = config.batch_tokens(model.layout.device.type)
+    graphs = GraphLimits(config.graph_seconds, config.graph_memory_gib)
+    if config.kv_memory_gib:
+        budget = int(config.kv_memory_gib * 2**30)
+    else:
+        budget = compute(
+            measured_kv_budget,
+            model,
+            share=config.kv_share,
+            max_batch_tokens=max_tokens,
+            graph_bytes=graphs.bytes,
+        )
     return Engine(
         model,
-        kv_bytes=int(budget),
-        max_batch_tokens=config.max_batch_tokens,
+        kv_bytes=budget,
+        max_batch_tokens=max_tokens,
+        step_budget_ms=config.step_budget_ms,
         max_queued=config.max_queued,
         idle_timeout=config.idle_timeout_s,
+        graphs=graphs,
     )
 
 
@@ -106,5 +120,6 @@ def _load(config: EngineConfig, placement: RankPlacement | None) -> Model:
         device=config.device,
         device_map=config.device_map,
         quantization=config.quantization,
+        kv_dtype=config.kv_dtype,
         placement=placement,
     )

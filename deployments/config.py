@@ -5,6 +5,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the builder's real argument type.
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +13,18 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS
 from rapid.errors import InvalidRequest, RapidError
-from rapid.kv_cache.memory import FREE_MEMORY_SHARE
+from rapid.kv_cache.memory import FREE_MEMORY_SHARE, WHOLE_GPU_SHARE
+from rapid.models.info import GraphLimits
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
+
+PUBLIC = "public"  # the tenant of every client where there are no keys
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(RapidError):
@@ -71,10 +77,30 @@ class EngineConfig(Strict):
     quantization: str = Field(
         "none", pattern="^(none|int8|fp8|int4)$", description="of the weights: int8, int4 on a CPU; also fp8 on CUDA"
     )
-    kv_memory_gib: float | None = Field(
-        None, gt=0, description=f"for keys and values; {FREE_MEMORY_SHARE:.0%} of what is free when not set"
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="of stored keys and values: int8 on a CPU, fp8 on CUDA; the model's own type when auto"
     )
-    max_batch_tokens: int = Field(128, ge=1, description="tokens in one forward pass; a long prefill is cut to this")
+    kv_memory_gib: float | None = Field(
+        None, gt=0, description="for keys and values; kv_memory_share of what is free when not set"
+    )
+    kv_memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description=f"of what weights and passes leave free; when not set, {WHOLE_GPU_SHARE:.0%} with a whole GPU "
+        f"(num_gpus of 1 or more), else {FREE_MEMORY_SHARE:.0%}",
+    )
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description=f"tokens in one forward pass; when not set, {MAX_BATCH_TOKENS['cpu']} on a CPU and "
+        f"{MAX_BATCH_TOKENS['cuda']} on CUDA",
+    )
+    step_budget_ms: float = Field(
+        STEP_BUDGET_MS, gt=0, description="what a pass that reads prompts may take while other sequences decode"
+    )
+    graph_seconds: float = Field(GraphLimits.seconds, ge=0, description="for recording CUDA graphs at load; 0: none")
+    graph_memory_gib: float = Field(GraphLimits.gib, ge=0, description="for CUDA graphs")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
     pass_timeout_s: float = Field(
@@ -82,6 +108,18 @@ class EngineConfig(Strict):
     )
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
     drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
+
+    @model_validator(mode="after")
+    def _stores_what_the_device_reads(self) -> "EngineConfig":
+        if self.kv_dtype == "fp8" and self.device == "cpu":
+            raise ValueError("kv_dtype fp8 is for CUDA: on a CPU set kv_dtype to int8 or auto")
+        if self.kv_dtype == "int8" and (self.device.startswith("cuda") or self.num_gpus):
+            raise ValueError("kv_dtype int8 is for a CPU: on CUDA set kv_dtype to fp8 or auto")
+        if self.kv_dtype == "int8" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"kv_dtype int8 goes with dtype bfloat16, got {self.dtype}: leave dtype at auto")
+        if self.kv_dtype == "fp8" and self.dtype == "float32":
+            raise ValueError("kv_dtype fp8 goes with dtype bfloat16 or float16, got float32: leave dtype at auto")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_share(self) -> "EngineConfig":
@@ -94,6 +132,15 @@ class EngineConfig(Strict):
         if self.num_gpus % 1:
             raise ValueError(f"with device_map num_gpus is a number of whole GPUs, got {self.num_gpus:g}")
         return self
+
+    @property
+    def kv_share(self) -> float:
+        """The share of free memory for keys and values, where no bytes are given."""
+        return self.kv_memory_share or (WHOLE_GPU_SHARE if self.num_gpus >= 1 else FREE_MEMORY_SHARE)
+
+    def batch_tokens(self, device: str) -> int:
+        """Tokens in one forward pass on a ``device``: cpu or cuda."""
+        return self.max_batch_tokens or MAX_BATCH_TOKENS[device]
 
     @property
     def num_stages(self) -> int:
@@ -109,7 +156,7 @@ class RetrieverConfig(Strict):
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
-    qdrant_api_key: SecretStr | None = Field(None, description="QDRANT_API_KEY in the environment when not set")
+    qdrant_api_key: SecretStr | None = Field(None, description="env:NAME or file:PATH; QDRANT_API_KEY when not set")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 
@@ -118,7 +165,7 @@ class FilesConfig(Strict):
     """Uploaded files and their vectors."""
 
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
-    max_stored_mb: float = Field(1024, gt=0, description="what one key's files may take together; more is a 413")
+    max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
 
     @property
@@ -131,20 +178,40 @@ class FilesConfig(Strict):
 class AccessConfig(Strict):
     """API keys and limits. Without keys every client may ask, and limits hold for each client address."""
 
-    api_keys: tuple[SecretStr, ...] = Field((), description="with RAPID_API_KEYS (comma-separated), all valid keys")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="where valid keys are, env:NAME or file:PATH; with RAPID_API_KEYS (comma-separated), all",
+    )
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
     tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
-    max_body_mb: float = Field(64, gt=0, description="a larger request is a 413")
+    wrong_keys_per_minute: int = Field(60, ge=1, description="of one address; more is a 429, and right keys still pass")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="of one key at the same time, more wait; with several keys 3/4 of the places when not set",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="names that clients may know this server by, * is all; localhost without keys when not set"
+    )
+    max_json_mb: float = Field(4, gt=0, description="a larger body of JSON is a 413")
+    max_body_mb: float = Field(64, gt=0, description="a larger upload is a 413")
     request_timeout_s: float | None = Field(
         None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
+    )
+    isolation: Literal["shared", "key"] = Field(
+        "key", description="key: each key has its own cache and files; shared: equal texts are computed once for all"
     )
     cors_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask; * is all")
 
     @property
     def keys(self) -> list[str]:
-        """All valid keys, with those in the environment of this process."""
-        named = [key.get_secret_value() for key in self.api_keys] + os.environ.get("RAPID_API_KEYS", "").split(",")
-        return [key.strip() for key in named if key.strip()]
+        """All valid keys, with those in the environment of this process.
+
+        Raises:
+            ConfigError: a file cannot be read, or a variable is not set.
+        """
+        named = [key for where in self.api_keys for key in read_secrets(where, "access.api_keys")]
+        return named + _separated(os.environ.get("RAPID_API_KEYS", ""))
 
     @field_validator("api_keys")
     @classmethod
@@ -178,6 +245,9 @@ class AppConfig(Strict):
     speculation: SpeculationParams = SpeculationParams()
     sampling: SamplingParams = SamplingParams()
     default_max_tokens: int = Field(512, ge=1, description="when a request names no max_tokens")
+    special_tokens_in_text: bool = Field(
+        False, description="read special tokens that messages, tools, files and prompts have; else they are text"
+    )
     observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")
@@ -200,9 +270,48 @@ class AppConfig(Strict):
             return self.overlap
         return not self.colocated and self.target.num_gpus >= 1 and self.drafter.num_gpus >= 1
 
+    def salt_of(self, tenant: str) -> str:
+        """What is cached for ``tenant`` is found by tenants with the same salt alone."""
+        return "" if tenant == PUBLIC or self.access.isolation == "shared" else tenant
+
+    @property
+    def max_in_flight(self) -> int | None:
+        """How many requests one client may have at the same time; None: any number."""
+        if self.access.max_in_flight is not None or len(self.access.keys) < 2:
+            return self.access.max_in_flight
+        return max(1, 3 * self.target.max_sequences * self.target.replicas.max // 4)
+
     @property
     def model_name(self) -> str:
         return self.served_model or self.target.model
+
+
+def read_secrets(where: SecretStr, field: str) -> list[str]:
+    """The keys that ``where`` names: env:NAME (separated by commas), or file:PATH (one a line).
+
+    Ray Serve keeps the configuration, logs it and shows it, so a key itself should not be there; it still counts.
+
+    Raises:
+        ConfigError: there is no such variable or file, or it is empty; the message names ``field``.
+    """
+    kind, _, place = where.get_secret_value().strip().partition(":")
+    if kind == "env":
+        found = _separated(os.environ.get(place, ""))
+    elif kind == "file":
+        try:
+            found = [line.strip() for line in Path(place).expanduser().read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{field}: {place} cannot be read: {error}") from error
+    else:
+        logger.warning("%s: write env:NAME or file:PATH: Ray Serve logs and shows what stands in the file", field)
+        return [where.get_secret_value().strip()]
+    if not any(found):
+        raise ConfigError(f"{field}: {'the variable' if kind == 'env' else 'the file'} {place} has no key")
+    return [key for key in found if key]
+
+
+def _separated(keys: str) -> list[str]:
+    return [key.strip() for key in keys.split(",") if key.strip()]
 
 
 def read_config(path: Path) -> AppConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol
 
 from deployments.config import AppConfig
@@ -15,12 +14,16 @@ from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events, Started
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
+from deployments.turns import FairPool
 from rapid.errors import ContextLengthExceeded, EngineLost
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
+from retrieval import TenantOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NUM_READERS = 2  # threads that read requests: they are short work, and the engines need the cores
 
 
 class Service(Protocol):
@@ -32,8 +35,8 @@ class Service(Protocol):
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
     async def window(self) -> int: ...
-    async def tokenize(self, body: TokenizeRequest) -> Tokenized: ...
-    async def detokenize(self, body: DetokenizeRequest) -> Detokenized: ...
+    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized: ...
+    async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized: ...
 
 
 class LocalService:
@@ -41,7 +44,8 @@ class LocalService:
 
     def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
-        self.files = LocalFiles(config, backend, tokenizer)
+        self._readers = FairPool(_NUM_READERS, "read")
+        self.files = LocalFiles(config, backend, tokenizer, self._readers)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         """Writes the choices of one completion. Closing the generator frees everything that they hold.
@@ -51,12 +55,15 @@ class LocalService:
         """
         async with self.files.attachments.read(completion, tenant) as whole:
             # In a thread: tokenizing a book takes a second, and the rounds of other requests go on meanwhile.
-            request = await asyncio.to_thread(whole.read, self._tokenizer, self._config)
+            window = await self.window()
+            request = await self._readers.run(tenant, whole.read, self._tokenizer, self._config, window)
             if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
+            salt = self._config.salt_of(tenant)
+            request = replace(request, salt=salt, retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt))
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
-            if completion.max_tokens == 0 and num_tokens > (window := await self.window()):
+            if completion.max_tokens == 0 and num_tokens > window:
                 raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
             yield Started(num_tokens, completion.echoed(self._tokenizer), calls)
             if completion.max_tokens == 0:  # the answer is the prompt, which no engine has to read
@@ -93,16 +100,17 @@ class LocalService:
         """How many tokens the target can read and write together."""
         return self._backend.info("target").window
 
-    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
+    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
         """
         Raises:
-            InvalidRequest: the chat template refuses the messages.
+            InvalidRequest: the chat template refuses the messages, or the text is far too long.
         """
-        return await asyncio.to_thread(body.answer, self._tokenizer, await self.window())
+        special, window = self._config.special_tokens_in_text, await self.window()
+        return await self._readers.run(tenant, body.answer, self._tokenizer, window, special_tokens=special)
 
-    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
+    async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
         """
         Raises:
             InvalidRequest: there is no such token.
         """
-        return await asyncio.to_thread(body.answer, self._tokenizer)
+        return await self._readers.run(tenant, body.answer, self._tokenizer)

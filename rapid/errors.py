@@ -21,6 +21,7 @@ The package deployments adds subclasses of RapidError:
         ManifestError                manifest_error           500   deployments.cli.manifests
         InvalidKey                   invalid_api_key          401   deployments.http.access
         OriginRefused                origin_not_allowed       403   deployments.http.access
+        HostRefused                  host_not_allowed         403   deployments.http.access
         TimedOut                     request_timeout          504   deployments.http.access
         RateLimited                  rate_limit_exceeded      429   deployments.http.rate_limits
         FileNotStored                file_not_found           404   deployments.files.store
@@ -70,14 +71,26 @@ class InvalidRequest(RapidError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt and the requested tokens do not fit the model's window. All three counts are in tokens."""
+    """The prompt and the requested tokens do not fit the model's window. All three counts are in tokens.
+
+    With ``is_at_least`` the prompt was not read to its end, and may have more than ``prompt_tokens``.
+    """
 
     _code = "context_length_exceeded"
 
-    def __init__(self, *, prompt_tokens: int, max_tokens: int, window: int, param: str | None = "messages") -> None:
+    def __init__(
+        self,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        window: int,
+        param: str | None = "messages",
+        is_at_least: bool = False,
+    ) -> None:
+        few = "at least " if is_at_least else ""
         super().__init__(
-            f"This model's context is {window} tokens, but {prompt_tokens + max_tokens} were requested: "
-            f"{prompt_tokens} in the prompt and {max_tokens} to generate.",
+            f"This model's context is {window} tokens, but {few}{prompt_tokens + max_tokens} were requested: "
+            f"{few}{prompt_tokens} in the prompt and {max_tokens} to generate.",
             param=param,
         )
         self.prompt_tokens = prompt_tokens

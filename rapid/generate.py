@@ -117,6 +117,7 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
         spec,
         logits=session.logits,
         num_logprobs=request.num_logprobs,
+        salt=request.salt,
     )
     target = TargetLease(backend, role, sequence, session.output, stats)
     leases.push_async_callback(target.close)

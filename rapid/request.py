@@ -18,7 +18,7 @@ class GenerationRequest:
     end of sequence is written like any other token. One of ``stop_token_ids`` ends the output in any case, and its text
     is not shown. Stop strings do not apply to the first ``min_tokens`` tokens; ``logits`` makes sure that no end of
     sequence is sampled among them. With ``num_logprobs`` each token comes with its log-probability, and with those of
-    that many most likely tokens.
+    that many most likely tokens. Only requests with the same ``salt`` share the keys and values of what they read.
     """
 
     prompt: Prompt
@@ -33,3 +33,4 @@ class GenerationRequest:
     logits: LogitParams = field(default_factory=LogitParams)
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    salt: str = ""

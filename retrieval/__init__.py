@@ -14,7 +14,7 @@ process that only names options needs neither.
 
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.errors import RetrievalError
-from retrieval.retriever import IndexProgress, Retrieval, RetrievalOptions, RetrievedChunk, Retriever
+from retrieval.retriever import IndexProgress, Retrieval, RetrievalOptions, RetrievedChunk, Retriever, TenantOptions
 
 __all__ = [
     "Chunk",
@@ -24,6 +24,7 @@ __all__ = [
     "RetrievalOptions",
     "RetrievedChunk",
     "Retriever",
+    "TenantOptions",
     "Tokenizer",
     "split",
 ]

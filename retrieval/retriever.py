@@ -114,6 +114,13 @@ class IndexProgress:
     num_chunks: int
 
 
+@dataclass(frozen=True)
+class TenantOptions(RetrievalOptions):
+    """The options of one tenant's request: it finds kept vectors of this tenant alone."""
+
+    tenant: str = ""
+
+
 class Retriever:
     """Chunks, embeds, stores, searches and deletes, in one call. Several threads may call it.
 
@@ -162,8 +169,8 @@ class Retriever:
             elapsed_ms=(time.perf_counter() - began) * 1000,
         )
 
-    def keep(self, text: str, chunk_tokens: int) -> Iterator[IndexProgress]:
-        """Embed `text` and leave its vectors in the store, for every later `retrieve` with a content of that text.
+    def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> Iterator[IndexProgress]:
+        """Embed `text` and leave its vectors in the store, for every later `retrieve` of `tenant` with that content.
 
         Yields the progress, first before any work and then after each small batch. Vectors that are kept already are
         not computed again. Blank chunks do not count. After a `delete` in between it stores nothing and ends.
@@ -171,7 +178,7 @@ class Retriever:
         Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
         """
         texts = [c.text for c in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer) if c.text.strip()]
-        namespace = self._kept_namespace(texts)
+        namespace = self._kept_namespace(texts, tenant)
         done = len(texts) if self._store.count(namespace) == len(texts) else 0
         yield IndexProgress(namespace, done, len(texts))
         if done < len(texts):
@@ -208,11 +215,12 @@ class Retriever:
             hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
             found.extend((among[i].position, score) for i, score in hits)
 
+        tenant = options.tenant if isinstance(options, TenantOptions) else ""
         passing: list[RetrievedChunk] = []
         for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
             group = list(of_content)
             texts = [chunk.text for chunk in group]
-            namespace = self._kept_namespace(texts)
+            namespace = self._kept_namespace(texts, tenant)
             # An interrupted write leaves fewer points than texts, and is repeated.
             is_kept = self._store.count(namespace) == len(group)
             if options.keep and not is_kept:
@@ -230,8 +238,9 @@ class Retriever:
                 self._store.delete(namespace)
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
-    def _kept_namespace(self, texts: list[str]) -> str:
+    def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
         # tokenizer or embedder no old vectors are found.
         identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
+        identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rapid.kernels.cuda.paged_split import split_attention
+from rapid.kernels.cuda.paged_split import SharedPrefix, split_attention
+from rapid.kernels.prefix import PrefixGroup
 
 
 @dataclass(frozen=True)
 class Case:
     """Sequences with (cached, new) tokens each, over pages in disorder whose unwritten slots hold NaN.
 
+    With ``groups``, (first, end, pages) of all sequences, neighbours share their first pages, and these are read once.
     With ``chosen``, each sequence reads only pages of these numbers. ``fp8``: keys and values are stored in
     float8_e4m3fn with a scale for each KV head. ``num_sms`` decides into how many parts the sequences are split.
     """
@@ -29,6 +31,7 @@ class Case:
     sinks: int = 0
     window: int | None = None
     chosen: Sequence[Sequence[int]] | None = None
+    groups: Sequence[tuple[int, int, int]] | None = None
     fp8: bool = False
     num_sms: int = 8
     seed: int = 0
@@ -48,6 +51,9 @@ def error(case: Case, device: str = "cpu") -> float:
     lengths = [cached + new for cached, new in case.shapes]
     num_pages = [-(-length // case.page_size) for length in lengths]
     own = torch.randperm(sum(num_pages), generator=generator).split(num_pages)
+    for first, end, shared in case.groups or ():
+        for pages in own[first + 1 : end]:
+            pages[:shared] = own[first][:shared]
     keys, values = _store(case, own, lengths, generator), _store(case, own, lengths, generator)
     new = [n for _, n in case.shapes]
     query = torch.randn(sum(new), case.kv_heads * case.group, case.d, generator=generator).to(case.dtype)
@@ -59,6 +65,10 @@ def error(case: Case, device: str = "cpu") -> float:
         at[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int32)
     used = torch.tensor([len(numbers) for numbers in listed], dtype=torch.int32)
     starts = torch.tensor([0, *new]).cumsum(0).int()
+    prefix = None
+    if case.groups:
+        groups = [PrefixGroup(*group) for group in case.groups]
+        prefix = SharedPrefix.of(groups, starts.tolist()).to(torch.device(device))
     output = split_attention(
         query.to(device),
         keys.pages.to(device),
@@ -75,6 +85,7 @@ def error(case: Case, device: str = "cpu") -> float:
         pages_used=used.to(device) if case.chosen else None,
         key_scales=None if keys.scales is None else keys.scales.to(device),
         value_scales=None if values.scales is None else values.scales.to(device),
+        prefix=prefix,
     )
     expected = [
         plain(part, k, v, case, case.chosen[i] if case.chosen else None)
@@ -102,6 +113,9 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, case: Case, chosen: Seque
 def _store(case: Case, own: Sequence[Tensor], lengths: Sequence[int], generator: torch.Generator) -> Stored:
     num_pages = sum(map(len, own)) + 1  # with a page that is nobody's
     rows = [torch.randn(length, case.kv_heads, case.d, generator=generator) for length in lengths]
+    for first, end, shared in case.groups or ():
+        for part in rows[first + 1 : end]:
+            part[: shared * case.page_size] = rows[first][: shared * case.page_size]
     scales = torch.rand(case.kv_heads, generator=generator) + 0.5 if case.fp8 else None
     dtype = torch.float8_e4m3fn if case.fp8 else case.dtype
     factor = torch.ones(case.kv_heads) if scales is None else scales

@@ -75,7 +75,8 @@ class ServedModel:
     that a pass visits one after another.
 
     ``weight_bytes`` is the size of one weight of a matrix product. ``number_bytes`` is the size of every other number:
-    embeddings, keys, values and activations.
+    embeddings, activations, and keys and values unless ``kv_number_bytes`` says otherwise. ``kv_scale_bytes`` lie
+    beside each key and each value of a head.
     """
 
     shape: ModelShape
@@ -83,6 +84,8 @@ class ServedModel:
     number_bytes: int = 2
     num_ranks: int = 1
     num_stages: int = 1
+    kv_number_bytes: int | None = None
+    kv_scale_bytes: int = 0
 
     @property
     def num_devices(self) -> int:
@@ -100,7 +103,7 @@ class ServedModel:
     def kv_bytes_per_layer(self) -> float:
         """Bytes of a token. A rank has whole KV heads, so more ranks than KV heads save no memory."""
         heads = math.ceil(self.shape.num_kv_heads / self.num_ranks)
-        return 2 * heads * self.shape.head_dim * self.number_bytes
+        return 2 * heads * (self.shape.head_dim * (self.kv_number_bytes or self.number_bytes) + self.kv_scale_bytes)
 
     @property
     def kv_bytes_per_token(self) -> float:

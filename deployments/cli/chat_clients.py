@@ -38,8 +38,8 @@ class LocalChatClient:
         self.model, self._service = model, service
 
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        from deployments.config import PUBLIC
         from deployments.http.errors import parse
-        from deployments.http.rate_limits import PUBLIC
         from deployments.schemas.completions import ChatRequest
         from deployments.schemas.events import Started, rapid_object, usage
         from rapid.events import Finish

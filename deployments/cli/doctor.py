@@ -20,7 +20,7 @@ from deployments.cli.serve import read_endpoint
 from deployments.config import AppConfig, ConfigError, EngineConfig, RetrieverConfig, read_config
 from rapid.errors import RapidError
 from rapid.kernels.cpu import jit
-from rapid.kv_cache.memory import FREE_MEMORY_SHARE, free_memory
+from rapid.kv_cache.memory import free_memory
 from rapid.models.loader import default_device, default_dtype
 from rapid.text.tokenizer import check_same_tokenizer, load_tokenizer
 from rapid.weights import embedded_models
@@ -192,7 +192,7 @@ def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:
         where = role if engine.num_gpus >= 1 else device
         weights = model.bytes_held * copies
         after = left.setdefault(where, free_memory(torch.device(device))) - weights
-        room = engine.kv_memory_gib * 2**30 if engine.kv_memory_gib else FREE_MEMORY_SHARE * max(0.0, after)
+        room = engine.kv_memory_gib * 2**30 if engine.kv_memory_gib else engine.kv_share * max(0.0, after)
         tokens = int(room / model.kv_bytes_per_token)
         said = f"{engine.model} on {device}: {_gb(weights)} of weights, {_gb(room * copies)} for {tokens:,} tokens"
         left[where] = after - room * copies
@@ -209,7 +209,8 @@ def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:
 def _dtype(engine: EngineConfig, device: str) -> str:
     if engine.dtype != "auto":
         return engine.dtype
-    few_bits = engine.quantization != "none" and device == "cpu"  # always with bfloat16 beside them
+    # Both are always with bfloat16 beside them.
+    few_bits = device == "cpu" and (engine.quantization != "none" or engine.kv_dtype == "int8")
     return "bfloat16" if few_bits else str(default_dtype(device)).removeprefix("torch.")
 
 

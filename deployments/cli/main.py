@@ -77,6 +77,10 @@ def generate(
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of both models' weights, where they are not quantised."),
     ] = None,
+    kv_dtype: Annotated[
+        Literal["auto", "int8", "fp8"] | None,
+        typer.Option(help="Of both models' stored keys and values: int8 on a CPU, fp8 on CUDA."),
+    ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(help=one_of(STRATEGIES), rich_help_panel="Decoding", **strategies),
@@ -116,7 +120,7 @@ def generate(
     """Answer a question about long documents, in this process. The answer goes to stdout, all else to stderr.
 
     Piped text is the document where --document is absent. Without --question
-    too, it is the whole prompt, and its last paragraph is the question.
+    too, it is the whole prompt, and the question is what it asks around its document.
     On a terminal, --question alone will do.
 
     What no option says, the config's `args` say.
@@ -130,7 +134,8 @@ def generate(
     if not quiet:
         print("rapid: loading the models", file=sys.stderr)
     loading_since = time.perf_counter()
-    settings = _settings(config, {"model": target, "dtype": dtype}, {"model": drafter or target, "dtype": dtype})
+    kinds = {"dtype": dtype, "kv_dtype": kv_dtype}
+    settings = _settings(config, {"model": target} | kinds, {"model": drafter or target} | kinds)
     request = _read_request(
         settings,
         content,

@@ -15,6 +15,7 @@ from rapid.errors import InvalidRequest
 
 WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4 with its scale and zero
 NUMBER_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+KV_BYTES = {"int8": (1, 4), "fp8": (1, 0)}  # of a stored number, and of the scale of a head's key or value
 MAX_SIMULATED_GPUS = 32
 SIMULATED_ROUNDS = 3000  # of all users together
 
@@ -90,8 +91,15 @@ def shape_of(model: str) -> ModelShape:
 def served(engine: EngineConfig) -> ServedModel:
     number_bytes = NUMBER_BYTES[engine.dtype]
     weight_bytes = WEIGHT_BYTES.get(engine.quantization, float(number_bytes))
+    kv_bytes, scale_bytes = KV_BYTES.get(engine.kv_dtype, (number_bytes, 0))
     return ServedModel(
-        shape_of(engine.model), weight_bytes, number_bytes, engine.tensor_parallel, num_stages=engine.num_stages
+        shape_of(engine.model),
+        weight_bytes,
+        number_bytes,
+        engine.tensor_parallel,
+        num_stages=engine.num_stages,
+        kv_number_bytes=kv_bytes,
+        kv_scale_bytes=scale_bytes,
     )
 
 
@@ -117,7 +125,7 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
         served(config.target),
         drafter,
         work,
-        chunk=config.target.max_batch_tokens,
+        chunk=config.target.batch_tokens("cuda"),
         target_kv_bytes=_kv_bytes(config.target),
         drafter_kv_bytes=_kv_bytes(config.drafter),
         other_gpus=math.ceil(config.retriever.num_gpus),

@@ -36,6 +36,8 @@ BOUNDED = {
     # Ray's name for what a worker process calls first.
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "deployments.serve.worker.without_pandas",
 }
+# What the proxy calls when it starts, so that clients cannot speak to Serve as its own parts do.
+EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.serve.edge:middlewares"}
 SERVE = """
 from deployments.serve.worker import without_pandas
 
@@ -118,7 +120,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     """
     console = Console(stderr=True, highlight=False)
     # `serve run` protects a new cluster with Ray's own token; Ray's client reads it when it loads in this mode.
-    environment = BOUNDED | health.ENVIRONMENT | os.environ
+    environment = BOUNDED | EDGE | health.ENVIRONMENT | os.environ
     without_pandas()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)

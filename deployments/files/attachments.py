@@ -7,26 +7,34 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from deployments.config import AppConfig
 from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
 from deployments.files.store import FileStore
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
+from deployments.turns import FairPool, Turns
 from rapid.backend.protocol import Backend
 from rapid.errors import InvalidRequest, RapidError
+from rapid.text.encoding import encode_in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-async def extract_text(data: bytes, filename: str, *, timeout_s: float, param: str) -> tuple[str, str]:
-    """(text, media type) of a file.
+_places = asyncio.Semaphore(2)  # a reader may take a core and 2 GiB
+_turns = Turns(1, max_waiting=64)
+
+
+async def extract_text(data: bytes, filename: str, tenant: str, *, timeout_s: float, param: str) -> tuple[str, str]:
+    """(text, media type) of a file. Files of one tenant are read one after another.
 
     Raises:
         InvalidRequest: the file has no readable text; the error names ``param``.
     """
     try:
-        return await extract(data, filename=filename, timeout_s=timeout_s)
+        async with _turns.turn(tenant), _places:
+            return await extract(data, filename=filename, timeout_s=timeout_s)
     except Unreadable as error:
         code = "unsupported_file" if error.status == 415 else "unreadable_file"
         raise InvalidRequest(error.message, code=code, status=error.status, param=param) from error
@@ -34,27 +42,28 @@ async def extract_text(data: bytes, filename: str, *, timeout_s: float, param: s
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a file's text, as they stand in the middle of a prompt."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_in_pieces(tokenizer, text)
 
 
 class Attachments:
     """Reads the file parts of chats, and has engines forget the texts that are deleted.
 
     Args:
-        timeout_s: for the text of one inline file.
+        readers: the threads that read requests.
     """
 
     def __init__(
         self,
+        config: AppConfig,
         store: FileStore,
         indexer: FileIndexer,
         backend: Backend,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        timeout_s: float,
+        readers: FairPool,
     ) -> None:
+        self._readers = readers
         self._store, self._indexer, self._backend = store, indexer, backend
-        self._tokenizer, self._timeout_s = tokenizer, timeout_s
+        self._config, self._tokenizer = config, tokenizer
 
     @asynccontextmanager
     async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Completion]:
@@ -71,16 +80,17 @@ class Attachments:
         try:
             yield completion.model_copy(update={"messages": messages})
         finally:
-            await self.forget_deleted(used)
+            await self.forget_deleted(used, tenant)
 
-    async def forget(self, text: str) -> None:
-        """Drops the keys and values of ``text`` from every engine."""
-        await self._backend.forget(await asyncio.to_thread(tokens_of, text, self._tokenizer))
+    async def forget(self, text: str, tenant: str) -> None:
+        """Drops the keys and values of ``text`` from every engine, those of other tenants where they are shared."""
+        tokens = await self._readers.run(tenant, tokens_of, text, self._tokenizer)
+        await self._backend.forget(tokens, self._config.salt_of(tenant))
 
-    async def forget_deleted(self, used: dict[str, str]) -> None:
+    async def forget_deleted(self, used: dict[str, str], tenant: str) -> None:
         """Forgets the texts that were deleted while a request used them (content to text) and engines read them."""
         for text in [text for name, text in used.items() if not self._store.has(name)]:
-            await self.forget(text)
+            await self.forget(text, tenant)
 
     async def _read_message(self, i: int, message: ChatMessage, tenant: str, used: dict[str, str]) -> ChatMessage:
         if not isinstance(message.content, list):
@@ -100,7 +110,9 @@ class Attachments:
         if part.file.file_id is None:
             param = f"{where}.file_data"
             data = await asyncio.to_thread(part.file.data, param)
-            text, _ = await extract_text(data, part.file.filename or "", timeout_s=self._timeout_s, param=param)
+            text, _ = await extract_text(
+                data, part.file.filename or "", tenant, timeout_s=self._config.files.read_timeout_s, param=param
+            )
             return text
         try:
             name = self._store.readable(tenant, part.file.file_id).content

@@ -8,6 +8,7 @@ and writes a line of JSON: {"text": …}, or {"error": …, "status": …}.
 import asyncio
 import io
 import json
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -75,7 +76,9 @@ async def extract(data: bytes, *, filename: str = "", timeout_s: float) -> tuple
 async def _in_a_process(data: bytes, timeout_s: float) -> str:
     # -P: Python must not import the files beside this one as packages.
     reader = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", __file__, str(int(timeout_s) + 1)),
+        *(sys.executable, "-P", "-B", __file__, str(int(timeout_s) + 1)),
+        # The environment holds keys, and a file may be made to get hold of its reader.
+        env={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -150,6 +153,8 @@ def main() -> None:
     with suppress(ValueError, OSError):  # some systems refuse it
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to its pipe, and to no file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         text = _read_pdf(data) if kind_of(data) == PDF else _read_html(data)
         answer: dict[str, str | int] = {"text": text.encode("utf-8", "replace").decode("utf-8")}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deployments.config import AppConfig
-from deployments.files.attachments import Attachments, extract_text, tokens_of
+from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
-from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload
+from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload, name_of
+from deployments.turns import FairPool
 from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
-from rapid.text.prompts import Message, read_chat
+from rapid.text.encoding import count
+from rapid.text.prompts import Message, check_length, read_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,15 +42,15 @@ class LocalFiles:
         attachments: the same files as parts of a chat.
     """
 
-    def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._config, self._backend, self._tokenizer = config, backend, tokenizer
-        self._store = FileStore(config.files.path)
+    def __init__(
+        self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase, readers: FairPool
+    ) -> None:
+        self._config, self._backend, self._tokenizer, self._readers = config, backend, tokenizer, readers
+        self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6)
         chunk_tokens = config.retriever.options.chunk_tokens
         made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
         self._indexer = FileIndexer(backend, self._store, chunk_tokens=chunk_tokens, made_with=made_with)
-        self.attachments = Attachments(
-            self._store, self._indexer, backend, tokenizer, timeout_s=config.files.read_timeout_s
-        )
+        self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers)
 
     async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
         """Reads a file and starts to embed it. Bytes that were read before are not read again.
@@ -59,19 +60,16 @@ class LocalFiles:
         """
         if purpose not in PURPOSES:
             raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
-        stored = await asyncio.to_thread(self._store.uploads, tenant)
-        limit = self._config.files.max_stored_mb
-        if sum(upload.bytes for upload in stored) + len(data) > limit * 1e6:
-            message = f"your files may take {limit:g} MB together: delete some first (DELETE /v1/files/{{id}})"
-            raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
-        name = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        await asyncio.to_thread(self._store.check_room, tenant, len(data))
+        salt = self._config.salt_of(tenant)
+        name = await asyncio.to_thread(name_of, data, salt)
         try:
             text, known = await asyncio.to_thread(self._store.text, name), self._store.content(name)
-            content = Content(known.media_type, known.text_sha256, known.tokens)  # its vectors may be going
+            content = Content(known.media_type, known.text_sha256, known.tokens, salt=salt)  # its vectors may be going
         except FileNotStored:
             timeout_s = self._config.files.read_timeout_s
-            text, media_type = await extract_text(data, filename, timeout_s=timeout_s, param="file")
-            content = await asyncio.to_thread(self._describe, text, media_type)
+            text, media_type = await extract_text(data, filename, tenant, timeout_s=timeout_s, param="file")
+            content = await self._readers.run(tenant, self._describe, text, media_type, salt)
         upload = await asyncio.to_thread(self._store.put, tenant, filename, purpose, data, text, content)
         self._indexer.retry(name)
         return self._object(upload, self._store.content(name))
@@ -104,7 +102,7 @@ class LocalFiles:
             async with self._indexer.claimed(self._store.content(name).text_sha256):
                 vectors = await asyncio.to_thread(self._store.release, name)
                 if vectors is not None:
-                    await self.attachments.forget(text)
+                    await self.attachments.forget(text, tenant)
                 if vectors:
                     await self._backend.delete(vectors)
         with suppress(FileNotStored):  # of the record: another request deleted the same file
@@ -118,15 +116,18 @@ class LocalFiles:
         """
         name = self._store.readable(tenant, file_id).content
         text = await asyncio.to_thread(self._store.text, name)
-        prompt = await asyncio.to_thread(self._shared_prefix, text)
         window = self._backend.info("target").window
+        prompt = await self._readers.run(tenant, self._shared_prefix, text, window)
         if len(prompt) >= window:
             raise ContextLengthExceeded(prompt_tokens=len(prompt), max_tokens=1, window=window, param="file_id")
+        salt = self._config.salt_of(tenant)
         try:
-            async with self._backend.lease("target", SequenceRequest(prompt, 1, self._config.sampling)) as lease:
+            async with self._backend.lease(
+                "target", SequenceRequest(prompt, 1, self._config.sampling, salt=salt)
+            ) as lease:
                 prefilled = await lease.prefill()
         finally:
-            await self.attachments.forget_deleted({name: text})
+            await self.attachments.forget_deleted({name: text}, tenant)
         return {
             "id": file_id,
             "object": "file.warmed",
@@ -143,15 +144,21 @@ class LocalFiles:
                 stored.append((upload, self._store.content(upload.content)))
         return stored
 
-    def _describe(self, text: str, media_type: str) -> Content:
-        num_tokens = len(tokens_of(text, self._tokenizer))
-        return Content(media_type, hashlib.sha256(text.encode()).hexdigest(), num_tokens)
+    def _describe(self, text: str, media_type: str, salt: str) -> Content:
+        num_tokens = count(self._tokenizer, text)
+        return Content(media_type, name_of(text.encode(), salt), num_tokens, salt=salt)
 
-    def _shared_prefix(self, text: str) -> list[int]:
-        """The tokens that the prompts of two chats about ``text`` begin with, whatever the chat template adds."""
+    def _shared_prefix(self, text: str, window: int) -> list[int]:
+        """The tokens that the prompts of two chats about ``text`` begin with, whatever the chat template adds.
+
+        Raises:
+            ContextLengthExceeded: they are far more than ``window``.
+        """
+        check_length(self._tokenizer, text, window, "file_id")
+        special = self._config.special_tokens_in_text
         chats = [[Message("user", f"{text}\n\n{question}")] for question in ("Why?", "?")]
-        prompts = zip(*(read_chat(chat, self._tokenizer).tokens for chat in chats), strict=False)
-        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], prompts)]
+        prompts = (read_chat(chat, self._tokenizer, special_tokens=special).tokens for chat in chats)
+        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))]
 
     def _object(self, upload: Upload, content: Content) -> dict[str, Any]:
         """OpenAI's file object with a `rapid` object more. Starts the embedding where it is missing."""

@@ -24,8 +24,8 @@ _CLAIM_POLL_S = 0.02
 class IndexingBackend(Backend, Protocol):
     """A backend whose retriever keeps the vectors of documents between requests."""
 
-    def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
-        """Embeds ``text`` for later requests and yields the progress.
+    def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
+        """Embeds ``text`` for later requests of ``tenant`` and yields the progress.
 
         Raises:
             RetrievalFailed: the retriever or its store is gone.
@@ -89,7 +89,7 @@ class FileIndexer:
                     return
                 content, text = self._store.content(name), await asyncio.to_thread(self._store.text, name)
                 outdated = content.vectors if content.made_with != self._made_with else ""
-                async for progress in self._backend.keep(text, self._chunk_tokens):
+                async for progress in self._backend.keep(text, self._chunk_tokens, content.salt):
                     content = replace(
                         content,
                         made_with=self._made_with,

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from rapid.errors import RapidError
+from rapid.errors import InvalidRequest, RapidError
 
 PURPOSES = ("user_data", "assistants")
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -37,7 +37,10 @@ class FileNotStored(RapidError):
 
 @dataclass(frozen=True)
 class Upload:
-    """One tenant's file; ``content`` is the SHA-256 of its bytes. A file that ``is_going`` can only be deleted."""
+    """One tenant's file; ``content`` is the name of its bytes. A file that ``is_going`` can only be deleted.
+
+    ``bytes`` came, and ``stored`` count against the tenant's room: these, and the text that was read from them.
+    """
 
     id: str
     filename: str
@@ -46,6 +49,7 @@ class Upload:
     created_at: int
     content: str
     is_going: bool = False
+    stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Content:
     """One content: its text, and how many of its ``chunks`` are ``embedded``.
 
     ``made_with`` names what the chunks depend on; ``vectors`` is their namespace in the vector store. A content
-    ``is_going`` when every file that has it is.
+    ``is_going`` when every file that has it is. Contents with another ``salt`` are other contents.
     """
 
     media_type: str
@@ -64,22 +68,37 @@ class Content:
     chunks: int = 0
     embedded: int = 0
     is_going: bool = False
+    salt: str = ""
 
     def is_embedded(self, made_with: str) -> bool:
         return self.made_with == made_with and self.embedded == self.chunks
 
 
-class FileStore:
-    """The files under ``folder``, which the first upload creates. An absent file raises FileNotStored."""
+def name_of(data: bytes, salt: str) -> str:
+    """The name of a content: the same bytes have the same name where they have the same salt."""
+    return hashlib.sha256(salt.encode() + data).hexdigest()
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+
+class FileStore:
+    """The files under ``folder``, which the first upload creates. An absent file raises FileNotStored.
+
+    One tenant's may take ``max_bytes``.
+    """
+
+    def __init__(self, folder: Path, max_bytes: float) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
 
     def put(self, tenant: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
-        """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is."""
-        name = hashlib.sha256(data).hexdigest()
-        upload = Upload(f"file-{uuid.uuid4().hex}", filename, purpose, len(data), int(time.time()), name)
-        with self._locked():
+        """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is.
+
+        Raises:
+            InvalidRequest: the tenant has no room for it.
+        """
+        name = name_of(data, content.salt)
+        file_id, stored = f"file-{uuid.uuid4().hex}", len(data) + len(text.encode())
+        upload = Upload(file_id, filename, purpose, len(data), int(time.time()), name, stored=stored)
+        with self._locked():  # also while the room is looked at: uploads at once must not have the same room
+            self.check_room(tenant, stored)
             place = self._content(name)
             try:
                 self._set(name, replace(self.content(name), is_going=False))
@@ -93,6 +112,17 @@ class FileStore:
                 made.rename(place)
             _write(self._record(tenant, upload.id), asdict(upload))
         return upload
+
+    def check_room(self, tenant: str, num_bytes: int) -> None:
+        """
+        Raises:
+            InvalidRequest: the tenant's files and ``num_bytes`` more would be above the limit.
+        """
+        stored = sum(max(upload.bytes, upload.stored) for upload in self._uploads(tenant))
+        if stored + num_bytes > self._max_bytes:
+            limit = f"{self._max_bytes / 1e6:g} MB"
+            message = f"your files and their text may take {limit}: delete some first (DELETE /v1/files/{{id}})"
+            raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
 
     def uploads(self, tenant: str) -> list[Upload]:
         """The tenant's files, the oldest first."""

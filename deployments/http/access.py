@@ -9,18 +9,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.config import AccessConfig
+from deployments.config import PUBLIC, AppConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
-from deployments.http.rate_limits import HEADERS, PUBLIC, Client, Clients, RateLimited
+from deployments.http.internal_headers import check_headers
+from deployments.http.rate_limits import HEADERS, Charge, Client, Clients
+from deployments.turns import Turns
 from rapid.errors import InvalidRequest, RapidError
 
+_BYTES_A_TOKEN = 4  # of ordinary text
 _OPEN = {"/", "/favicon.ico", "/health", "/version"}  # without a key, for probes and browsers
 
 
@@ -45,13 +51,20 @@ class TimedOut(RapidError):
     _status = 504
 
 
-def guard(app: FastAPI, config: AccessConfig) -> None:
-    """Guards ``app`` as ``config`` says; it names the origins whose pages may send requests."""
+class HostRefused(RapidError):
+    """The client knows this server by a name that is not this server's: a page may have given itself that name."""
+
+    _code = "host_not_allowed"
+    _status = 403
+
+
+def guard(app: FastAPI, config: AppConfig) -> None:
+    """Guards ``app`` as ``config.access`` says; it names the origins whose pages may send requests."""
     app.add_middleware(_Guard, config=config)
-    if config.cors_origins:
+    if config.access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(config.cors_origins),
+            allow_origins=list(config.access.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-Id", *HEADERS],
@@ -59,33 +72,42 @@ def guard(app: FastAPI, config: AccessConfig) -> None:
 
 
 class _Guard:
-    def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
-        self._app, self._config = app, config
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
-        self._clients = Clients(config)
+    def __init__(self, app: ASGIApp, config: AppConfig) -> None:
+        self._app, self._config = app, config.access
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.access.keys]
+        self._hosts = {host.lower() for host in config.access.allowed_hosts} or ({"*"} if self._keys else {"localhost"})
+        self._clients = Clients(config.access.requests_per_minute, config.access.tokens_per_minute)
+        self._strangers = Clients(config.access.wrong_keys_per_minute)
+        self._turns = Turns(config.max_in_flight, config.target.max_queued)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(scope, receive, send, int(self._config.max_body_mb * 1e6))
         headers = Headers(scope=scope)
-        scope["rapid.client"] = Client()
+        is_form = headers.get("content-type", "").startswith("multipart/form-data")
+        most_mb = self._config.max_body_mb if is_form else self._config.max_json_mb
+        exchange = _Exchange(scope, receive, send, int(most_mb * 1e6))
+        scope["rapid.charge"] = charge = Charge(Client())
         try:
+            check_headers(headers)
             self._check_origin(scope["method"], headers)
-            if (scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/") not in _OPEN:
-                scope["rapid.client"] = self._client(scope)
-                scope["rapid.client"].admit()
+            is_open = (scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/") in _OPEN
+            if not is_open:
+                self._check_host(headers)
+                charge.client = self._client(scope)
+                charge.client.admit()
             exchange.check_length(headers)
             async with asyncio.timeout(self._config.request_timeout_s) as limit:
-                await self._app(scope, exchange.receive, exchange.send)
+                if is_open or scope["method"] != "POST":
+                    return await self._app(scope, exchange.receive, exchange.send)
+                async with self._turns.turn(charge.client.name):
+                    await self._app(scope, exchange.receive, exchange.send)
         except TimeoutError:
             if not limit.expired():
                 raise
             await exchange.end(self._timed_out(exchange.has_body))
         except InvalidKey as error:
             await exchange.end(error, {"WWW-Authenticate": "Bearer"})
-        except RateLimited as error:
-            await exchange.end(error, {"Retry-After": str(error.retry_after)})
         except RapidError as error:
             await exchange.end(error)
 
@@ -99,16 +121,24 @@ class _Guard:
         if not is_own and not {"*", origin} & set(self._config.cors_origins):
             raise OriginRefused("pages of this origin may not ask here: access.cors_origins names those that may")
 
+    def _check_host(self, headers: Headers) -> None:
+        """Raises HostRefused. A page can give its own name the address of this server, but cannot be named a number."""
+        host = _host_of(headers.get("host", ""))
+        if host and not {"*", host} & self._hosts and not _is_address(host):
+            known = "access.allowed_hosts names what it is known as"
+            raise HostRefused(f"this server is not known as {host[:64]}: {known}")
+
     def _client(self, scope: Scope) -> Client:
-        """Raises InvalidKey."""
+        """Raises InvalidKey, or RateLimited where too many keys of this address were wrong."""
+        address = scope["client"][0] if scope.get("client") else ""
         if not self._keys:
-            address = scope["client"][0] if scope.get("client") else ""
             return self._clients.get(address, PUBLIC)
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         # Always all keys: the time that this takes must not tell which key is nearly right.
         is_known = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(is_known):
+            self._strangers.get(address, PUBLIC).admit()
             how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
             raise InvalidKey(f"an API key is needed: {how}")
         tenant = digest.hex()[:32]
@@ -119,6 +149,21 @@ class _Guard:
         if has_body:
             return TimedOut(f"the answer was not finished within {limit}")
         return TimedOut(f"the request's body did not come within {limit}", status=408)
+
+
+def _host_of(header: str) -> str:
+    """The name in a Host header, without the port."""
+    with suppress(ValueError):
+        return urlsplit(f"//{header}").hostname or ""
+    return header
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass
@@ -138,6 +183,8 @@ class _Exchange:
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
             raise self._too_large()
+        if announced.isdecimal():
+            self._scope["rapid.charge"].reserve(self._cost(int(announced)))
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -146,12 +193,22 @@ class _Exchange:
             self.has_body = not message.get("more_body", False)
             if self.num_bytes > self.max_bytes:
                 raise self._too_large()
+            charge: Charge = self._scope["rapid.charge"]
+            charge.settle(max(charge.num_tokens, self._cost(self.num_bytes)))
         return message
+
+    def _cost(self, num_bytes: int) -> int:
+        """The tokens that a body counts as until it is known what it is, and where it is refused: those of its text.
+
+        Nothing costs more than a minute's tokens: a file has more bytes than text.
+        """
+        bucket = self._scope["rapid.charge"].client.tokens
+        return min(num_bytes // _BYTES_A_TOKEN, bucket.per_minute if bucket else num_bytes)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = message
-            for what, bucket in self._scope["rapid.client"].limits.items():
+            for what, bucket in self._scope["rapid.charge"].client.limits.items():
                 MutableHeaders(scope=message).update(bucket.headers(what))
         await self._send(message)
 
@@ -166,4 +223,6 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": end.encode(), "more_body": False})
 
     def _too_large(self) -> InvalidRequest:
-        return InvalidRequest(f"a request may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413)
+        return InvalidRequest(
+            f"a body of this kind may have {self.max_bytes / 1e6:g} MB", code="request_too_large", status=413
+        )

@@ -17,7 +17,7 @@ from deployments.http.errors import handle_errors, read
 from deployments.http.files import add_file_routes
 from deployments.http.openapi import ERRORS, complete, describe_body
 from deployments.http.playground import page
-from deployments.http.rate_limits import Client, client_of
+from deployments.http.rate_limits import Charge, charge_of, client_of
 from deployments.http.request_log import Middleware, Observer
 from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
@@ -43,7 +43,7 @@ def make_api(
     app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
     handle_errors(app)
     complete(app)
-    guard(app, config.access)
+    guard(app, config)
     observer = Observer(config, RequestMetrics(exporter or NoExporter()))
     # Around the guard, so that refused requests are counted, too.
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
@@ -54,20 +54,21 @@ def make_api(
         if asked != model_name:
             raise ModelNotFound(f"the model {asked!r} is not served here; {model_name!r} is", param="model")
 
-    async def answer(completion: Completion, client: Client) -> Response:
+    async def answer(completion: Completion, charge: Charge) -> Response:
         check_model(completion.model)
-        events = client.counted(service.generate(completion, client.tenant))
+        most_new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
+        events = charge.counted(service.generate(completion, charge.client.tenant), most_new_tokens)
         return await _answer(completion, observer.generation(completion, events))
 
     @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
         completion = await read(ChatRequest, request)
-        return await answer(completion, client_of(request))
+        return await answer(completion, charge_of(request))
 
     @app.post("/v1/completions", **describe_body(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
         completion = await read(TextRequest, request)
-        return await answer(completion, client_of(request))
+        return await answer(completion, charge_of(request))
 
     async def model() -> dict[str, Any]:
         return {
@@ -91,13 +92,13 @@ def make_api(
     async def tokenize(request: Request) -> Tokenized:
         body = await read(TokenizeRequest, request)
         check_model(body.model or model_name)
-        return await service.tokenize(body)
+        return await service.tokenize(body, client_of(request).tenant)
 
     @app.post("/detokenize", **describe_body(DetokenizeRequest, answer=Detokenized))
     async def detokenize(request: Request) -> Detokenized:
         body = await read(DetokenizeRequest, request)
         check_model(body.model or model_name)
-        return await service.detokenize(body)
+        return await service.detokenize(body, client_of(request).tenant)
 
     @app.get("/version", responses=ERRORS)
     async def version() -> dict[str, str]:

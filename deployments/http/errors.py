@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -22,6 +24,8 @@ from rapid.errors import InvalidRequest, RapidError
 T = TypeVar("T", bound=BaseModel)
 
 LONGEST_RETRY_S = 5
+_SMALL_BODY = 2**16  # bytes that are parsed sooner than a thread has begun
+_parsers = ThreadPoolExecutor(2, thread_name_prefix="parse")
 
 
 def error_object(error: RapidError) -> dict[str, Any]:
@@ -50,7 +54,8 @@ def error_response(error: Exception, headers: dict[str, str] | None = None) -> J
     """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
     # Clients that were refused together must not come back together.
-    retry = {"Retry-After": str(random.randint(1, LONGEST_RETRY_S))} if shown.status in (429, 503) else {}
+    after_s = getattr(shown, "retry_after", None) or random.randint(1, LONGEST_RETRY_S)
+    retry = {"Retry-After": str(after_s)} if shown.status in (429, 503) else {}
     return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
 
 
@@ -107,7 +112,10 @@ async def read(kind: type[T], request: Request) -> T:
     if not is_json(request.headers):
         message = "the body must be JSON: send the header `Content-Type: application/json`"
         raise InvalidRequest(message, code="unsupported_media_type", status=415)
-    return parse(kind, await request.body())
+    body = await request.body()
+    if len(body) <= _SMALL_BODY:
+        return parse(kind, body)
+    return await asyncio.get_running_loop().run_in_executor(_parsers, parse, kind, body)
 
 
 def is_json(headers: Headers) -> bool:

@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 
 from deployments.files.store import PURPOSES
 from deployments.http.openapi import ERRORS
-from deployments.http.rate_limits import client_of
+from deployments.http.rate_limits import charge_of, client_of
 from rapid.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
             file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
-            return await files.upload(
+            stored = await files.upload(
                 client_of(request).tenant, file.filename or "file", str(purpose), await file.read()
             )
+            charge_of(request).settle(stored["rapid"]["tokens"])
+            return stored
 
     @app.get("/v1/files", responses=ERRORS)
     async def list_files(
@@ -90,7 +92,6 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.post("/v1/files/{file_id}/warm", responses=ERRORS)
     async def warm(request: Request, file_id: str) -> dict[str, Any]:
-        client = client_of(request)
-        warmed = await files.warm(client.tenant, file_id)
-        client.spend(warmed["prompt_tokens"])
+        warmed = await files.warm(client_of(request).tenant, file_id)
+        charge_of(request).settle(warmed["prompt_tokens"])
         return warmed

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from deployments.config import AccessConfig
+from deployments.config import PUBLIC
 from deployments.schemas.events import Events, Started
 from rapid.errors import RapidError
 from rapid.events import Delta
 
-PUBLIC = "public"  # the tenant of every client where there are no keys
 HEADERS = [
     f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
 ]
@@ -59,9 +58,13 @@ class TokenBucket:
 
 @dataclass
 class Client:
-    """Where a request comes from. It sees the files of ``tenant``; a limit that is None does not hold."""
+    """Where a request comes from. It sees the files of ``tenant`` and waits its turn under ``name``.
+
+    A limit that is None does not hold.
+    """
 
     tenant: str = PUBLIC
+    name: str = PUBLIC
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
 
@@ -87,41 +90,77 @@ class Client:
         if self.tokens is not None:
             self.tokens.take(num_tokens)
 
-    async def counted(self, events: Events) -> Events:
-        """``events``, whose tokens count for this client: each as it is written, and the prompt with the first of them.
 
-        A client that leaves while its prompt is read pays for the prompt; a client whose request is refused does not.
+@dataclass
+class Charge:
+    """What one request costs its client: reserved before that is known, and settled when it is."""
+
+    client: Client
+    num_tokens: int = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Sets the cost, as long as the client has so many tokens; one full minute is enough for any request.
+
+        Raises:
+            RateLimited: what other requests have spent or reserved leaves too little.
         """
-        prompt_tokens = 0
+        bucket = self.client.tokens
+        if bucket is not None:
+            bucket.take(-self.num_tokens)
+            wait = bucket.seconds_until(min(num_tokens, bucket.per_minute))
+            bucket.take(self.num_tokens)
+            if wait > 0:
+                retry_after = math.ceil(wait)
+                message = f"more than {bucket.per_minute} tokens a minute, with {num_tokens} for this request"
+                raise RateLimited(f"{message}: wait {retry_after} s", retry_after)
+        self.settle(num_tokens)
+
+    def settle(self, num_tokens: int) -> None:
+        self.client.spend(num_tokens - self.num_tokens)
+        self.num_tokens = num_tokens
+
+    async def counted(self, events: Events, most_new_tokens: int) -> Events:
+        """``events``, for which the prompt and ``most_new_tokens`` are reserved when the prompt is known.
+
+        In the end the prompt and what was written count. A request that the service had no place for costs nothing;
+        one that was refused for what it is costs what had been read of it.
+
+        Raises:
+            RateLimited: as `reserve`.
+        """
+        prompt_tokens: int | None = None
+        num_written = 0
         try:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Started):
+                        self.reserve(event.prompt_tokens + most_new_tokens)
                         prompt_tokens = event.prompt_tokens
                     elif isinstance(event, Delta):
-                        self.spend(prompt_tokens + len(event.tokens))
-                        prompt_tokens = 0
+                        num_written += len(event.tokens)
                     yield event
-        except Exception:
-            prompt_tokens = 0
+        except RapidError as error:
+            if error.status in (429, 503) and not num_written:
+                prompt_tokens = 0
             raise
         finally:
-            self.spend(prompt_tokens)
+            if prompt_tokens is not None:
+                self.settle(prompt_tokens + num_written)
 
 
 class Clients:
     """The clients whose rates are remembered, by name; the least recently seen is forgotten first."""
 
-    def __init__(self, config: AccessConfig) -> None:
-        self._config = config
+    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None = None) -> None:
+        self._requests, self._tokens = requests_per_minute, tokens_per_minute
         self._clients: OrderedDict[str, Client] = OrderedDict()
 
     def get(self, name: str, tenant: str) -> Client:
         """The client called ``name``, with a full allowance where it is new."""
         if name not in self._clients:
-            requests, tokens = self._config.requests_per_minute, self._config.tokens_per_minute
+            requests, tokens = self._requests, self._tokens
             self._clients[name] = Client(
-                tenant, TokenBucket(requests) if requests else None, TokenBucket(tokens) if tokens else None
+                tenant, name, TokenBucket(requests) if requests else None, TokenBucket(tokens) if tokens else None
             )
         self._clients.move_to_end(name)
         if len(self._clients) > _MAX_CLIENTS:
@@ -131,5 +170,10 @@ class Clients:
 
 def client_of(request: Request) -> Client:
     """The client of ``request``, as `access.guard` found it."""
-    client: Client = request.scope["rapid.client"]
-    return client
+    return charge_of(request).client
+
+
+def charge_of(request: Request) -> Charge:
+    """What ``request`` costs its client so far."""
+    charge: Charge = request.scope["rapid.charge"]
+    return charge

@@ -30,7 +30,7 @@ from rapid.events import Finish, Statistics
 logger = logging.getLogger("ray.serve")
 
 CLIENT_LEFT = 499  # nginx's status, which dashboards know; HTTP has none for this
-_ID_HEADER, _ID_CHARACTERS = "X-Request-Id", 128
+ID_HEADER, ID_CHARACTERS = "X-Request-Id", 128
 
 
 class _Observed:
@@ -141,7 +141,7 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = Headers(scope=scope).get(_ID_HEADER, uuid.uuid4().hex)[:_ID_CHARACTERS]
+        request_id = Headers(scope=scope).get(ID_HEADER, uuid.uuid4().hex)[:ID_CHARACTERS]
         observed = _Observed(request_id)
         _observed.set(observed)
 
@@ -149,7 +149,7 @@ class Middleware:
             if message["type"] == "http.response.start":
                 observed.status = message["status"]
                 if self._returns_id:
-                    MutableHeaders(scope=message)[_ID_HEADER] = request_id
+                    MutableHeaders(scope=message)[ID_HEADER] = request_id
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 observed.is_complete = True

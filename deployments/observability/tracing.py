@@ -104,8 +104,8 @@ class TracedBackend:
             span.set_attributes(attributes)
             return retrieval
 
-    async def forget(self, tokens: list[int]) -> None:
-        await self._backend.forget(tokens)
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
+        await self._backend.forget(tokens, salt)
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:

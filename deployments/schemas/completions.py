@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.config import AppConfig
-from deployments.schemas.body import Body, wrong
+from deployments.schemas.body import MAX_NAME, MAX_TOKENS, AtMost, Body, wrong
 from deployments.schemas.messages import ChatMessage, FilePart, read_messages
 from deployments.schemas.response_format import ResponseFormat
+from deployments.schemas.tokenize import MAX_WINDOWS
 from deployments.schemas.tools import Tool, ToolChoice, call_format, call_grammar
 from rapid.errors import InvalidRequest
 from rapid.request import GenerationRequest
@@ -40,7 +41,7 @@ class RetrievalFields(Body):
 
     max_tokens: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=-1, le=1)
-    chunk_tokens: int | None = Field(None, ge=1)
+    chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
     keep: bool | None = None
 
 
@@ -65,7 +66,7 @@ class StreamOptions(Body):
 class Completion(Body):
     """The fields that both endpoints take."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)
@@ -74,12 +75,12 @@ class Completion(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: str | Annotated[list[str], AtMost(1024)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], AtMost(1024)] = Field(default_factory=list)
     min_tokens: int = Field(0, ge=0)
     n: int = Field(1, ge=1)
     # JSON's keys are strings.
-    logit_bias: dict[Annotated[int, Field(strict=False)], float] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[Annotated[int, Field(strict=False)], float], AtMost(1024)] = Field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -117,16 +118,20 @@ class Completion(Body):
         """The part of the prompt that is repeated before the answer."""
         return ""
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, config: AppConfig) -> GenerationRequest:
-        """This request with the configured defaults filled in.
+    def read(
+        self, tokenizer: PreTrainedTokenizerBase, config: AppConfig, window: int | None = None
+    ) -> GenerationRequest:
+        """This request with the configured defaults filled in; ``window`` is the target's, if it is known.
 
         Raises:
+            ContextLengthExceeded: the prompt is far beyond the window, or `MAX_WINDOWS` of them where the target reads
+                what is retrieved.
             InvalidRequest: a value is out of range, the prompt is empty or refused by the chat template, or a schema
                 cannot be enforced.
         """
         if self.n > config.target.max_sequences:
             raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
-        most = self._max_tokens() or config.default_max_tokens
+        most = self.tokens_to_write() or config.default_max_tokens
         if self.min_tokens > most:
             raise InvalidRequest(f"min_tokens must be at most {most}, got {self.min_tokens}", param="min_tokens")
         unknown = [token for token in self.stop_token_ids if not 0 <= token < len(tokenizer)]
@@ -140,15 +145,24 @@ class Completion(Body):
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(*(field.name for field in fields(SpeculationParams)))
         retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
+        speculation = replace(config.speculation, **rapid)
+        most_tokens = window
+        if window is not None and STRATEGIES[speculation.strategy].reads == "retrieved":
+            most_tokens = MAX_WINDOWS * window
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
-            speculation=replace(config.speculation, **rapid),
+            speculation=speculation,
             retrieval=replace(config.retriever.options, **retrieval),
-            prompt=self._prompt(tokenizer, config.retriever.long_content_tokens),
+            prompt=self._prompt(
+                tokenizer,
+                long_content_tokens=config.retriever.long_content_tokens,
+                special_tokens=config.special_tokens_in_text,
+                most_tokens=most_tokens,
+            ),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=stop_token_ids,
             min_tokens=self.min_tokens,
-            max_tokens=self._max_tokens(),
+            max_tokens=self.tokens_to_write(),
             default_max_tokens=config.default_max_tokens,
             logits=LogitParams(
                 **adjustments,
@@ -161,9 +175,10 @@ class Completion(Body):
         )
 
     @abstractmethod
-    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt: ...
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
+        """The prompt; ``how`` are the options that `read_chat` and `read_text` have in common."""
 
-    def _max_tokens(self) -> int | None:
+    def tokens_to_write(self) -> int | None:
         return self.max_tokens
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -173,11 +188,11 @@ class Completion(Body):
 class ChatRequest(Completion):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], AtMost(4096)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Annotated[list[Tool], AtMost(256)] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -208,14 +223,14 @@ class ChatRequest(Completion):
         contents = [message.content for message in self.messages]
         return any(isinstance(part, FilePart) for parts in contents for part in parts)
 
-    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
         return read_messages(
             self.messages,
             self.tools_in_use,
             tokenizer,
             template_kwargs=self.chat_template_kwargs,
             query=self.rapid.query,
-            long_content_tokens=long_content_tokens,
+            **how,
         )
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -224,14 +239,19 @@ class ChatRequest(Completion):
             return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
         return super()._grammar(tokenizer)
 
-    def _max_tokens(self) -> int | None:
+    def tokens_to_write(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
 class TextRequest(Completion):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="one prompt; a list may hold one")
+    prompt: (
+        str
+        | Annotated[list[str], AtMost(1024)]
+        | Annotated[list[int], AtMost(MAX_TOKENS)]
+        | Annotated[list[Annotated[list[int], AtMost(MAX_TOKENS)]], AtMost(1024)]
+    ) = Field(description="one prompt; a list may hold one")
     max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
@@ -267,8 +287,8 @@ class TextRequest(Completion):
         one: str | list[int] = prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
         return one
 
-    def _prompt(self, tokenizer: PreTrainedTokenizerBase, long_content_tokens: int) -> Prompt:
-        return read_text(self._one, tokenizer, query=self.rapid.query, long_content_tokens=long_content_tokens)
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
+        return read_text(self._one, tokenizer, query=self.rapid.query, **how)
 
 
 class Health(BaseModel):

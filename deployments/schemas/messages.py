@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.schemas.body import Body, wrong
+from deployments.schemas.body import AtMost, Body, wrong
 from deployments.schemas.tools import Tool, ToolCall, call_format, check_calls_are_shown, template_of
 from rapid.errors import InvalidRequest
 from rapid.text.prompts import LONG_CONTENT_TOKENS, Message, Prompt, read_chat
@@ -71,7 +71,7 @@ Part = Annotated[
     Discriminator(_kind, custom_error_type="part", custom_error_message="text and file parts are read here"),
 ]
 Content = Annotated[
-    Annotated[str, Tag("Text")] | Annotated[list[Part], Tag("Parts")],
+    Annotated[str, Tag("Text")] | Annotated[list[Part], AtMost(1024), Tag("Parts")],
     Discriminator(lambda content: "Parts" if isinstance(content, list) else "Text"),
 ]
 
@@ -80,7 +80,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
     name: str | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: Annotated[list[ToolCall], AtMost(256)] = Field(default_factory=list)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -117,10 +117,15 @@ def read_messages(
     query: str | None = None,
     long_content_tokens: int = LONG_CONTENT_TOKENS,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    special_tokens: bool = False,
+    most_tokens: int | None = None,
 ) -> Prompt:
     """The prompt of a chat; ``template_kwargs`` are variables of the model's chat template.
 
+    ``special_tokens`` and ``most_tokens`` are those of `read_chat`.
+
     Raises:
+        ContextLengthExceeded: the prompt has far more than ``most_tokens``.
         InvalidRequest: the chat template refuses the messages, or leaves out calls, tools or a variable.
     """
     own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
@@ -139,4 +144,6 @@ def read_messages(
         long_content_tokens=long_content_tokens,
         tools=[tool.model_dump(exclude_unset=True) for tool in tools],
         template_kwargs=template_kwargs,
+        special_tokens=special_tokens,
+        most_tokens=most_tokens,
     )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from deployments.schemas.body import Body, wrong
+from deployments.schemas.body import MAX_NAME, MAX_TOKENS, AtMost, Body, wrong
 from deployments.schemas.messages import ChatMessage, read_messages
 from deployments.schemas.tools import Tool
 from rapid.errors import InvalidRequest
+from rapid.text.encoding import encode
+from rapid.text.prompts import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_WINDOWS = 16  # of a text that is read, but not by the target as it is
 
 
 class TokenizeRequest(Body):
     """A plain prompt, or the messages of a chat as the model's template writes them."""
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_NAME)
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[Tool] = Field(default_factory=list)
+    messages: Annotated[list[ChatMessage], AtMost(4096)] | None = None
+    tools: Annotated[list[Tool], AtMost(256)] = Field(default_factory=list)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -37,17 +41,27 @@ class TokenizeRequest(Body):
                 raise wrong(field, "goes with messages")
         return self
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase, window: int) -> Tokenized:
-        """The tokens; ``window`` is how many the model can read.
+    def answer(self, tokenizer: PreTrainedTokenizerBase, window: int, *, special_tokens: bool = False) -> Tokenized:
+        """The tokens; ``window`` is how many the model can read, ``special_tokens`` as in `read_chat`.
 
         Raises:
+            ContextLengthExceeded: the text would have more than `MAX_WINDOWS` windows.
             InvalidRequest: the chat template refuses the messages.
         """
-        if self.messages is not None:
-            kwargs = self.chat_template_kwargs
-            tokens = read_messages(self.messages, self.tools, tokenizer, template_kwargs=kwargs).tokens
+        most = MAX_WINDOWS * window
+        if self.prompt is None:
+            tokens = read_messages(
+                self.messages or [],
+                self.tools,
+                tokenizer,
+                template_kwargs=self.chat_template_kwargs,
+                special_tokens=special_tokens,
+                most_tokens=most,
+            ).tokens
         else:
-            tokens = list(tokenizer(self.prompt, add_special_tokens=self.add_special_tokens)["input_ids"])
+            check_length(tokenizer, self.prompt, most, "prompt")
+            add = self.add_special_tokens
+            tokens = encode(tokenizer, self.prompt, special_tokens=special_tokens, add_special_tokens=add)
         strings = tokenizer.convert_ids_to_tokens(tokens) if self.return_token_strs else None
         return Tokenized(count=len(tokens), max_model_len=window, tokens=tokens, token_strs=strings)
 
@@ -60,8 +74,8 @@ class Tokenized(BaseModel):
 
 
 class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[int]
+    model: str | None = Field(None, max_length=MAX_NAME)
+    tokens: Annotated[list[int], AtMost(MAX_TOKENS)]
 
     def answer(self, tokenizer: PreTrainedTokenizerBase) -> Detokenized:
         """The text, special tokens included.

@@ -131,8 +131,8 @@ class RayBackend:
         self._retrieving.succeeded()
         return retrieval
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
-        stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens)
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
+        stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)
         try:
             with _retrieving(self._retrieving):
                 async for kept in heard(stream, first_s=_DELETE_TIMEOUT_S, silent_s=_DELETE_TIMEOUT_S):
@@ -150,7 +150,7 @@ class RayBackend:
                 dropped.cancel()
                 raise
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         """Every engine of the application, whoever has asked it for something."""
         mine = engines_of(serve.get_replica_context().app_name)
         async with asyncio.timeout(_DELETE_TIMEOUT_S):
@@ -161,7 +161,7 @@ class RayBackend:
                 with suppress(ValueError, EngineLost), understood(f"the engine {name}", EngineLost):
                     async with asyncio.timeout(_DELETE_TIMEOUT_S):
                         engine = await asyncio.to_thread(ray.get_actor, name)
-                        await engine.forget.remote(tokens)
+                        await engine.forget.remote(tokens, salt)
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:

@@ -126,8 +126,8 @@ class EngineActor(RankActor):
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    async def forget(self, tokens: list[int]) -> None:
-        await asyncio.wrap_future(self._engine.forget(tokens))
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
+        await asyncio.wrap_future(self._engine.forget(tokens, salt))
 
     async def open(self, lease_id: str, request: SequenceRequest) -> None:
         from rapid.engine.lease import LeasedSequence

@@ -21,7 +21,7 @@ from deployments.serve.ray_errors import understood
 from rapid.errors import RapidError
 
 _START_LIMIT_S = 300.0  # for the first word: a new coordinator may have to start
-_SILENCE_LIMIT_S = 5.0
+_SILENCE_LIMIT_S = 8.0
 _CALL_LIMIT_S = 600.0  # an upload is read, a document is warmed
 _HEALTH_LIMIT_S = 6.0
 
@@ -67,12 +67,12 @@ class RemoteService:
         window: int = await self._call("window")
         return window
 
-    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
-        tokenized: Tokenized = await self._call("tokenize", body)
+    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
+        tokenized: Tokenized = await self._call("tokenize", body, tenant)
         return tokenized
 
-    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
-        detokenized: Detokenized = await self._call("detokenize", body)
+    async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
+        detokenized: Detokenized = await self._call("detokenize", body, tenant)
         return detokenized
 
     async def _call(self, method: str, *args: Any, limit_s: float = _CALL_LIMIT_S) -> Any:

@@ -74,6 +74,10 @@ class EngineMetrics:
             "kv_evicted_pages": Counter("rapid_kv_evicted_pages", "Pages of the KV memory given to others"),
             "forward_passes": Counter("rapid_forward_passes", "Forward passes of the model"),
             "forward_pass_tokens": Counter("rapid_forward_pass_tokens", "Tokens computed by them"),
+            "passes_out_of_memory": Counter(
+                "rapid_passes_out_of_memory", "Passes that had to be cut for lack of memory"
+            ),
+            "host_waits": Counter("rapid_host_waits", "How often the engine waited for its device to read results"),
         }
         self._seen: dict[str, int] = dict.fromkeys(self._counters, 0)
 
@@ -90,6 +94,8 @@ class EngineMetrics:
             "kv_evicted_pages": kv.evicted_pages,
             "forward_passes": stats.forward_passes,
             "forward_pass_tokens": stats.tokens_processed,
+            "passes_out_of_memory": stats.out_of_memory,
+            "host_waits": stats.host_waits,
         }
         for name, total in totals.items():
             if total > self._seen[name]:

@@ -36,9 +36,9 @@ class RetrieverReplica:
             async for word in words:
                 yield word
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress | None]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress | None]:
         """The progress of `Retriever.keep`, batch by batch."""
-        async with aclosing(beating(in_threads(self._retriever.keep(text, chunk_tokens)))) as steps:
+        async with aclosing(beating(in_threads(self._retriever.keep(text, chunk_tokens, tenant)))) as steps:
             async for kept in steps:
                 yield kept
 

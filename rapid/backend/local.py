@@ -85,9 +85,9 @@ class LocalBackend:
         self._retrieving.succeeded()
         return retrieval
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         for engine in set(self._engines.values()):
-            forgetting = asyncio.wrap_future(engine.forget(tokens))
+            forgetting = asyncio.wrap_future(engine.forget(tokens, salt))
             await while_it_goes_on(
                 forgetting, _pulse_of(engine), patience_s=TARGET_PATIENCE_S, limit_s=prefill_limit_s(len(tokens))
             )

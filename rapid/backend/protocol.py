@@ -135,8 +135,8 @@ class Backend(Protocol):
         """
         ...
 
-    async def forget(self, tokens: list[int]) -> None:
-        """Makes the engines forget the cached keys and values of a text with these ``tokens``."""
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
+        """Makes the engines forget what they cached of a text with these ``tokens`` for sequences with ``salt``."""
         ...
 
     def lease(self, role: Role, request: SequenceRequest) -> AbstractAsyncContextManager[Lease]:

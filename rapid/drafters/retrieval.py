@@ -151,7 +151,12 @@ class RetrievalDrafter(Drafter):
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
         request = SequenceRequest(
-            prompt, session.max_new_tokens, sampling, session.request.speculation, logits=session.logits
+            prompt,
+            session.max_new_tokens,
+            sampling,
+            session.request.speculation,
+            logits=session.logits,
+            salt=session.request.salt,
         )
         if request.capacity - 1 > self._backend.info("drafter").window:  # the last token is never read
             session.statistics.fallback = "drafter_window_exceeded"

@@ -11,14 +11,11 @@ from collections.abc import Set
 from concurrent.futures import Future
 from typing import NamedTuple
 
-import torch
-
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import Sequence
 from rapid.errors import InvalidRequest, Overloaded, SequenceClosed
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.sampling.logits_processor import LogitProcessor
-from rapid.sampling.noise import Noise
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +50,10 @@ class Admission:
     @property
     def num_waiting(self) -> int:
         return len(self._arrivals)
+
+    def is_decoding(self, since: float) -> bool:
+        """Whether an open sequence had a pass after ``since`` that was no prefill."""
+        return any(sequence.decoded_at > since for sequence in self._sequences.values())
 
     def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
         """A future of the sequence, which a later `update` admits; ``logits`` adjusts the sequence's logits.
@@ -107,7 +108,7 @@ class Admission:
             request, _, future = arrival
             if future.cancelled():
                 continue
-            cache = self._pool.open(request.prompt, request.capacity) if not self._arrivals else None
+            cache = self._pool.open(request.prompt, request.capacity, request.salt) if not self._arrivals else None
             if cache is not None:
                 self._admit(arrival, cache)
             elif request.may_wait and len(self._arrivals) < self._max_queued:
@@ -129,8 +130,7 @@ class Admission:
         seed = request.sampling.seed
         if seed is None:
             seed = secrets.randbits(64) - 2**63
-        noise = Noise(torch.tensor(seed, device=self._pool.layout.device))
-        sequence = Sequence(next(self._ids), request, cache, noise, logits, cached_tokens=cache.length)
+        sequence = Sequence(next(self._ids), request, cache, seed, logits, cached_tokens=cache.length)
         if not future.set_running_or_notify_cancel():
             self._pool.close(cache)
             return

@@ -1,10 +1,11 @@
 """The batching loop: one model, one thread, many sequences.
 
 A *task* is a generator. It yields `ForwardRequest`s ("append these tokens to this sequence, and give me the logits of
-the last rows"), and the engine sends it the logits. Prefill, propose and verify (`rapid.engine.verify`,
-`rapid.engine.propose`) are such generators, so the loop does not know drafts or rules. Each iteration gathers the
-requests of all live tasks, cuts them to a token budget, runs one ragged forward pass, and hands the rows back. Target
-and drafter use the same class.
+the last rows"), and the engine sends it the logits. It then yields what it wants of them (`rapid.engine.readout`).
+Prefill, propose and verify (`rapid.engine.verify`, `rapid.engine.propose`) are such generators, so the loop does not
+know drafts or rules. Each iteration gathers the requests of all live tasks, cuts them to a token budget, runs one
+ragged forward pass, hands the rows back, and computes what is wanted of them for all tasks at once. Target and drafter
+use the same class.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from torch import Tensor
 
 from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
+from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
 from rapid.engine.pass_clock import PassClock
-from rapid.engine.scheduler import RunningTask, schedule, settle
+from rapid.engine.readout import Download, Draw, Verify
+from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry
+from rapid.kv_cache.memory import is_out_of_memory
+from rapid.models.info import GraphLimits
 from rapid.sampling.logits_processor import LogitProcessor
 
 if TYPE_CHECKING:
@@ -39,15 +44,17 @@ logger = logging.getLogger(__name__)
 # After these errors every later pass fails: a rank is gone, or the device's context is broken. (An out-of-memory error
 # is neither.)
 _BREAKING = (EngineLost, torch.AcceleratorError)
+_BETWEEN_ROUNDS = 1.0  # seconds in which a sequence that decoded is expected to decode on
 
 
 class Engine:
     """Runs tasks over sequences in a thread of its own, batched, within ``kv_bytes`` of keys and values.
 
-    ``max_batch_tokens`` bounds one forward pass, so that a long prefill neither starves the other sequences nor delays
-    a cancellation. A sequence is admitted when there is room for all tokens that it can need; up to ``max_queued``
-    requests wait for room in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the
-    request that opened it is gone.
+    ``max_batch_tokens`` bounds one forward pass; by default it is the device's (`rapid.engine.pacing`). While sequences
+    decode, a pass that reads prompts takes about ``step_budget_ms``, so that a long prefill does not starve them. A
+    sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
+    in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
+    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for.
 
     ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
     pending and every later call then fails with EngineLost.
@@ -58,20 +65,25 @@ class Engine:
         model: Model,
         *,
         kv_bytes: int,
-        max_batch_tokens: int = 128,
+        max_batch_tokens: int | None = None,
+        step_budget_ms: float = STEP_BUDGET_MS,
         max_queued: int = 64,
         idle_timeout: float = 600.0,
+        graphs: GraphLimits = GraphLimits(),  # noqa: B008 (frozen)
     ) -> None:
         self.model = model
         self._pool = model.new_pool(kv_bytes)
+        compute(model.record, self._pool, graphs)  # now, because recording during a request would delay it
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
-        self._max_batch_tokens = max_batch_tokens
+        max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS[model.layout.device.type]
+        self._pacer = Pacer(max_batch_tokens, step_budget_ms, model.balanced_context)
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[RunningTask] = []
-        self._forward_passes = self._tokens_processed = 0
+        self._forward_passes = self._tokens_processed = self._out_of_memory = self._host_waits = 0
         self._clock = PassClock()
         self._wake = threading.Condition()
+        self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
         self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
         self._thread.start()
@@ -138,11 +150,11 @@ class Engine:
                 self._wake.notify()
         return future
 
-    def forget(self, tokens: list[int]) -> Future[int]:
+    def forget(self, tokens: list[int], salt: str = "") -> Future[int]:
         """Forgets the cached pages of a text with these ``tokens`` (`KVPool.forget`); the future gives their number."""
 
         def task() -> Task[int]:
-            return self._pool.forget(tokens)
+            return self._pool.forget(tokens, salt)
             yield
 
         return self.submit(task())
@@ -157,6 +169,8 @@ class Engine:
                 kv=self._admission.kv,
                 forward_passes=self._forward_passes,
                 tokens_processed=self._tokens_processed,
+                out_of_memory=self._out_of_memory,
+                host_waits=self._host_waits,
                 pulse=self.pulse(),
             )
 
@@ -196,55 +210,124 @@ class Engine:
             self._start(*self._submitted.popleft())
         self._drop_unwanted()
         if self._running:
-            self._step()
+            with torch.cuda.device_of(self._pool.keys[0]):  # for the kernels of sampling; the thread has other engines
+                self._step()
 
     def _update_admission(self) -> None:
         self._admission.update({running.request.sequence.id for running in self._running})
+        self._decoding = self._admission.is_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
 
     def _step(self) -> None:
-        """One iteration: schedule, run a pass, send the rows back."""
+        """One iteration: schedule, run a pass, send the rows back, read out what is wanted of them."""
         for running in [r for r in self._running if r.request.tokens is None]:
             # Another sequence may have computed the same prefix since the last pass.
             self._pool.adopt(running.request.sequence.cache, running.request.sequence.prompt)
             if running.num_left <= 0:
                 self._resume(running, None)
-        scheduled = schedule(self._running, self._max_batch_tokens)
+        self._read_out()
+        scheduled = schedule(self._running, self._budget())
         if not scheduled:
             return
+        chunks = [Chunk(n, r.request.sequence.cache.length) for r, n in scheduled if r.request.tokens is None]
+        started, passes = time.monotonic(), self._forward_passes
+        self._run(scheduled)
+        if chunks and self._pool.keys[0].is_cuda:
+            # Nobody waits for a prefill's results, so the host would run ahead, past all requests that come meanwhile.
+            torch.cuda.synchronize()
+        if self._forward_passes == passes + 1:
+            self._pacer.observe((time.monotonic() - started) * 1e3, chunks)
+
+    def _budget(self) -> int:
+        """How many tokens the next pass may have."""
+        reading = [r.request.sequence.cache.length for r in self._running if r.request.tokens is None]
+        num_decoding = sum(r.num_left for r in self._running if r.request.tokens is not None)
+        return self._pacer.num_tokens(num_decoding, reading, streaming=self._decoding or num_decoding > 0)
+
+    def _run(self, scheduled: list[tuple[RunningTask, int]]) -> None:
+        """One pass; if there is no memory for it, several smaller ones."""
         entries = [
             BatchEntry(r.request.sequence.cache, r.chunk(n), r.request.num_rows if n == r.num_left else 0)
             for r, n in scheduled
         ]
+        parts: list[list[tuple[RunningTask, int]]] = []
         try:
             rows = self.model.forward(entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
         except PassAbandoned:
             return
-        except _BREAKING:
-            raise
         except Exception as error:
-            logger.exception("a forward pass over %d sequences failed", len(entries))
-            for running, _ in scheduled:
-                self._finish(running, error)
-            return
-        self._forward_passes += 1
-        self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
+            no_memory = is_out_of_memory(error)
+            if isinstance(error, _BREAKING) and not no_memory:
+                raise
+            parts = in_parts(scheduled) if no_memory else []
+            self._out_of_memory += no_memory
+            logger.warning("a forward pass over %d sequences failed", len(entries), exc_info=not parts)
+            if not parts:
+                for running, _ in scheduled:
+                    self._finish(running, error)
+                return
+        if parts:  # here and not in the handler, whose exception keeps the failed pass's memory
+            self._run_in_parts(parts, sum(n for _, n in scheduled))
+        else:
+            self._forward_passes += 1
+            self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
+            self._send(scheduled, rows)
+
+    def _run_in_parts(self, parts: list[list[tuple[RunningTask, int]]], num_tokens: int) -> None:
+        """Smaller passes after one of ``num_tokens`` for which there was no memory."""
+        if any(r.request.tokens is None for part in parts for r, _ in part):
+            self._pacer.too_large(num_tokens)
+        logger.warning("no memory for %d tokens in a pass; from now on at most %d", num_tokens, self._pacer.max_tokens)
+        if self._pool.keys[0].is_cuda:
+            torch.cuda.empty_cache()
+        for part in parts:
+            self._run(part)
+
+    def _send(self, scheduled: list[tuple[RunningTask, int]], rows: list[Tensor]) -> None:
+        """Gives each task its rows of a pass."""
         for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
             sequence = running.request.sequence
             sequence.last_used = time.monotonic()
             running.num_done += num_tokens
             if running.request.tokens is None:
                 self._pool.insert(sequence.cache, sequence.prompt, sequence.cache.length)
+            else:
+                sequence.decoded_at = sequence.last_used
             if running.num_left <= 0:
                 self._resume(running, logits)
+        self._read_out()
+
+    def _read_out(self) -> None:
+        """Gives the tasks what they want of their rows: first what the device computes, then what the host reads."""
+        for kind in (Draw, Verify, Download):
+            wanting = [running for running in self._running if isinstance(running.readout, kind)]
+            if wanting:
+                self._compute_together(kind, wanting)
+
+    def _compute_together(self, kind: type[Draw] | type[Verify] | type[Download], tasks: list[RunningTask]) -> None:
+        """Answers ``tasks``, which all want the same ``kind``. If that fails together, each is tried alone."""
+        self._host_waits += kind is Download
+        try:
+            answers: Any = kind.together([task.readout for task in tasks])  # type: ignore[misc]
+        except _BREAKING:
+            raise
+        except Exception as error:
+            if len(tasks) == 1:
+                self._finish(tasks[0], error)
+            else:
+                for task in tasks:
+                    self._compute_together(kind, [task])
+            return
+        for task, answer in zip(tasks, answers, strict=True):
+            self._resume(task, answer)
 
     def _start(self, task: Task[Any], future: Future[Any]) -> None:
         if not future.cancelled():
             self._running.append(RunningTask(task, future))
             self._resume(self._running[-1], None)
 
-    def _resume(self, running: RunningTask, logits: Tensor | None) -> None:
+    def _resume(self, running: RunningTask, answer: object) -> None:
         try:
-            running.resume(logits)
+            running.resume(answer)
         except StopIteration as stop:
             self._finish(running, stop.value)
         except _BREAKING:

@@ -26,7 +26,7 @@ class SequenceRequest:
     The last ``written`` tokens of the prompt are output already: another engine wrote them, and this sequence
     continues. With ``may_wait`` False the request gets room at once or fails. With ``num_logprobs`` each written token
     comes with its log-probability, and with those of that many most likely tokens. ``speculation`` holds for every
-    draft and every verification of the sequence.
+    draft and every verification of the sequence. Only sequences with the same ``salt`` share keys and values.
     """
 
     prompt: list[int]
@@ -37,6 +37,7 @@ class SequenceRequest:
     may_wait: bool = True
     logits: LogitParams | None = None
     num_logprobs: int | None = None
+    salt: str = ""
 
     @property
     def capacity(self) -> int:
@@ -113,12 +114,18 @@ class Pulse(NamedTuple):
 
 
 class EngineStats(NamedTuple):
-    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts."""
+    """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
+
+    ``out_of_memory`` counts passes for which the device had no memory; they were tried again in parts.
+    ``host_waits`` counts how often the engine's thread waited for its device to read results.
+    """
 
     num_sequences: int
     num_waiting: int
     kv_bytes: int
     kv: PoolStats
+    out_of_memory: int
     forward_passes: int
     tokens_processed: int
+    host_waits: int
     pulse: Pulse

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rapid.engine.clock import Moment
 from rapid.engine.messages import DraftRequest
-from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task, ms_since
+from rapid.engine.readout import Download, Draw, drafted_token
+from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
-from rapid.sampling.noise import Purpose
-from rapid.sampling.params import SamplingParams
-from rapid.sampling.sampler import probabilities, sample_few
-from rapid.speculation.draft import Draft, DraftedToken, DraftLimits
+from rapid.kernels.transfer import is_asynchronous
+from rapid.speculation.draft import Draft, DraftLimits
 
-Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # a token, ids [k], their q [k], confidence: on the device
-Drafting = Generator[ForwardRequest | EarlyResult, Tensor | None, float]
+_FEW = 4  # tokens that are read at a time, if the host may want fewer than all
+
+
+class _Drawing(NamedTuple):
+    """When the first and the last of ``num_drawn`` tokens were drawn; the draft need not keep them all."""
+
+    first: Moment
+    last: Moment
+    num_drawn: int
+
+    @property
+    def step_ms(self) -> float:
+        """The time of one draft step that read no other token; 0 if there was none."""
+        return self.first.ms_until(self.last) / (self.num_drawn - 1) if self.num_drawn > 1 else 0.0
 
 
 def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
@@ -52,7 +62,7 @@ def _propose(
     rest: Future[Any] | None,
 ) -> Task[Draft]:
     """``before`` is the future of tokens that the last request still drafts ahead; ``rest`` is that of this request."""
-    started = time.perf_counter()
+    started = Moment(sequence.device)
     offset, tokens, limits = request.offset, request.tokens, request.limits
     try:
         ahead = _stop_drafting_ahead(sequence, before)
@@ -63,22 +73,20 @@ def _propose(
         sequence.rebase(offset, tokens, len(known.tokens))
         draft, ended = known.within(limits, eos)
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
-        first_ms = 0.0
+        elapsed_ms = step_ms = 0.0
         if not ended:
-            # The adjustment of the logits may depend on the tokens, so the host must see them one by one.
-            at_once = sequence.noise.device.type != "cpu" and sequence.logits is None
-            first_ms = yield from _draw_on(sequence, start, draft, limits, eos, at_once=at_once)
+            drawing = yield from _draw_on(sequence, start, draft, limits, eos)
+            elapsed_ms = started.ms_until(drawing.last)
+            step_ms = drawing.step_ms or (elapsed_ms if num_pending <= 2 else 0.0)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-        elapsed_ms, more = ms_since(started), len(draft.tokens) - num_ahead - 1
-        step_ms = (elapsed_ms - first_ms) / more if more > 0 else elapsed_ms if first_ms and num_pending <= 2 else 0.0
         draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
         if rest is None:
             return draft
         ahead = sequence.ahead = Draft(sequence.position)
         yield EarlyResult(draft, rest)
         if not eos & set(draft.tokens[-1:]):
-            yield from _draw_on(sequence, start, ahead, limits.longer(1), eos, at_once=False)
+            yield from _draw_on(sequence, start, ahead, limits.longer(1), eos)
         return draft.followed_by(ahead)
     except BaseException:
         if rest is not None:
@@ -111,53 +119,36 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
-def _draw_on(
-    sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, eos: frozenset[int], *, at_once: bool
-) -> Drafting:
-    """Samples onto ``draft`` until it ends; returns after how many milliseconds the first token was there.
+def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, eos: frozenset[int]) -> Task[_Drawing]:
+    """Samples onto ``draft`` until it ends.
 
-    The host reads each token as it is sampled, or, with ``at_once``, all tokens at the end, so that a GPU does not wait
-    for the host between two tokens. Tokens behind the draft's end are then discarded. The random numbers are those of
-    the round that begins at output position ``start``.
+    Each token goes from one pass to the next without the host. The host reads some at a time, and discards those behind
+    the draft's end. The random numbers are those of the round that begins at output position ``start``.
     """
-    started, first_ms = time.perf_counter(), 0.0
-    drawn: list[Drawn] = []
-    draft_top_k = sequence.request.speculation.draft_top_k
+    request, device = sequence.request, sequence.device
+    draft_top_k = request.speculation.draft_top_k
     feed: Tokens = sequence.pending()
-    first, ahead = len(draft.tokens), draft.offset - start
-    steps = torch.arange(ahead + first, ahead + limits.max_tokens, device=sequence.noise.device)
-    keys = sequence.noise.behind(start).keys(Purpose.DRAFT, steps)
-    ended = False
-    while not ended:
+    unread: list[Tensor] = []
+    drawn_at: list[Moment] = []
+    while True:
         logits = yield ForwardRequest(sequence, feed, 1)
-        assert logits is not None
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        key = keys[len(draft.tokens) + len(drawn) - first]
-        drawn.append(_draw(logits[0], sequence.request.sampling, draft_top_k, key))
-        feed = drawn[-1][0].view(1)
-        first_ms = first_ms or ms_since(started)
-        if not at_once or len(draft.tokens) + len(drawn) == limits.max_tokens:
-            ended = any(draft.append(token, limits, eos) for token in _bring(drawn))
-            drawn = []
-    return first_ms
+        step = draft.offset - start + len(draft.tokens) + len(unread)
+        feed, values = yield Draw(logits, request.sampling, draft_top_k, sequence.seed, start, step)
+        unread.append(values)
+        drawn_at.append(Moment(device))
+        if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):
+            continue
+        read = yield Download(torch.cat(unread))
+        if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(len(unread), -1)):
+            return _Drawing(drawn_at[0], drawn_at[-1], len(drawn_at))
+        unread.clear()
 
 
-def _draw(logits: Tensor, sampling: SamplingParams, draft_top_k: int, key: Tensor) -> Drawn:
-    """Samples one token from the drafter's ``logits`` [V]."""
-    if sampling.temperature == 0:
-        token = logits.argmax(-1)
-        ids, weights = token.view(1), torch.ones(1, device=logits.device)
-    else:
-        top, ids = probabilities(logits, sampling).topk(min(draft_top_k, len(logits)))
-        weights = top / top.sum()
-        token = sample_few(weights, ids, key)
-    return token, ids, weights, (logits[token] - logits.logsumexp(-1)).exp()
-
-
-def _bring(drawn: list[Drawn]) -> Iterator[DraftedToken]:
-    """The tokens of ``drawn``, with one copy from the device for each column."""
-    columns = [torch.stack(column).cpu() for column in zip(*drawn, strict=True)]
-    for token, ids, weights, confidence in zip(*columns, strict=True):
-        inside = weights > 0
-        yield int(token), (ids[inside].int().numpy(), weights[inside].numpy()), float(confidence)
+def _tokens_at_a_time(sequence: Sequence, limits: DraftLimits) -> int:
+    """How many tokens are drawn before the host reads them."""
+    if sequence.logits is not None or not is_asynchronous(sequence.device):
+        return 1  # the adjustment of the next logits depends on each token, or reading it costs nothing
+    # The draft may end at any token, or somebody may want what has been drafted ahead.
+    return _FEW if limits.acceptance or limits.ahead else limits.max_tokens

@@ -5,26 +5,35 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from torch import Tensor
-
-from rapid.engine.sequence import EarlyResult, Task
+from rapid.engine.readout import Readout
+from rapid.engine.sequence import EarlyResult, ForwardRequest, Task
 from rapid.kernels.interface import Tokens
 
 
 class RunningTask:
-    """A task between two passes: the request that it yielded, and how many of its tokens have been processed."""
+    """A task: the latest request that it yielded, how many of its tokens are processed, and what it wants of the rows.
+
+    ``readout`` is None when the task waits for a pass.
+    """
+
+    request: ForwardRequest
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self.task, self.future = task, future
+        self.num_done = 0
+        self.readout: Readout | None = None
 
-    def resume(self, logits: Tensor | None) -> None:
+    def resume(self, answer: object) -> None:
         """Runs the task to its next request; raises the exception that ends it (StopIteration with its result)."""
-        wish = self.task.send(logits)
+        wish = self.task.send(answer)
         while isinstance(wish, EarlyResult):
             settle(self.future, wish.result)
             self.future = wish.rest
             wish = self.task.send(None)
-        self.request, self.num_done = wish, 0
+        if isinstance(wish, ForwardRequest):
+            self.request, self.num_done, self.readout = wish, 0, None
+        else:
+            self.readout = wish
 
     @property
     def num_left(self) -> int:
@@ -43,7 +52,11 @@ class RunningTask:
 
 
 def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, int]]:
-    """How many tokens each task gets: short requests first; long requests share the rest of the budget."""
+    """How many tokens each task gets: short requests first; long requests share the rest of the budget.
+
+    Sequences that share pages are moved behind the first of them, because attention reads the pages that neighbours
+    share once (`rapid.kernels.prefix`).
+    """
     scheduled: list[tuple[RunningTask, int]] = []
     for running in sorted(tasks, key=lambda task: task.num_left):
         # All rows of logits of a request come from one pass, so its last part is not cut below that many tokens.
@@ -56,7 +69,23 @@ def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, i
     if not scheduled and tasks:  # a request for more rows than the budget runs alone, and exceeds it
         shortest = min(tasks, key=lambda task: task.num_left)
         scheduled.append((shortest, shortest.num_left))
-    return scheduled
+    pages = [running.request.sequence.cache.pages for running, _ in scheduled]
+    first = {own[0]: i for i, own in reversed(list(enumerate(pages)))}
+    order = sorted(range(len(pages)), key=lambda i: (first[pages[i][0]], pages[i]))
+    return [scheduled[i] for i in order]
+
+
+def in_parts(scheduled: list[tuple[RunningTask, int]]) -> list[list[tuple[RunningTask, int]]]:
+    """Smaller passes in place of one for which there was no memory; empty if it cannot be cut.
+
+    A single request is cut to its first half, and the rest of it is scheduled later.
+    """
+    if len(scheduled) > 1:
+        middle = len(scheduled) // 2
+        return [scheduled[:middle], scheduled[middle:]]
+    running, num_tokens = scheduled[0]
+    first = min(num_tokens // 2, running.num_left - running.request.num_rows)
+    return [[(running, first)]] if first > 0 else []
 
 
 def settle(future: Future[Any], outcome: object) -> None:

@@ -1,20 +1,21 @@
-"""A sequence of tokens in an engine, and the requests by which a task makes the engine append tokens to it."""
+"""A sequence of tokens in an engine, and what a task may yield to the engine."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+import torch
 
 from rapid.engine.messages import SequenceRequest
+from rapid.engine.readout import Readout
 from rapid.kernels.interface import Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.sampling.logits_processor import LogitProcessor
-from rapid.sampling.noise import Noise
 from rapid.speculation.draft import Draft
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class Sequence:
     id: int
     request: SequenceRequest
     cache: KVCache
-    noise: Noise
+    seed: int  # of its random numbers
     logits: LogitProcessor | None = None
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -38,10 +39,16 @@ class Sequence:
     ahead: Draft | None = None  # the tokens drafted ahead, behind the output
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
     last_used: float = field(default_factory=time.monotonic)
+    decoded_at: float = -math.inf  # when the last pass ended that was no prefill
 
     @property
     def prompt(self) -> list[int]:
         return self.request.prompt
+
+    @property
+    def device(self) -> torch.device:
+        """Where its logits are."""
+        return self.cache.pool.layout.device
 
     @property
     def written(self) -> int:
@@ -93,7 +100,9 @@ def _uncancellable() -> Future[None]:
 
 
 class ForwardRequest(NamedTuple):
-    """A task's request for the next pass: append ``tokens`` to ``sequence``, return the last ``num_rows`` logits rows.
+    """A task's request for the next pass: append ``tokens`` to ``sequence``; the answer is the last rows' logits.
+
+    These are [``num_rows``, V], on the device.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.
@@ -111,8 +120,5 @@ class EarlyResult(NamedTuple):
     rest: Future[object]
 
 
-Task = Generator[ForwardRequest | EarlyResult, Tensor | None, T]
-
-
-def ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1e3
+# A task's first request is a ForwardRequest. What it is sent depends on what it yielded.
+Task = Generator[ForwardRequest | Readout | EarlyResult, Any, T]

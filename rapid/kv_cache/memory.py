@@ -7,9 +7,10 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FREE_MEMORY_SHARE = 0.3  # of the free memory, for one engine's keys and values, unless the configuration gives bytes
+# Of the free memory, for one engine's keys and values, unless the configuration says otherwise.
+FREE_MEMORY_SHARE = 0.3
+WHOLE_GPU_SHARE = 0.9  # where the engine has the GPU for itself
+
+# PyTorch's allocators say it in words, cuBLAS and cuDNN by the names of their errors.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)\w*ALLOC\w*FAILED")
 
 
 def free_memory(device: torch.device) -> int:
@@ -38,10 +44,21 @@ def free_memory(device: torch.device) -> int:
     return max(0, available)
 
 
-def kv_budget(devices: Sequence[torch.device]) -> int:
-    """Bytes for the keys and values of layers on these ``devices``; the device with the least room decides."""
+def kv_budget(
+    devices: Sequence[torch.device], share: float = FREE_MEMORY_SHARE, taken: Mapping[torch.device, int] | None = None
+) -> int:
+    """Bytes for the keys and values of layers on these ``devices``; the device with the least room decides.
+
+    They are ``share`` of what is free, less the bytes that will be ``taken`` of each device.
+    """
     layers = Counter(devices)
-    return int(min(FREE_MEMORY_SHARE * free_memory(d) * len(devices) / layers[d] for d in layers))
+    room = {d: max(0, free_memory(d) - (taken or {}).get(d, 0)) for d in layers}
+    return int(min(share * room[d] * len(devices) / layers[d] for d in layers))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there was no memory for what was asked, so that less may work."""
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def take_small_pages(tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ another sequence needs the room; the least recently used page is evicted first.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ _Key = tuple[int, tuple[int, ...]]
 _ROOT = 0
 _RUN = 8  # tokens in a row that identify a text
 _MIX = np.random.default_rng(0).integers(2**63, size=_RUN)
+
+
+def root_of(salt: str) -> int:
+    """The node from which the pages of prompts with ``salt`` hang: no prompt with another salt finds them."""
+    return -1 - int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8]) if salt else _ROOT
 
 
 class PageAllocator:
@@ -43,13 +49,14 @@ class PageAllocator:
         """The number of indexed pages without users; they can be evicted."""
         return len(self._unused)
 
-    def match_prefix(self, tokens: Sequence[int], first: int, before: int | None) -> list[int]:
+    def match_prefix(self, tokens: Sequence[int], first: int, before: int | None, root: int = _ROOT) -> list[int]:
         """Finds the indexed pages that hold ``tokens`` from ``first`` on, behind the page ``before``.
 
-        Each page gets one more user. The last token is left out. ``before`` None means that the pages begin a prompt.
+        Each page gets one more user. The last token is left out. ``before`` None means that the pages begin a prompt,
+        at ``root``.
         """
         pages = []
-        parent = self._node(before)
+        parent = self._node(before, root)
         for start in range(first, len(tokens) - self._size, self._size):
             page = self._index.get((parent, tuple(tokens[start : start + self._size])))
             if page is None:
@@ -63,13 +70,13 @@ class PageAllocator:
     def is_indexed(self, page: int) -> bool:
         return self._keys_of[page] is not None
 
-    def insert(self, page: int, tokens: Sequence[int], before: int | None) -> int:
-        """Indexes ``page`` by its ``tokens`` and the page ``before`` it.
+    def insert(self, page: int, tokens: Sequence[int], before: int | None, root: int = _ROOT) -> int:
+        """Indexes ``page`` by its ``tokens`` and the page ``before`` it; the first of a prompt hangs from ``root``.
 
         Returns the page to continue with. It is another page if two sequences computed the same tokens at the same
         time.
         """
-        key = (self._node(before), tuple(tokens))
+        key = (self._node(before, root), tuple(tokens))
         known = self._index.get(key)
         if known is None:
             self._index[key], self._keys_of[page], self._node_of[page] = page, key, next(self._serials)
@@ -116,8 +123,10 @@ class PageAllocator:
         while self._unused:
             self._evict()
 
-    def forget(self, tokens: Sequence[int]) -> int:
+    def forget(self, tokens: Sequence[int], root: int = _ROOT) -> int:
         """Forgets every page that holds `_RUN` of ``tokens`` in a row, at any position, and the pages behind it.
+
+        Only pages that hang from ``root`` count.
 
         No other sequence finds these pages from now on. A page with users becomes free when the last user releases it.
         Returns the number of forgotten pages.
@@ -128,7 +137,11 @@ class PageAllocator:
         run = min(_RUN, self._size)
         has_run = np.isin(_runs([own for _, own in keys], run), _runs(tokens, run))
         gone: set[int] = set()
+        below = {root}
         for key, page, hits in zip(keys, indexed, has_run, strict=True):  # parents first
+            if key[0] not in below:
+                continue
+            below.add(self._node_of[page])
             if hits.any() or key[0] in gone:
                 gone.add(self._node_of[page])
                 del self._index[key]
@@ -138,8 +151,8 @@ class PageAllocator:
                     self._free[page] = True
         return len(gone)
 
-    def _node(self, page: int | None) -> int:
-        return _ROOT if page is None else self._node_of[page]
+    def _node(self, page: int | None, root: int) -> int:
+        return root if page is None else self._node_of[page]
 
     def _gap(self, count: int) -> int | None:
         """The first of ``count`` free pages in a row; None if there is no such gap."""

@@ -13,18 +13,35 @@ import numpy as np
 import torch
 
 from rapid.kv_cache.memory import take_small_pages
-from rapid.kv_cache.pages import PageAllocator
+from rapid.kv_cache.pages import PageAllocator, root_of
 from rapid.kv_cache.stats import PoolStats
+
+INT8_SCALE_BYTES = 4  # beside the integers of a token's key, or value, in one KV head
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The size of one token: 2 × ``num_kv_heads`` × ``head_dim`` numbers of ``dtype`` on each layer's device."""
+    """The size of one token: on each layer's device, a key and a value of ``head_dim`` numbers for each KV head.
+
+    ``dtype`` is that of the model: queries, new keys and new values. ``kv_dtype`` is that of stored numbers, if they
+    have fewer bits: float8_e4m3fn, or int8 with a scale.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
+    kv_dtype: torch.dtype | None = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type of stored numbers."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def slot_size(self) -> int:
+        """The numbers of one key, or one value, as they are stored; a scale takes the room of four integers."""
+        return self.head_dim + (INT8_SCALE_BYTES if self.stored_dtype == torch.int8 else 0)
 
     @property
     def num_layers(self) -> int:
@@ -37,14 +54,15 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.num_layers * 2 * self.num_kv_heads * self.slot_size * self.stored_dtype.itemsize
 
 
 class KVPool:
     """``num_pages`` pages of ``page_size`` tokens. Not thread-safe: only the engine's thread uses it.
 
     For each layer, ``keys`` and ``values`` have a tensor on the layer's device: [KV heads, slots, head size], or
-    [slots, KV heads, head size] when ``slot_major`` (the layout that paged kernels read). Token ``i`` of a page is slot
+    [slots, KV heads, head size] when ``slot_major`` (the layout that paged kernels read). The head size is the layout's
+    ``slot_size``. Token ``i`` of a page is slot
     ``page · page_size + i``. On a CPU the system gives the memory only as pages are written.
     """
 
@@ -54,7 +72,10 @@ class KVPool:
         slots = (self.num_pages + 1) * page_size  # with a spare page for what padding writes
         heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
         self.keys, self.values = (
-            [torch.empty(*heads_and_slots, layout.head_dim, dtype=layout.dtype, device=d) for d in layout.devices]
+            [
+                torch.empty(*heads_and_slots, layout.slot_size, dtype=layout.stored_dtype, device=d)
+                for d in layout.devices
+            ]
             for _ in range(2)
         )
         for rows in (*self.keys, *self.values):
@@ -87,13 +108,15 @@ class KVPool:
             evicted_pages=self._pages.num_evicted,
         )
 
-    def open(self, prompt: Sequence[int], capacity: int) -> KVCache | None:
+    def open(self, prompt: Sequence[int], capacity: int, salt: str = "") -> KVCache | None:
         """A cache with room for ``capacity`` tokens, which already holds the indexed beginning of ``prompt``.
+
+        Only caches with the same ``salt`` share pages.
 
         The prompt's last token never comes from the index: the model must read it to give the first logits. Returns
         None if there is no room now.
         """
-        shared = self._pages.match_prefix(prompt, 0, before=None)
+        shared = self._pages.match_prefix(prompt, 0, before=None, root=root_of(salt))
         own = self._pages.take(self.pages_for(capacity) - len(shared))
         if own is None:
             self._pages.release(shared)
@@ -101,7 +124,7 @@ class KVPool:
         cached = len(shared) * self.page_size
         self._hits += cached
         self._misses += len(prompt) - cached
-        return KVCache(self, shared + own, num_shared=len(shared))
+        return KVCache(self, shared + own, num_shared=len(shared), root=root_of(salt))
 
     def adopt(self, cache: KVCache, tokens: Sequence[int]) -> None:
         """Replaces pages of ``cache`` that are still empty by pages that another sequence has filled since.
@@ -115,7 +138,7 @@ class KVPool:
         # The index knows the pages behind a page only if that page is indexed; then it is also the other sequence's.
         if before is not None and not self._pages.is_indexed(before):
             return
-        found = self._pages.match_prefix(tokens, cache.length, before)
+        found = self._pages.match_prefix(tokens, cache.length, before, cache.root)
         if found:
             self._pages.release(cache.pages[first : first + len(found)])
             cache.pages[first : first + len(found)] = found
@@ -133,7 +156,7 @@ class KVPool:
             return  # the page was forgotten, so no prompt could find the pages behind it
         for i in range(cache.num_shared, min(num_tokens, len(tokens), cache.length) // self.page_size):
             own = tokens[i * self.page_size : (i + 1) * self.page_size]
-            cache.pages[i] = self._pages.insert(cache.pages[i], own, before=cache.pages[i - 1] if i else None)
+            cache.pages[i] = self._pages.insert(cache.pages[i], own, cache.pages[i - 1] if i else None, cache.root)
             cache.moved(shared_until=i + 1)
 
     def close(self, cache: KVCache) -> None:
@@ -146,12 +169,12 @@ class KVPool:
         """Evicts every page that no open sequence uses."""
         self._pages.evict_unused()
 
-    def forget(self, tokens: Sequence[int]) -> int:
-        """Forgets the cached pages of a text, at any position in a prompt (`PageAllocator.forget`).
+    def forget(self, tokens: Sequence[int], salt: str = "") -> int:
+        """Forgets the cached pages of a text, at any position in a prompt with ``salt`` (`PageAllocator.forget`).
 
         Returns the number of forgotten pages.
         """
-        return self._pages.forget(tokens)
+        return self._pages.forget(tokens, root_of(salt))
 
 
 class KVCache:
@@ -161,8 +184,8 @@ class KVCache:
     interrupted pass leaves the cache as it was, and a rollback only sets ``length``.
     """
 
-    def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int) -> None:
-        self.pool, self.pages, self.num_shared = pool, pages, num_shared
+    def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int, root: int = 0) -> None:
+        self.pool, self.pages, self.num_shared, self.root = pool, pages, num_shared, root
         self.length = num_shared * pool.page_size
         self._runs: list[tuple[int, int]] | None = None
 
@@ -183,8 +206,8 @@ class KVCache:
         self.length = max(self.length, shared_until * self.pool.page_size)
         self._runs = None
 
-    def runs(self, end: int) -> list[tuple[int, int]]:
-        """The slots of tokens 0 to ``end`` as (first, past the last) intervals; neighbouring pages are joined."""
+    def runs(self, end: int, *, start: int = 0) -> list[tuple[int, int]]:
+        """The slots of tokens ``start`` to ``end`` as (first, past the last) intervals; neighbour pages are joined."""
         size = self.pool.page_size
         if self._runs is None:
             breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1
@@ -196,7 +219,8 @@ class KVCache:
         for first, last in self._runs:
             if position >= end:
                 break
-            cut.append((first, min(last, first + end - position)))
+            if position + last - first > start:
+                cut.append((first + max(0, start - position), min(last, first + end - position)))
             position += last - first
         return cut
 

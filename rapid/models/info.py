@@ -31,3 +31,18 @@ class RankPlacement:
     rank: int
     num_ranks: int
     address: str
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """How long the recording of CUDA graphs may take, and how much memory; 0 records nothing.
+
+    Passes of the shapes that are left out run eagerly.
+    """
+
+    seconds: float = 60.0
+    gib: float = 1.0
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gib * 2**30) if self.seconds else 0

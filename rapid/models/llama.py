@@ -19,15 +19,20 @@ from rapid.errors import ModelFileError, PassAbandoned
 from rapid.kernels.cpu.rows import gated, rotate
 from rapid.kernels.interface import Batch
 from rapid.kernels.linear import Linear, make_linear
+from rapid.models.fp8_range import fit_fp8
 from rapid.models.layers import Heads, Layer, RMSNorm
 from rapid.models.recorded_cpu import CompiledLayers
 from rapid.models.tensor_parallel import Group, local
+
+_CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class Decoder:
     """Takes the weights out of ``network``, which cannot be used afterwards.
 
     ``quantization`` is a scheme of `rapid.kernels.linear`.
+
+    With ``fits_fp8`` keys and values can be stored as 8-bit floats (`rapid.models.fp8_range`).
 
     With a ``group`` the network holds this rank's share: some heads, some of the MLP, some of the vocabulary. The ranks
     all_reduce the outputs of an attention or an MLP, and all_gather the logits. Hidden states are the same on all
@@ -37,10 +42,18 @@ class Decoder:
     next.
 
     Raises:
-        ModelFileError: a layer has no full attention, or the heads cannot be shared equally.
+        ModelFileError: a layer has no full attention, the heads cannot be shared equally, or on CUDA the rotary
+            embedding changes from pass to pass.
     """
 
-    def __init__(self, network: PreTrainedModel, quantization: str = "none", group: Group | None = None) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        quantization: str = "none",
+        group: Group | None = None,
+        *,
+        fits_fp8: bool = False,
+    ) -> None:
         config = network.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         unlisted = (
@@ -55,6 +68,12 @@ class Decoder:
         num_ranks = group.placement.num_ranks if group else 1
         if config.num_key_value_heads % num_ranks:
             raise ModelFileError(f"{config.num_key_value_heads} KV heads cannot be shared by {num_ranks} ranks equally")
+        kind = str(getattr(network.model.rotary_emb, "rope_type", "default"))
+        if network.device.type == "cuda" and kind in _CHANGING_ROPE:
+            raise ModelFileError(
+                f"rope_type {kind} is not supported on CUDA: its frequencies depend on the longest sequence of a pass, "
+                "so every pass would wait for the device. Use a CPU, or a checkpoint with another rope_type"
+            )
         self._group = group
         self.num_heads, self.num_kv_heads = (
             heads // num_ranks for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -67,15 +86,17 @@ class Decoder:
         body: Any = network.model
         self._embedding: Tensor = local(body.embed_tokens.weight)
         self._num_embeddings: int = body.embed_tokens.weight.shape[0]
+        sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
         self._layers = []
         for i, layer in enumerate(body.layers):
+            if fits_fp8:
+                fit_fp8(layer.self_attn, layer.input_layernorm, sizes)
             self._layers.append(self._take_layer(layer, quantization))
             body.layers[i] = torch.nn.Identity()  # frees each original at once: at most one layer exists twice
         head: Any = network.get_output_embeddings()
         self._head_device = head.weight.device
         self._norm = self._take_norm(body.norm.to(self._head_device))
         self.devices = tuple(layer.device for layer in self._layers)
-        sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
         can_record = group is None and CompiledLayers.can_record(self._layers, sizes)
         self._compiled = CompiledLayers(self._layers, sizes) if can_record else None
         self._rotary = body.rotary_emb.to(self.devices[0])

@@ -24,6 +24,7 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     quantization: str = "none",
+    kv_dtype: str = "auto",
     placement: RankPlacement | None = None,
 ) -> Model:
     """Loads an embedded model by name, a local folder, or a Hugging Face hub id.
@@ -36,8 +37,8 @@ def load_model(
         EngineLost: the other ranks did not come in time, or one is gone.
     """
     device = default_device() if device == "auto" else device
-    # Quantised products on a CPU need bfloat16 rows, even if dense products are faster in float32.
-    few_bits = quantization != "none" and device == "cpu"
+    # Quantised products, and 8-bit pages, on a CPU need bfloat16 rows, even if dense products are faster in float32.
+    few_bits = (quantization != "none" or kv_dtype == "int8") and device == "cpu"
     automatic = torch.bfloat16 if few_bits else default_dtype(device)
     torch_dtype = automatic if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     tokenizer = load_tokenizer(ref)
@@ -52,7 +53,7 @@ def load_model(
         network = AutoModelForCausalLM.from_pretrained(files, dtype=torch_dtype, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
-    model = Model(network, tokenizer, ref, quantization=quantization, group=group)
+    model = Model(network, tokenizer, ref, quantization=quantization, kv_dtype=kv_dtype, group=group)
     del network  # its weights are repacked
     if group is not None:
         with together(ref):

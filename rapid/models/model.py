@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
+from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
+from rapid.kernels.transfer import upload
 from rapid.kv_cache.pool import KVLayout, KVPool
-from rapid.models.info import ModelInfo
-from rapid.models.recorded_cuda import GraphRunner
+from rapid.models.info import GraphLimits, ModelInfo
+from rapid.models.recorded_cuda import GraphRunner, recorder_of
 from rapid.models.registry import decoder_class
 from rapid.models.tensor_parallel import Group, NewPool, Pass, local, together
 
@@ -28,7 +31,7 @@ class Model:
     constructor takes the weights out of ``network`` and repacks them.
 
     Raises:
-        ModelFileError: the architecture or the quantisation is not supported.
+        ModelFileError: the architecture, the quantisation or ``kv_dtype`` is not supported.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Model:
         name: str,
         *,
         quantization: str = "none",
+        kv_dtype: str = "auto",
         attention: AttentionBackend | None = None,
         group: Group | None = None,
     ) -> None:
@@ -47,7 +51,9 @@ class Model:
         eos = eos_token_ids(network)
         try:
             decoder = decoder_class(config.model_type)
-            self._decoder = decoder(network.eval().requires_grad_(False), quantization, group)
+            self._decoder = decoder(
+                network.eval().requires_grad_(False), quantization, group, fits_fp8=kv_dtype == "fp8"
+            )
         except ModelFileError as error:
             raise ModelFileError(f"{name}: {error.message}") from error
         self.tokenizer = tokenizer
@@ -57,7 +63,10 @@ class Model:
             head_dim=self._decoder.head_dim,
             dtype=network.dtype,
             devices=self._decoder.devices,
+            kv_dtype=KV_DTYPES[kv_dtype],
         )
+        if attention is None:
+            check_kv_dtype(self.layout)
         devices = sorted(set(self.layout.devices), key=self.layout.devices.index)
         self.attention: AttentionBackend = attention or (
             RunAttention()
@@ -65,10 +74,7 @@ class Model:
             else PagedAttention(choose_kernel(self.layout, self._decoder.num_heads))
         )
         self.group = group
-        self._graphs = None
-        # A graph runs on one device, and with several ranks the host must announce each pass to the others.
-        if isinstance(self.attention, PagedAttention) and group is None and len(devices) == 1:
-            self._graphs = GraphRunner(self._decoder, self.attention, network.device)
+        self._graphs: WeakKeyDictionary[KVPool, GraphRunner] = WeakKeyDictionary()
         self.info = ModelInfo(
             name=name,
             window=config.max_position_embeddings,
@@ -82,6 +88,13 @@ class Model:
             kv_bytes_per_token=self.layout.bytes_per_token,
         )
 
+    @property
+    def balanced_context(self) -> float:
+        """The context over which a token's attention takes as many operations as the products with all weights."""
+        numbers_read = self.info.weight_bytes / self.layout.dtype.itemsize
+        num_heads: int = self._decoder.num_heads
+        return numbers_read / (2 * self.layout.num_layers * num_heads * self.layout.head_dim)
+
     def new_pool(self, budget_bytes: int) -> KVPool:
         """A pool of keys and values, in the attention backend's layout.
 
@@ -94,6 +107,22 @@ class Model:
         return self.attention.pool(self.layout, budget_bytes)
 
     @torch.inference_mode()
+    def record(self, pool: KVPool, limits: GraphLimits) -> GraphRunner | None:
+        """Records passes of few new tokens over ``pool``; `forward` replays them as long as the pool lives.
+
+        Returns None, and all passes run eagerly, where nothing can be recorded: on a CPU, with an attention kernel that
+        is not recordable, over several devices, or with several ranks, to whom the host announces each pass.
+        """
+        kernel, devices = self.attention, set(self.layout.devices)
+        if self.group is not None or len(devices) > 1 or not isinstance(kernel, PagedAttention):
+            return None
+        recorder = recorder_of(self.layout.device) if kernel.can_be_recorded else None
+        if recorder is None:
+            return None
+        self._graphs[pool] = GraphRunner(self._decoder, kernel, pool, recorder, window=self.info.window, limits=limits)
+        return self._graphs[pool]
+
+    @torch.inference_mode()
     def forward(self, entries: Sequence[BatchEntry], *, abandoned: Callable[[], bool] = lambda: False) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
@@ -104,17 +133,21 @@ class Model:
             PassAbandoned: ``abandoned`` returned True while the layers ran; no cache is longer.
             EngineLost: the model is shared by several ranks, and one is gone.
         """
-        if self.group is not None:
-            with together(self.info.name):
-                self.group.broadcast(Pass.of(entries))
-                logits = self.compute(entries)
-        elif self._graphs is not None and self._graphs.supports(entries):
-            logits = self._graphs.run(entries)
-        else:
-            logits = self.compute(entries, abandoned)
+        logits = self._logits(entries, abandoned)
         for cache, tokens, _ in entries:
             cache.advance(len(tokens))
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in entries]))
+
+    def _logits(self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool]) -> Tensor:
+        """[rows, padded vocabulary], by all ranks, from a graph, or eagerly."""
+        if self.group is not None:
+            with together(self.info.name):
+                self.group.broadcast(Pass.of(entries))
+                return self.compute(entries)
+        graphs = self._graphs.get(entries[0].cache.pool)
+        if graphs is not None and graphs.supports(entries):
+            return graphs.run(entries)
+        return self.compute(entries, abandoned)
 
     def warm_up(self) -> None:
         """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""
@@ -134,16 +167,16 @@ class Model:
             wanted.extend(range(len(positions) - num_rows, len(positions)))
         return self._decoder(
             gather_tokens([tokens for _, tokens, _ in entries], device),
-            torch.tensor(positions, device=device),
+            upload(positions, "int64", device),
             self.attention.batch(entries),
-            torch.tensor(wanted, dtype=torch.long, device=device),
+            upload(wanted, "int64", device),
             abandoned,
         )
 
 
 def gather_tokens(parts: Sequence[Tokens], device: torch.device) -> Tensor:
     """One [total] tensor on ``device``; parts that are on the device already are not copied to the host."""
-    return torch.cat([torch.as_tensor(part, dtype=torch.long, device=device) for part in parts])
+    return torch.cat([part if isinstance(part, Tensor) else upload(part, "int64", device) for part in parts])
 
 
 def eos_token_ids(network: PreTrainedModel) -> frozenset[int]:

@@ -22,7 +22,16 @@ from rapid.kernels.cpu.attention import RunBatch
 from rapid.kernels.cpu.attention_plan import WorkPlan, attention_kernel
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 from rapid.kernels.cpu.linear import CompiledLinear
-from rapid.kernels.cpu.rows import MANY, gate_kernel, norm_kernel, rotation_kernel, storing_kernel, sum_kernel, supports
+from rapid.kernels.cpu.rows import (
+    MANY,
+    gate_kernel,
+    int8_storing_kernel,
+    norm_kernel,
+    rotation_kernel,
+    storing_kernel,
+    sum_kernel,
+    supports,
+)
 from rapid.kernels.interface import Batch
 from rapid.kv_cache.pool import KVPool
 from rapid.models.layers import Heads
@@ -39,7 +48,7 @@ class CompiledLayers:
 
     def __init__(self, layers: Sequence[Layer], heads: Heads) -> None:
         self._layers, self._heads = layers, heads
-        self._passes: dict[tuple[int, int], _Pass] = {}
+        self._passes: dict[tuple[int, int, torch.dtype], _Pass] = {}
         self._lock = threading.Lock()
 
     @staticmethod
@@ -61,7 +70,7 @@ class CompiledLayers:
         Raises:
             PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
-        key = len(x), torch.get_num_threads()
+        key = len(x), torch.get_num_threads(), batch.pool.layout.stored_dtype
         with self._lock:
             if key not in self._passes:
                 self._passes[key] = _Pass(self._layers, self._heads, *key)
@@ -79,7 +88,8 @@ def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLin
 class _Pass:
     """The kernel calls of a pass over ``rows`` rows by ``threads`` threads, and the memory that they use."""
 
-    def __init__(self, layers: Sequence[Layer], heads: Heads, rows: int, threads: int) -> None:
+    def __init__(self, layers: Sequence[Layer], heads: Heads, rows: int, threads: int, stored: torch.dtype) -> None:
+        self._stored = stored  # the type of stored keys and values
         self._rows, self._threads, self._heads = rows, threads, heads
         self._calls: list[tuple[Kernel, int, tuple[int, ...]]] = []  # kernel, threads, arguments
         self._attending: list[int] = []  # indices of the attention calls, one a layer
@@ -140,10 +150,12 @@ class _Pass:
         rotation = rotation_kernel(_DTYPE, d, heads.query + heads.kv, heads.query + 2 * heads.kv)
         self._call(rotation, 1, self._rows, self._qkv, self._cos, self._sin)
         self._storing.append(len(self._calls))
-        for new in (keys, values):
-            self._call(storing_kernel(_DTYPE, d, heads.kv), 1, self._rows, new, new.stride(0), self._slots, 0, 0)
+        is_int8 = self._stored == torch.int8
+        for new, is_key in ((keys, True), (values, False)):
+            storing = int8_storing_kernel(d, heads.kv, is_key) if is_int8 else storing_kernel(_DTYPE, d, heads.kv)
+            self._call(storing, 1, self._rows, new, new.stride(0), self._slots, 0, 0)
         self._attending.append(len(self._calls))
-        attention = attention_kernel(heads.kv, heads.query // heads.kv, d, heads.scaling)
+        attention = attention_kernel(self._stored, (heads.kv, heads.query // heads.kv), d, heads.scaling)
         given = self._qkv, self._qkv.stride(0) * self._qkv.itemsize, self._attended, 0, 0, 0
         self._call(attention, self._threads, *WorkPlan.NO_WORDS, *given)
         self._product(output, self._attended, self._part)

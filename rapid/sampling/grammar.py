@@ -1,7 +1,8 @@
 """Output that follows a grammar: llguidance computes which tokens may come next.
 
-llguidance is imported only when a request asks for a grammar. It compiles a grammar within milliseconds, while the
-output follows it. It needs most of a second to read a model's vocabulary, so vocabularies are cached.
+llguidance is imported only when a request asks for a grammar. A grammar is tried in a process of its own, once
+(`grammar_check`). The engine then compiles it within milliseconds, while the output follows it. llguidance needs most
+of a second to read a model's vocabulary, so vocabularies are cached.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapid.errors import InvalidRequest
+from rapid.sampling.grammar_check import fault_of_grammar, fault_of_schema
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -43,7 +46,7 @@ def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
     Raises:
         InvalidRequest: a schema is invalid, or has a keyword that cannot be enforced; ``param`` names its field.
     """
-    return _compiled(f"start: {_any_of(alternatives)}", param)
+    return _compiled(f"start: {_any_of(alternatives, param)}", param)
 
 
 def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str) -> str:
@@ -59,7 +62,7 @@ def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str)
     any_text = "(?s:.*)"
     rests = [one._replace(before=one.before.removeprefix(opening)) for one in alternatives]
     rules = f"""start: (opened json){"*" if several else "?"} TEXT
-        json: {_any_of(rests)}
+        json: {_any_of(rests, param)}
         opened[lazy]: /{any_text}/ {json.dumps(opening)}
         TEXT: /{any_text}/ & ~/{any_text}{re.escape(opening)}{any_text}/"""
     return _compiled(rules, param)
@@ -76,24 +79,26 @@ def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: st
         InvalidRequest: as `json_grammar`.
     """
     rules = f"""start: TEXT | json{' ("; " json)*' if several else ""}
-        json: {_any_of(alternatives)}
+        json: {_any_of(alternatives, param)}
         TEXT: /(?s:.*)/ & ~/{beginning}(?s:.*)/"""
     return _compiled(rules, param)
 
 
-def _any_of(alternatives: Sequence[Framed]) -> str:
+def _any_of(alternatives: Sequence[Framed], param: str) -> str:
     rules = []
     for schema, before, after in alternatives:
-        body = f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        if fault := fault_of_schema(schema, len(text)):
+            raise InvalidRequest(f"{param}: this JSON schema is too large: {fault}", param=param)
+        body = f"%json {text}"
         rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
     return " | ".join(rules)
 
 
 def _compiled(rules: str, param: str) -> str:
-    matcher = _library().LLMatcher
-    grammar: str = matcher.grammar_from_lark(rules)
-    wrong: str = matcher.validate_grammar(grammar)
-    if wrong:
+    library = _library()
+    grammar: str = library.LLMatcher.grammar_from_lark(rules)
+    if wrong := fault_of_grammar(grammar, Path(library.__file__).parents[1]):
         reason = wrong.partition("\n")[0].partition("failed to compile JSON schema: ")
         raise InvalidRequest(f"{param}: this JSON schema cannot be enforced: {reason[2] or reason[0]}", param=param)
     return grammar

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rapid.kernels.transfer import upload
 from rapid.sampling.grammar import Grammar
 from rapid.sampling.params import LogitParams
 
@@ -35,9 +36,9 @@ class LogitProcessor:
     ) -> None:
         self._params, self._vocab_size = params, vocab_size
         self._bias = _tensors(list(params.logit_bias), list(params.logit_bias.values()), device)
-        self._prompt = torch.tensor(params.prompt, dtype=torch.long, device=device)
+        self._prompt = upload(params.prompt, "int64", device)
         self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self._prompt, True)
-        self._ends = torch.tensor([*params.eos, *params.stop_token_ids], dtype=torch.long, device=device)
+        self._ends = upload([*params.eos, *params.stop_token_ids], "int64", device)
         self._grammar: Future[Grammar] | None = None
         if params.grammar is not None:
             assert tokenizer is not None
@@ -72,7 +73,7 @@ class LogitProcessor:
         if self._grammar is not None:
             grammar = self._grammar.result()
             rows = [grammar.allowed([*output, *draft[:i]]) for i in range(len(draft) + 1)]
-            logits = logits.masked_fill(~torch.from_numpy(np.stack(rows)).to(logits.device), -torch.inf)
+            logits = logits.masked_fill(~upload(rows, "bool", logits.device), -torch.inf)
         return logits
 
     def _repeated(self, logits: Tensor) -> Tensor:
@@ -92,6 +93,4 @@ def _counts(output: list[int], draft: Sequence[int]) -> tuple[NDArray[np.int64],
 
 def _tensors(ids: ArrayLike, values: ArrayLike, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids as int64 and values as float32, on ``device``."""
-    return torch.as_tensor(np.asarray(ids, np.int64)).to(device), torch.as_tensor(np.asarray(values, np.float32)).to(
-        device
-    )
+    return upload(ids, "int64", device), upload(values, "float32", device)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64, like the two factors of SplitMix64
@@ -32,20 +31,14 @@ class Purpose(IntEnum):
 
 
 class Noise:
-    """The random numbers of requests with ``seeds`` [...] (int64), from output position ``start`` on."""
+    """The random numbers of requests with ``seeds`` [...] (int64), from output position ``start`` on.
 
-    def __init__(self, seeds: Tensor, start: int = 0) -> None:
-        self._hashed, self._start = _mix(seeds), start
+    ``start`` is one position for all requests, or one for each (int64 [...]).
+    """
 
-    @property
-    def device(self) -> torch.device:
-        return self._hashed.device
-
-    def behind(self, start: int) -> Noise:
-        """The same requests' numbers from output position ``start`` on."""
-        noise = object.__new__(Noise)
-        noise._hashed, noise._start = self._hashed, start
-        return noise
+    def __init__(self, seeds: Tensor, start: int | Tensor = 0) -> None:
+        self._hashed = _mix(seeds)
+        self._start = start.unsqueeze(-1) if isinstance(start, Tensor) else start
 
     def keys(self, purpose: Purpose, steps: Tensor) -> Tensor:
         """One key for each of ``steps`` (int64 [..., n], positions counted from ``start``): [..., n].
@@ -55,7 +48,7 @@ class Noise:
         round_start = self._start if purpose is Purpose.DRAFT else 0
         # Positions are below 2^31, so position, round and purpose have bits of their own.
         counter = (self._start << 32) + (round_start << 2) + purpose
-        return _mix((steps << 32).add_(counter).mul_(_GOLDEN) + self._hashed.unsqueeze(-1))
+        return _mix(((steps << 32) + counter) * _GOLDEN + self._hashed.unsqueeze(-1))
 
 
 def uniform(keys: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rapid.sampling.noise import exponential
 from rapid.sampling.params import SamplingParams
+from rapid.sampling.row_params import RowParams
 from rapid.sampling.truncation import truncate
 
 _BLOCK = 64  # token ids that are drawn as one
@@ -23,8 +24,14 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    rows = logits.reshape(-1, logits.shape[-1])
+    return warp(rows, RowParams.of([params], logits.device)).view_as(logits)
+
+
+def warp(logits: Tensor, params: RowParams) -> Tensor:
+    """`probabilities`, of rows [R, V] that have ``params`` of their own; no temperature may be 0."""
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
-    temperature = max(params.temperature, torch.finfo(logits.dtype).tiny)
+    temperature = params.temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
     scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     return truncate(scaled.softmax(-1), params)
 

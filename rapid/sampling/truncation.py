@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rapid.sampling.params import SamplingParams
+from rapid.sampling.row_params import RowParams, truncates
 
 Floats = NDArray[Any]  # float32 or float64
 
@@ -22,7 +23,7 @@ _LIKELY = 48  # the nucleus most often ends above this one of the largest maxima
 _FEW = 1024  # values that are sorted
 
 
-def truncate(probs: Tensor, params: SamplingParams) -> Tensor:
+def truncate(probs: Tensor, params: RowParams) -> Tensor:
     """The rows ``probs`` [..., V], which sum to 1, after top-k, top-p and min-p in that order; may overwrite ``probs``.
 
     Top-k keeps all tokens as likely as the k-th. Top-p keeps the smallest set of most likely tokens whose share of the
@@ -30,14 +31,17 @@ def truncate(probs: Tensor, params: SamplingParams) -> Tensor:
     tokens with at least that share of the largest probability.
     """
     size = probs.shape[-1]
-    if not (0 < params.top_k < size or params.top_p < 1 or params.min_p > 0):
+    if not params.truncate(size):
         return probs
     if probs.device.type != "cpu":
         return by_sorting(probs, params)
     if size % _BLOCK:
         probs = torch.nn.functional.pad(probs, (0, -size % _BLOCK))
-    for row in _rows(probs):
-        floor, surplus = _lowest_kept(row, params, size)
+    rows = _rows(probs)
+    for row, its in zip(rows, params.rows if len(params.rows) > 1 else [params.rows[0]] * len(rows), strict=True):
+        if not truncates(its, size):
+            continue
+        floor, surplus = _lowest_kept(row, its, size)
         torch.threshold_(row.values, _below(floor), 0.0)
         if surplus:
             row.blocks.ravel()[np.flatnonzero(row.blocks.ravel() == floor)[:surplus]] = 0
@@ -45,17 +49,19 @@ def truncate(probs: Tensor, params: SamplingParams) -> Tensor:
     return probs[..., :size]
 
 
-def by_sorting(probs: Tensor, params: SamplingParams) -> Tensor:
-    """`truncate`, for all rows at once and without reading anything on the host."""
+def by_sorting(probs: Tensor, params: RowParams) -> Tensor:
+    """`truncate`, for all rows at once and without reading anything on the host.
+
+    A row whose ``params`` leave out nothing keeps all tokens that are possible.
+    """
     ascending, order = probs.sort(dim=-1, stable=True)
-    keep = torch.ones_like(ascending, dtype=torch.bool)
-    if 0 < params.top_k < probs.shape[-1]:
-        keep = ascending >= ascending[..., -params.top_k].unsqueeze(-1)
-    if params.top_p < 1:
-        mass_up_to = (ascending * keep).cumsum(-1, dtype=torch.float64)
-        keep &= mass_up_to > (1 - params.top_p) * mass_up_to[..., -1:]
-        keep[..., -1] = True
-    keep &= ascending >= params.min_p * ascending[..., -1:]
+    size, top_k = probs.shape[-1], params.top_k
+    kth = torch.where((top_k > 0) & (top_k < size), size - top_k, 0)
+    keep = ascending >= ascending.gather(-1, kth.expand(*ascending.shape[:-1], 1))
+    mass_up_to = (ascending * keep).cumsum(-1, dtype=torch.float64)
+    keep &= mass_up_to > (1 - params.top_p) * mass_up_to[..., -1:]
+    keep[..., -1] = True
+    keep &= ascending >= params.min_p.to(probs.dtype) * ascending[..., -1:]
     probs = probs * torch.empty_like(keep).scatter_(-1, order, keep)
     return probs / probs.sum(-1, keepdim=True)
 

@@ -1,7 +1,7 @@
 """Verification of a draft: the rules of retrieval-augmented speculative decoding (arXiv 2502.20330), as pure functions.
 
 Notation, kept in the names: ``target_probs`` is p, ``draft_probs`` is q (both after the same warping),
-``augmented_probs`` is p̂, ``transfer_strength`` is η. All take any leading dimensions; V is the vocabulary.
+``augmented_probs`` is p̂, ``transfer_strength`` is η. The rules take any leading dimensions; V is the vocabulary.
 
 At one position, every rule accepts the draft token x with probability min(1, p̂(x)/q(x)); otherwise it samples the
 recovered token from its residual distribution r. Since x was drawn from q, the emitted token follows
@@ -22,36 +22,38 @@ from torch import Tensor
 from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.sampler import sample
 
+Strength = float | Tensor  # η, one for all rows or [..., 1]
+
 TAIL = 0.1  # Eq. 9 and the released mask: tokens below this share of the maximum keep their p
 
 
-def transfer(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
+def transfer(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """softmax(z/T + η(q − p)), Eq. 6 and 8, from p = softmax(z/T) alone: p·exp(η(q − p)), normalised.
 
     Tokens outside the target's own support (top-p, top-k, min-p) stay outside: their p is 0.
     """
-    return _shifted(target_probs, transfer_strength * (draft_probs - target_probs))
+    return _shifted(target_probs, (draft_probs - target_probs).mul_(transfer_strength))
 
 
-def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
+def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """Eq. 9: tokens whose transferred probability is under 0.1 of the maximum keep p. p̂ need not sum to 1."""
     transferred = transfer(target_probs, draft_probs, transfer_strength)
     return torch.where(transferred < TAIL * transferred.amax(-1, keepdim=True), target_probs, transferred)
 
 
-def drafter_masked(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
+def drafter_masked(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """The released code's p̂: moves only the logits of tokens with q ≥ 0.1·max q, then takes one softmax over all."""
-    shift = transfer_strength * (draft_probs - target_probs)
+    shift = (draft_probs - target_probs).mul_(transfer_strength)
     unlikely = draft_probs < TAIL * draft_probs.amax(-1, keepdim=True)
     return _shifted(target_probs, shift.masked_fill(unlikely, 0.0))
 
 
-def renormalised(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
+def renormalised(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """Eq. 9, scaled to sum to 1."""
     return _normalised(tail_protected(target_probs, draft_probs, transfer_strength), otherwise=target_probs)
 
 
-def untouched(target_probs: Tensor, draft_probs: Tensor, transfer_strength: float) -> Tensor:
+def untouched(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
     """No transfer: p̂ = p, whatever η is."""
     return target_probs
 
@@ -70,7 +72,8 @@ def residual_excess(target_probs: Tensor, draft_probs: Tensor, augmented_probs: 
 def _shifted(probs: Tensor, shift: Tensor) -> Tensor:
     # The largest shift within the support is subtracted first, so that exp cannot overflow for any η.
     inside = shift.masked_fill(probs == 0, -torch.inf)
-    return _normalised(probs * (inside - inside.amax(-1, keepdim=True)).exp(), otherwise=probs)
+    weights = inside.sub_(inside.amax(-1, keepdim=True)).exp_().mul_(probs)
+    return _normalised(weights, otherwise=probs)
 
 
 def _normalised(weights: Tensor, *, otherwise: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def _normalised(weights: Tensor, *, otherwise: Tensor) -> Tensor:
 class Rule(NamedTuple):
     """A verification rule: p̂ from (p, q, η), and r from (p, q, p̂); each [..., V] to [..., V]."""
 
-    augment: Callable[[Tensor, Tensor, float], Tensor]
+    augment: Callable[[Tensor, Tensor, Strength], Tensor]
     residual: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -101,51 +104,100 @@ RULES: dict[str, Rule] = {
 LOSSLESS = RULES["lossless"]
 
 
+class DraftRows(NamedTuple):
+    """The drafts of B sequences: N tokens in one column, whatever the lengths of the drafts, and their truncated q.
+
+    The target has γ + 1 rows for each sequence, one below the other: N + B rows. ``tokens[i]`` is judged by row
+    ``rows[i]``; it is the token at place ``steps[i]`` of the draft of sequence ``sequences[i]``. Its q gives ``ids[i]``
+    the probabilities ``weights[i]`` [N, k], and 0 to all other tokens; a padding has weight 0. Sequence b's draft has
+    ``lengths[b]`` tokens, the first one being token ``firsts[b]``. ``longest`` is the largest length, on the host; all
+    else is on the device.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    steps: Tensor
+    sequences: Tensor
+    ids: Tensor
+    weights: Tensor
+    lengths: Tensor
+    firsts: Tensor
+    longest: int
+
+    def scored(self, target_rows: Tensor) -> Tensor:
+        """Those of ``target_rows`` [N + B, ...] that judge a token: [N, ...]."""
+        return target_rows[:-1] if len(self.lengths) == 1 else target_rows.index_select(0, self.rows)
+
+    def probs_of_tokens(self) -> Tensor:
+        """q of each draft token, [N]."""
+        return self.weights.masked_fill(self.ids != self.tokens.unsqueeze(-1), 0).sum(-1)
+
+    def num_accepted(self, accepts: Tensor) -> Tensor:
+        """[B], how many tokens stand before the first that ``accepts`` (bool [N]) refuses; all if it refuses none."""
+        refused = torch.where(accepts, self.longest, self.steps)
+        return self.lengths.scatter_reduce(0, self.sequences, refused, "amin")
+
+    def emitting(self, num_accepted: Tensor) -> Tensor:
+        """The row [B] of each sequence that gives the token behind ``num_accepted`` [B] others."""
+        return self.firsts + torch.arange(len(self.lengths), device=self.firsts.device) + num_accepted
+
+
 class Verdict(NamedTuple):
-    """``num_accepted`` [...] draft tokens are accepted; ``next_token`` [...] follows them (recovered, or the bonus)."""
+    """``num_accepted`` [B] draft tokens are accepted; ``next_token`` [B] follows them (recovered, or the bonus)."""
 
     num_accepted: Tensor
     next_token: Tensor
 
 
-def verify(
-    rule: Rule,
-    draft_tokens: Tensor,
-    draft_probs: Tensor,
-    target_probs: Tensor,
-    transfer_strength: float,
-    noise: Noise,
-) -> Verdict:
-    """One round's accept/reject decisions (paper §3.3).
+def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strength: Strength, noise: Noise) -> Verdict:
+    """One round's accept/reject decisions (paper §3.3), for B sequences.
 
-    ``draft_tokens`` [..., γ] were sampled from ``draft_probs`` [..., γ, V]; ``target_probs`` [..., γ+1, V] are the
-    target's rows at the same positions and one more. Tokens are accepted up to the first rejection; there the residual
-    distribution gives the recovered token. If all γ tokens are accepted, the bonus token comes from p of row γ+1,
-    because the drafter has no q there. γ = 0 is plain decoding. ``noise`` holds the random numbers of these rows from
-    the first draft token's position on; its seeds are [...], like the leading dimensions.
+    ``target_probs`` [N + B, V] are the target's rows; ``transfer_strength`` is η, or [N, 1].
+
+    Tokens are accepted up to the first rejection; there the residual distribution gives the recovered token. If all
+    tokens of a draft are accepted, the bonus token comes from p of the sequence's last row, because the drafter has no
+    q there. A draft without tokens is plain decoding. ``noise`` holds the random numbers of the B requests from their
+    first draft token's position on.
     """
-    gamma = draft_tokens.shape[-1]
-    scored = target_probs[..., :gamma, :]
-    augmented_probs = rule.augment(scored, draft_probs, transfer_strength)
+    num_accepted, next_probs, vocab_size = drafts.lengths, target_probs, target_probs.shape[-1]
+    if drafts.longest:
+        if rule.augment is untouched:
+            augmented_probs, accepting = target_probs, target_probs[drafts.rows, drafts.tokens]
+        else:
+            draft_probs = dense(drafts.ids, drafts.weights, vocab_size)
+            augmented_probs = rule.augment(drafts.scored(target_probs), draft_probs, transfer_strength)
+            accepting = augmented_probs.gather(-1, drafts.tokens.unsqueeze(-1)).squeeze(-1)
+        keys = noise.keys(Purpose.ACCEPT, torch.arange(drafts.longest, device=accepting.device))  # [B, longest]
+        # Strictly below: a token outside the target's support (ratio 0) must never be accepted.
+        ratio = accepting / drafts.probs_of_tokens()
+        num_accepted = drafts.num_accepted(uniform(keys[drafts.sequences, drafts.steps]) < ratio)
 
-    drafted = draft_tokens.unsqueeze(-1)
-    ratio = (augmented_probs.gather(-1, drafted) / draft_probs.gather(-1, drafted)).squeeze(-1)
-    steps = torch.arange(gamma, device=ratio.device)
-    # Strictly below: a token outside the target's support (ratio 0) must never be accepted.
-    num_accepted = (uniform(noise.keys(Purpose.ACCEPT, steps)) < ratio).long().cumprod(-1).sum(-1)
-
-    next_probs = _row(target_probs, num_accepted)
-    if gamma:
-        rejected = num_accepted.clamp_max(gamma - 1)
-        residual = rule.residual(_row(scored, rejected), _row(draft_probs, rejected), _row(augmented_probs, rejected))
-        next_probs = torch.where((num_accepted == gamma).unsqueeze(-1), next_probs, residual)
+        emitting = drafts.emitting(num_accepted)
+        next_probs = target_probs.index_select(0, emitting)
+        rejected = (drafts.firsts + num_accepted).clamp_max(len(drafts.tokens) - 1)  # of no meaning if all are accepted
+        draft_probs = dense(drafts.ids.index_select(0, rejected), drafts.weights.index_select(0, rejected), vocab_size)
+        augmented_probs = next_probs if rule.augment is untouched else augmented_probs.index_select(0, rejected)
+        residual = rule.residual(next_probs, draft_probs, augmented_probs)
+        next_probs = torch.where((num_accepted == drafts.lengths).unsqueeze(-1), next_probs, residual)
     return Verdict(num_accepted, sample(next_probs, noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)))
 
 
-def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: float) -> Tensor:
-    """The law of the tokens that `verify` emits, [..., γ+1, V]: ``out`` above, and p for the bonus token.
+def verify_greedy(drafts: DraftRows, best: Tensor) -> Verdict:
+    """`verify` at temperature 0, where p and q are one-hot: every rule accepts a draft token iff it is the argmax.
 
-    Row i is the law of the token at position i, given that all tokens before it are the draft's.
+    ``best`` [N + B]: the argmax of the target's rows.
+    """
+    if not drafts.longest:
+        return Verdict(drafts.lengths, best)
+    num_accepted = drafts.num_accepted(drafts.scored(best) == drafts.tokens)
+    return Verdict(num_accepted, best[drafts.emitting(num_accepted)])
+
+
+def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: Strength) -> Tensor:
+    """The law of the tokens that `verify` emits for one draft, [γ+1, V]: ``out`` above, and p for the bonus token.
+
+    ``draft_probs`` [γ, V], ``target_probs`` [γ+1, V]. Row i is the law of the token at position i, given that all
+    tokens before it are the draft's.
     """
     gamma = draft_probs.shape[-2]
     scored, bonus = target_probs[..., :gamma, :], target_probs[..., gamma:, :]
@@ -156,16 +208,7 @@ def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_s
     return torch.cat([accepted + rejected * residual, bonus], -2)
 
 
-def verify_greedy(draft_tokens: Tensor, logits: Tensor) -> Verdict:
-    """`verify` at temperature 0, where p and q are one-hot: every rule accepts a draft token iff it is the argmax.
-
-    ``draft_tokens`` [γ], ``logits`` [γ+1, V].
-    """
-    best = logits.argmax(-1)
-    num_accepted = (best[:-1] == draft_tokens).long().cumprod(-1).sum(-1)
-    return Verdict(num_accepted, best[num_accepted])
-
-
-def _row(rows: Tensor, index: Tensor) -> Tensor:
-    """Row ``index`` [...] of each matrix of ``rows`` [..., n, V]: [..., V]."""
-    return rows.gather(-2, index[..., None, None].expand(*index.shape, 1, rows.shape[-1])).squeeze(-2)
+def dense(ids: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
+    """A truncated q as rows over the vocabulary: ``ids``, ``weights`` [n, k] to [n, V]."""
+    # scatter_ would let a padding overwrite the weight of token 0.
+    return weights.new_zeros(len(ids), vocab_size).scatter_add_(-1, ids, weights)

@@ -60,7 +60,7 @@ def tiny_folder(
 @pytest.fixture(scope="session")
 def letters_url(tiny_folder: Path) -> Iterator[str]:
     """The API over a model of letters in this process; it answers in milliseconds, and means nothing by it."""
-    engine = {"model": str(tiny_folder), "kv_memory_gib": 0.1, "threads": 1}
+    engine = {"model": str(tiny_folder), "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
     with local_api({"served_model": "letters", "target": engine, "drafter": engine}) as url:
         yield url
 

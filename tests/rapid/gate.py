@@ -35,6 +35,12 @@ class Gate:
         self._may_go.release()
         self.wait()
 
+    def close(self) -> None:
+        """Holds all passes to come."""
+        while self._arrived.acquire(blocking=False) or self._may_go.acquire(blocking=False):
+            pass
+        self._open = False
+
     def open(self) -> None:
         """Lets this pass and all to come go."""
         self._open = True

@@ -7,6 +7,7 @@ largest score and its sum of weights. Keys and values are read once, in the orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
@@ -16,7 +17,7 @@ BLOCK = 256  # positions in one item of work
 _AHEAD = 2  # pages to prefetch
 # The fields of an item, of a merge and of the arguments. Items and merges lie in tables, one in each line.
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
-_MERGE = ("row", "new", "head", "partial", "blocks")
+_MERGE = ("row", "new", "head", "partial", "blocks", "apart")
 _ARGUMENTS = (
     *("items", "num_items", "merges", "num_merges", "pages", "scratch", "scratch_bytes", "partials"),
     *("query", "query_bytes", "output", "keys", "values", "head_bytes"),
@@ -42,17 +43,32 @@ class Attention:
         self._partial_bytes = 4 * (d + 2)  # of a row: the sums, the largest score, the sum of weights
 
     def write(self) -> None:
-        turn, weights, merge = self._turn(), self._weights(), self._merge()
-        sizes = range(1, self._tile + 1)
-        scores, sums = [self._scores(size) for size in sizes], [self._sums(size) for size in sizes]
+        compute, merge = self._item(), self._merge()
         code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
         scratch = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
-        offsets = Scratch(0, self._d)
-        turned, table = code.plus(scratch, offsets.turned), code.plus(scratch, offsets.scores)
         with code.items(data, given["num_items"]) as item:
-            own = _fields(code, given["items"], item, _ITEM)
+            compute(code, given, _fields(code, given["items"], item, _ITEM), scratch)
+        code.barrier()
+        with code.items(code.plus(data, 8), given["num_merges"]) as item:
+            own = _fields(code, given["merges"], item, _MERGE)
+            partial = code.plus(given["partials"], code.times(own["partial"], self._partial_bytes))
+            row_bytes = code.integer(self._num_heads * self._d * 2)
+            output = code.plus(given["output"], self._at(code, own["row"], own["head"], row_bytes))
+            rows = code.times(own["new"], self._group)
+            code.call(merge, partial, own["blocks"], own["apart"], rows, output, row_bytes)
+        code.finish()
+
+    def _item(self) -> Callable[..., None]:
+        """Writes the functions of an item of work; returns what writes their calls."""
+        turn, weights = self._turn(), self._weights()
+        sizes = range(1, self._tile + 1)
+        scores, sums = [self._scores(size) for size in sizes], [self._sums(size) for size in sizes]
+        offsets = Scratch(0, self._d)
+
+        def calls(code: KernelBuilder, given: dict[str, Any], own: dict[str, Any], scratch: Any) -> None:
+            turned, table = code.plus(scratch, offsets.turned), code.plus(scratch, offsets.scores)
             rows = code.times(own["new"], self._group)
             head = code.times(own["head"], given["head_bytes"])
             pages = code.plus(given["pages"], code.times(own["pages"], 8))
@@ -68,14 +84,8 @@ class Attention:
             values = code.plus(given["values"], head)
             with code.tiles(rows, self._tile) as (row, size):
                 code.choose(sums, size, row, table, values, pages, own["first"], own["last"], partial)
-        code.barrier()
-        with code.items(code.plus(data, 8), given["num_merges"]) as item:
-            own = _fields(code, given["merges"], item, _MERGE)
-            partial = code.plus(given["partials"], code.times(own["partial"], self._partial_bytes))
-            row_bytes = code.integer(self._num_heads * self._d * 2)
-            output = code.plus(given["output"], self._at(code, own["row"], own["head"], row_bytes))
-            code.call(merge, partial, own["blocks"], code.times(own["new"], self._group), output, row_bytes)
-        code.finish()
+
+        return calls
 
     def _at(self, code: KernelBuilder, row: Any, kv_head: Any, row_bytes: Any) -> Any:
         """The address of the first query head of a KV head, for token ``row``."""
@@ -132,24 +142,11 @@ class Attention:
         """(scores, rows, first, last, length, new, partial): scores to weights, relative to the block's largest."""
         code = KernelBuilder(self._module, "weights", 7)
         scores, rows, first, last, length, new, partial = code.parameters
-        lanes = constant(words(), list(range(LANES)))
-        narrow, wide = kind("i32"), floats()
+        wide = floats()
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = code.plus(scores, code.times(row, BLOCK * 4))
-            # The row sees `seen` positions of the sequence, and the first `limit` columns of this block.
-            seen = code.plus(code.builder.sub(length, new), code.divided(row, self._group), 1)
-            limit = code.builder.trunc(code.smaller(width, code.builder.sub(seen, first)), narrow)
-            largest = code.variable(every_float(-3e38))
-            with code.loop(0, width, LANES) as column:
-                here = code.plus(line, code.times(column, 4))
-                columns = code.builder.add(lanes, code.splat(code.builder.trunc(column, narrow)))
-                visible = code.builder.icmp_signed("<", columns, code.splat(limit))
-                score = code.builder.fmul(code.load(wide, here), every_float(self._scaling))
-                score = code.builder.select(visible, score, every_float(-float("inf")))
-                code.store(score, here)
-                largest.value = code.intrinsic("llvm.maxnum.v16f32", wide, largest.value, score)
-            top = code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
+            top = self._mask_scores(code, line, row, first, width, length, new)
             total = code.variable(every_float(0.0))
             with code.loop(0, width, LANES) as column:
                 # Weights take half the room of scores, so they never overwrite scores that are still needed.
@@ -161,6 +158,26 @@ class Attention:
             code.store(top, result)
             code.store(code.sum(total.value), code.plus(result, 4))
         return code.finish()
+
+    def _mask_scores(
+        self, code: KernelBuilder, line: Any, row: Any, first: Any, width: Any, length: Any, new: Any
+    ) -> Any:
+        """Scales the scores of a row, makes those of invisible positions −inf, and returns the largest."""
+        lanes = constant(words(), list(range(LANES)))
+        narrow, wide = kind("i32"), floats()
+        # The row sees `seen` positions of the sequence, and the first `limit` columns of this block.
+        seen = code.plus(code.builder.sub(length, new), code.divided(row, self._group), 1)
+        limit = code.builder.trunc(code.smaller(width, code.builder.sub(seen, first)), narrow)
+        largest = code.variable(every_float(-3e38))
+        with code.loop(0, width, LANES) as column:
+            here = code.plus(line, code.times(column, 4))
+            columns = code.builder.add(lanes, code.splat(code.builder.trunc(column, narrow)))
+            visible = code.builder.icmp_signed("<", columns, code.splat(limit))
+            score = code.builder.fmul(code.load(wide, here), every_float(self._scaling))
+            score = code.builder.select(visible, score, every_float(-float("inf")))
+            code.store(score, here)
+            largest.value = code.intrinsic("llvm.maxnum.v16f32", wide, largest.value, score)
+        return code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
 
     def _sums(self, num_rows: int) -> Any:
         """(row, weights, values, pages, first, last, partial): weighted sums of a block's values."""
@@ -210,11 +227,11 @@ class Attention:
         return code.finish()
 
     def _merge(self) -> Any:
-        """(partials, blocks, rows, output, its bytes a row): merges the outputs of all blocks into one."""
-        code = KernelBuilder(self._module, "merge", 5)
-        partials, blocks, rows, output, row_bytes = code.parameters
+        """(partials, blocks, lines from block to block, rows, output, its bytes a row): merges all blocks' outputs."""
+        code = KernelBuilder(self._module, "merge", 6)
+        partials, blocks, apart, rows, output, row_bytes = code.parameters
         number = kind("f32")
-        stride = code.times(rows, self._partial_bytes)
+        stride = code.times(apart, self._partial_bytes)
         with code.loop(0, rows) as row:
             line = code.plus(partials, code.times(row, self._partial_bytes))
             top = code.variable(constant(number, -3e38))

@@ -1,7 +1,8 @@
-"""The work plan of the compiled attention over bfloat16 pages: which items of work its threads share.
+"""The work plan of the compiled attention over bfloat16 and 8-bit pages: which items of work its threads share.
 
-Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens. When
-all blocks are done, the kernel merges their outputs, as in flash decoding.
+Every sequence's cache is cut into blocks of positions. One item is one block of one KV head and a few new tokens, of
+one sequence or of several that share the block's pages. When all blocks are done, the kernel merges their outputs, as
+in flash decoding. It computes the same numbers whether sequences share a block or not.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rapid.kernels.cpu import attention_ir
+from rapid.kernels.cpu import attention_ir, int8_attention_ir
 from rapid.kernels.cpu.attention_ir import BLOCK, Attention, Scratch
+from rapid.kernels.cpu.int8_attention_ir import Int8Attention, Int8Scratch
 from rapid.kernels.cpu.ir_builder import LANES
 from rapid.kernels.cpu.jit import Kernel, available
+from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.pool import KVLayout, KVPool
 
+BLOCK_PAGES = BLOCK // LANES
 _TOKENS = 16  # new tokens in one item of work
 
 
@@ -39,9 +43,12 @@ class QuerySpan(NamedTuple):
 
 def supports(pool: KVPool) -> bool:
     """Whether the compiled kernel supports this cache."""
-    dtype, d = pool.layout.dtype, pool.layout.head_dim
-    # A page has as many positions as a register has lanes.
-    return dtype == torch.bfloat16 and d % (2 * LANES) == 0 and pool.page_size == LANES and available()
+    return pool.page_size == LANES and supports_layout(pool.layout)
+
+
+def supports_layout(layout: KVLayout) -> bool:
+    """Whether there is a compiled kernel for pages of as many positions as a register has lanes."""
+    return layout.dtype == torch.bfloat16 and layout.head_dim % (2 * LANES) == 0 and available()
 
 
 class WorkPlan:
@@ -52,30 +59,71 @@ class WorkPlan:
 
     NO_WORDS = (0,) * 8
 
-    def __init__(self, spans: Sequence[QuerySpan], layout: KVLayout, num_heads: int, scaling: float) -> None:
-        group, d = num_heads // layout.num_kv_heads, layout.head_dim
-        items, merges, partial = [], [], 0
-        pages: list[int] = []
-        for row, new, length, own in (part for span in spans for part in span.parts()):
-            for head in range(layout.num_kv_heads):
-                merges.append((row, new, head, partial, -(-length // BLOCK)))
-                for first in range(0, length, BLOCK):
-                    items.append((row, length, new, head, first, min(first + BLOCK, length), len(pages), partial))
-                    partial += new * group
-            pages.extend(own)
-        pages.append(0)  # the kernel loads it, and does not use it, if a block ends with the last page
-        self._items, self._merges, self._pages = torch.tensor(items), torch.tensor(merges), torch.tensor(pages)
-        most = min(max(span.new for span in spans), _TOKENS) * group
-        self._scratch = torch.empty(torch.get_num_threads(), Scratch(most, d).size, dtype=torch.uint8)
-        self._partials = torch.empty(partial, d + 2)
-        self._kernel = attention_kernel(layout.num_kv_heads, group, d, scaling)
+    def __init__(
+        self,
+        spans: Sequence[QuerySpan],
+        groups: Sequence[PrefixGroup],
+        layout: KVLayout,
+        num_heads: int,
+        scaling: float,
+    ) -> None:
+        """``groups`` are all of the ``spans``; the pages that they share are a multiple of `BLOCK_PAGES`."""
+        self._group, self._num_kv_heads = num_heads // layout.num_kv_heads, layout.num_kv_heads
+        self._items: list[tuple[int, ...]] = []
+        self._merges: list[tuple[int, ...]] = []
+        self._pages: list[int] = []
+        partial = 0
+        for first, end, num_pages in groups:
+            partial = self._add(spans[first:end], num_pages, partial)
+        self._pages.append(0)  # the kernel loads it, and does not use it, if a block ends with the last page
+        self._tables = [torch.tensor(table) for table in (self._items, self._merges, self._pages)]
+        most = max(item[2] for item in self._items) * self._group
+        scratch = (Int8Scratch if layout.stored_dtype == torch.int8 else Scratch)(most, layout.head_dim)
+        self._scratch = torch.empty(torch.get_num_threads(), scratch.size, dtype=torch.uint8)
+        self._partials = torch.empty(partial, layout.head_dim + 2)
+        heads = layout.num_kv_heads, self._group
+        self._kernel = attention_kernel(layout.stored_dtype, heads, layout.head_dim, scaling)
+        items, merges, pages = self._tables
         self.words = (
-            *(self._items.data_ptr(), len(self._items), self._merges.data_ptr(), len(self._merges)),
-            *(self._pages.data_ptr(), self._scratch.data_ptr(), self._scratch.stride(0), self._partials.data_ptr()),
+            *(items.data_ptr(), len(items), merges.data_ptr(), len(merges)),
+            *(pages.data_ptr(), self._scratch.data_ptr(), self._scratch.stride(0), self._partials.data_ptr()),
         )
 
+    def _add(self, spans: Sequence[QuerySpan], num_pages: int, partial: int) -> int:
+        """Adds the items of sequences that share ``num_pages``. Returns the place behind their partial outputs.
+
+        The partial outputs of a KV head are a table, from ``partial`` on, of blocks times the query rows of all
+        ``spans``. A block that several sequences share thus leaves each row's output where the row's own block would.
+        """
+        row, end = spans[0].row, spans[-1].row + spans[-1].new
+        num_rows, num_blocks = (end - row) * self._group, max(_blocks(span.length) for span in spans)
+        shared = num_pages // BLOCK_PAGES
+
+        def place(head: int, block: int, at: int) -> int:
+            return partial + (head * num_blocks + block) * num_rows + (at - row) * self._group
+
+        def add(at: int, new: int, length: int, pages: int, blocks: range) -> None:
+            for head in range(self._num_kv_heads):
+                for block in blocks:
+                    first, last = block * BLOCK, min((block + 1) * BLOCK, length)
+                    self._items.append((at, length, new, head, first, last, pages, place(head, block, at)))
+
+        pages = len(self._pages)
+        self._pages.extend(spans[0].pages[:num_pages])
+        for start in range(row, end if shared else row, _TOKENS):
+            new = min(_TOKENS, end - start)
+            add(start, new, num_pages * LANES + new, pages, range(shared))  # every row sees all shared positions
+        for span in spans:
+            pages = len(self._pages) - num_pages  # where the first page would be, which is never read there
+            self._pages.extend(span.pages[num_pages:])
+            for at, new, length, _ in span.parts():
+                add(at, new, length, pages, range(shared, _blocks(length)))
+                for head in range(self._num_kv_heads):
+                    self._merges.append((at, new, head, place(head, 0, at), _blocks(length), num_rows))
+        return partial + self._num_kv_heads * num_blocks * num_rows
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, d] to [total, heads·d]."""
+        """``query`` [total, heads, d] over ``keys``, ``values`` [KV heads, slots, slot size] to [total, heads·d]."""
         output = query.new_empty(len(query), query.shape[1] * query.shape[2])
         query_bytes, head_bytes = query.stride(0) * query.itemsize, keys.stride(0) * keys.itemsize
         self._kernel(
@@ -85,9 +133,15 @@ class WorkPlan:
         return output
 
 
+def _blocks(length: int) -> int:
+    return -(-length // BLOCK)
+
+
 @functools.cache
-def attention_kernel(num_kv_heads: int, group: int, d: int, scaling: float) -> Kernel:
-    name = f"attention-{num_kv_heads}x{group}x{d}-{scaling}"
-    return Kernel(
-        name, lambda module: Attention(module, num_kv_heads, group, d, scaling).write(), attention_ir.__file__
-    )
+def attention_kernel(dtype: torch.dtype, heads: tuple[int, int], d: int, scaling: float) -> Kernel:
+    """The kernel over pages of ``dtype``; ``heads`` are KV heads, and query heads of each."""
+    writer, sources = Attention, [attention_ir.__file__]
+    if dtype == torch.int8:
+        writer, sources = Int8Attention, [*sources, int8_attention_ir.__file__]
+    name = f"attention-{str(dtype).removeprefix('torch.')}-{heads[0]}x{heads[1]}x{d}-{scaling}"
+    return Kernel(name, lambda module: writer(module, *heads, d, scaling).write(), *sources)

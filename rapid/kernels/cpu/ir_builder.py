@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rapid.kernels.cpu.jit import ir, multiplies_bfloat16
+from rapid.kernels.cpu.jit import ir, multiplies_bfloat16, multiplies_int8
 
 LANES = 16
 
@@ -153,21 +153,33 @@ class KernelBuilder:
             total = self.fma(part(a), part(b), total)
         return total
 
+    def dot4(self, total: Any, unsigned: Any, signed: Any) -> Any:
+        """``total`` + the sum of four products in every 32-bit lane, of unsigned and signed 8-bit integers."""
+        if multiplies_int8():
+            fours = kind("i8", 4 * LANES)
+            unsigned, signed = self.builder.bitcast(unsigned, fours), self.builder.bitcast(signed, fours)
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", words(), total, unsigned, signed)
+        for bits in (24, 16, 8, 0):
+            a = self.builder.and_(self.builder.lshr(unsigned, every_word(24 - bits)), every_word(0xFF))
+            b = self.builder.ashr(self.builder.shl(signed, every_word(bits)), every_word(24))
+            total = self.builder.add(total, self.builder.mul(a, b))
+        return total
+
     def rounded(self, numbers: Any) -> Any:
         """``numbers`` in bfloat16; ties to even."""
         if multiplies_bfloat16():
             return self.builder.fptrunc(numbers, kind("bf16", LANES))
         # LLVM would call a function for each lane, and not every system has that function.
         bits = self.builder.bitcast(numbers, words())
-        odd = self.builder.and_(self.builder.lshr(bits, _every(words(), 16)), _every(words(), 1))
-        bits = self.builder.add(self.builder.add(bits, _every(words(), 0x7FFF)), odd)
-        return self.builder.trunc(self.builder.lshr(bits, _every(words(), 16)), kind("i16", LANES))
+        odd = self.builder.and_(self.builder.lshr(bits, every_word(16)), every_word(1))
+        bits = self.builder.add(self.builder.add(bits, every_word(0x7FFF)), odd)
+        return self.builder.trunc(self.builder.lshr(bits, every_word(16)), kind("i16", LANES))
 
     def first_of_pairs(self, pairs: Any) -> Any:
-        return self.builder.bitcast(self.builder.shl(pairs, _every(words(), 16)), floats())
+        return self.builder.bitcast(self.builder.shl(pairs, every_word(16)), floats())
 
     def second_of_pairs(self, pairs: Any) -> Any:
-        return self.builder.bitcast(self.builder.and_(pairs, _every(words(), 0xFFFF0000)), floats())
+        return self.builder.bitcast(self.builder.and_(pairs, every_word(0xFFFF0000)), floats())
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a·b + c."""
@@ -192,10 +204,8 @@ class KernelBuilder:
         polynomial = every_float(_EXP2[0])
         for coefficient in _EXP2[1:]:
             polynomial = self.fma(polynomial, fraction, every_float(coefficient))
-        exponent = self.builder.add(self.builder.fptosi(whole, words()), _every(words(), 127))
-        return self.builder.fmul(
-            polynomial, self.builder.bitcast(self.builder.shl(exponent, _every(words(), 23)), floats())
-        )
+        exponent = self.builder.add(self.builder.fptosi(whole, words()), every_word(127))
+        return self.builder.fmul(polynomial, self.builder.bitcast(self.builder.shl(exponent, every_word(23)), floats()))
 
 
 # Coefficients of a least-squares polynomial for 2ᶠ, 0 ≤ f < 1, from f⁵ down to 1.
@@ -258,6 +268,11 @@ def words() -> Any:
 def every_float(number: float) -> Any:
     """A constant in every lane."""
     return _every(floats(), number)
+
+
+def every_word(number: int) -> Any:
+    """A 32-bit integer in every lane."""
+    return _every(words(), number)
 
 
 def _every(of: Any, number: float) -> Any:

@@ -56,6 +56,12 @@ def multiplies_bfloat16() -> bool:
     return bool(features.get("avx512bf16") and features.get("avx512bw"))
 
 
+@functools.cache
+def multiplies_int8() -> bool:
+    """Whether this CPU has an instruction for groups of four 8-bit integers (VNNI)."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+
+
 class Kernel:
     """A compiled function of a pointer to its arguments.
 
@@ -63,8 +69,8 @@ class Kernel:
     is cached beside the models, so a later start does not compile it again.
     """
 
-    def __init__(self, name: str, write: Callable[[Any], None], source: str) -> None:
-        """``write``, defined in the file ``source``, puts a function "kernel" of one parameter into a module.
+    def __init__(self, name: str, write: Callable[[Any], None], *sources: str) -> None:
+        """``write``, defined in the files ``sources``, puts a function "kernel" of one parameter into a module.
 
         ``name`` identifies the kernel.
         """
@@ -78,7 +84,7 @@ class Kernel:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
         )
-        kept = cache_dir() / "kernels" / f"{name}-{_version(Path(source))}.o"
+        kept = cache_dir() / "kernels" / f"{name}-{_version(sources)}.o"
         code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -135,12 +141,12 @@ def _keep(code: bytes, path: Path) -> bytes:
 
 
 @functools.cache
-def _version(source: Path) -> str:
-    """A hash of everything that the compiled code of the kernels in ``source`` depends on, except their own parameters.
+def _version(sources: tuple[str, ...]) -> str:
+    """A hash of all that the compiled code of the kernels in ``sources`` depends on, except their own parameters.
 
     That is this machine, LLVM, and the Python code of the writer and the compiler of kernels, without its comments.
     """
-    written_by = [Path(__file__), Path(__file__).with_name("ir_builder.py"), source]
+    written_by = [Path(__file__), Path(__file__).with_name("ir_builder.py"), *map(Path, sources)]
     parts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]
     parts += [code_of(path.read_text(encoding="utf-8")) for path in written_by]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
+from rapid.kernels.quantization import to_int4, to_int8
 
 GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
 _PANELS = 2  # panels in one item of work
@@ -45,18 +46,14 @@ class CompiledLinear:
         if bits == 16:
             self._packed = _panels(rows.bfloat16())
         elif bits == 8:
-            numbers = rows.float()
-            self._scales = (numbers.abs().amax(1) / 127).clamp_min(_TINY)
-            self._packed = _panels((numbers / self._scales[:, None]).round().to(torch.int8))
+            codes, self._scales = to_int8(rows)
+            self._packed = _panels(codes)
         else:
-            groups = rows.float().unflatten(1, (-1, GROUP))
-            low, high = groups.aminmax(dim=-1)  # [out, groups]
-            scales = ((high - low) / 15).clamp_min(_TINY)
-            codes = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15).to(torch.uint8)
-            first, second = _panels(codes.flatten(1)).unflatten(1, (-1, 2)).unbind(2)
+            codes, *pair = to_int4(rows, GROUP)
+            first, second = _panels(codes).unflatten(1, (-1, 2)).unbind(2)
             self._packed = first | second << 4  # of two pairs of inputs
             self._scales, self._offsets = (
-                part.bfloat16().view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in (scales, low)
+                part.view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in pair
             )
         num_panels = len(self._packed)
         self._width = num_panels * LANES
@@ -90,9 +87,6 @@ class CompiledLinear:
             *(*self._fixed, len(x), x.data_ptr(), x.shape[1] * 2, output.data_ptr(), self._width * 2),
             *(scratch.data_ptr(), scratch.stride(0) * 4),
         )
-
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def _panels(rows: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid.kernels.cpu import int8_attention_ir
+from rapid.kernels.cpu.int8_attention_ir import write_storing
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind
 from rapid.kernels.cpu.jit import COUNTERS, Kernel, available
 
@@ -74,12 +76,20 @@ def store(new: Tensor, slots: Tensor, cache: Tensor) -> None:
     _run(storing_kernel(new.dtype, d, num_heads), rows, new, new.stride(0), slots, cache, cache.stride(0))
 
 
+def store_int8(new: Tensor, slots: Tensor, cache: Tensor, *, is_key: bool) -> None:
+    """Writes ``new`` [rows, KV heads, d] in bfloat16 into the 8-bit pages ``cache`` at ``slots`` [rows]."""
+    rows, num_heads, d = new.shape
+    if new.stride(1) != d:
+        new = new.contiguous()
+    _run(int8_storing_kernel(d, num_heads, is_key), rows, new, new.stride(0), slots, cache, cache.stride(0))
+
+
 def _run(kernel: Kernel, rows: int, *arguments: Tensor | int) -> None:
     run = kernel if rows >= MANY else kernel.alone
     run(rows, *(a if isinstance(a, int) else a.data_ptr() for a in arguments))
 
 
-def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kernel:
+def _per_row(name: str, write: Callable[..., None], num_arguments: int, *sources: str) -> Kernel:
     """A kernel that calls ``write`` with the row's number and the arguments, once for each row."""
 
     def whole(module: Any) -> None:
@@ -90,7 +100,7 @@ def _per_row(name: str, write: Callable[..., None], num_arguments: int) -> Kerne
             write(code, row, *arguments)
         code.finish()
 
-    return Kernel(name, whole, __file__)
+    return Kernel(name, whole, __file__, *sources)
 
 
 class _Rows:
@@ -201,3 +211,20 @@ def storing_kernel(dtype: torch.dtype, d: int, num_heads: int) -> Kernel:
                 code.store(code.load(part, code.plus(own, head * d * size + i)), code.plus(target, i))
 
     return _per_row(f"storing-{_NAMES[dtype]}-{num_heads}x{d}", write, 5)
+
+
+@functools.cache
+def int8_storing_kernel(d: int, num_heads: int, is_key: bool) -> Kernel:
+    """`storing_kernel` from bfloat16 into 8-bit pages, whose keys and values lie in different orders."""
+
+    def write(
+        code: KernelBuilder, row: Any, new: Any, row_stride: Any, slots: Any, cache: Any, head_stride: Any
+    ) -> None:
+        slot = code.word(code.plus(slots, code.times(row, 8)))
+        own = code.plus(new, code.times(row, row_stride, 2))
+        with code.loop(0, num_heads) as head:
+            place = code.plus(cache, code.times(head_stride, head))
+            write_storing(code, d, code.plus(own, code.times(head, 2 * d)), slot, place, is_key=is_key)
+
+    name = f"storing-int8-{'keys' if is_key else 'values'}-{num_heads}x{d}"
+    return _per_row(name, write, 5, int8_attention_ir.__file__)

@@ -14,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid.kernels.cuda.paged_split import SharedPrefix
 from rapid.kernels.interface import Batch, BatchEntry
+from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
+FP8 = torch.float8_e4m3fn  # the type of stored keys and values with ``kv_dtype`` fp8
 FEW_TOKENS = 17  # new tokens of one sequence: a verification of 16 draft tokens
+
+# Reading this much takes an H100 about 5 µs. One more launch a layer is believed to cost as much.
+WORTH_SHARING_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -27,8 +33,10 @@ class PagedBatch:
 
     ``slots`` int64 [T]: where each new token is written. ``table`` int32 [S, P]: each sequence's pages.
     ``lengths`` int32 [S]: tokens per sequence, the new ones included. ``starts`` int32 [S + 1]: where each sequence's
-    tokens begin. ``max_new``: the most new tokens of one sequence. ``parts``: if the sequences need different kernels,
-    batches of some of them, each with the places (int64) of its tokens among the T.
+    tokens begin. Tokens behind the last start belong to no sequence, and attend to nothing. ``max_new``: the most new
+    tokens of one sequence. ``parts``: if the sequences need different kernels, batches of some of them, each with the
+    places (int64) of its tokens among the T. ``prefix``: which sequences share their first pages, if a kernel that can
+    gains by it; for the others the table is complete.
     """
 
     pool: KVPool
@@ -39,11 +47,12 @@ class PagedBatch:
     max_new: int
     kernel: PagedKernel
     parts: tuple[tuple[Tensor, PagedBatch], ...] = ()
+    prefix: SharedPrefix | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
-        keys.index_copy_(0, self.slots, key)
-        values.index_copy_(0, self.slots, value)
+        write(key, self.slots, keys)
+        write(value, self.slots, values)
         pages = (-1, self.pool.page_size, *keys.shape[1:])
         keys, values = keys.view(pages), values.view(pages)
         if not self.parts:
@@ -57,7 +66,22 @@ class PagedBatch:
         """The same batch for layers on ``device``."""
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
-        return replace(self, **here, parts=parts)
+        return replace(self, **here, parts=parts, prefix=self.prefix.to(device) if self.prefix else None)
+
+
+def write(new: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Writes ``new`` [T, KV heads, d] to ``slots`` [T] of ``rows`` [slots, KV heads, d], in the type of ``rows``."""
+    if rows.dtype == FP8:
+        # Not every operator knows 8-bit floats, so their bytes are copied.
+        new, rows = new.to(FP8).view(torch.uint8), rows.view(torch.uint8)
+    rows.index_copy_(0, slots, new)
+
+
+def gathered(pages: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pages of an int64 ``table`` of any shape, in ``dtype``: [*table's shape, page size, KV heads, d]."""
+    if pages.dtype == FP8:
+        return pages.view(torch.uint8)[table].view(FP8).to(dtype)
+    return pages[table]
 
 
 class _SpreadBatch:
@@ -79,18 +103,24 @@ class PagedAttention:
     """The attention backend over block tables. `rapid.kernels.cuda.choice` finds a device's best ``kernel``."""
 
     def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self.page_size = page_size
 
     @property
     def name(self) -> str:
-        return kernel_name(self._kernel)
+        return kernel_name(self.kernel)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether passes of few new tokens may be recorded as graphs (`recordable`)."""
+        return bool(getattr(self.kernel, "recordable", False))
 
     def pool(self, layout: KVLayout, budget_bytes: int) -> KVPool:
         pool = KVPool(layout, budget_bytes, page_size=self.page_size, slot_major=True)
         for rows in (*pool.keys, *pool.values):
             if rows.is_cuda:
-                rows.zero_()  # FlashAttention may multiply what lies behind a sequence's end by a weight of 0
+                # FlashAttention may multiply what lies behind a sequence's end by a weight of 0.
+                rows.view(torch.uint8).zero_()
         return pool
 
     def batch(self, entries: Sequence[BatchEntry]) -> Batch:
@@ -127,28 +157,28 @@ class PagedAttention:
         lengths = [cache.length + n for (cache, _, _), n in zip(entries, counts, strict=True)]
         tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
         width = max(len(table) for table in tables)
+        starts = [0, *accumulate(counts)]
+        prefix = _shared_prefix(entries, starts)
         return PagedBatch(
             pool=pool,
             slots=torch.empty(0, dtype=torch.long, device=device),
             table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
             lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
-            starts=torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device),
+            starts=torch.tensor(starts, dtype=torch.int32).to(device),
             max_new=max(counts),
-            kernel=self._kernel,
+            kernel=self.kernel,
+            prefix=prefix.to(device) if prefix else None,
         )
 
-    def empty_batch(self, pool: KVPool, num_sequences: int, num_new: int, width: int) -> PagedBatch:
-        """A batch of ``num_sequences`` × ``num_new`` tokens that the caller fills in; it points at the spare page."""
-        device = pool.layout.device
-        return PagedBatch(
-            pool=pool,
-            slots=torch.full((num_sequences * num_new,), pool.spare_slot, device=device),
-            table=torch.full((num_sequences, width), pool.num_pages, dtype=torch.int32, device=device),
-            lengths=torch.full((num_sequences,), num_new, dtype=torch.int32, device=device),
-            starts=torch.arange(0, num_sequences * num_new + 1, num_new, dtype=torch.int32, device=device),
-            max_new=num_new,
-            kernel=self._kernel,
-        )
+
+def _shared_prefix(entries: Sequence[BatchEntry], starts: Sequence[int]) -> SharedPrefix | None:
+    """The groups of ``entries``, if the reads that they save are worth another launch."""
+    pool = entries[0].cache.pool
+    groups = prefix_groups([cache.pages[: cache.length // pool.page_size] for cache, _, _ in entries])
+    saved = sum((end - first - 1) * num_pages for first, end, num_pages in groups)
+    if saved * pool.page_bytes < WORTH_SHARING_BYTES * pool.layout.num_layers:
+        return None
+    return SharedPrefix.of(groups, starts)
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
@@ -159,7 +189,8 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     # Memory behind a sequence's end may hold NaN, and even a weight of 0 does not make a NaN harmless.
     empty = torch.arange(shape[1], device=query.device) >= batch.lengths[:, None]
     all_keys, all_values = (
-        pages[table].reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2) for pages in (keys, values)
+        gathered(pages, table, query.dtype).reshape(shape).masked_fill(empty[:, :, None, None], 0).transpose(1, 2)
+        for pages in (keys, values)
     )
     new = batch.starts.diff()[:, None]  # [S, 1]
     offsets = torch.arange(batch.max_new, device=query.device)
@@ -170,9 +201,20 @@ def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch
     output = F.scaled_dot_product_attention(
         padded, all_keys, all_values, attn_mask=seen, scale=scaling, enable_gqa=True
     )
-    sequence_of = torch.bucketize(torch.arange(len(query), device=query.device), batch.starts[1:], right=True)
-    offset_of = torch.arange(len(query), device=query.device) - batch.starts[sequence_of]
-    return output[sequence_of, :, offset_of]
+    row = torch.arange(len(query), device=query.device)
+    sequence_of = torch.bucketize(row, batch.starts[1:], right=True).clamp_max(num_sequences - 1)
+    offset_of = (row - batch.starts[sequence_of]).clamp_max(batch.max_new - 1)
+    belongs = (row < batch.starts[-1])[:, None, None]
+    return output[sequence_of, :, offset_of].where(belongs, 0)
+
+
+def recordable(kernel: PagedKernel) -> PagedKernel:
+    """Marks a kernel whose launches depend on shapes alone, and whose work on the lengths on the device.
+
+    A graph of it can be replayed over any sequences, and wide tables cost it nothing.
+    """
+    kernel.recordable = True  # type: ignore[attr-defined]
+    return kernel
 
 
 def kernel_name(kernel: PagedKernel) -> str:

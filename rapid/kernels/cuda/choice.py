@@ -16,11 +16,14 @@ from torch import Tensor
 
 from rapid.kernels.cuda.attention import (
     FEW_TOKENS,
+    FP8,
     PagedAttention,
     PagedBatch,
     PagedKernel,
     gathered_sdpa,
     kernel_name,
+    recordable,
+    write,
 )
 from rapid.kernels.cuda.paged_split import split_attention
 from rapid.kernels.cuda.prefill import varlen_gathered, varlen_paged
@@ -50,11 +53,16 @@ class ByRows:
     def name(self) -> str:
         return f"{kernel_name(self.few)}, prefill {kernel_name(self.many)}"
 
+    @property
+    def recordable(self) -> bool:
+        return bool(getattr(self.few, "recordable", False))
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
         kernel = self.few if batch.max_new <= FEW_TOKENS else self.many
         return kernel(query, keys, values, batch, scaling)
 
 
+@recordable
 def triton_split(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
     """`split_attention` of a batch."""
     return split_attention(
@@ -67,6 +75,7 @@ def triton_split(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch,
         max_new=batch.max_new,
         scaling=scaling,
         num_sms=_num_sms(query.device),
+        prefix=batch.prefix,
     )
 
 
@@ -83,8 +92,10 @@ def choose_kernel(layout: KVLayout, num_heads: int) -> PagedKernel:
     """
     if layout.device.type != "cuda":
         return gathered_sdpa
-    few = first_right((triton_split, varlen_paged), layout, num_heads, (FEW, DECODE))
-    many = first_right((varlen_paged, varlen_gathered), layout, num_heads, (MANY, MANY_FROM_THE_START))
+    # PyTorch's kernel reads no pages of 8-bit floats.
+    paged = () if layout.stored_dtype == FP8 else (varlen_paged,)
+    few = first_right((triton_split, *paged), layout, num_heads, (FEW, DECODE))
+    many = first_right((*paged, varlen_gathered), layout, num_heads, (MANY, MANY_FROM_THE_START))
     chosen = ByRows(few, many)
     logger.info("attention on %s: %s", layout.device, chosen.name)
     return chosen
@@ -129,8 +140,9 @@ def fault(kernel: PagedKernel, layout: KVLayout, num_heads: int, case: Case) -> 
         unwritten = torch.tensor(cache.slots(cache.capacity))[cached:]
         slots = torch.tensor(cache.slots(cached), dtype=torch.long)
         for rows in (pool.keys[0], pool.values[0]):
-            rows[unwritten.to(layout.device)] = 100.0
-            rows[slots.to(layout.device)] = random(cached, layout.num_kv_heads, layout.head_dim)
+            large = torch.full((len(unwritten), *rows.shape[1:]), 100.0, dtype=layout.dtype, device=layout.device)
+            write(large, unwritten.to(layout.device), rows)
+            write(random(cached, layout.num_kv_heads, layout.head_dim), slots.to(layout.device), rows)
         cache.advance(cached)
     total = sum(new for _, new in case)
     query = random(total, num_heads, layout.head_dim)

@@ -5,16 +5,23 @@ of a sequence are split into parts. For every sequence, KV head and part, one pr
 and values of its part once, for all rows: the new tokens times the query heads that share the KV head. The second
 kernel combines the parts of each row.
 
+Pages that a group of sequences shares are read once: the first kernel is launched once more, for all rows of each group
+over the group's pages. The sequences' own programs begin behind these.
+
 Sequences may have different numbers of new tokens. Everything that changes from pass to pass is a tensor on the device,
 and the number of parts depends on shapes alone, so that a CUDA graph can hold both kernels.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rapid.kernels.prefix import PrefixGroup
 
 MAX_PARTS = 128
 NUM_STAGES = 3  # the page of the next block is read ahead; more stages change nothing, or need more shared memory
@@ -76,6 +83,40 @@ def cut(
     return Cut(rows, row_blocks, block, max(1, parts), block_d)
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The sequences in groups of neighbours that share their first pages. Every tensor is int32 on the device.
+
+    ``starts`` [S + 1]: where each group's new tokens begin; groups that are not used begin, and end, at the last.
+    ``pages`` [S]: how many pages each group shares, 0 for a sequence alone. ``table_rows`` [S]: a sequence of each
+    group. ``skipped`` [S]: the shared pages of each sequence.
+    """
+
+    starts: Tensor
+    pages: Tensor
+    table_rows: Tensor
+    skipped: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[PrefixGroup], starts: Sequence[int]) -> SharedPrefix:
+        """On the host; ``starts`` [S + 1] are where each sequence's new tokens begin."""
+        unused = len(starts) - 1 - len(groups)
+        return cls(
+            starts=torch.tensor(
+                [starts[first] for first, _, _ in groups] + [starts[-1]] * (unused + 1), dtype=torch.int32
+            ),
+            pages=torch.tensor([pages for _, _, pages in groups] + [0] * unused, dtype=torch.int32),
+            table_rows=torch.tensor([first for first, _, _ in groups] + [0] * unused, dtype=torch.int32),
+            skipped=torch.tensor([pages for first, end, pages in groups for _ in range(first, end)], dtype=torch.int32),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.starts, self.pages, self.table_rows, self.skipped
+
+    def to(self, device: torch.device) -> SharedPrefix:
+        return SharedPrefix(*(tensor.to(device) for tensor in self.tensors()))
+
+
 def split_attention(
     query: Tensor,
     keys: Tensor,
@@ -93,6 +134,7 @@ def split_attention(
     pages_used: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    prefix: SharedPrefix | None = None,
 ) -> Tensor:
     """Causal attention of T new tokens in S sequences over their pages: [T, heads, d] in ``query``'s type.
 
@@ -101,7 +143,8 @@ def split_attention(
         keys: [pages, page size, KV heads, d], the new tokens' included, as ``values``; float8_e4m3fn with scales.
         table: int32 [S, P], each sequence's pages in order.
         lengths: int32 [S], tokens in each sequence, the new ones included.
-        starts: int32 [S + 1], where in ``query`` each sequence's new tokens begin.
+        starts: int32 [S + 1], where in ``query`` each sequence's new tokens begin. Tokens behind the last start get
+            zeros.
         max_new: no sequence has more new tokens.
         scaling: factor of the scores.
         num_sms: processors of the device.
@@ -111,6 +154,8 @@ def split_attention(
             ``page_positions[s, j]`` of sequence s. A token that sees none of them gets zeros.
         pages_used: int32 [S], how many entries of each row of ``table`` are chosen.
         key_scales: float32 [KV heads], factors of the stored keys, as ``value_scales``; both or neither.
+        prefix: which sequences share their first pages, which are then read once. Their tokens see all of them, so
+            there is neither a window nor chosen pages.
     """
     from rapid.kernels.cuda.split_kernels import attend_part, combine_parts
 
@@ -120,20 +165,20 @@ def split_attention(
     if query.stride()[1:] != (d, 1):
         query = query.contiguous()
     assert keys.is_contiguous() and values.is_contiguous() and table.is_contiguous()
-    made = cut(
-        num_sequences,
-        (heads, kv_heads),
-        d,
-        query.dtype,
-        max_new=max_new,
-        width=width,
-        page_size=page_size,
-        num_sms=num_sms,
+    assert prefix is None or (window is None and page_positions is None)
+    cut_of = functools.partial(
+        cut, heads=(heads, kv_heads), d=d, dtype=query.dtype, width=width, page_size=page_size, num_sms=num_sms
     )
-    output = query.new_empty((total, heads, d))
-    partial = output if made.parts == 1 else query.new_empty((total, heads, made.parts, d), dtype=torch.float32)
-    partial_lse = query.new_empty((total, heads, made.parts), dtype=torch.float32)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
+    made = cut_of(num_sequences, max_new=max_new)
+    # Most groups may be empty, so the parts are as many as one group needs, which may have all rows.
+    shared = None if prefix is None else cut_of(1, max_new=total)
+    parts = made.parts + (shared.parts if shared else 0)
+    # The second kernel writes every row; the first leaves out those that belong to no sequence.
+    output = query.new_empty((total, heads, d)) if parts > 1 else query.new_zeros((total, heads, d))
+    partial = output if parts == 1 else query.new_empty((total, heads, parts, d), dtype=torch.float32)
+    partial_lse = query.new_empty((total, heads, parts), dtype=torch.float32)
+
+    def attend(made: Cut, first_part: int, starts: Tensor, shared_pages: Tensor, *, is_prefix: bool) -> None:
         attend_part[num_sequences, kv_heads * made.row_blocks, made.parts](
             query,
             keys,
@@ -143,10 +188,14 @@ def split_attention(
             lengths if pages_used is None else pages_used,
             lengths,
             starts,
+            shared_pages,
+            lengths if prefix is None else prefix.table_rows,
             partial_lse if key_scales is None else key_scales,
             partial_lse if value_scales is None else value_scales,
             partial,
             partial_lse,
+            first_part,
+            parts,
             scaling,
             sinks,
             0 if window is None else window,
@@ -162,18 +211,28 @@ def split_attention(
             WINDOWED=window is not None,
             CHOSEN=page_positions is not None,
             SCALED=key_scales is not None,
+            PREFIX=is_prefix,
+            REST=prefix is not None and not is_prefix,
             num_warps=made.num_warps,
             num_stages=NUM_STAGES,
         )
-        if made.parts > 1:
+
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        attend(made, 0, starts, lengths if prefix is None else prefix.skipped, is_prefix=False)
+        if prefix is not None and shared is not None:
+            attend(shared, made.parts, prefix.starts, prefix.pages, is_prefix=True)
+        if parts > 1:
             combine_parts[(total * heads,)](
                 partial,
                 partial_lse,
+                starts,
                 output,
-                made.parts,
+                num_sequences,
+                parts,
+                HEADS=heads,
                 D=d,
                 BLOCK_D=made.block_d,
-                BLOCK_PARTS=_power_of_two(made.parts),
+                BLOCK_PARTS=_power_of_two(parts),
             )
     return output
 

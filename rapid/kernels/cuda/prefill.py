@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cuda.attention import PagedBatch
+from rapid.kernels.cuda.attention import FP8, PagedBatch, gathered
 
 
 def varlen_paged(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
     """PyTorch's varlen kernel over the block table itself (torch 2.13).
 
     Raises:
-        NotImplementedError: this PyTorch's kernel takes no block table.
+        NotImplementedError: this PyTorch's kernel takes no block table, or none of pages of 8-bit floats.
     """
+    if keys.dtype == FP8:
+        raise NotImplementedError("varlen_attn takes no pages of 8-bit floats beside queries of more bits")
     known = _parameters()
     if not {"block_table", "seqused_k", "enable_gqa", "num_splits"} <= known:
         raise NotImplementedError(f"varlen_attn of torch {torch.__version__} takes no block table")
@@ -46,6 +48,8 @@ def varlen_paged(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch,
 def varlen_gathered(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
     """PyTorch's varlen kernel over a copy of one sequence's pages, for releases without block tables (torch 2.11).
 
+    Pages of 8-bit floats are converted as they are copied.
+
     Raises:
         NotImplementedError: this PyTorch has no varlen kernel, or the batch has several sequences.
     """
@@ -55,7 +59,9 @@ def varlen_gathered(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBat
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = True
-    key_rows, value_rows = (pages[batch.table[0].long()].flatten(0, 1) for pages in (keys, values))
+    key_rows, value_rows = (
+        gathered(pages, batch.table[0].long(), query.dtype).flatten(0, 1) for pages in (keys, values)
+    )
     key_starts = F.pad(batch.lengths, (1, 0))
     return _varlen(
         query,

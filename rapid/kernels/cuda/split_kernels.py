@@ -1,24 +1,11 @@
 """Triton's part of attention over few rows: one program reads a part of one sequence's keys and values.
 
-`rapid.kernels.cuda.paged_split` launches these kernels and explains the arguments. This file is the one door to Triton.
-It can be imported without Triton; `AVAILABLE` is then False, and the kernels cannot be launched.
+`rapid.kernels.cuda.paged_split` launches these kernels and explains the arguments.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    jit = triton.jit
-except ImportError:
-    triton = tl = None
-
-    def jit(kernel):
-        return kernel
-
-
-AVAILABLE = triton is not None
+from rapid.kernels.cuda.jit import jit, tl
 
 
 @jit
@@ -31,10 +18,14 @@ def attend_part(
     pages_used,  # int32 [S]
     lengths,  # int32 [S]
     starts,  # int32 [S + 1]
+    shared_pages,  # int32 [S]
+    table_rows,  # int32 [S]
     key_scales,  # float32 [KV_HEADS], as value_scales
     value_scales,
-    partial,  # float32 [T, HEADS, parts, D]; with one part it is the output, in the output's type
-    partial_lse,  # float32 [T, HEADS, parts]
+    partial,  # float32 [T, HEADS, all_parts, D]; with one part it is the output, in the output's type
+    partial_lse,  # float32 [T, HEADS, all_parts]
+    first_part,  # of this launch, among all
+    all_parts,
     scaling,
     sinks,
     window,
@@ -50,8 +41,14 @@ def attend_part(
     WINDOWED: tl.constexpr,
     CHOSEN: tl.constexpr,
     SCALED: tl.constexpr,
+    PREFIX: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """Softmax over one part of a sequence's positions, for rows that are (new token, query head of the KV head)."""
+    """Softmax over one part of a sequence's positions, for rows that are (new token, query head of the KV head).
+
+    With PREFIX a "sequence" is a group of sequences with neighbouring rows, all of which see the first `shared_pages`
+    of the table's row `table_rows`, and nothing else is read. With REST these pages of each sequence are left out.
+    """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1) % KV_HEADS
     row_block = tl.program_id(1) // KV_HEADS
@@ -62,8 +59,14 @@ def attend_part(
     num_new = tl.load(starts + sequence + 1) - start
     if row_block * ROWS >= num_new * GROUP:
         return
-    length = tl.load(lengths + sequence)
-    first_new = length - num_new
+    table_row = sequence
+    if PREFIX:
+        length = tl.load(shared_pages + sequence) * PAGE
+        first_new = length
+        table_row = tl.load(table_rows + sequence)
+    else:
+        length = tl.load(lengths + sequence)
+        first_new = length - num_new
 
     row = row_block * ROWS + tl.arange(0, ROWS)
     token = row // GROUP
@@ -73,6 +76,10 @@ def attend_part(
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < D
     at = (start + token).to(tl.int64)
+    if PREFIX and length == 0:  # a sequence without a group
+        place = (at * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
+        tl.store(partial_lse + place, tl.full([ROWS], -float("inf"), tl.float32), mask=is_row)
+        return
     q = tl.load(
         query + at[:, None] * query_stride + head[:, None] * D + dim[None, :],
         mask=is_row[:, None] & is_dim[None, :],
@@ -96,6 +103,9 @@ def attend_part(
             skipped_from = tl.minimum(tl.cdiv(sinks, BLOCK), window_block)
             skipped = window_block - skipped_from
             num_blocks -= skipped
+        if REST:
+            skipped = tl.load(shared_pages + sequence) * blocks_per_page
+            num_blocks -= skipped
 
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -104,9 +114,9 @@ def attend_part(
     per_part = tl.cdiv(num_blocks, parts)
     for i in range(part * per_part, tl.minimum((part + 1) * per_part, num_blocks)):
         block = i
-        if WINDOWED:
+        if WINDOWED or REST:
             block = tl.where(i < skipped_from, i, i + skipped)
-        entry = sequence * table_width + block // blocks_per_page
+        entry = table_row * table_width + block // blocks_per_page
         offset = (block % blocks_per_page) * BLOCK + n
         slot = tl.load(table + entry).to(tl.int64) * PAGE + offset
         if CHOSEN:
@@ -142,7 +152,8 @@ def attend_part(
     if SCALED:
         output *= tl.load(value_scales + kv_head)
     nonzero = tl.where(total == 0.0, 1.0, total)
-    place = (at * (KV_HEADS * GROUP) + head) * parts + part
+    # Here and not above: what is kept over the loop takes registers.
+    place = ((start + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * all_parts + first_part + part
     tl.store(
         partial + place[:, None] * D + dim[None, :],
         (output / nonzero[:, None]).to(partial.dtype.element_ty),
@@ -155,26 +166,31 @@ def attend_part(
 def combine_parts(
     partial,
     partial_lse,
+    starts,  # int32 [S + 1]
     output,  # [T, HEADS, D]
+    num_sequences,
     parts,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,  # parts, rounded up to a power of two
 ):
     """Weighs one row's parts by their sums of exponentials. A row is one query head of one token.
 
-    The rows know nothing of sequences, so that any number of them, of any lengths, is combined alike.
+    The rows know nothing of sequences, so that any number of them, of any lengths, is combined alike. A row behind the
+    last sequence has no parts, and gets zeros.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
     dim = tl.arange(0, BLOCK_D)
-    lse = tl.load(partial_lse + row * parts + part, mask=part < parts, other=-float("inf"))
+    is_part = (part < parts) & (row < tl.load(starts + num_sequences) * HEADS)
+    lse = tl.load(partial_lse + row * parts + part, mask=is_part, other=-float("inf"))
     highest = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
     total = tl.sum(weights, 0)
     rows = tl.load(
         partial + (row * parts + part[:, None]) * D + dim[None, :],
-        mask=(part[:, None] < parts) & (dim[None, :] < D),
+        mask=(lse[:, None] > -float("inf")) & (dim[None, :] < D),  # others may not be written
         other=0.0,
     )
     mean = tl.sum(rows * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)

@@ -130,9 +130,9 @@ def test_the_image_pins_what_the_constraints_pin() -> None:
     assert re.findall(r"torch==([\d.]+)(\+cpu)?", dockerfile) == [(torch, "+cpu"), (torch, "")]
     assert dockerfile.count("pip install") == dockerfile.count("-c constraints.txt") == 4
     installed = re.findall(r"pip install .* '?\.(?:\[([\w,-]+)\])?'?$", dockerfile, re.MULTILINE)
-    assert installed == ["otel", "otel,quantized-cuda"]  # traces from both; drafters of few bits where there is a GPU
+    assert installed == ["otel", "otel"]  # traces from both
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in (*extras["otel"], *extras["quantized-cuda"]):
+    for requirement in extras["otel"]:
         assert f"\n{requirement.partition('>=')[0]}==" in pins
     [ray] = re.findall(r"^ray==(\S+)$", pins, re.MULTILINE)
     assert cluster("cpu-demo")["rayVersion"] == ray

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from deployments.config import parse_config
 from deployments.files import store as file_store
 from deployments.files.files import LocalFiles
-from deployments.files.store import FileNotStored, FileStore
+from deployments.files.store import Content, FileNotStored, FileStore
 from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
 from deployments.serve.backend import RayBackend
-from rapid.errors import RapidError, RetrievalFailed
+from deployments.turns import FairPool
+from rapid.errors import InvalidRequest, RapidError, RetrievalFailed
 from retrieval import IndexProgress
 
 OURS = "ours"
@@ -53,7 +54,7 @@ class Backend:
         self.on[method] = halts
         return begun, goes_on
 
-    async def keep(self, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         tenant = hashlib.sha256(text.encode()).hexdigest()
         if tenant not in self.vectors:
             yield IndexProgress(tenant, 0, 2)
@@ -66,7 +67,7 @@ class Backend:
         await self._at("delete")
         self.vectors.discard(vectors)
 
-    async def forget(self, tokens: list[int]) -> None:
+    async def forget(self, tokens: list[int], salt: str = "") -> None:
         await self._at("forget")
         self.forgotten.append(tokens)
 
@@ -75,7 +76,8 @@ class World:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         config = {"target": {"model": "none"}, "files": {"folder": str(folder)}}
         self.folder, self.backend = folder, Backend()
-        self.files = LocalFiles(parse_config(config), self.backend, tokenizer)  # type: ignore[arg-type]
+        readers = FairPool(1, "read")
+        self.files = LocalFiles(parse_config(config), self.backend, tokenizer, readers)  # type: ignore[arg-type]
 
     async def upload(self, data: bytes = DATA) -> str:
         file_id: str = (await self.files.upload(OURS, "a.txt", "user_data", data))["id"]
@@ -259,7 +261,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
         assert await world.files.attachments._text(part, OURS, "here", {}) == "abc"
         await world.files.delete(OURS, file_id)
 
-    async def no_hashing(self: Backend, text: str, chunk_tokens: int) -> AsyncIterator[IndexProgress]:
+    async def no_hashing(self: Backend, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         yield IndexProgress("somebody", 1, 1)
 
     asyncio.run(story())
@@ -270,7 +272,7 @@ def test_big_work_is_done_beside_the_event_loop(world: World, monkeypatch: pytes
 def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads, forgotten = [], []
 
-    async def forget(tokens: list[int]) -> None:
+    async def forget(tokens: list[int], salt: str = "") -> None:
         forgotten.append(tokens)
 
     def get_actor(name: str) -> Any:
@@ -299,3 +301,21 @@ def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: p
 
     monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
     asyncio.run(story())
+
+
+def test_uploads_at_once_have_no_more_room_than_one_after_another(world: World) -> None:
+    """What is read from a file counts, too: a small PDF may stand for megabytes of text."""
+    room = 3 * 2 * 1000
+    world.files._store = store = FileStore(world.folder, room)
+
+    async def story() -> None:
+        uploads = (world.upload(b"%d" % i * 1000) for i in range(8))
+        results = await asyncio.gather(*uploads, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, InvalidRequest)]
+        assert len(refused) == 5 and {error.code for error in refused} == {"storage_limit_exceeded"}
+        assert sum(upload.stored for upload in store.uploads(OURS)) == room
+
+    asyncio.run(story())
+    with pytest.raises(InvalidRequest):
+        store.put("another", "a.pdf", "user_data", b"small", "long" * room, Content("application/pdf", "", 1))
+    assert not store.uploads("another")

@@ -24,7 +24,7 @@ CONFIG = {
     "target": ENGINE,
     "colocated": True,
     "retriever": {"long_content_tokens": 256, "options": OPTIONS},
-    "access": {"api_keys": ["ours", "theirs"]},
+    "access": {"api_keys": ["ours", "theirs"], "isolation": "shared"},
 }
 TEXT = document(3)
 
@@ -284,7 +284,8 @@ def test_lists_are_paged(client: OpenAI) -> None:
 
 
 def test_a_key_has_only_so_much_room(tmp_path: Path) -> None:
-    with local_api(config_in(tmp_path, max_stored_mb=2 * len(TEXT) / 1e6)) as url, client_at(url) as client:
+    room = 3 * len(TEXT.encode()) / 1e6  # a file takes its bytes and those of its text
+    with local_api(config_in(tmp_path, max_stored_mb=room)) as url, client_at(url) as client:
         upload(client, TEXT)
         with pytest.raises(openai.APIStatusError) as caught:
             upload(client, TEXT + "x" * len(TEXT))

@@ -21,9 +21,10 @@ from served import JSON_TYPE, health, local_api
 from deployments.config import ConfigError, parse_config
 from deployments.http.api import make_api
 from deployments.http.errors import LONGEST_RETRY_S
-from deployments.http.rate_limits import Client, TokenBucket
+from deployments.http.rate_limits import Charge, Client, TokenBucket
 from deployments.schemas.events import Events, Started
-from rapid.errors import Overloaded
+from deployments.serve.edge import Edge
+from rapid.errors import ContextLengthExceeded, Overloaded, RapidError
 from rapid.events import Delta, Finish, Statistics
 
 BODY = {"model": "letters", "prompt": "abc", "max_tokens": 2, "temperature": 0}
@@ -93,7 +94,7 @@ def test_a_keys_requests_are_limited_and_no_other_keys(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_are_counted_after_the_fact_without_keys_too(serve: Serve, stream: bool) -> None:
+def test_tokens_are_settled_after_the_fact_without_keys_too(serve: Serve, stream: bool) -> None:
     url = serve(tokens_per_minute=60)
     assert complete(url, prompt="a" * 80, max_tokens=40, stream=stream).status_code == 200
     refused = complete(url)
@@ -111,8 +112,8 @@ def spent(events: list[Any], num_read: int) -> float:
             yield event
 
     async def read(client: Client) -> None:
-        with suppress(Overloaded):
-            async with aclosing(client.counted(written())) as counted:
+        with suppress(RapidError):
+            async with aclosing(Charge(client).counted(written(), 100)) as counted:
                 for _ in range(num_read):
                     await anext(counted)
 
@@ -127,11 +128,151 @@ def test_a_prompt_is_paid_for_once_and_also_by_who_leaves_early() -> None:
     whole = [Started(80), delta, delta._replace(choice=1), delta, finish, finish._replace(choice=1)]
     assert [spent(whole, number) for number in (1, 2, 3, 6)] == [80, 82, 84, 86]
     assert spent([Started(80), Overloaded("no place")], 2) == 0
+    too_long = ContextLengthExceeded(prompt_tokens=80, max_tokens=9, window=70)
+    assert spent([Started(80), too_long], 2) == 80
+
+
+class Slow:
+    """A service whose answers end when the test says so; it counts what runs."""
+
+    files = None
+
+    def __init__(self) -> None:
+        self.num_running = self.num_most = 0
+        self.goes_on = asyncio.Event()
+
+    async def generate(self, completion: Any, tenant: str) -> Events:
+        yield Started(8000)
+        self.num_running += 1
+        self.num_most = max(self.num_most, self.num_running)
+        await self.goes_on.wait()
+        self.num_running -= 1
+        yield Delta([1] * 10, ["x"] * 10, 0, 0, "none", 1.0, 0.0, 1.0, [])
+        yield Finish("", "length", Statistics("rapid", prompt_tokens=8000))
+
+
+async def ask_at_once(access: dict[str, Any], keys: list[str], **target: Any) -> tuple[Slow, list[httpx.Response]]:
+    """One request for each of ``keys``, all sent before any is answered."""
+    service = Slow()
+    app = make_api(parse_config({"access": access, "target": target}), service)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+
+        def ask(key: str) -> Any:
+            body = {"model": "smollm2-135m-instruct", "prompt": "x", "max_tokens": 10}
+            return client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+        asked = [asyncio.create_task(ask(key)) for key in keys]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        service.goes_on.set()
+        return service, await asyncio.gather(*asked)
+
+
+def test_requests_at_once_do_not_overdraw_what_one_after_another_may_have() -> None:
+    """The prompt and all that may be written are reserved before the target reads; 8,010 of 10,000 leave 1,990."""
+    access = {"api_keys": ["a", "b"], "tokens_per_minute": 10_000, "max_in_flight": 100}
+    _, answers = asyncio.run(ask_at_once(access, ["a"] * 20 + ["b"]))
+    assert sorted(answer.status_code for answer in answers[:-1]) == [200] + [429] * 19
+    assert answers[-1].status_code == 200
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert 30 <= int(refused.headers["Retry-After"]) <= 61
+
+
+def test_one_key_never_has_all_places() -> None:
+    """With two keys and four places, three; what waits is answered in its turn, and too many that wait are refused."""
+    service, answers = asyncio.run(
+        ask_at_once({"api_keys": ["a", "b"]}, ["a"] * 9 + ["b"], max_sequences=4, max_queued=5)
+    )
+    assert service.num_most == 3 + 1
+    assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429]
+    service, answers = asyncio.run(ask_at_once({"api_keys": ["a"]}, ["a"] * 9, max_sequences=4))
+    assert service.num_most == 9
+
+
+def test_what_is_refused_has_its_price(serve: Serve) -> None:
+    """A token for four bytes, whatever was wrong with them; wrong keys have a limit of their own."""
+    url = serve(tokens_per_minute=1000, wrong_keys_per_minute=3, api_keys=["a", "b"])
+    assert complete(url, "a", prompt="a" * 3000, wrong=1).status_code == 400
+    assert complete(url, "a", prompt="a" * 3000, wrong=1).status_code == 429
+    asked = {"json": {"prompt": "a" * 3000}, "headers": {"Authorization": "Bearer b"}}
+    assert [httpx.post(f"{url}/tokenize", **asked).status_code for _ in range(2)] == [200, 429]
+    assert [complete(url, "no").status_code for _ in range(4)] == [401, 401, 401, 429]
+    assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("access", "host", "status"),
+    [
+        ({}, "evil.example", 403),
+        ({}, "evil.example:8000", 403),
+        ({}, "127.0.0.1.evil.example", 403),
+        ({}, "[", 403),
+        ({}, "localhost:8000", 200),
+        ({}, "127.0.0.1:8000", 200),
+        ({}, "[::1]:8000", 200),
+        ({"allowed_hosts": ["rapid.example"]}, "Rapid.Example", 200),
+        ({"allowed_hosts": ["rapid.example"]}, "localhost", 403),
+        ({"allowed_hosts": ["*"]}, "evil.example", 200),
+        ({"api_keys": ["a"]}, "evil.example", 200),
+    ],
+)
+def test_a_page_that_gives_its_name_our_address_reads_nothing(access: dict[str, Any], host: str, status: int) -> None:
+    class Idle:
+        files = None
+
+        async def window(self) -> int:
+            return 1
+
+    async def ask() -> httpx.Response:
+        app = make_api(parse_config({"access": access}), Idle())  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get("/v1/models", headers={"Host": host, "Authorization": "Bearer a"})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    assert status == 200 or code(answer) == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Request-Disconnect-Disabled", "serve-multiplexed-model-id", "Serve_Multiplexed_Model_Id"]
+)
+def test_headers_of_serves_own_are_refused(letters_url: str, name: str) -> None:
+    refused = httpx.post(f"{letters_url}/v1/completions", json=BODY, headers={name: "?1"})
+    assert (refused.status_code, code(refused)) == (400, "header_not_allowed")
+
+
+def test_the_edge_takes_them_away_and_names_that_are_too_long() -> None:
+    seen: dict[bytes, bytes] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.update(scope["headers"])
+
+    sent = {
+        b"x-request-disconnect-disabled": b"?1",
+        b"serve_multiplexed_model_id": b"m",
+        b"x-request-id": b"n" * 129,
+        b"accept": b"*/*",
+        b"server": b"s",
+    }
+    asyncio.run(Edge(app)({"type": "http", "headers": list(sent.items())}, None, None))  # type: ignore[arg-type]
+    assert seen == {b"accept": b"*/*", b"server": b"s"}
+    asyncio.run(Edge(app)({"type": "http", "headers": [(b"x-request-id", b"n" * 128)]}, None, None))  # type: ignore[arg-type]
+    assert seen[b"x-request-id"] == b"n" * 128
+
+
+def test_a_configuration_names_where_keys_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("of-a-file\n\n of-its-third-line \n")
+    monkeypatch.setenv("OUR_KEYS", "of-a-variable, another")
+    config = parse_config({"access": {"api_keys": [f"file:{tmp_path / 'keys'}", "env:OUR_KEYS"]}})
+    assert config.access.keys == ["of-a-file", "of-its-third-line", "of-a-variable", "another"]
+    for named, why in (("file:/nowhere", "cannot be read"), ("env:NOT_SET", "has no key")):
+        with pytest.raises(ConfigError, match=why):
+            _ = parse_config({"access": {"api_keys": [named]}}).access.keys
 
 
 @pytest.mark.parametrize("path", ["completions", "files"])
 def test_a_body_too_large_is_refused_however_it_comes(serve: Serve, path: str) -> None:
-    url = serve(max_body_mb=0.01)
+    url = serve(max_body_mb=0.01, max_json_mb=0.01)
     kind = "multipart/form-data; boundary=x" if path == "files" else "application/json"
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' if path == "files" else b""
     whole = head + b"x" * 20_000
@@ -165,7 +306,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve) -> None:
     url = httpx.URL(serve(request_timeout_s=0.3))
     with socket.create_connection((url.host, url.port)) as connection:
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON_TYPE}Content-Length: 9\r\n\r\n{{".encode()
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON_TYPE}Content-Length: 9\r\n\r\n{{".encode()
         )
         answer = connection.makefile("rb").readline()
     assert b" 408 " in answer

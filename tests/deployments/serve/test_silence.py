@@ -51,7 +51,7 @@ IDLE = Pulse(0.0, 0.01)
 
 def stats(pulse: Pulse = IDLE) -> EngineStats:
     kv = PoolStats(*[0] * len(PoolStats.__annotations__))
-    return EngineStats(0, 0, 0, kv, 0, 0, pulse)
+    return EngineStats(0, 0, 0, kv, 0, 0, 0, 0, pulse)
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,9 @@ def test_random_numbers_do_not_come_again_after_a_death(
 
     def noting(self: Noise, purpose: Purpose, steps: torch.Tensor) -> torch.Tensor:
         result = keys(self, purpose, steps)
-        for step, key in zip(steps.tolist(), result.tolist(), strict=True):
-            drawn.setdefault(key, set()).add((int(self._hashed), purpose, self._start + step))
+        # One request, as seeds and starts of one row.
+        for step, key in zip(steps.flatten().tolist(), result.flatten().tolist(), strict=True):
+            drawn.setdefault(key, set()).add((int(self._hashed), purpose, int(self._start) + step))
         return result
 
     monkeypatch.setattr(Noise, "keys", noting)

@@ -7,13 +7,12 @@ import torch
 from running import VOCAB, assert_cache_is_fresh, decode, done, new_cache, opened, proposal, random_tokens, verification
 
 from rapid.engine.engine import Engine
-from rapid.engine.verify import dense
 from rapid.kernels.interface import BatchEntry
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
-from rapid.speculation.verification import RULES
+from rapid.speculation.verification import RULES, dense
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
@@ -100,7 +99,8 @@ def test_a_draft_tells_the_distributions_it_was_drawn_from(
     running = engine(model)
     sequence = opened(running, random_tokens(20, seed=7), sampling)
     draft: Draft = done(running.submit(proposal(sequence, 0, [], DraftLimits(6), top_k, frozenset())))
-    spread = dense(draft, VOCAB, torch.device("cpu"))
+    pairs = [tuple(torch.from_numpy(part).view(1, -1) for part in each) for each in draft.distributions]
+    spread = torch.cat([dense(ids.long(), weights, VOCAB) for ids, weights in pairs])
     tokens = torch.tensor(draft.tokens)[:, None]
     assert (spread.gather(-1, tokens) > 0).all()
     logits = model.forward([BatchEntry(new_cache(model, 30), sequence.prompt + draft.tokens[:-1], 6)])[0]
@@ -142,3 +142,32 @@ def test_a_draft_for_another_position_is_an_error(model: Model, engine: MakeEngi
             done(running.submit(verification(sequence, certain_draft(offset, [1]), "published", 1.0)))
     assert sequence.output == before
     assert len(decode(running, sequence, 1)) == 3
+
+
+@pytest.mark.parametrize("at_a_time", [False, True])
+def test_drafts_drawn_together_equal_each_alone(
+    model: Model, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, at_a_time: bool
+) -> None:
+    """Each with its own sampling, also if the host reads a draft only at its end, as on a GPU."""
+    ways = [{"temperature": 0}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 3.0}, {"min_p": 0.2}, {}]
+    sampling = [SamplingParams(seed=i, **way) for i, way in enumerate(ways)]  # type: ignore[arg-type]
+    prompts, limits = [random_tokens(20 + i, seed=i) for i in range(6)], DraftLimits(4)
+    lonely = engine(model)
+    alone = [
+        done(lonely.submit(proposal(opened(lonely, prompt, its), 0, [], limits, 8, frozenset())))
+        for prompt, its in zip(prompts, sampling, strict=True)
+    ]
+    monkeypatch.setattr("rapid.engine.propose.is_asynchronous", lambda device: at_a_time)
+    running = engine(model)
+    together = [opened(running, prompt, its) for prompt, its in zip(prompts, sampling, strict=True)]
+    before = running.stats().host_waits
+    drafting = [running.submit(proposal(sequence, 0, [], limits, 8, frozenset())) for sequence in together]
+    for ours, expected, sequence in zip(map(done, drafting), alone, together, strict=True):
+        assert ours.tokens == expected.tokens
+        for (ids, weights), (other_ids, other_weights) in zip(ours.distributions, expected.distributions, strict=True):
+            assert ids.tolist() == other_ids.tolist()
+            torch.testing.assert_close(torch.from_numpy(weights), torch.from_numpy(other_weights), rtol=1e-4, atol=1e-6)
+        assert_cache_is_fresh(sequence, model)
+    waited = running.stats().host_waits - before
+    assert waited <= (1 if at_a_time else 4) * len(together)
+    assert waited >= (1 if at_a_time else 4)

@@ -1,8 +1,5 @@
 """Products with dense and quantised weights: how far they may be off, for few rows and many."""
 
-import sys
-from unittest.mock import MagicMock
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,23 +103,6 @@ def test_the_head_gets_eight_bits() -> None:
 def test_a_scheme_that_a_device_does_not_have_is_refused(scheme: str, device: str) -> None:
     with pytest.raises(ModelFileError, match=f"'{scheme}' is not for {device}; there: none"):
         check_scheme(scheme, torch.device(device), torch.bfloat16)
-
-
-def test_what_is_missing_for_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    check_scheme("none", torch.device("cuda"), torch.bfloat16)
-    with pytest.raises(ModelFileError, match="pip install torchao"):
-        check_scheme("int8", torch.device("cuda"), torch.bfloat16)
-
-
-def test_four_bits_on_cuda_need_no_package_beside_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its default packing does: mslk, without which the engine would not start."""
-    quantization = MagicMock()
-    monkeypatch.setitem(sys.modules, "torchao", MagicMock(quantization=quantization))
-    for scheme in ("int8", "fp8", "int4"):
-        check_scheme(scheme, torch.device("cuda"), torch.bfloat16)
-    quantization.Int4WeightOnlyConfig.assert_called_once_with(int4_packing_format="tile_packed_to_4d")
-    quantization.Int8WeightOnlyConfig.assert_called_once_with()
 
 
 def test_without_llvm_dense_weights_are_multiplied_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

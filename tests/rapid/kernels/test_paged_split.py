@@ -11,11 +11,11 @@ from running import ROUNDING, new_cache, random_tokens
 
 from benchmarks.common import paged_cases
 from benchmarks.common.paged_cases import Case, error, plain
-from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVLayout
+from rapid.kv_cache.pool import KVCache, KVLayout
 from rapid.models.model import Model
 
 interpreted = pytest.mark.skipif(
@@ -75,6 +75,40 @@ def test_chosen_pages(num_sms: int, window: int | None) -> None:
     assert error(Case(RAGGED, group=2, chosen=CHOSEN, sinks=3, window=window, num_sms=num_sms)) < EXACT
 
 
+# (first, end, shared pages of 16 tokens) of neighbours in GROUPED, whose caches are long enough.
+GROUPED = ((75, 1), (80, 4), (64, 17), (200, 2), (300, 16), (100, 5), (33, 1), (47, 9))
+GROUPS = {
+    "a pair": [(0, 2, 4), *((i, i + 1, 0) for i in range(2, 8))],
+    "three of them": [(0, 3, 4), (3, 5, 12), (5, 8, 2)],
+    "alone between": [(0, 1, 0), (1, 3, 4), (3, 4, 0), (4, 6, 6), (6, 7, 0), (7, 8, 0)],
+    "all eight": [(0, 8, 2)],
+}
+
+
+@interpreted
+@pytest.mark.parametrize("num_sms", [1, 6, 40])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_pages_that_neighbours_share_are_read_once_and_change_nothing(
+    groups: list[tuple[int, int, int]], num_sms: int
+) -> None:
+    """Up to all of a sequence's cached pages, beside sequences without a group."""
+    assert error(Case(GROUPED, group=3, groups=groups, num_sms=num_sms)) < EXACT
+
+
+@interpreted
+@pytest.mark.parametrize("size", range(2, 9))
+def test_groups_of_two_to_eight(size: int) -> None:
+    """One token each, and nothing but the shared pages before it."""
+    assert error(Case([(64, 1)] * size, groups=[(0, size, 4)], num_sms=12)) < EXACT
+
+
+@interpreted
+def test_shared_float8_and_16_bit_pages() -> None:
+    assert error(Case(GROUPED, d=32, groups=GROUPS["three of them"], fp8=True)) < EXACT
+    case = Case([(700, 5), (600, 1), (512, 17)], d=64, page_size=256, dtype=torch.float16, groups=[(0, 3, 2)])
+    assert error(case) < ROUNDED[torch.float16]
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_float8_keys_and_values_with_a_scale_for_each_head(dtype: torch.dtype) -> None:
@@ -90,27 +124,38 @@ def test_the_distance_shows_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted
-def test_rows_of_a_query_may_lie_apart_and_padding_sequences_disturb_nobody() -> None:
+@pytest.mark.parametrize("width", [1, 8], ids=["one part", "several parts"])
+def test_rows_of_a_query_may_lie_apart_and_rows_of_no_sequence_get_zeros(width: int) -> None:
     """As after the projection that gives queries, keys and values in one; and as in a graph's unused places."""
     backend = PagedAttention(triton_split, page_size=16)
     layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
     pool = backend.pool(layout, 2**16)
     for rows in (*pool.keys, *pool.values):
         rows.fill_(torch.nan)
-    batch = backend.empty_batch(pool, num_sequences=4, num_new=3, width=8)
-    batch.table[0, 0], batch.lengths[0] = 2, 3
-    batch.slots[:3] = torch.arange(32, 35)
+    table = torch.full((4, width), pool.num_pages, dtype=torch.int32)
+    table[0, 0] = 2
+    batch = PagedBatch(
+        pool=pool,
+        slots=torch.cat((torch.arange(32, 35), torch.full((9,), pool.spare_slot))),
+        table=table,
+        lengths=torch.tensor([3, 0, 0, 0], dtype=torch.int32),
+        starts=torch.tensor([0, 3, 3, 3, 3], dtype=torch.int32),
+        max_new=3,
+        kernel=triton_split,
+    )
     fused = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))
     query, key, value = fused.split((4, 2, 2), 1)
     output = batch.attend(0, query, key, value, 0.25)
     expected = replace(batch, kernel=gathered_sdpa).attend(0, query, key, value, 0.25)
+    assert not output[3:].any() and not expected[3:].any()
     torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
 
 
 @interpreted
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("case", [FEW, DECODE], ids=["few", "decode"])
-def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...]) -> None:
-    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...], kv_dtype: torch.dtype | None) -> None:
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),), kv_dtype=kv_dtype)
     assert fault(triton_split, layout, 6, case) is None
 
 
@@ -130,6 +175,37 @@ def test_forward_passes_are_those_of_the_other_backend(tiny_model: Callable[...,
             torch.testing.assert_close(rows[i], reference.forward([BatchEntry(other, t, 1)])[0], **ROUNDING)
         for cache in (*caches, *others):
             cache.truncate(cache.length - 1)
+
+
+@interpreted
+def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From caches to the kernel; where the saved reads are not worth a launch, nothing is shared."""
+    backend = PagedAttention(triton_split, page_size=16)
+    layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),))
+    pool = backend.pool(layout, 2**18)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (*pool.keys, *pool.values):
+        rows.normal_(generator=generator)
+    pages = [[7, 3, 9, own] for own in (1, 2, 4)] + [[20, 21, 22, 23]]
+    entries = [
+        BatchEntry(KVCache.at(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)
+    ]
+    fused = torch.randn(11, 8, 16, generator=generator)
+    outputs = []
+    for worth in (0, 2**40):
+        monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", worth)
+        batch = backend.batch(entries)
+        assert isinstance(batch, PagedBatch)
+        assert (batch.prefix is None) == (worth > 0)
+        if batch.prefix is not None:
+            assert [part.tolist() for part in batch.prefix.tensors()] == [
+                [0, 8, 11, 11, 11],
+                [3, 0, 0, 0],
+                [0, 3, 0, 0],
+                [3, 3, 3, 0],
+            ]
+        outputs.append(batch.attend(0, *fused.split((4, 2, 2), 1), 0.25))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 # How a launch is cut needs no Triton

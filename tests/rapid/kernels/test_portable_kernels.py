@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import test_attention
+import test_kv_dtype
 import test_linear
 import test_rows
 import torch
@@ -25,7 +26,10 @@ pytestmark = pytest.mark.skipif(not jit.available(), reason="there are no compil
 CACHES = {
     compiled_attention: ("attention_kernel",),
     compiled_linear: ("_kernel",),
-    cpu_rows: ("norm_kernel", "gate_kernel", "rotation_kernel", "storing_kernel", "sum_kernel"),
+    cpu_rows: (
+        *("norm_kernel", "gate_kernel", "rotation_kernel", "storing_kernel", "sum_kernel"),
+        "int8_storing_kernel",
+    ),
 }
 LIBRARY = {"omp_get_thread_num", "GOMP_barrier"}  # what `Kernel` looks up
 
@@ -43,6 +47,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_code, "multiplies_bfloat16", lambda: False)
+        patch.setattr(kernel_code, "multiplies_int8", lambda: False)
         patch.setattr(jit, "cache_dir", lambda: folder)
         patch.setattr(jit, "_compile", compile_and_look)
         patch.setattr(compiled_linear, "_TILE", 3)  # rows: eight take seven times as long to compile
@@ -70,6 +75,10 @@ def test_attention_over_pages(d: int) -> None:
     shapes = [(0, 9), (7, 1), (40, 4), (600, 30), (31, 33)]
     test_attention.assert_right(kernel, torch.bfloat16, (2, 3), shapes, d=d)
     test_attention.assert_right(kernel, torch.bfloat16, (2, 3), shapes, d=d, garbage=torch.nan)
+
+
+def test_attention_over_8_bit_pages() -> None:
+    test_kv_dtype.test_int8_pages_hold_numbers_in_255_steps((2, 3), 64)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -102,14 +111,17 @@ def test_every_kernel_is_compiled_for_it(compiled: Path) -> None:
     """And calls nothing that a system might not have (`compile_and_look`)."""
     for bits in (16, 8, 4):
         compiled_linear._kernel(bits)
-    compiled_attention.attention_kernel(2, 3, 64, 64**-0.5)
+    compiled_attention.attention_kernel(torch.bfloat16, (2, 3), 64, 64**-0.5)
+    compiled_attention.attention_kernel(torch.int8, (2, 3), 64, 64**-0.5)
+    for is_key in (True, False):
+        cpu_rows.int8_storing_kernel(64, 2, is_key)
     for dtype in (torch.float32, torch.bfloat16):
         cpu_rows.norm_kernel(dtype, 64, 1e-5)
         cpu_rows.gate_kernel(dtype, 64)
         cpu_rows.rotation_kernel(dtype, 64, 3, 5)
         cpu_rows.storing_kernel(dtype, 64, 2)
         cpu_rows.sum_kernel(dtype, 64)
-    assert len(list(compiled.rglob("*.o"))) >= 3 + 1 + 2 * 5
+    assert len(list(compiled.rglob("*.o"))) >= 3 + 2 + 2 + 2 * 5
 
 
 def undefined(code: bytes) -> set[str]:

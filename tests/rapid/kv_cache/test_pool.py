@@ -254,3 +254,25 @@ def test_a_text_dropped_while_it_is_read_goes_with_the_sequence() -> None:
     pool.insert(cache, [*A, *B], 16)
     pool.close(cache)
     assert pool.stats().bytes_cached == 0 and num_known(pool, [*A, *B]) == 0
+
+
+# Salts
+
+
+def test_prompts_with_another_salt_find_and_forget_nothing() -> None:
+    pool = pool_of(16)
+
+    def cache_of(salt: str) -> KVCache:
+        cache = pool.open([*A, *B], len(A) + len(B), salt)
+        assert cache is not None
+        return cache
+
+    first = cache_of("ours")
+    first.advance(len(A) + len(B))
+    pool.insert(first, [*A, *B], first.length)
+    found = {salt: cache_of(salt) for salt in ("", "theirs", "ours")}
+    assert [cache.length for cache in found.values()] == [0, 0, len(A) + len(B) - PAGE]
+    for cache in (first, *found.values()):
+        pool.close(cache)
+    assert pool.forget(A, "theirs") == pool.forget(A) == 0
+    assert pool.forget(A, "ours") == 4

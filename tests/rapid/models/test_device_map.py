@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from pretended import pretend_cuda
 from running import decode, logits_after, opened, random_tokens
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,8 +31,9 @@ from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache import memory
 from rapid.kv_cache.memory import FREE_MEMORY_SHARE, kv_budget
 from rapid.kv_cache.pool import KVLayout
-from rapid.models import device_map
+from rapid.models import device_map, model
 from rapid.models.device_map import spread
+from rapid.models.info import GraphLimits
 from rapid.models.loader import load_model
 from rapid.models.model import Model
 from rapid.text.tokenizer import load_tokenizer
@@ -135,13 +137,30 @@ def test_a_batch_that_stays_on_one_device_is_noticed(
 
 
 @pytest.mark.usefixtures("pretended_gpus")
-def test_cuda_graphs_are_for_one_device(tiny_network: MakeNetwork) -> None:
-    kernel = PagedAttention(gathered_sdpa)
+def test_cuda_graphs_are_for_one_device(tiny_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = pretend_cuda(monkeypatch)
+    monkeypatch.setattr(model, "GraphRunner", lambda *args, **how: recorder)
     one, two = (
-        Model(placed(tiny_network(layers=LAYERS), device_map), None, "spread", attention=kernel)
+        Model(placed(tiny_network(layers=LAYERS), device_map), None, "spread", attention=recorder.attention)
         for device_map in ({"": SECOND}, MAPS["halves"])
     )
-    assert one._graphs is not None and two._graphs is None
+    assert [made.record(made.new_pool(1), GraphLimits()) for made in (one, two)] == [recorder, None]
+
+
+LONGROPE = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0} | LONGROPE],
+    ids=["dynamic", "longrope"],
+)
+@pytest.mark.usefixtures("pretended_gpus")
+def test_angles_that_depend_on_the_pass_are_refused_by_name(tiny_network: MakeNetwork, rope: dict[str, Any]) -> None:
+    """The host would wait for the device in every pass to find its longest sequence."""
+    network = tiny_network(layers=LAYERS, rope_parameters=rope | {"rope_theta": 1e4})
+    with pytest.raises(ModelFileError, match=f"spread: rope_type {rope['rope_type']} .* CUDA"):
+        Model(placed(network, {"": SECOND}), None, "spread", attention=PagedAttention(gathered_sdpa))
 
 
 # What goes where

@@ -1,24 +1,45 @@
-"""Static buffers, filled anew for every pass, give what a pass made for the occasion gives."""
+"""Static buffers, filled anew for every pass, give what a pass made for the occasion gives.
 
+The device is pretended: what it would record as a graph is kept as a call.
+"""
+
+import functools
+import gc
+import itertools
+import logging
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from running import ROUNDING, logits_after, random_tokens
+from pretended import FAILS, PretendedRecorder, pretend_cuda
+from running import ROUNDING, VOCAB, logits_after, random_tokens
 
 from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVPool
+from rapid.models import recorded_cuda
+from rapid.models.info import GraphLimits
 from rapid.models.model import Model
-from rapid.models.recorded_cuda import MAX_NEW_TOKENS, MAX_SEQUENCES, GraphRunner
+from rapid.models.recorded_cuda import MAX_NEW, MAX_ROWS, MAX_SEQUENCES, GraphRunner, Shape
 
-KERNEL = PagedAttention(gathered_sdpa, page_size=16)
+LIMITS = GraphLimits(seconds=600)
 
 
 @pytest.fixture
-def model(tiny_model: Callable[..., Model]) -> Model:
-    """Passes of a repeating shape go through a GraphRunner, the others do not."""
-    return tiny_model(attention=KERNEL)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> PretendedRecorder:
+    return pretend_cuda(monkeypatch)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Model], recorder: PretendedRecorder) -> Model:
+    return tiny_model(attention=recorder.attention)
+
+
+def recorded(model: Model, pool: KVPool, limits: GraphLimits = LIMITS) -> GraphRunner:
+    runner = model.record(pool, limits)
+    assert runner is not None
+    return runner
 
 
 def filled(model: Model, pool: KVPool, tokens: list[int]) -> KVCache:
@@ -30,57 +51,77 @@ def filled(model: Model, pool: KVPool, tokens: list[int]) -> KVCache:
     return cache
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("num_new", [1, 2, MAX_NEW_TOKENS])
-@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [(1,), (2,), (17,), (1,)],
+        [(1, 1, 1), (1, 5, 17), (3, 1), (17, 17, 17), (2, 1, 4), (1,)],
+        [(1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (17, 1, 1), (9, 9, 1, 1, 1)],
+    ],
+    ids=["one sequence", "three", "eight"],
+)
+@pytest.mark.parametrize("on_device", [0, 1, 2], ids=["host", "device", "mixed"])
 def test_replayed_passes_equal_eager_ones(
-    tiny_model: Callable[..., Model], model: Model, count: int, num_new: int, as_tensor: bool
+    tiny_model: Callable[..., Model],
+    model: Model,
+    recorder: PretendedRecorder,
+    rounds: list[tuple[int, ...]],
+    on_device: int,
 ) -> None:
-    """Round after round, with as many sequences or fewer in the same buffers, padded to a power of two."""
-    reference, pool = tiny_model(), model.new_pool(2**18)
-    texts = [random_tokens(length, seed=length) for length in (0, 20, 33)][:count]
+    """Ragged passes, round after round in the same buffers, with rollbacks between them."""
+    reference, pool = tiny_model(), model.new_pool(2**19)
+    runner = recorded(model, pool)
+    texts = [random_tokens(length, seed=length) for length in (0, 20, 33, 1, 16, 47, 64, 5)][: max(map(len, rounds))]
     caches = [filled(model, pool, text) for text in texts]
-    for taking in (count, count, max(1, count - 1), count):
-        new = [random_tokens(num_new, seed=i + len(texts[i])) for i in range(taking)]
+    for round_number, lengths in enumerate(rounds):
+        new = [random_tokens(n, seed=n + round_number) for n in lengths]
         entries = [
-            BatchEntry(cache, torch.tensor(tokens) if as_tensor else tokens, num_rows)
-            for cache, tokens, num_rows in zip(caches, new, (1, num_new, 0), strict=False)
+            BatchEntry(
+                cache, torch.tensor(tokens) if (0, 1, i % 3 > 0)[on_device] else tokens, (1, len(tokens), 0)[i % 3]
+            )
+            for i, (cache, tokens) in enumerate(zip(caches, new, strict=False))
         ]
-        assert model._graphs is not None and model._graphs.supports(entries)
+        assert runner.supports(entries)
+        before = recorder.num_replays
         rows = model.forward(entries)
+        assert recorder.num_replays == before + 1
         for i, tokens in enumerate(new):
             texts[i] = texts[i] + tokens
             assert (caches[i].length, len(rows[i])) == (len(texts[i]), entries[i].num_rows)
             if len(rows[i]):
                 torch.testing.assert_close(rows[i][-1], logits_after(reference, texts[i]), **ROUNDING)
-        if num_new > 2:  # as a rejected draft is rolled back
-            for i in range(taking):
-                texts[i] = texts[i][:-3]
+            if len(tokens) > 2:  # as a rejected draft is rolled back
+                texts[i] = texts[i][:-2]
                 caches[i].truncate(len(texts[i]))
     for cache, text in zip(caches, texts, strict=True):  # and nobody's past was written to
         cache.truncate(len(text) - 1)
         logits = model.compute([BatchEntry(cache, text[-1:], 1)])[0]
-        torch.testing.assert_close(logits, logits_after(reference, text), **ROUNDING)
+        torch.testing.assert_close(logits[:VOCAB], logits_after(reference, text), **ROUNDING)
 
 
-def test_only_few_tokens_as_many_for_each_are_worth_a_graph(model: Model) -> None:
-    runner = model._graphs
-    assert isinstance(runner, GraphRunner)
-    cache = filled(model, model.new_pool(2**16), [])
-
-    def supports(*lengths: int) -> bool:
-        return runner.supports([BatchEntry(cache, [0] * length, 1) for length in lengths])
-
-    assert supports(1)
-    assert supports(*[MAX_NEW_TOKENS] * MAX_SEQUENCES)
-    assert not supports(1, 2)
-    assert not supports(MAX_NEW_TOKENS + 1)
-    assert not supports(*[1] * (MAX_SEQUENCES + 1))
+def test_there_are_few_shapes_and_each_pass_of_few_tokens_has_one() -> None:
+    shapes = Shape.all()
+    assert len(shapes) == len(set(shapes)) == 43
+    assert shapes[0] == (MAX_ROWS, MAX_SEQUENCES, MAX_NEW[-1]) == tuple(map(max, zip(*shapes, strict=True)))
+    seen = set()
+    for sequences, longest in itertools.product(range(1, MAX_SEQUENCES + 1), range(1, MAX_NEW[-1] + 1)):
+        for total in range(sequences - 1 + longest, min(sequences * longest, MAX_ROWS) + 1):
+            rest = total - longest
+            counts = [longest] + [rest // (sequences - 1) + (i < rest % (sequences - 1)) for i in range(sequences - 1)]
+            shape = Shape.of(counts)
+            assert shape is not None and shape.rows >= total and shape.max_new >= longest
+            assert shape.sequences >= sequences and shape.sequences < 2 * sequences
+            seen.add(shape)
+    assert seen == set(shapes)  # and none is recorded in vain
+    assert Shape.of([MAX_NEW[-1] + 1]) is None  # a prefill chunk
+    assert Shape.of([1] * (MAX_SEQUENCES + 1)) is None
+    assert Shape.of([MAX_NEW[-1]] * MAX_SEQUENCES) is None
 
 
 def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[..., Model], model: Model) -> None:
-    """Not that of the spare page either, which padding reads."""
+    """Not that of the spare page either, where padding is written."""
     pool = model.new_pool(2**18)
+    recorded(model, pool)
     for rows in (*pool.keys, *pool.values):
         rows.fill_(torch.nan)
     texts = [random_tokens(length, seed=length) for length in (3, 20, 50)]
@@ -88,3 +129,80 @@ def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[...,
     outputs = model.forward([BatchEntry(cache, text[-1:], 1) for cache, text in zip(caches, texts, strict=True)])
     for logits, text in zip(outputs, texts, strict=True):
         torch.testing.assert_close(logits[0], logits_after(tiny_model(), text), **ROUNDING)
+
+
+def test_a_pass_that_no_graph_holds_runs_eagerly(model: Model, recorder: PretendedRecorder) -> None:
+    pool = model.new_pool(2**19)
+    runner = recorded(model, pool)
+    cache, other = filled(model, pool, []), filled(model, pool, [])
+    for entries in (
+        [BatchEntry(cache, [1] * (MAX_NEW[-1] + 1), 1)],
+        [BatchEntry(cache, [1], 1), BatchEntry(other, [1] * 40, 0)],  # a step beside a prefill chunk
+    ):
+        assert not runner.supports(entries)
+        model.forward(entries)
+    assert recorder.num_replays == 0
+    model.forward([BatchEntry(filled(model, model.new_pool(2**16), []), [1], 1)])  # a pool of which there are no graphs
+    assert recorder.num_replays == 0
+
+
+def test_a_sequence_longer_than_the_table_runs_eagerly(
+    tiny_model: Callable[..., Model], recorder: PretendedRecorder
+) -> None:
+    model = tiny_model(attention=recorder.attention, window=32)
+    pool = model.new_pool(2**18)
+    runner = recorded(model, pool)
+    cache = pool.open([], 100)
+    assert cache is not None
+    cache.advance(31)
+    assert runner.supports([BatchEntry(cache, [1], 1)])
+    cache.advance(1)
+    assert not runner.supports([BatchEntry(cache, [1], 1)])
+
+
+def test_what_cannot_be_recorded_runs_eagerly_with_a_warning(
+    model: Model, recorder: PretendedRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.fails_at = 3
+    pool = model.new_pool(2**18)
+    runner = recorded(model, pool)
+    assert len(runner.shapes) == 3
+    assert "cannot be recorded" in caplog.text and FAILS in caplog.text
+    cache = filled(model, pool, [])
+    step, draft = [BatchEntry(cache, [1], 1)], [BatchEntry(cache, [1] * 17, 17)]
+    assert runner.supports(step) and not runner.supports(draft)
+    rows = model.forward(draft)[0]
+    torch.testing.assert_close(rows[-1], logits_after(model, [1] * 17), **ROUNDING)
+
+
+def test_recording_stops_at_its_limits(
+    model: Model, recorder: PretendedRecorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    recorder.bytes_each = 2**20
+    runner = recorded(model, model.new_pool(2**18), GraphLimits(gib=5 / 1024))
+    assert runner.shapes == set(Shape.all()[:5])
+    assert "38 CUDA graphs are not recorded" in caplog.text and "5 CUDA graphs in" in caplog.text
+    monkeypatch.setattr(recorded_cuda.time, "monotonic", functools.partial(next, itertools.count(0, 10)))
+    assert len(recorded(model, model.new_pool(2**18), GraphLimits(seconds=45)).shapes) == 4
+    assert not recorded(model, model.new_pool(2**18), GraphLimits(seconds=0)).shapes
+
+
+def test_graphs_do_not_keep_a_pool_alive(model: Model) -> None:
+    pool = model.new_pool(2**18)
+    runner = weakref.ref(recorded(model, pool))
+    dead = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert dead() is None and runner() is None
+
+
+def test_nothing_is_recorded_where_nothing_can_be(
+    tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    assert model.record(model.new_pool(2**18), LIMITS) is None  # on a CPU
+    pretend_cuda(monkeypatch)
+    assert model.record(model.new_pool(2**18), LIMITS) is None
+    gathering = tiny_model(attention=PagedAttention(gathered_sdpa, page_size=16))  # it reads whole tables
+    assert gathering.record(gathering.new_pool(2**18), LIMITS) is None

@@ -42,7 +42,8 @@ def test_a_number_goes_by_the_position_however_it_is_reached() -> None:
     for purpose in (Purpose.ACCEPT, Purpose.NEXT):
         expected = numbers(seed, purpose, 0, torch.arange(20))
         assert torch.equal(numbers(seed, purpose, 13, torch.arange(7)), expected[13:])
-        assert torch.equal(uniform(Noise(seed).behind(13).keys(purpose, torch.arange(7))), expected[13:])
+        each_its_own = Noise(seed.expand(2), torch.tensor([13, 2])).keys(purpose, torch.arange(7))
+        assert torch.equal(uniform(each_its_own), torch.stack([expected[13:], expected[2:9]]))
 
 
 def test_no_two_rounds_share_a_draft_s_numbers() -> None:

@@ -1,11 +1,14 @@
 """The search for the lowest kept probability keeps what sorting the vocabulary keeps, ties included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.common import sorted_sampling as reference
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.sampler import probabilities
+from rapid.sampling.row_params import RowParams
+from rapid.sampling.sampler import probabilities, warp
 from rapid.sampling.truncation import by_sorting, truncate
 
 CASES = [
@@ -37,12 +40,25 @@ def test_the_kept_tokens_are_those_of_the_reference(size: int, spread: float, ro
 def test_other_devices_keep_the_same(params: SamplingParams) -> None:
     logits = 3 * torch.randn(4, 700, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     probs = logits.bfloat16().double().softmax(-1)
-    torch.testing.assert_close(by_sorting(probs, params), truncate(probs.clone(), params), rtol=0, atol=1e-12)
+    rows = RowParams.of([params], probs.device)
+    torch.testing.assert_close(by_sorting(probs, rows), truncate(probs.clone(), rows), rtol=0, atol=1e-12)
+
+
+def test_rows_with_parameters_of_their_own_are_each_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, which searches row by row, and as other devices do it, which sort all rows at once."""
+    logits = 3 * torch.randn(len(CASES), 700, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    params = [replace(case, temperature=0.3 + 0.1 * i) for i, case in enumerate(CASES)]
+    alone = torch.stack([probabilities(row, its) for row, its in zip(logits, params, strict=True)])
+    rows = RowParams.of(params, logits.device)
+    assert torch.equal(warp(logits, rows), alone)
+    monkeypatch.setattr("rapid.sampling.sampler.truncate", by_sorting)
+    torch.testing.assert_close(warp(logits, rows), alone, rtol=0, atol=1e-12)
 
 
 def test_equal_tokens_are_kept_up_to_the_share() -> None:
     """Those with the larger ids."""
     for size, share in ((8192, 0.25), (100, 0.5)):
-        probs = truncate(torch.full((1, size), 1 / size, dtype=torch.float64), SamplingParams(top_p=share))
+        params = RowParams.of([SamplingParams(top_p=share)], torch.device("cpu"))
+        probs = truncate(torch.full((1, size), 1 / size, dtype=torch.float64), params)
         assert (probs > 0).sum() == size * share
         assert (probs[0, -int(size * share) :] > 0).all()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.closed_forms import Array, augmented, law, residual, softmax
+from benchmarks.common.dense_rounds import draft_rows, verify_dense
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities, sample
-from rapid.speculation.verification import RULES, verify, verify_greedy
+from rapid.speculation.verification import RULES, verify_greedy
 
 ETAS = (0.0, 0.5, 5.0, 20.0, 1000.0)
 
@@ -90,7 +91,7 @@ def one_round(z: Array, q: Tensor, rule: str, eta: float, temperature: float, ro
     p = torch.from_numpy(z / temperature).softmax(-1).float().expand(rounds, GAMMA + 1, VOCAB)
     q = q.expand(rounds, GAMMA, VOCAB)
     draft = sample(q, noise.keys(Purpose.DRAFT, torch.arange(GAMMA)))
-    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, noise)
+    num_accepted, next_token = verify_dense(RULES[rule], draft, q, p, eta, noise)
     emitted = torch.cat([draft, draft[:, :1]], -1).scatter(-1, num_accepted[:, None], next_token[:, None])
     return emitted, num_accepted + 1
 
@@ -135,7 +136,7 @@ def test_greedy_accepts_exactly_the_target_s_argmax(rule: str, eta: float) -> No
     is_right = torch.rand(2000, GAMMA, generator=generator) < 0.7
     draft = torch.where(is_right, best[:, :GAMMA], wrong)
     p, q = (torch.nn.functional.one_hot(tokens, 7).float() for tokens in (best, draft))
-    num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, Noise(torch.arange(2000)))
+    num_accepted, next_token = verify_dense(RULES[rule], draft, q, p, eta, Noise(torch.arange(2000)))
     assert torch.equal(num_accepted, is_right.long().cumprod(-1).sum(-1))
     assert torch.equal(next_token, best.gather(-1, num_accepted[:, None])[:, 0])
 
@@ -152,8 +153,8 @@ def test_verifying_greedily_is_verifying_at_temperature_0(rule: str, gamma: int)
         draft = torch.where(is_right, logits[:-1].argmax(-1), logits[:-1].argmin(-1))
         p = probabilities(logits, SamplingParams(temperature=0))
         q = torch.nn.functional.one_hot(draft, 9).float()
-        expected = verify(RULES[rule], draft, q, p, 10.0, Noise(torch.tensor(12)))
-        verdict = verify_greedy(draft, logits)
+        expected = verify_dense(RULES[rule], draft[None], q[None], p[None], 10.0, Noise(torch.tensor([12])))
+        verdict = verify_greedy(draft_rows(draft[None], q[None]), logits.argmax(-1))
         assert (int(verdict.num_accepted), int(verdict.next_token)) == tuple(map(int, expected))
         seen.add(int(verdict.num_accepted))
     assert seen == set(range(gamma + 1))
@@ -167,7 +168,7 @@ def test_a_greedy_target_overrules_a_sampled_draft(rule: str) -> None:
     noise = Noise(torch.arange(1000))
     draft = sample(q, noise.keys(Purpose.DRAFT, torch.arange(1)))
     for eta in ETAS:
-        num_accepted, next_token = verify(RULES[rule], draft, q, p, eta, noise)
+        num_accepted, next_token = verify_dense(RULES[rule], draft, q, p, eta, noise)
         assert (next_token == 0).all()
         assert num_accepted.float().mean() < 0.1
 
@@ -205,7 +206,7 @@ def test_without_a_draft_the_target_is_sampled(rule: str) -> None:
     rows = p.expand(200_000, 1, 4)
     empty = torch.zeros(200_000, 0, dtype=torch.long)
     noise = Noise(torch.arange(200_000))
-    num_accepted, next_token = verify(RULES[rule], empty, torch.zeros(200_000, 0, 4), rows, 10.0, noise)
+    num_accepted, next_token = verify_dense(RULES[rule], empty, torch.zeros(200_000, 0, 4), rows, 10.0, noise)
     assert num_accepted.sum() == 0
     assert total_variation(torch.bincount(next_token) / 200_000, p) < 0.01
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rapid.errors import InvalidRequest
-from rapid.text.prompts import Message, Prompt, read_chat, read_text, split_question
+from rapid.text.prompts import Message, Prompt, read_chat, read_text
 
 QUESTION = "Who commanded the ship, and why did he sail?"
 DOCUMENT = "\n\n".join(f"Chapter {i}. The ship sailed on, and nobody aboard knew where to." for i in range(1, 61))
@@ -131,7 +130,10 @@ def test_long_text_beside_a_document_is_context_too(tokenizer: PreTrainedTokeniz
 
 def test_a_last_paragraph_that_is_itself_long_is_no_question(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "Summarise this:\n\n" + DOCUMENT.replace("\n\n", " ")
-    assert read_chat([user(text)], tokenizer).contents == [text]
+    prompt = read_chat([user(text)], tokenizer)
+    assert (prompt.contents, prompt.query) == ([text.removeprefix("Summarise this:\n\n")], "Summarise this:")
+    text = DOCUMENT.replace("\n\n", " ")
+    assert read_chat([user(f"Nothing.\n\n{text}")], tokenizer).contents == [f"Nothing.\n\n{text}"]
 
 
 def test_a_given_query_takes_precedence(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -314,33 +316,17 @@ def test_a_plain_prompt_is_read_by_the_same_rule(tokenizer: PreTrainedTokenizerF
     assert read_text("Once upon a time", tokenizer).contents == []
 
 
-@pytest.mark.parametrize(
-    ("text", "document", "question"),
-    [
-        ("a\n\nb\n\nc", "a\n\nb", "\n\nc"),
-        ("a\nb\n\nc\nd", "a\nb", "\n\nc\nd"),
-        ("a\n \t\nb", "a", "\n \t\nb"),
-        ("a\r\n\r\nb", "a", "\r\n\r\nb"),
-        ("a\nb", "a", "\nb"),
-        ("a\n\nb\n\n", "a", "\n\nb\n\n"),
-        ("\n\na", "\n\na", ""),
-        ("a", "a", ""),
-        (" \n\n ", " \n\n ", ""),
-        ("", "", ""),
-    ],
-)
-def test_the_last_paragraph_is_the_question(text: str, document: str, question: str) -> None:
-    assert split_question(text) == (document, question)
+def test_a_question_before_the_document_stays_before_the_passages(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = read_chat([user(f"{QUESTION}\n\n{DOCUMENT}\n\nBe brief.")], tokenizer)
+    assert (prompt.contents, prompt.query) == ([DOCUMENT], QUESTION)
+    shortened = read_back(prompt, [Chunk(0, text) for text in CHUNKS])
+    assert f"{QUESTION}\n\n{JOINED}\n\nBe brief." in shortened
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["\n" * 2**20, " " * 2**20, " \n" * 2**19, "a\n" * 2**19, "a" + "\n" * 2**20 + "b", "a" + " " * 2**20 + "\nb"],
-    ids=["newlines", "spaces", "both", "lines", "newlines between", "spaces between"],
-)
-def test_splitting_takes_time_in_proportion_to_the_text(text: str) -> None:
-    """A megabyte of white space takes milliseconds; anything quadratic would take minutes."""
-    started = time.perf_counter()
-    document, question = split_question(text)
-    assert time.perf_counter() - started < 2
-    assert document + question == text
+@pytest.mark.parametrize("earlier", [[system(f"You are a clerk. {QUESTION}")], [user(QUESTION), assistant("Send it.")]])
+def test_an_earlier_message_asks_about_a_document_without_a_question(
+    tokenizer: PreTrainedTokenizerFast, earlier: list[Message]
+) -> None:
+    assert read_chat([*earlier, user(DOCUMENT)], tokenizer).query == QUESTION
+    assert read_chat([*earlier, user(f"{DOCUMENT}\n\nHow many chapters?")], tokenizer).query == "How many chapters?"
+    assert read_chat([system("Unsure? Say so."), user(f"{DOCUMENT}\n\nSum it up.")], tokenizer).query == "Sum it up."

@@ -1,0 +1,199 @@
+"""The device, its attention kernels, its products, and replayed graphs: what lies below the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.models import Sizes, counting_model, median_ms, synchronize
+from benchmarks.gpu_check.progress import Progress, Result
+from rapid.errors import ModelFileError
+from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention
+from rapid.kernels.cuda.choice import choose_kernel
+from rapid.kernels.interface import BatchEntry
+from rapid.kernels.linear import check_scheme, make_linear
+from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.models.info import GraphLimits
+from rapid.models.model import Model
+
+WEIGHT_BYTES = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # a weight of the layers, by scheme
+_ROWS = (1, 5, 16, 64, 2048)
+
+
+def peaks(progress: Progress, sizes: Sizes, device: torch.device) -> tuple[float, float]:
+    """Bytes a millisecond of a copy, and operations a millisecond of a bfloat16 matrix product, as measured."""
+    real = device.type == "cuda"
+
+    def copy() -> Result:
+        source = torch.empty(2**30 if real else 2**24, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        return {"tb_per_s": 2 * source.nbytes / median_ms(lambda: target.copy_(source), device, 11) / 1e9}
+
+    def product() -> Result:
+        n = 8192 if real else 256
+        matrix = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+        return {"tflops": 2 * n**3 / median_ms(lambda: matrix @ matrix, device, 11) / 1e9}
+
+    moved, computed = progress.measure("copy", copy), progress.measure("bf16 product", product)
+    return moved["tb_per_s"] * 1e9, computed["tflops"] * 1e9
+
+
+def attention(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """Each case of (sequences × new tokens × context) against float64, with what it read a second."""
+    heads, kv_heads = sizes.shape["num_attention_heads"], sizes.shape["num_key_value_heads"]
+    head_dim = sizes.shape["hidden_size"] // heads
+    layout = KVLayout(kv_heads, head_dim, torch.bfloat16, (device,))
+    backend = PagedAttention(choose_kernel(layout, heads))
+    progress.measure("kernels", lambda: {"chosen": backend.name})
+    for context in (sizes.contexts[0], sizes.contexts[-1]):
+        for num_sequences in (1, 2, 4, *sizes.batches[1:]):
+            for new in (1, 5, FEW_TOKENS, 0):  # 0: ragged, 1 to 17
+                counts = [new or 1 + (7 * i) % FEW_TOKENS for i in range(num_sequences)]
+                name = f"{num_sequences} × {new or 'ragged'} at {context}"
+                progress.measure(name, lambda n=counts, c=context: _attended(backend, layout, heads, c, n))
+
+
+def _attended(backend: PagedAttention, layout: KVLayout, heads: int, context: int, counts: list[int]) -> Result:
+    device = layout.device
+    pool = backend.pool(layout, len(counts) * (context + 2 * backend.page_size) * layout.bytes_per_token)
+    order = torch.randperm(pool.num_pages, generator=torch.Generator().manual_seed(0)).tolist()
+    for rows in (*pool.keys, *pool.values):
+        rows.fill_(torch.nan)  # what no sequence wrote must not matter
+    entries = []
+    for i, new in enumerate(counts):
+        length = context - 37 * i if context > 37 * len(counts) else context  # no two of one length
+        pages = [order.pop() for _ in range(pool.pages_for(length + new))]
+        cache = KVCache(pool, pages, num_shared=0)
+        slots = torch.tensor(cache.slots(length), device=device)
+        for rows in (*pool.keys, *pool.values):
+            rows[slots] = torch.randn(length, *rows.shape[1:], device=device, dtype=rows.dtype)
+        cache.advance(length)
+        entries.append(BatchEntry(cache, [0] * new, 0))
+    query = torch.randn(sum(counts), heads, layout.head_dim, device=device, dtype=layout.dtype)
+    key, value = (
+        torch.randn(sum(counts), layout.num_kv_heads, layout.head_dim, device=device, dtype=layout.dtype)
+        for _ in range(2)
+    )
+    batch, scaling = backend.batch(entries), layout.head_dim**-0.5
+    output = batch.attend(0, query, key, value, scaling).view_as(query)
+    error = max(
+        (output[rows] - expected).abs().max().item() for rows, expected in _in_float64(pool, entries, query, scaling)
+    )
+    ms = median_ms(lambda: batch.attend(0, query, key, value, scaling), device, 15)
+    read = sum(cache.length + len(tokens) for cache, tokens, _ in entries) * layout.bytes_per_token
+    return {"max_error": error, "ms": ms, "tb_per_s": read / ms / 1e9}
+
+
+def _in_float64(
+    pool: KVPool, entries: list[BatchEntry], query: Tensor, scaling: float
+) -> Iterator[tuple[slice, Tensor]]:
+    """For each sequence its rows of the output, computed plainly, one KV head at a time."""
+    start = 0
+    for cache, tokens, _ in entries:
+        new, length = len(tokens), cache.length + len(tokens)
+        slots = torch.tensor([p * pool.page_size + i for p in cache.pages for i in range(pool.page_size)][:length])
+        keys, values = (rows[0][slots.to(query.device)].double() for rows in (pool.keys, pool.values))
+        group = query.shape[1] // keys.shape[1]
+        seen = (
+            torch.arange(length, device=query.device) <= cache.length + torch.arange(new, device=query.device)[:, None]
+        )
+        rows = slice(start, start + new)
+        parts = []
+        for head in range(query.shape[1]):
+            scores = query[rows, head].double() @ keys[:, head // group].T * scaling
+            parts.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values[:, head // group])
+        yield rows, torch.stack(parts, 1)
+        start += new
+
+
+def schemes(progress: Progress, device: torch.device) -> list[str]:
+    """The schemes of quantisation that the device has; the others are left out by name."""
+    here = []
+    for scheme in WEIGHT_BYTES:
+        try:
+            check_scheme(scheme, device, torch.bfloat16)
+            here.append(scheme)
+        except ModelFileError as error:
+            progress.measure(f"scheme {scheme}", lambda why=error.message: {"left_out": why})
+    return here
+
+
+def products(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """The MLP's largest product under each scheme: its error against float64, and what it read a second."""
+    hidden, wide = sizes.shape["hidden_size"], 2 * sizes.shape["intermediate_size"]
+    for scheme in schemes(progress, device):
+        for num_rows in _ROWS:
+            progress.measure(
+                f"{scheme}, {num_rows} rows", lambda s=scheme, n=num_rows: _product(hidden, wide, s, n, device)
+            )
+
+
+def _product(hidden: int, wide: int, scheme: str, num_rows: int, device: torch.device) -> Result:
+    torch.manual_seed(0)
+    # Several copies, more than a cache holds, so that each product reads its weight from memory.
+    copies = 4 if device.type == "cuda" else 1
+    weights = [torch.randn(wide, hidden, device=device, dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
+    rows = torch.randn(num_rows, hidden, device=device, dtype=torch.bfloat16)
+    exact = rows[:4].double() @ weights[0].double().T
+    linears = [make_linear(weight, None, scheme) for weight in weights]
+    error = (linears[0](rows)[:4].double() - exact).norm() / exact.norm()
+    ms = median_ms(lambda: [linear(rows) for linear in linears], device, 15) / copies
+    num_bytes = WEIGHT_BYTES[scheme] * hidden * wide
+    return {"relative_error": error.item(), "ms": ms, "weights_tb_per_s": num_bytes / ms / 1e9}
+
+
+def graphs(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """Replayed passes against eager ones, a hundred times with other tables, while another thread allocates."""
+    model = counting_model(replace(sizes, shape=sizes.shape | {"num_hidden_layers": 2}), device)
+    progress.measure("replay equals eager", lambda: _replays(model, device))
+
+
+def _replays(model: Model, device: torch.device) -> Result:
+    pool = model.new_pool(64 * 1024 * model.layout.bytes_per_token)
+    for rows in (*pool.keys, *pool.values):
+        rows.normal_()
+    started = time.perf_counter()
+    recorded = model.record(pool, GraphLimits())
+    record_s = time.perf_counter() - started
+    stop = threading.Event()
+    beside = threading.Thread(target=_allocate, args=(device, stop), daemon=True)
+    beside.start()
+    worst, chance = 0.0, torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=chance))
+
+    try:
+        for _ in range(100):
+            caches = []
+            entries = []
+            for _ in range(draw(1, 9)):
+                length, new = draw(1, 1500), draw(1, FEW_TOKENS + 1)
+                cache = pool.open([0], length + new)
+                assert cache is not None
+                cache.advance(length)
+                caches.append(cache)
+                entries.append(BatchEntry(cache, [draw(0, model.vocab_size) for _ in range(new)], new))
+            eager = model.compute(entries)[:, : model.vocab_size].float()
+            replayed = torch.cat(model.forward(entries))
+            worst = max(worst, (eager - replayed).abs().max().item())
+            for cache in caches:
+                pool.close(cache)
+    finally:
+        stop.set()
+        beside.join()
+    num_graphs = 0 if recorded is None else len(recorded.shapes)
+    return {"passes": 100, "max_difference": worst, "graphs": num_graphs, "record_s": record_s}
+
+
+def _allocate(device: torch.device, stop: threading.Event) -> None:
+    held: list[Any] = []
+    while not stop.is_set():
+        held = [torch.empty(1 << 20, device=device), *held[:7]]
+        synchronize(device)

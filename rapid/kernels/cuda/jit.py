@@ -1,0 +1,20 @@
+"""The one door to Triton, which PyTorch brings on CUDA.
+
+Without Triton `jit` returns the function as it is: files of kernels can be imported, and no kernel can be launched.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    tl = None
+
+    def jit(kernel):
+        return kernel
+
+
+__all__ = ["jit", "tl"]

@@ -1,0 +1,45 @@
+"""Draws the drafter's tokens, a token for each row of logits, with the truncated q that each was drawn from.
+
+These are functions of tensors on the device with static shapes, so that a CUDA graph may hold them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rapid.sampling.row_params import RowParams
+from rapid.sampling.sampler import sample_few, warp
+
+
+class Drawn(NamedTuple):
+    """B draft tokens: ``tokens`` [B], their ``confidences`` [B], and q as ``ids`` and ``weights`` [B, k].
+
+    A confidence is the drafter's probability of the token at temperature 1. q of a token that was drawn greedily is
+    one-hot, so k is 0 there.
+    """
+
+    tokens: Tensor
+    confidences: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> Drawn:
+    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
+    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
+    weights = top / top.sum(-1, keepdim=True)
+    tokens = sample_few(weights, ids, keys)
+    return Drawn(tokens, _confidences(logits, tokens), ids, weights)
+
+
+def draw_greedily(logits: Tensor) -> Drawn:
+    """The likeliest token of each row of ``logits`` [B, V]."""
+    tokens = logits.argmax(-1)
+    none = logits[:, :0]
+    return Drawn(tokens, _confidences(logits, tokens), none, none)
+
+
+def _confidences(logits: Tensor, tokens: Tensor) -> Tensor:
+    return (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()

@@ -1,0 +1,94 @@
+"""What one client asks for does not hold up another."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from deployments.turns import FairPool, Turns
+from rapid.errors import Overloaded
+
+
+def test_a_client_with_much_to_do_holds_up_no_other() -> None:
+    """Two threads, ten calls of one client, and one of another that came last: it is done while nine still wait."""
+
+    async def story() -> None:
+        pool, goes_on, done = FairPool(2, "test"), threading.Event(), []
+
+        def work(client: str) -> None:
+            if client == "hostile":
+                assert goes_on.wait(30)
+            done.append(client)
+
+        many = [asyncio.create_task(pool.run("hostile", work, "hostile")) for _ in range(10)]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(pool.run("honest", work, "honest"), 30)
+        assert done == ["honest"]
+        goes_on.set()
+        await asyncio.gather(*many)
+        assert done == ["honest", *["hostile"] * 10]
+
+    asyncio.run(story())
+
+
+def test_a_call_whose_client_left_keeps_its_turn_until_it_ends() -> None:
+    """Else a client that leaves at once would have all threads."""
+
+    async def story() -> None:
+        pool, goes_on, begun = FairPool(2, "test"), threading.Event(), []
+
+        def work() -> None:
+            begun.append(1)
+            assert goes_on.wait(30)
+
+        for _ in range(5):
+            left = asyncio.create_task(pool.run("hostile", work))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
+        await asyncio.wait_for(pool.run("honest", int), 30)
+        assert len(begun) == 1
+        goes_on.set()
+        await asyncio.wait_for(pool.run("hostile", int), 30)
+
+    asyncio.run(story())
+
+
+def test_turns_come_in_order_and_none_is_lost() -> None:
+    async def story() -> None:
+        turns, order = Turns(1, max_waiting=3), []
+
+        async def one(name: str) -> None:
+            async with turns.turn("a"):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(one(name)) for name in "1234"]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await turns.take("a")
+        assert caught.value.status == 429
+        tasks[1].cancel()  # it waits
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == ["1", "3", "4"]
+        await asyncio.wait_for(one("5"), 30)
+        assert not turns._lines
+
+    asyncio.run(story())
+
+
+def test_a_wait_for_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.turns.LONGEST_WAIT_S", 0.01)
+
+    async def story() -> None:
+        turns = Turns(1, max_waiting=4)
+        await turns.take("slow")
+        with pytest.raises(Overloaded, match="no place came free"):
+            await asyncio.wait_for(turns.take("slow"), 30)
+        turns.give_back("slow")
+        await asyncio.wait_for(turns.take("slow"), 30)  # nobody who gave up has the place
+
+    asyncio.run(story())
