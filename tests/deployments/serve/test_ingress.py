@@ -17,7 +17,6 @@ from deployments.serve.ingress import RemoteService
 from rapid.errors import EngineLost, InvalidRequest, RapidError
 
 
-
 def stopped(why: str) -> tuple[str, str, int]:
     return f"a part of the service stopped while it worked on this request ({why}); try again", "internal_error", 503
 
