@@ -10,14 +10,14 @@ from collections.abc import Awaitable
 from typing import Any
 
 from rapid.engine.engine import Engine
-from rapid.engine.messages import DraftRequest, PrefillResult, ScoreRequest, ScoreResult, VerifyRequest
+from rapid.engine.messages import DraftRequest, PrefillResult, Pulse, ScoreRequest, ScoreResult, VerifyRequest
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.score import score
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import prefill, verify_draft
 from rapid.speculation.draft import Draft, VerifyResult
 
-CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify", "score"})
+CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify", "score", "pulse"})
 
 
 class LeasedSequence:
@@ -55,3 +55,6 @@ class LeasedSequence:
 
     def score(self, request: ScoreRequest) -> Awaitable[ScoreResult]:
         return asyncio.wrap_future(self._engine.submit(score(self.sequence, request)))
+
+    async def pulse(self) -> Pulse:
+        return self._engine.pulse()

@@ -36,6 +36,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RATIONALE_TOKENS = 64
+_AT_A_TIME = 32  # tokens of an answer between two words of its engine: no call may take as long as an answer
 RATIONALE, REFLECTION, YES = "\n\nRationale:", "\n\nDoes the rationale support the answer, yes or no?", " Yes"
 
 
@@ -158,13 +159,23 @@ async def _write(
     """Writes up to ``num_tokens`` greedily behind ``prompt``; an end of sequence ``ends`` it."""
     request = session.request
     sampling = replace(request.sampling, temperature=0.0)
-    opened = SequenceRequest(prompt, num_tokens + 1, sampling, request.speculation, logits=logits, salt=request.salt)
+    opened = SequenceRequest(
+        prompt,
+        num_tokens + 1,
+        sampling,
+        request.speculation,
+        may_wait=role == "target",  # which drafts where the drafter has no room
+        logits=logits,
+        salt=request.salt,
+    )
     eos = session.backend.info(role).eos_token_ids
     tokens: list[int] = []
     logprobs: list[float] = []
     async with _leased(session, role, opened) as lease:
         while len(tokens) < num_tokens:
-            draft = await lease.propose(DraftRequest(0, list(tokens), DraftLimits(num_tokens - len(tokens))))
+            draft = await lease.propose(
+                DraftRequest(0, list(tokens), DraftLimits(min(_AT_A_TIME, num_tokens - len(tokens))))
+            )
             tokens += draft.tokens
             logprobs += [math.log(max(confidence, 1e-30)) for confidence in draft.confidences]
             if ends and tokens[-1] in eos:

@@ -55,7 +55,7 @@ class Backend(LocalBackend):
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         self._check(role, "open")
         async with super().lease(role, request) as lease:
-            yield Lease(partial(self._call, role, lease))
+            yield lease.over(partial(self._call, role, lease))
 
     def _call(self, role: Role, lease: Lease, method: str, *message: Any) -> Awaitable[Any]:
         try:
