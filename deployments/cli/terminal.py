@@ -25,6 +25,7 @@ from rapid.request import GenerationRequest
 from rapid.strategies import STRATEGIES
 
 NO_DRAFTS = {
+    "no_datastore": "no datastore is configured (see rapid datastore build)",
     "no_long_context": "the prompt has no long part to retrieve from",
     "nothing_above_threshold": "no chunk is similar enough to the question (see --threshold)",
     "drafter_window_exceeded": "the retrieved context does not fit the drafter's window",
@@ -133,6 +134,9 @@ def statistics_block(answer: Answer, target: ModelInfo, drafter: ModelInfo, load
     if stats.acceptance_rate is not None:
         accepted = f"[bold]{stats.acceptance_rate:.0%}[/bold] of {_count(stats.drafted, 'draft token')} accepted"
         line("drafts", accepted, f"mean accepted length {stats.mean_accepted_length:.2f}")
+    if stats.answers:
+        scores = (f"{'[bold]' if a['chosen'] else '[dim]'}{a['score']:.2g}[/]" for a in stats.answers)
+        line("answers", f"{len(stats.answers)} drafted, scored", *scores)
     if stats.fallback:
         line("fallback", f"[yellow]no drafter: {NO_DRAFTS.get(stats.fallback, stats.fallback)}[/yellow]")
     line("prompt", *_prompt_parts(stats))

@@ -40,6 +40,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[str], list[float]]] = {
     "request_queue_seconds": ("Waiting for a place on a target", (), _SECONDS),
     "prefill_seconds": ("Reading the prompt", ("role",), _SECONDS),
     "retrieval_seconds": ("Retrieving: chunk, embed, store, search", (), _SECONDS),
+    "answer_score": ("Score of each answer that speculative_rag drafted", (), _SCORES),
     "retrieval_score": ("Cosine similarity to the query of each chunk that was kept", (), _SCORES),
 }
 GAUGES = {"num_requests_running": "HTTP requests that are being answered"}
@@ -121,6 +122,8 @@ class RequestMetrics:
             self._observe("retrieval_seconds", seconds["retrieval"])
         for chunk in stats.chunks:
             self._observe("retrieval_score", chunk["score"])
+        for answer in stats.answers:
+            self._observe("answer_score", answer["score"])
         if stats.fallback:
             self._count("fallbacks", 1, stats.fallback)
         self._count("engines_lost", stats.resumed, "target")

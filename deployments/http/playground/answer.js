@@ -3,12 +3,15 @@
 const ORIGINS = {
   accepted: "accepted draft: the drafter’s, kept by the target",
   lookup: "lookup: found earlier in the text, kept by the target",
+  datastore: "datastore: found in other texts, kept by the target",
+  chosen: "chosen: of the drafted answer that the target found best",
   recovered: "recovered: the target’s, for a draft token it refused",
   bonus: "bonus: the target’s, after a draft kept whole",
   plain: "plain: the target’s, with nothing drafted",
 };
 
 const FALLBACKS = {
+  no_datastore: "No datastore is configured, so there was nothing to draft from.",
   no_long_context: "Nothing was retrieved: the text is short enough for the model to read at once, so no drafter took part.",
   nothing_above_threshold: "No passage was near enough to the question, so no drafter took part.",
   drafter_window_exceeded: "The passages did not fit the drafter’s window, so it took no part.",
