@@ -1,7 +1,9 @@
-"""Decode speed on long prompts: plain decoding, `rapid` and `lookup` side by side, then the peers on the same prompts.
+"""Decode speed on long prompts: plain decoding and other strategies side by side, then the peers on the same prompts.
 
 Each prompt is prefilled once, and every later run finds it in the KV cache, RAPID's and the peers' alike. So the timed
-part is decoding: from the first token to the last. Only the prompts are fixed: every setting is the default.
+part is decoding: from the first token to the last; of `speculative_rag`, whose answer comes whole, it is drafting and
+scoring. `rest` has a datastore of the two novels that the prompts are passages of, and `rapid` has none. Only the
+prompts are fixed: every setting is the default.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import rapid  # noqa: F401 (before torch)
@@ -19,19 +23,22 @@ import torch
 
 from benchmarks.common import peers
 from benchmarks.common.local import MODEL, Run, config, run
+from benchmarks.common.novels import build
 from benchmarks.common.questions import Question, questions
 from benchmarks.common.results import write
 from deployments.builders import local_backend
 from deployments.config import AppConfig
 from rapid.backend.local import LocalBackend
+from rapid.datastore.folder import DatastoreFolder
+from rapid.datastore.search import Datastore
 from rapid.engine.torch_thread import compute
-from rapid.text.tokenizer import load_tokenizer
+from rapid.text.tokenizer import fingerprint, load_tokenizer
 
-STRATEGIES = ("autoregressive", "rapid", "lookup")
+STRATEGIES = ("autoregressive", "rapid", "lookup", "rest", "speculative_rag")
 
 
 async def ours(
-    backend: LocalBackend, settings: AppConfig, asked: list[Question], new_tokens: int
+    backend: LocalBackend, settings: AppConfig, asked: list[Question], new_tokens: int, novels: Datastore
 ) -> list[dict[str, Any]]:
     rows = []
     for question in asked:
@@ -41,7 +48,15 @@ async def ours(
         )  # the drafter's prompt
         for temperature in (0.0, 0.5):
             runs = {
-                strategy: await run(backend, settings, question.prompt, temperature, new_tokens, strategy=strategy)
+                strategy: await run(
+                    backend,
+                    settings,
+                    question.prompt,
+                    temperature,
+                    new_tokens,
+                    datastore=novels if strategy == "rest" else None,
+                    strategy=strategy,
+                )
                 for strategy in STRATEGIES
             }
             rows.append(_row(question, temperature, runs))
@@ -70,6 +85,8 @@ def _row(question: Question, temperature: float, runs: dict[str, Run]) -> dict[s
             "accepted": counted.accepted,
             "lookup_drafted": counted.lookup_drafted,
             "lookup_accepted": counted.lookup_accepted,
+            "datastore_drafted": counted.datastore_drafted,
+            "datastore_accepted": counted.datastore_accepted,
         }
     return row
 
@@ -123,8 +140,10 @@ def main() -> None:
     options = parser.parse_args()
     settings = config()
     asked = list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]
-    with local_backend(settings) as backend:
-        rows = asyncio.run(ours(backend, settings, asked, options.new_tokens))
+    with tempfile.TemporaryDirectory() as place, local_backend(settings) as backend:
+        build(Path(place), MODEL)
+        novels = Datastore(DatastoreFolder(Path(place), fingerprint(load_tokenizer(MODEL))).segments())
+        rows = asyncio.run(ours(backend, settings, asked, options.new_tokens, novels))
         shorts = [_short(backend, settings, question) for question in asked]
     results: dict[str, Any] = {"new_tokens": options.new_tokens, "rows": rows}
     reading = [row["prefill_tokens_per_second"] for row in rows if "prefill_tokens_per_second" in row]

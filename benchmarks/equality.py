@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import rapid  # noqa: F401 (before torch)
@@ -21,9 +23,11 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.common.novels import build
 from benchmarks.common.results import DATA, write
 from deployments.builders import local_backend
 from deployments.config import AppConfig, parse_config
+from deployments.datastores import Datastores
 from rapid.backend.local import LocalBackend
 from rapid.events import Finish
 from rapid.generate import generate
@@ -46,7 +50,9 @@ def matrix() -> Iterator[dict[str, Any]]:
     yield {"strategy": "autoregressive"}
     yield {"strategy": "lookup"}
     yield {"strategy": "rapid"}
+    yield {"strategy": "rest"}
     for gamma in GAMMAS:
+        yield {"strategy": "rest", "num_draft_tokens": gamma}
         yield {"strategy": "speculative", "num_draft_tokens": gamma}
         for rule in RULES:
             yield {"strategy": "rapid", "verification": rule, "num_draft_tokens": gamma}
@@ -58,17 +64,21 @@ def messages(length: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{passage}\n\n{QUESTION}"}]
 
 
-def config() -> AppConfig:
+def config(datastore: Path) -> AppConfig:
     target = {"model": MODEL, "dtype": "float32"}
     drafter = {"model": MODEL, "quantization": "int4"}
-    return parse_config({"target": target, "drafter": drafter, "retriever": {"options": {"chunk_tokens": 256}}})
+    retriever = {"options": {"chunk_tokens": 256}}
+    more = {"datastore": {"path": str(datastore)}}
+    return parse_config({"target": target, "drafter": drafter, "retriever": retriever, **more})
 
 
 async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings: AppConfig) -> list[dict[str, Any]]:
+    """One after another, then four by `rest` at once."""
     tokenizer = load_tokenizer(MODEL)
     prompt = read_chat([Message(**message) for message in messages(length)], tokenizer)
-    rows = []
-    for row in matrix():
+    novels = Datastores(settings, tokenizer).of("")
+
+    async def answer(row: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         request = GenerationRequest(
             prompt=prompt,
@@ -76,6 +86,7 @@ async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings:
             speculation=SpeculationParams(**row),
             retrieval=settings.retriever.options,
             max_tokens=new_tokens,
+            datastore=novels,
         )
         tokens: list[int] = []
         async for event in generate(request, backend):
@@ -84,9 +95,12 @@ async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings:
             else:
                 tokens += event.tokens
         elapsed_s = round(time.perf_counter() - started, 2)
-        rows.append(row | {"tokens": tokens, **_numbers(statistics.__dict__), "s": elapsed_s})
-        print(f"  core {length} {_name(row):42} {time.perf_counter() - started:6.1f} s", flush=True)
-    return rows
+        print(f"  core {length} {_name(row):42} {elapsed_s:6.1f} s", flush=True)
+        return row | {"tokens": tokens, **_numbers(statistics.__dict__), "s": elapsed_s}
+
+    rows = [await answer(row) for row in matrix()]
+    by_rest = [row for row in matrix() if row["strategy"] == "rest"]
+    return rows + [row | {"at_once": len(by_rest)} for row in await asyncio.gather(*map(answer, by_rest))]
 
 
 def over_http(url: str, length: int, new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -145,7 +159,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--where", nargs="+", default=["core", "http"], choices=["core", "http"])
     options = parser.parse_args()
-    settings, new_tokens = config(), options.new_tokens
+    with tempfile.TemporaryDirectory() as place:
+        build(Path(place), MODEL)
+        compare(options, config(Path(place)))
+
+
+def compare(options: argparse.Namespace, settings: AppConfig) -> None:
+    new_tokens = options.new_tokens
     references = {length: _reference(length, new_tokens) for length in options.lengths}
     all_identical = True
 

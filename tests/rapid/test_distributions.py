@@ -14,6 +14,7 @@ from running import logits_after
 from world import World, complete, first_eight, run
 
 from benchmarks.common.closed_forms import Array, law
+from rapid.datastore.search import Datastore, Segment, suffix_array
 from rapid.generate import generate_choices
 from rapid.models.model import Model
 from rapid.request import GenerationRequest
@@ -79,6 +80,7 @@ def next_probs(model: Model, tokens: list[int], sampling: SamplingParams) -> tor
         ("speculative", SamplingParams(), 2000),
         ("speculative", SamplingParams(temperature=0.8, top_p=0.8), 1000),
         ("lookup", SamplingParams(), 1000),
+        ("rest", SamplingParams(), 1000),
     ],
 )
 def test_lossless_strategies_write_what_the_target_would(
@@ -95,7 +97,10 @@ def test_lossless_strategies_write_what_the_target_would(
                 .numpy()
                 .reshape(-1, *[1] * (2 - n))
             )
-    request = world.request(strategy=strategy, gamma=2, max_tokens=3, prompt=prompt, sampling=sampling, draft_top_k=3)
+    texts = np.random.default_rng(0).integers(0, size, 400).astype(np.uint32)
+    datastore = Datastore([Segment(texts, suffix_array(texts))])
+    how = {"prompt": prompt, "sampling": sampling, "datastore": datastore}
+    request = world.request(strategy=strategy, gamma=2, max_tokens=3, draft_top_k=3, **how)
     counts = many(world, request, num, 3)
     assert_follows(counts.ravel(), exact.ravel())
 

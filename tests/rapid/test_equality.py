@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from rapid.backend.local import LocalBackend
+from rapid.datastore.search import SEPARATOR, Datastore, Segment, suffix_array
 from rapid.engine.engine import Engine
 from rapid.events import Finish, Statistics
 from rapid.generate import generate
@@ -19,6 +21,7 @@ from rapid.request import GenerationRequest
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.params import SpeculationParams
 from rapid.speculation.verification import RULES
+from rapid.text.encoding import encode_in_pieces
 from rapid.text.prompts import Message, Prompt, read_chat
 
 NUM_TOKENS = 40
@@ -26,6 +29,8 @@ Case = tuple[str, int | str, str]
 CASES: list[Case] = [
     ("autoregressive", 0, "lossless"),
     ("lookup", 5, "lossless"),
+    ("rest", "auto", "lossless"),
+    *(("rest", gamma, "lossless") for gamma in (1, 4, 10)),
     ("speculative", 4, "lossless"),
     ("rapid", "auto", "published"),
     ("rapid", 1, "published"),
@@ -88,12 +93,23 @@ def backend(model: Model) -> Iterator[LocalBackend]:
 
 
 @pytest.fixture(scope="module")
-def written(backend: LocalBackend, prompt: Prompt) -> dict[Case, tuple[list[int], Statistics]]:
+def datastore(model: Model, data_file: Callable[[str], Path]) -> Datastore:
+    """The novel that the prompt is from."""
+    assert model.tokenizer is not None
+    text = data_file("moby-dick.txt").read_text(encoding="utf-8")
+    tokens = np.array([*encode_in_pieces(model.tokenizer, text), SEPARATOR], np.uint32)
+    return Datastore([Segment(tokens, suffix_array(tokens))])
+
+
+@pytest.fixture(scope="module")
+def written(backend: LocalBackend, prompt: Prompt, datastore: Datastore) -> dict[Case, tuple[list[int], Statistics]]:
     """What each case writes, and its statistics. All run at once, so they also share forward passes."""
 
     async def write(strategy: str, gamma: int | str, rule: str) -> tuple[list[int], Statistics]:
         speculation = SpeculationParams(strategy, num_draft_tokens=gamma, transfer_strength=20.0, verification=rule)
-        request = GenerationRequest(prompt, SamplingParams(temperature=0), speculation, max_tokens=NUM_TOKENS)
+        request = GenerationRequest(
+            prompt, SamplingParams(temperature=0), speculation, max_tokens=NUM_TOKENS, datastore=datastore
+        )
         *deltas, finish = [event async for event in generate(request, backend)]
         assert isinstance(finish, Finish)
         return [token for delta in deltas for token in delta.tokens], finish.statistics
@@ -112,3 +128,5 @@ def test_greedy_text_is_transformers_own(
     assert tokens == expected
     if statistics.strategy in ("speculative", "rapid") and case[1] != "auto":
         assert 0 < statistics.accepted < statistics.drafted  # both outcomes were put to the test
+    if statistics.strategy == "rest" and case[1] != "auto":
+        assert 0 < statistics.datastore_accepted == statistics.accepted < statistics.drafted
