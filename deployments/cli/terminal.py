@@ -72,7 +72,7 @@ class Terminal:
             return
         dtype = run.info("target").dtype
         if not self._stdout.is_terminal:
-            self._stdout.width = max(self._stdout.width, 100)
+            self._stdout.width = max(self._stdout.width, 160)
         self._stdout.print(comparison(answers, dtype=dtype, is_greedy=request.sampling.temperature == 0))
         for answer in answers:
             beginning = textwrap.shorten(answer.text, ANSWER_CHARS, placeholder=" …")

@@ -89,7 +89,7 @@ def test_compare_shows_every_strategy_and_lossless_ones_write_the_same(run: Run,
     assert [name for name in STRATEGIES if f"\n{name}\n" not in out] == []
     same = next(line for line in out.splitlines() if "same text" in line)
     cells = dict(zip(STRATEGIES, [cell.strip() for cell in same.split("│")[2:-1]], strict=True))
-    assert cells["speculative"] == cells["lookup"] == "yes"
+    assert cells["speculative"] == cells["lookup"] == cells["rest"] == "yes"
     prompts = next(line for line in out.splitlines() if "prompt tokens read" in line)
     cells = prompts.split("│")[2:-1]
     read = dict(zip(STRATEGIES, [[int(n.replace(",", "")) for n in cell.split("+")] for cell in cells], strict=True))

@@ -26,7 +26,7 @@ def offered(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "values"),
     [
-        ("rapid generate --strategy r", ["rag", "rapid"]),
+        ("rapid generate --strategy r", ["rag", "rest", "rapid"]),
         ("rapid chat --strategy l", ["lookup"]),
         ("rapid generate --verification ", list(RULES)),
         ("rapid generate --target s", ["smollm2-135m-instruct"]),
@@ -34,6 +34,7 @@ def offered(line: str) -> list[str]:
         ("rapid serve configs/cpu", ["configs/cpu-demo.yaml"]),
         ("rapid doctor serve", ["serve_config.yaml"]),
         ("rapid do", ["doctor"]),
+        ("rapid datastore b", ["build"]),
     ],
 )
 def test_values_are_completed(line: str, values: list[str]) -> None:
