@@ -136,9 +136,10 @@ async def _draft_all(session: Session, prompts: list[list[int]]) -> tuple[int, l
 
 def _room(session: Session, role: Role, num_prompt_tokens: int) -> int | None:
     """How many tokens an answer may have, so that it fits with its rationale; None if that is fewer than asked for."""
-    request, info = session.request, session.backend.info(role)
+    request, backend = session.request, session.backend
+    window = min(backend.info(role).window, backend.info("target").window)
     markers = sum(len(encode(request.prompt.tokenizer, text)) for text in (RATIONALE, REFLECTION, YES))
-    fits = info.window - num_prompt_tokens - RATIONALE_TOKENS - markers - 2  # a draft's sequence has room for one more
+    fits = window - num_prompt_tokens - RATIONALE_TOKENS - markers - 2  # a draft's sequence has room for one more
     if fits < (request.max_tokens or 1):
         return None
     return request.max_tokens or min(request.default_max_tokens, fits)
