@@ -45,8 +45,12 @@ QUESTION = "Describe what happens in this passage, and who takes part in it."
 PASSAGES = {2000: ("pride-and-prejudice.txt", 60_000, 8_200), 6000: ("moby-dick.txt", 200_000, 24_800)}
 
 
-def matrix() -> Iterator[dict[str, Any]]:
-    """Every combination that must give the same text."""
+def matrix(only: str | None = None) -> list[dict[str, Any]]:
+    """Every combination that must give the same text; those of one strategy where it is named."""
+    return [row for row in _matrix() if only in (None, row["strategy"])]
+
+
+def _matrix() -> Iterator[dict[str, Any]]:
     yield {"strategy": "autoregressive"}
     yield {"strategy": "lookup"}
     yield {"strategy": "rapid"}
@@ -72,7 +76,9 @@ def config(datastore: Path) -> AppConfig:
     return parse_config({"target": target, "drafter": drafter, "retriever": retriever, **more})
 
 
-async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings: AppConfig) -> list[dict[str, Any]]:
+async def in_core(
+    length: int, new_tokens: int, backend: LocalBackend, settings: AppConfig, only: str | None
+) -> list[dict[str, Any]]:
     """One after another, then four by `rest` at once."""
     tokenizer = load_tokenizer(MODEL)
     prompt = read_chat([Message(**message) for message in messages(length)], tokenizer)
@@ -98,13 +104,13 @@ async def in_core(length: int, new_tokens: int, backend: LocalBackend, settings:
         print(f"  core {length} {_name(row):42} {elapsed_s:6.1f} s", flush=True)
         return row | {"tokens": tokens, **_numbers(statistics.__dict__), "s": elapsed_s}
 
-    rows = [await answer(row) for row in matrix()]
-    by_rest = [row for row in matrix() if row["strategy"] == "rest"]
+    rows = [await answer(row) for row in matrix(only)]
+    by_rest = [row for row in matrix(only) if row["strategy"] == "rest"]
     return rows + [row | {"at_once": len(by_rest)} for row in await asyncio.gather(*map(answer, by_rest))]
 
 
-def over_http(url: str, length: int, new_tokens: int) -> Iterator[dict[str, Any]]:
-    for row in matrix():
+def over_http(url: str, length: int, new_tokens: int, only: str | None) -> Iterator[dict[str, Any]]:
+    for row in matrix(only):
         started = time.perf_counter()
         body = {"model": MODEL, "messages": messages(length), "temperature": 0, "max_tokens": new_tokens, "rapid": row}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
@@ -158,6 +164,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(PASSAGES), choices=list(PASSAGES))
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--where", nargs="+", default=["core", "http"], choices=["core", "http"])
+    parser.add_argument("--only", help="one strategy; writes equality_WHERE_ONLY.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         build(Path(place), MODEL)
@@ -173,20 +180,24 @@ def compare(options: argparse.Namespace, settings: AppConfig) -> None:
         rows = []
         with local_backend(settings) as backend:
             for length in options.lengths:
-                for row in asyncio.run(in_core(length, new_tokens, backend, settings)):
+                for row in asyncio.run(in_core(length, new_tokens, backend, settings, options.only)):
                     row["identical"] = row.pop("tokens") == references[length][0]
                     rows.append(row)
-        all_identical &= report("core", rows, new_tokens)
+        all_identical &= report(_part("core", options.only), rows, new_tokens)
     if "http" in options.where:
         rows = []
         with serving(settings) as url:
             for length in options.lengths:
-                for row in over_http(url, length, new_tokens):
+                for row in over_http(url, length, new_tokens, options.only):
                     row["identical"] = row.pop("text") == references[length][1]
                     rows.append(row)
-                    all_identical &= report("http", rows, new_tokens)
+                    all_identical &= report(_part("http", options.only), rows, new_tokens)
     if not all_identical:
         raise SystemExit(1)
+
+
+def _part(where: str, only: str | None) -> str:
+    return where if only is None else f"{where}_{only}"
 
 
 def report(where: str, rows: list[dict[str, Any]], new_tokens: int) -> bool:

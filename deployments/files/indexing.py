@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from deployments.datastores import Datastores
 from deployments.files.store import Content, FileNotStored, FileStore
 from rapid.backend.protocol import Backend
-from rapid.errors import RapidError
+from rapid.errors import ModelFileError, RetrievalFailed
 from retrieval import IndexProgress
 
 T = TypeVar("T")
@@ -119,7 +119,9 @@ class FileIndexer:
             return
         except Exception as error:
             logger.warning("a file was not embedded", exc_info=error)
-            self._errors[name] = error.message if isinstance(error, RapidError) else "internal error"
+            self._errors[name] = (
+                error.message if isinstance(error, RetrievalFailed | ModelFileError) else "internal error"
+            )
 
 
 async def in_threads(steps: Iterator[T]) -> AsyncGenerator[T, None]:
