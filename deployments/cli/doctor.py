@@ -18,6 +18,8 @@ from cluster.placement import engine_bundles
 from deployments.cli.plan import served
 from deployments.cli.serve import read_endpoint
 from deployments.config import AppConfig, ConfigError, EngineConfig, RetrieverConfig, read_config
+from deployments.datastores import Datastores
+from rapid.datastore.folder import DatastoreFolder
 from rapid.errors import RapidError
 from rapid.kernels.cpu import jit
 from rapid.kv_cache.memory import free_memory
@@ -58,7 +60,7 @@ def examine(path: Path) -> list[Finding]:
         findings.append(_model(name))
     if len(engines) == 2:
         findings.append(_tokenizers(config))
-    findings += [*_fit(engines), *_reservation(config, engines)]
+    findings += [*_datastore(config), *_fit(engines), *_reservation(config, engines)]
     try:
         endpoint.check_free()
         findings.append(Finding("port", "ok", f"{endpoint.port} of {endpoint.host} is free"))
@@ -172,6 +174,20 @@ def _tokenizers(config: AppConfig) -> Finding:
     except RapidError as error:
         return Finding("tokenizers", "problem", error.message)
     return Finding("tokenizers", "ok", f"{names[0]} and {names[1]} mean the same by every token")
+
+
+def _datastore(config: AppConfig) -> Iterator[Finding]:
+    """The datastore of all keys, if one is configured and the target's tokenizer is there."""
+    path = config.datastore.path
+    if path is None or _model(config.target.model).status != "ok":
+        return
+    try:
+        Datastores(config, load_tokenizer(config.target.model))
+    except RapidError as error:
+        what, _, advice = error.message.rpartition(": ")
+        yield Finding("datastore", "problem", what, advice.capitalize() + ".")
+    else:
+        yield Finding("datastore", "ok", f"{path} holds {DatastoreFolder(Path(path)).info().num_tokens:,} tokens")
 
 
 def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:

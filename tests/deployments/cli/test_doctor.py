@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from rapid.datastore.folder import DatastoreFolder
+from rapid.text.tokenizer import fingerprint, load_tokenizer
+
 Run = Callable[..., tuple[int, str, str]]
 LITTLE = {"num_cpus": 0.1, "kv_memory_gib": 0.25}
 
@@ -60,6 +63,18 @@ def test_what_does_not_fit_is_said_with_what_to_do(doctor: Callable[..., Any]) -
 def test_keys_and_values_for_less_than_a_window_are_worth_a_word(doctor: Callable[..., Any]) -> None:
     finding = doctor(drafter=LITTLE | {"kv_memory_gib": 0.01})["drafter warning"]
     assert "less than its window of 8,192" in finding["message"]
+
+
+def test_a_datastore_that_is_absent_or_of_another_model_is_a_problem(
+    doctor: Callable[..., Any], tmp_path: Path, smollm: Path
+) -> None:
+    absent = doctor(datastore={"path": str(tmp_path / "absent")})["datastore problem"]
+    assert "holds no datastore" in absent["message"] and "rapid datastore build" in absent["advice"]
+    DatastoreFolder(tmp_path / "other", "another").add("text", [1, 2, 3])
+    other = doctor(datastore={"path": str(tmp_path / "other")})["datastore problem"]
+    assert "made for the tokenizer another" in other["message"]
+    DatastoreFolder(tmp_path / "ours", fingerprint(load_tokenizer(str(smollm)))).add("text", [1, 2, 3])
+    assert "holds 3 tokens" in doctor(datastore={"path": str(tmp_path / "ours")})["datastore ok"]["message"]
 
 
 def test_models_that_are_not_there_and_tokenizers_that_differ_are_problems(
