@@ -98,6 +98,12 @@ def generate(
     draft_top_k: Annotated[
         int | None, typer.Option(help="The drafter samples from its k likeliest.", rich_help_panel="Decoding")
     ] = None,
+    num_answers: Annotated[
+        int | None, typer.Option(help="Answers that speculative_rag drafts.", rich_help_panel="Decoding")
+    ] = None,
+    num_clusters: Annotated[
+        int | None, typer.Option(help="Clusters of chunks that each of them reads from.", rich_help_panel="Decoding")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.", rich_help_panel="Decoding")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. Repeatable.", rich_help_panel="Decoding")
@@ -152,6 +158,8 @@ def generate(
             "transfer_strength": transfer_strength,
             "verification": verification,
             "draft_top_k": draft_top_k,
+            "num_answers": num_answers,
+            "num_clusters": num_clusters,
             "query": query or question,
             "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
         },
