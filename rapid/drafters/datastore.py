@@ -14,7 +14,7 @@ from rapid.speculation.controller import Acceptance
 # A token's evidence is the length of the match, drafted tokens included, times its share of the matches. Classes of it,
 # and for each class the prior probability that the token is accepted.
 EVIDENCE = (0.5, 1.0, 2.0, 4.0, 8.0)
-EVIDENCE_PRIOR = (0.15, 0.3, 0.4, 0.55, 0.7, 0.85)
+EVIDENCE_PRIOR = (0.06, 0.1, 0.22, 0.36, 0.6, 0.85)
 
 
 class DatastoreDrafter(KnownDrafter):
