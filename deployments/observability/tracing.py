@@ -25,7 +25,14 @@ from rapid.request import GenerationRequest
 from rapid.speculation.controller import Costs
 
 _tracer = trace.get_tracer("rapid")
-_SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify"}  # by the lease's call
+# By the lease's call.
+_SPANS = {
+    "prefill": "prefill",
+    "propose": "draft",
+    "draft_over_view": "draft",
+    "refine": "refine",
+    "verify": "verify",
+}
 
 
 def otlp() -> list[SpanProcessor]:
@@ -77,6 +84,7 @@ class TracedBackend:
     def __init__(self, backend: Backend, parent: Span) -> None:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
+        self.is_colocated = backend.is_colocated
 
     @property
     def costs(self) -> Costs:

@@ -54,6 +54,8 @@ class RapidFields(Body):
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
     rag_model: str | None = None
+    draft_cache: str | None = None
+    draft_cache_tokens: int | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()
     trace: bool = Field(False, description="with each chunk of a stream, the round that wrote it")

@@ -41,6 +41,7 @@ class RayBackend:
         self.costs = Costs()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap = overlap
+        self.is_colocated = engines["drafter"].deployment_name == engines["target"].deployment_name
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
         self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}

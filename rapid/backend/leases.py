@@ -9,22 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 from rapid.backend.protocol import Backend, Lease, Role
-from rapid.engine.messages import SequenceRequest, VerifyRequest
+from rapid.engine.messages import RefineRequest, SelfDraftRequest, SequenceRequest, VerifyRequest
 from rapid.errors import EngineLost, RapidError
 from rapid.events import Statistics
-from rapid.speculation.draft import VerifyResult
+from rapid.speculation.draft import Draft, VerifyResult
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # seconds between two tries to lease
 
 
 class TargetLease:
-    """The sequence that verifies. ``output`` is the request's own list, which grows with every round."""
+    """The sequence that verifies. ``output`` is the request's own list, which grows with every round.
+
+    Every call raises EngineLost if the engine is lost and no other was found within the backend's ``resume_timeout_s``.
+    """
 
     def __init__(
         self, backend: Backend, role: Role, request: SequenceRequest, output: list[int], stats: Statistics
@@ -50,7 +55,22 @@ class TargetLease:
         self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
-        """Verifies one round. If the engine is lost, another engine continues.
+        """Verifies one round."""
+        return await self._call(lambda lease: lease.verify(request))
+
+    async def draft_over_view(self, request: SelfDraftRequest) -> Draft:
+        """A draft of the target's own, over some of its pages."""
+        return await self._call(lambda lease: lease.draft_over_view(request))
+
+    async def refine(self, request: RefineRequest) -> Draft:
+        """Another's draft, refined over some of the target's pages."""
+        return await self._call(lambda lease: lease.refine(request))
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    async def _call(self, ask: Callable[[Lease], Awaitable[T]]) -> T:
+        """The answer to ``ask``. If the engine is lost, another engine continues, and is asked the same.
 
         Raises:
             EngineLost: no other engine was found within the backend's ``resume_timeout_s``.
@@ -60,15 +80,12 @@ class TargetLease:
                 if self._lease is None:
                     await self._resume()
                 assert self._lease is not None
-                return await self._lease.verify(request)
+                return await ask(self._lease)
             except EngineLost as error:
                 if self._lease is None:
                     raise
                 logger.warning("the %s is lost after %d tokens: %s", self._role, len(self._output), error.message)
                 self._lease = None
-
-    async def close(self) -> None:
-        await self._stack.aclose()
 
     async def _resume(self) -> None:
         started = time.monotonic()

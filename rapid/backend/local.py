@@ -45,7 +45,7 @@ class LocalBackend:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.costs = Costs()
         self.resume_timeout_s = 0.0
-        self.overlap = overlap
+        self.overlap, self.is_colocated = overlap, drafter is target
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve = retrieve
         self._on_prefill = on_prefill

@@ -6,7 +6,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
-from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, SequenceRequest, VerifyRequest
+from rapid.engine.messages import (
+    DraftRequest,
+    EngineStats,
+    PrefillResult,
+    RefineRequest,
+    SelfDraftRequest,
+    SequenceRequest,
+    VerifyRequest,
+)
 from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
 from rapid.speculation.draft import Draft, VerifyResult
@@ -66,6 +74,14 @@ class Lease:
         """The tokens that the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
         return self.call("drafted_ahead")
 
+    def draft_over_view(self, request: SelfDraftRequest) -> Awaitable[Draft]:
+        """Asks for a draft over some of the sequence's own pages (`rapid.engine.self_draft.draft_over_view`)."""
+        return self.call("draft_over_view", request)
+
+    def refine(self, request: RefineRequest) -> Awaitable[Draft]:
+        """Asks to refine another's draft over some of the pages (`rapid.engine.self_draft.refine`)."""
+        return self.call("refine", request)
+
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         """Verifies one round (`rapid.engine.verify.verify_draft`)."""
         return self.call("verify", request)
@@ -76,12 +92,13 @@ class Backend(Protocol):
 
     ``costs`` are the costs of rounds, which each request reads and updates. ``resume_timeout_s`` is how long a request
     looks for another engine after a loss; 0 if there is no other engine. With ``overlap`` drafters draft ahead while
-    the target verifies.
+    the target verifies. ``is_colocated`` says that there is no engine for drafts but the target's.
     """
 
     costs: Costs
     resume_timeout_s: float
     overlap: bool
+    is_colocated: bool
 
     def info(self, role: Role) -> ModelInfo: ...
     async def stats(self) -> dict[Role, EngineStats]:

@@ -17,6 +17,9 @@ class SpeculationParams:
     (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
     offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
 
+    ``draft_cache_tokens`` is how many tokens of its own cache the target reads when it drafts itself; ``draft_cache``
+    says which: a window, or those that the prompt's end attends to.
+
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
 
@@ -30,6 +33,8 @@ class SpeculationParams:
     verification: str = "published"
     draft_top_k: int = 64
     rag_model: str = "target"
+    draft_cache: Literal["window", "snap"] = "snap"
+    draft_cache_tokens: int = 1024
 
     def __post_init__(self) -> None:
         def require(ok: bool, param: str, rule: str) -> None:
@@ -48,6 +53,8 @@ class SpeculationParams:
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
+        require(self.draft_cache in ("window", "snap"), "draft_cache", "window or snap")
+        require(32 <= self.draft_cache_tokens <= 2**20, "draft_cache_tokens", f"between 32 and {2**20}")
 
     @property
     def fixed_draft_tokens(self) -> int | None:
