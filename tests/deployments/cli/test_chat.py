@@ -90,7 +90,7 @@ def test_what_is_wrong_is_said_and_the_chat_goes_on(run: Run, smollm_url: str, p
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         "error: there is no /nothing; /help lists the commands",
         "error: absent.txt cannot be read: no such file or directory",
-        "error: strategy must be one of autoregressive, rag, lookup, speculative, rapid, got 'fast'",
+        "error: strategy must be one of autoregressive, rag, lookup, speculative, magicdec, triforce, rapid, got 'fast'",
         "error: /save takes one argument; see /help",
     ]
     assert out.strip()
