@@ -1,4 +1,4 @@
-"""Decode speed on long prompts: plain decoding, `rapid` and `lookup` side by side, then the peers on the same prompts.
+"""Decode speed on long prompts: plain decoding and the strategies that draft side by side, then the peers.
 
 Each prompt is prefilled once, and every later run finds it in the KV cache, RAPID's and the peers' alike. So the timed
 part is decoding: from the first token to the last. Only the prompts are fixed: every setting is the default.
@@ -27,7 +27,7 @@ from rapid.backend.local import LocalBackend
 from rapid.engine.torch_thread import compute
 from rapid.text.tokenizer import load_tokenizer
 
-STRATEGIES = ("autoregressive", "rapid", "lookup")
+STRATEGIES = ("autoregressive", "rapid", "lookup", "magicdec", "triforce")
 
 
 async def ours(

@@ -45,9 +45,13 @@ def matrix() -> Iterator[dict[str, Any]]:
     """Every combination that must give the same text."""
     yield {"strategy": "autoregressive"}
     yield {"strategy": "lookup"}
+    yield {"strategy": "magicdec"}
+    yield {"strategy": "magicdec", "draft_cache": "window", "num_draft_tokens": 4}
+    yield {"strategy": "triforce"}
     yield {"strategy": "rapid"}
     for gamma in GAMMAS:
-        yield {"strategy": "speculative", "num_draft_tokens": gamma}
+        for strategy in ("speculative", "magicdec", "triforce"):
+            yield {"strategy": strategy, "num_draft_tokens": gamma}
         for rule in RULES:
             yield {"strategy": "rapid", "verification": rule, "num_draft_tokens": gamma}
 

@@ -103,7 +103,7 @@ class SelfDraftRequest:
 
 @dataclass(frozen=True)
 class RefineRequest:
-    """Asks the target to verify ``draft`` over ``view``; the tokens ``drafted`` lie between the output and ``draft``."""
+    """Asks the target to verify ``draft`` over ``view``; the tokens ``drafted`` lie between output and ``draft``."""
 
     draft: Draft
     drafted: list[int]

@@ -70,7 +70,7 @@ class Refine(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Refine]) -> list[Tensor]:
-        return list(map(_refine, wishes))
+        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _refine)
 
 
 class Verify(NamedTuple):
@@ -161,21 +161,26 @@ def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
     return list(map(DrawnToken, drawn.tokens.split(1), values.unbind()))
 
 
-def _refine(wish: Refine) -> Tensor:
-    logits, draft = wish.logits, wish.draft
-    is_greedy = wish.sampling.temperature == 0
-    drafts = _draft_rows([draft], logits.device, with_q=not is_greedy)
+def _refine(wishes: Sequence[Refine]) -> list[Tensor]:
+    """Refines drafts with one ``draft_top_k``, or greedily."""
+    logits = _joined([each.logits for each in wishes])
+    is_greedy = wishes[0].sampling.temperature == 0
+    drafts = _draft_rows([each.draft for each in wishes], logits.device, with_q=not is_greedy)
     if is_greedy:
         ids = weights = logits[:, :0]
         found = verify_greedy(drafts, logits.argmax(-1))
     else:
-        ids, weights = truncated(logits, RowParams.of([wish.sampling] * len(logits), logits.device), wish.draft_top_k)
-        places = upload([(wish.seed, draft.offset)], "int64", logits.device)
+        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], logits.device)
+        ids, weights = truncated(logits, params, wishes[0].draft_top_k)
+        places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", logits.device)
         noise = Noise(places[:, 0], places[:, 1])
         found = verify(LOSSLESS, drafts, dense(ids, weights, logits.shape[-1]), 0.0, noise)
-    tokens = _emitted(draft, found.num_accepted, found.next_token)
+    tokens = upload([token for each in wishes for token in (*each.draft.tokens, 0)], "int64", logits.device)
+    tokens = tokens.index_copy(0, drafts.emitting(found.num_accepted), found.next_token)
     columns = (tokens.unsqueeze(-1), confidences(logits, tokens).unsqueeze(-1), ids, weights)
-    return torch.cat([found.num_accepted.double(), torch.cat([column.double() for column in columns], -1).flatten()])
+    rows = torch.cat([column.double() for column in columns], -1).split([len(each.logits) for each in wishes])
+    counts = found.num_accepted.double().split(1)
+    return [torch.cat([count, own.flatten()]) for count, own in zip(counts, rows, strict=True)]
 
 
 def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
@@ -250,17 +255,12 @@ def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
     """
     log_probs = wish.logits.log_softmax(-1) if law is None else law.log()
     num_accepted, next_token = found
-    emitted = _emitted(wish.draft, num_accepted, next_token)
+    drafted = upload([*wish.draft.tokens, 0], "int64", log_probs.device)
+    places = torch.arange(len(drafted), device=drafted.device)
+    emitted = torch.where(places == num_accepted, next_token, drafted)
     own = log_probs.gather(-1, emitted.unsqueeze(-1))
     top, ids = log_probs.topk(min(wish.num_logprobs or 0, log_probs.shape[-1]))
     return torch.cat([own.double(), top.double(), ids.double()], -1).flatten()
-
-
-def _emitted(draft: Draft, num_accepted: Tensor, next_token: Tensor) -> Tensor:
-    """[γ+1]: the tokens of ``draft``, with the next one behind the accepted ones; those after it have no meaning."""
-    drafted = upload([*draft.tokens, 0], "int64", next_token.device)
-    places = torch.arange(len(drafted), device=drafted.device)
-    return torch.where(places == num_accepted, next_token, drafted)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -20,5 +20,5 @@ def stored_keys(pool: KVPool, layer: int, head: int, pages: Tensor) -> Tensor:
         scales = own[:, size * d :].contiguous().view(torch.float32)
         return (integers.float() - BIAS) * scales.unsqueeze(-1)
     # Not every operator knows 8-bit floats, so their bytes are copied.
-    own = rows.view(torch.uint8) if dtype.itemsize == 1 else rows
-    return own.unflatten(0, (-1, size))[pages.to(rows.device)].view(dtype).float()
+    whole: Tensor = (rows.view(torch.uint8) if dtype.itemsize == 1 else rows).unflatten(0, (-1, size))
+    return whole[pages.to(rows.device)].view(dtype).float()

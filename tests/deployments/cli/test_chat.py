@@ -19,6 +19,7 @@ from rich.console import Console
 from served import MODEL, document
 
 from deployments.cli.chat import Chat
+from rapid.strategies import STRATEGIES
 
 Run = Callable[..., tuple[int, str, str]]
 BRIEF = ["--max-tokens", 8, "--temperature", 0]
@@ -90,7 +91,7 @@ def test_what_is_wrong_is_said_and_the_chat_goes_on(run: Run, smollm_url: str, p
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         "error: there is no /nothing; /help lists the commands",
         "error: absent.txt cannot be read: no such file or directory",
-        "error: strategy must be one of autoregressive, rag, lookup, speculative, magicdec, triforce, rapid, got 'fast'",
+        f"error: strategy must be one of {', '.join(STRATEGIES)}, got 'fast'",
         "error: /save takes one argument; see /help",
     ]
     assert out.strip()

@@ -138,7 +138,9 @@ def seen(network: PreTrainedModel, tokens: list[int], pages: list[int], num_cach
 
 
 @pytest.mark.parametrize("view", [WINDOW, SNAP, CHUNKS], ids=lambda view: view.kind)
-def test_a_draft_is_transformers_own_over_these_pages(running: Engine, network: PreTrainedModel, view: CacheView) -> None:
+def test_a_draft_is_transformers_own_over_these_pages(
+    running: Engine, network: PreTrainedModel, view: CacheView
+) -> None:
     """At the tokens' original positions. With γ = 6 the window stays within a page here."""
     prompt = random_tokens(149, seed=6)
     sequence = opened(running, prompt, SamplingParams(seed=3))

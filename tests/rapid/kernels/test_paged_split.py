@@ -188,9 +188,7 @@ def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch)
     for rows in (*pool.keys, *pool.values):
         rows.normal_(generator=generator)
     pages = [[7, 3, 9, own] for own in (1, 2, 4)] + [[20, 21, 22, 23]]
-    entries = [
-        BatchEntry(PageTable(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)
-    ]
+    entries = [BatchEntry(PageTable(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)]
     fused = torch.randn(11, 8, 16, generator=generator)
     outputs = []
     for worth in (0, 2**40):

@@ -30,7 +30,13 @@ from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, certain_draft
 
 END = 256
-STRATEGIES = [("autoregressive", 0), ("lookup", 4), ("speculative", 3), ("magicdec", 3), ("triforce", 3), ("rapid", 3), ("rapid", "auto")]
+STRATEGIES = [
+    ("autoregressive", 0),
+    ("lookup", 4),
+    *((strategy, 3) for strategy in ("speculative", "magicdec", "triforce")),
+    ("rapid", 3),
+    ("rapid", "auto"),
+]
 SCHEMA = {
     "type": "object",
     "properties": {
