@@ -3,6 +3,7 @@
 const ORIGINS = {
   accepted: "accepted draft: the drafter’s, kept by the target",
   lookup: "lookup: found earlier in the text, kept by the target",
+  self: "self: drafted by the target over a part of its cache, kept by the whole",
   recovered: "recovered: the target’s, for a draft token it refused",
   bonus: "bonus: the target’s, after a draft kept whole",
   plain: "plain: the target’s, with nothing drafted",
