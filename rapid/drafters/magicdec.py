@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rapid.drafters.sampling import SamplingDrafter
 from rapid.engine.messages import CacheView, SelfDraftRequest
-from rapid.errors import DraftLost
+from rapid.errors import DraftLost, EngineLost, RequestQuarantined
 from rapid.speculation.controller import Offer
 from rapid.speculation.draft import Draft, DraftLimits
 
@@ -30,11 +30,13 @@ class SelfDrafter(SamplingDrafter):
         view = CacheView(speculation.draft_cache, speculation.draft_cache_tokens)
         try:
             return await session.target.draft_over_view(SelfDraftRequest(len(session.output), limits, view))
+        except (EngineLost, RequestQuarantined):
+            raise  # as if it were lost while it verifies: another engine was looked for already
         except Exception as error:
             raise DraftLost(f"the target drafted nothing: {error}") from error
 
     async def lost(self) -> None:
-        """The target decodes alone from now on. Where its engine was lost, another one was tried already."""
+        """The target decodes alone from now on."""
         self._is_lost = True
         self._proposed = False
         self._session.statistics.fallback = DraftLost("").code

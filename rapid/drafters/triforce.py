@@ -21,7 +21,7 @@ from rapid.drafters.magicdec import SelfDrafter
 from rapid.drafters.retrieval import RetrievalDrafter
 from rapid.drafters.session import Session
 from rapid.engine.messages import CacheView, DraftRequest, RefineRequest
-from rapid.errors import DraftLost
+from rapid.errors import DraftLost, EngineLost, RequestQuarantined
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class HierarchyDrafter(SelfDrafter):
             bottom = await self._from_below(draft.tokens, limits.max_tokens - len(draft.tokens) - 1)
             try:
                 refined = await session.target.refine(RefineRequest(bottom, list(draft.tokens), view))
+            except (EngineLost, RequestQuarantined):
+                raise
             except Exception as error:
                 raise DraftLost(f"the target refined nothing: {error}") from error
             elapsed_ms += bottom.elapsed_ms + refined.elapsed_ms

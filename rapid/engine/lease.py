@@ -10,14 +10,14 @@ from collections.abc import Awaitable
 from typing import Any
 
 from rapid.engine.engine import Engine
-from rapid.engine.messages import DraftRequest, PrefillResult, RefineRequest, SelfDraftRequest, VerifyRequest
+from rapid.engine.messages import DraftRequest, PrefillResult, Pulse, RefineRequest, SelfDraftRequest, VerifyRequest
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.self_draft import draft_over_view, refine
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import prefill, verify_draft
 from rapid.speculation.draft import Draft, VerifyResult
 
-CALLS = frozenset({"prefill", "propose", "drafted_ahead", "draft_over_view", "refine", "verify"})
+CALLS = frozenset({"prefill", "propose", "drafted_ahead", "draft_over_view", "refine", "verify", "pulse"})
 
 
 class LeasedSequence:
@@ -60,3 +60,6 @@ class LeasedSequence:
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         return asyncio.wrap_future(self._engine.submit(verify_draft(self.sequence, request)))
+
+    async def pulse(self) -> Pulse:
+        return self._engine.pulse()
