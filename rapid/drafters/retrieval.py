@@ -68,13 +68,16 @@ class RetrievalDrafter(SamplingDrafter):
         self._knows, self._ahead = len(output), None
         if limits.ahead:
             self._ahead = _unwatched(self._lease.drafted_ahead())
+        draft = draft or await self._answer(sent)
+        self._losses = 0
+        return draft
+
+    async def _answer(self, sent: Awaitable[Draft]) -> Draft:
         try:
-            draft = draft or await sent
+            return await sent
         except Exception as error:
             self._losses += 1
             raise DraftLost(f"the drafter failed: {error}") from error
-        self._losses = 0
-        return draft
 
     def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
         """The draft that was made ahead, on the guess that all draft tokens are accepted.

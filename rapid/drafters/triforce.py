@@ -102,7 +102,6 @@ class _WindowDrafter(RetrievalDrafter):
         output = self._session.output
         known, self._knows = self._knows, len(output)
         request = DraftRequest(known, output[known:] + drafted, DraftLimits(1), round_start=len(output))
-        try:
-            return await self._lease.propose(request)
-        except Exception as error:
-            raise DraftLost(f"the drafter failed: {error}") from error
+        draft = await self._answer(self._lease.propose(request))
+        self._losses = 0
+        return draft
