@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended import pretend_cuda
 from running import ROUNDING, VOCAB, assert_cache_is_fresh, begun, done, opened, random_tokens, verification
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -15,8 +16,10 @@ from rapid.engine.messages import CacheView, RefineRequest, SelfDraftRequest
 from rapid.engine.page_ranking import rank_pages, view_of
 from rapid.engine.self_draft import draft_over_view, refine
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
+from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 from rapid.models.model import Model
+from rapid.models.tensor_parallel import Pass
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 
@@ -153,6 +156,37 @@ def test_a_draft_is_transformers_own_over_these_pages(
     assert not torch.allclose(logits, whole, **ROUNDING)
 
 
+def test_graphs_replay_passes_over_a_view(
+    tiny_network: Callable[..., PreTrainedModel],
+    network: PreTrainedModel,
+    engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their positions are the sequence's and their lengths the view's; only the pass that is watched runs eagerly."""
+    recorder = pretend_cuda(monkeypatch)
+    running = engine(Model(tiny_network(VOCAB), None, "letters", attention=recorder.attention), kv_bytes=2**22)
+    prompt = random_tokens(149, seed=6)
+    sequence = opened(running, prompt, SamplingParams(seed=3))
+    pages = kept(sequence.cache, ranked(running, sequence, "snap"), 148)
+    replays = recorder.num_replays
+    draft: Draft = done(running.submit(draft_over_view(sequence, SelfDraftRequest(0, DraftLimits(6), SNAP), NONE)))
+    assert recorder.num_replays == replays + 6
+    logits = seen(network, prompt + draft.tokens[:-1], pages, 148)
+    for (ids, weights), row in zip(draft.distributions, logits.softmax(-1), strict=True):
+        torch.testing.assert_close(torch.from_numpy(weights), row[ids], rtol=1e-4, atol=1e-6)
+
+
+def test_other_ranks_read_and_write_the_same_places(running: Engine) -> None:
+    cache = opened(running, random_tokens(149, seed=6)).cache
+    tables = cache, view_of(cache, [0, 3, 1], SNAP, 0), cache.again(140)
+    entries = [BatchEntry(table, [1, 2, 3], 1) for table in tables]
+    for entry, theirs in zip(entries, Pass.of(entries).entries(cache.pool), strict=True):
+        assert theirs.tokens == [1, 2, 3]
+        for name in ("pages", "length", "position"):
+            assert getattr(theirs.cache, name) == getattr(entry.cache, name)
+        assert theirs.cache.slots(3) == entry.cache.slots(3)
+
+
 # That nothing of it is kept
 
 
@@ -174,14 +208,16 @@ def rounds(running: Engine, sequence: Sequence, num: int, view: CacheView) -> se
 def test_only_keys_over_all_pages_enter_the_prefix_index(running: Engine, view: CacheView) -> None:
     """The next turn finds this one's output in the index, every key as a fresh prefill computes it."""
     prompt = random_tokens(100, seed=7)
-    sequence = opened(running, prompt, SamplingParams(seed=1))
+    sequence = opened(running, prompt, SamplingParams(seed=1), room=200)
     assert len(rounds(running, sequence, 30, view)) > 2
     written = prompt + sequence.output
-    # A last draft, of which nothing is verified: the turn ends here.
-    done(running.submit(draft_over_view(sequence, SelfDraftRequest(sequence.position, DraftLimits(5), view), NONE)))
+    # A last draft of some pages, of which nothing is verified: the turn ends here.
+    request = SelfDraftRequest(sequence.position, DraftLimits(50), view)
+    drafted: Draft = done(running.submit(draft_over_view(sequence, request, NONE)))
+    assert len(drafted.tokens) == 50
     running.close(sequence)
-    following = opened(running, [*written, 1])
-    assert following.cached_tokens >= len(written) - PAGE
+    following = opened(running, [*written, *drafted.tokens, 1])
+    assert len(written) - PAGE <= following.cached_tokens <= len(written)
     assert_cache_is_fresh(following, running.model)
 
 
