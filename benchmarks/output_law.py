@@ -72,6 +72,7 @@ def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, 
 
 def of_self_drafting(bottom: str | None, num_samples: int) -> dict[str, Any]:
     """What the tasks that draft over a view write at each place of a round, against the target's own p."""
+    torch.set_num_threads(1)  # tables are small: other threads would only wait
     counts, samples, first_seed = np.zeros((1, 1, 1), np.int64), np.zeros(1), 0
     while samples.min() < num_samples:
         more, law_of_target = transitions(
