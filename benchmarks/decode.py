@@ -1,4 +1,4 @@
-"""Decode speed on long prompts: plain decoding and other strategies side by side, then the peers on the same prompts.
+"""Decode speed on long prompts: plain decoding and the strategies that draft side by side, then the peers.
 
 Each prompt is prefilled once, and every later run finds it in the KV cache, RAPID's and the peers' alike. So the timed
 part is decoding: from the first token to the last; of `speculative_rag`, whose answer comes whole, it is drafting and
@@ -34,7 +34,7 @@ from rapid.datastore.search import Datastore
 from rapid.engine.torch_thread import compute
 from rapid.text.tokenizer import fingerprint, load_tokenizer
 
-STRATEGIES = ("autoregressive", "rapid", "lookup", "rest", "speculative_rag")
+STRATEGIES = ("autoregressive", "rapid", "lookup", "rest", "magicdec", "triforce", "speculative_rag")
 
 
 async def ours(

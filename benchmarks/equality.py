@@ -53,11 +53,14 @@ def matrix(only: str | None = None) -> list[dict[str, Any]]:
 def _matrix() -> Iterator[dict[str, Any]]:
     yield {"strategy": "autoregressive"}
     yield {"strategy": "lookup"}
+    yield {"strategy": "magicdec"}
+    yield {"strategy": "magicdec", "draft_cache": "window", "num_draft_tokens": 4}
+    yield {"strategy": "triforce"}
     yield {"strategy": "rapid"}
     yield {"strategy": "rest"}
     for gamma in GAMMAS:
-        yield {"strategy": "rest", "num_draft_tokens": gamma}
-        yield {"strategy": "speculative", "num_draft_tokens": gamma}
+        for strategy in ("speculative", "rest", "magicdec", "triforce"):
+            yield {"strategy": strategy, "num_draft_tokens": gamma}
         for rule in RULES:
             yield {"strategy": "rapid", "verification": rule, "num_draft_tokens": gamma}
 

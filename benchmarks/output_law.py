@@ -18,12 +18,15 @@ import torch
 from benchmarks.common.closed_forms import law, softmax
 from benchmarks.common.dense_rounds import verify_dense
 from benchmarks.common.results import write
+from benchmarks.common.table_engine import MAX_ROUNDS, transitions
 from rapid.datastore.search import Datastore, Segment, suffix_array
 from rapid.sampling.noise import Noise, Purpose
+from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import sample
 from rapid.speculation.verification import RULES
 
 GAMMA, VOCAB = 3, 10
+_AT_ONCE = 2000  # sequences
 
 
 def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, rounds: int) -> dict[str, float]:
@@ -101,17 +104,41 @@ def of_a_datastore(temperature: float, rounds: int) -> dict[str, float]:
     return {"total_variation": max(distances), "samples": min(samples)}
 
 
+def of_self_drafting(bottom: str | None, num_samples: int) -> dict[str, Any]:
+    """What the tasks that draft over a view write at each place of a round, against the target's own p."""
+    torch.set_num_threads(1)  # tables are small: other threads would only wait
+    counts, samples, first_seed = np.zeros((1, 1, 1), np.int64), np.zeros(1), 0
+    while samples.min() < num_samples:
+        more, law_of_target = transitions(
+            bottom, SamplingParams(temperature=0.8), 3, num=_AT_ONCE, num_rounds=MAX_ROUNDS, first_seed=first_seed
+        )
+        first_seed, counts = first_seed + _AT_ONCE, counts + more
+        samples = counts.sum((1, 2))
+    shares = counts / counts.sum(2, keepdims=True)
+    distances = (np.abs(shares - law_of_target).sum(2) / 2 * counts.sum(2)).sum(1) / samples
+    return {"samples": samples.astype(int).tolist(), "total_variation": distances.tolist()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=900_000)
-    parser.add_argument("--only", choices=["rules", "rest"], help="writes output_law_ONLY.json")
+    parser.add_argument(
+        "--only",
+        choices=["rules", "rest", "magicdec", "triforce-model", "triforce-lookup"],
+        help="one part of it, into output_law_ONLY.json",
+    )
+    parser.add_argument("--samples", type=int, default=200_000, help="of drafts over a view, at each place of a round")
     options = parser.parse_args()
     results: dict[str, Any] = {"rounds": options.rounds}
-    if options.only != "rest":
+    if options.only in (None, "rules"):
         results |= of_the_rules(options.rounds)
-    if options.only != "rules":
+    if options.only in (None, "rest"):
         results["rest"] = [{"temperature": t} | of_a_datastore(t, options.rounds) for t in (0.5, 1.0)]
         print(f"rest: {results['rest']}")
+    for name, bottom in (("magicdec", None), ("triforce-model", "model"), ("triforce-lookup", "lookup")):
+        if options.only in (None, name):
+            results[name] = of_self_drafting(bottom, options.samples)
+            print(f"{name}: by place in the round {results[name]}")
     write("output_law", results, part=options.only or "")
 
 

@@ -140,7 +140,7 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
         num_logprobs=request.num_logprobs,
         salt=request.salt,
     )
-    target = TargetLease(backend, role, sequence, session.output, stats)
+    target = session.target = TargetLease(backend, role, sequence, session.output, stats)
     leases.push_async_callback(target.close)
     await target.open()
     for drafter in drafters:

@@ -31,6 +31,7 @@ class Strategy:
 
 _RETRIEVAL, _LOOKUP = "retrieval:RetrievalDrafter", "lookup:LookupDrafter"
 _DATASTORE = "datastore:DatastoreDrafter"
+_SELF, _HIERARCHY = "magicdec:SelfDrafter", "triforce:HierarchyDrafter"
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
@@ -57,6 +58,16 @@ STRATEGIES: dict[str, Strategy] = {
             "speculative",
             "a drafter that reads the retrieved passages drafts; the output is exactly the target's own",
             drafters=(_RETRIEVAL,),
+        ),
+        Strategy(
+            "magicdec",
+            "the target drafts for itself over a small part of its cache; the output is exactly the target's own",
+            drafters=(_SELF,),
+        ),
+        Strategy(
+            "triforce",
+            "small drafts, refined by the target over a part of its cache; the output is exactly the target's own",
+            drafters=(_HIERARCHY,),
         ),
         Strategy(
             "rapid",

@@ -104,6 +104,13 @@ def generate(
     num_clusters: Annotated[
         int | None, typer.Option(help="Clusters of chunks that each of them reads from.", rich_help_panel="Decoding")
     ] = None,
+    draft_cache: Annotated[
+        Literal["window", "snap"] | None,
+        typer.Option(help="What a target reads of its cache when it drafts itself.", rich_help_panel="Decoding"),
+    ] = None,
+    draft_cache_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of its cache that are.", rich_help_panel="Decoding")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.", rich_help_panel="Decoding")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. Repeatable.", rich_help_panel="Decoding")
@@ -160,6 +167,8 @@ def generate(
             "draft_top_k": draft_top_k,
             "num_answers": num_answers,
             "num_clusters": num_clusters,
+            "draft_cache": draft_cache,
+            "draft_cache_tokens": draft_cache_tokens,
             "query": query or question,
             "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
         },

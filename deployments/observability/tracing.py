@@ -27,7 +27,15 @@ from rapid.request import GenerationRequest
 from rapid.speculation.controller import Costs
 
 _tracer = trace.get_tracer("rapid")
-_SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify", "score": "score"}  # by the lease's call
+# By the lease's call.
+_SPANS = {
+    "prefill": "prefill",
+    "propose": "draft",
+    "draft_over_view": "draft",
+    "refine": "refine",
+    "verify": "verify",
+    "score": "score",
+}
 
 
 def otlp() -> list[SpanProcessor]:
@@ -79,6 +87,7 @@ class TracedBackend:
     def __init__(self, backend: Backend, parent: Span) -> None:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
+        self.is_colocated = backend.is_colocated
         self.quarantine = backend.quarantine
 
     @property

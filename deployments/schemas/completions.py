@@ -56,6 +56,8 @@ class RapidFields(Body):
     rag_model: str | None = None
     num_answers: int | None = None
     num_clusters: int | None = None
+    draft_cache: str | None = None
+    draft_cache_tokens: int | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()
     trace: bool = Field(False, description="with each chunk of a stream, the round that wrote it")

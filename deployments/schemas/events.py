@@ -22,6 +22,9 @@ class Started(NamedTuple):
     calls: CallFormat | None = None
 
 
+# The origin of accepted tokens, by the drafter that proposed them, where it is no drafter's model.
+ORIGINS = {"lookup": "lookup", "datastore": "datastore", "self": "self", "hierarchy": "self"}
+
 # `Started`, then a `Delta` a round, and a `Finish` for each choice
 Events = AsyncGenerator[Started | Delta | Finish, None]
 
@@ -39,7 +42,7 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
 def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[str, Any]:
     """The `rapid_round` object of a streamed chunk: the origin of each of a round's tokens; ``chunks`` where given."""
     accepted = min(delta.num_accepted, len(delta.tokens))
-    drafted = delta.source if delta.source in ("lookup", "datastore") else "accepted"
+    drafted = ORIGINS.get(delta.source, "accepted")
     following = "plain" if not delta.num_drafted else "bonus" if accepted == delta.num_drafted else "recovered"
     if delta.source == "answers":
         following = "chosen"

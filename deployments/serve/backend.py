@@ -46,12 +46,13 @@ class RayBackend:
         retriever: DeploymentHandle,
         *,
         overlap: bool,
+        is_colocated: bool = False,
         may_be_away: Collection[Role] = (),
     ) -> None:
         self.costs = Costs()
         self.quarantine = Quarantine()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
-        self.overlap = overlap
+        self.overlap, self.is_colocated = overlap, is_colocated
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
         self._hanging = {role: Breaker() for role in engines}
         self._retrieving = Breaker()

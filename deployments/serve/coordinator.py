@@ -33,7 +33,9 @@ class Coordinator:
     ) -> None:
         engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
         away: list[Role] = [] if config.drafting_engine.replicas.min else ["drafter"]
-        backend = RayBackend(engines, retriever, overlap=config.overlaps, may_be_away=away)
+        backend = RayBackend(
+            engines, retriever, overlap=config.overlaps, is_colocated=config.colocated, may_be_away=away
+        )
         tokenizer = load_tokenizer(config.target.model)
         if config.drafting_engine.model != config.target.model:
             check_same_tokenizer(tokenizer, load_tokenizer(config.drafting_engine.model))

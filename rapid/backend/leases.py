@@ -19,7 +19,15 @@ from typing import TypeVar
 
 from rapid.backend.protocol import Backend, Lease, Role
 from rapid.backend.quarantine import MAX_RESUMPTIONS
-from rapid.engine.messages import DraftRequest, ScoreRequest, ScoreResult, SequenceRequest, VerifyRequest
+from rapid.engine.messages import (
+    DraftRequest,
+    RefineRequest,
+    ScoreRequest,
+    ScoreResult,
+    SelfDraftRequest,
+    SequenceRequest,
+    VerifyRequest,
+)
 from rapid.errors import EngineLost, RapidError, RequestQuarantined
 from rapid.events import Statistics
 from rapid.speculation.draft import Draft, VerifyResult
@@ -32,7 +40,10 @@ LONGEST_APART_S = 2.0
 
 
 class TargetLease:
-    """The sequence that verifies. ``output`` is the request's own list, which grows with every round."""
+    """The sequence that verifies. ``output`` is the request's own list, which grows with every round.
+
+    Every call raises EngineLost if the engine is lost and no other was found within the backend's ``resume_timeout_s``.
+    """
 
     def __init__(
         self, backend: Backend, role: Role, request: SequenceRequest, output: list[int], stats: Statistics
@@ -68,23 +79,35 @@ class TargetLease:
         self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
-        """Verifies one round. If the engine is lost, another engine continues.
+        """Verifies one round."""
+        return await self._call(lambda lease: lease.verify(request))
+
+    async def draft_over_view(self, request: SelfDraftRequest) -> Draft:
+        """A draft of the target's own, over some of its pages."""
+        return await self._call(lambda lease: lease.draft_over_view(request))
+
+    async def refine(self, request: RefineRequest) -> Draft:
+        """Another's draft, refined over some of the target's pages."""
+        return await self._call(lambda lease: lease.refine(request))
+
+    async def propose(self, request: DraftRequest) -> Draft:
+        """A draft by the target itself, as a drafter would."""
+        return await self._call(lambda lease: lease.propose(request))
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """How probable given tokens are."""
+        return await self._call(lambda lease: lease.score(request))
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    async def _call(self, ask: Callable[[Lease], Awaitable[T]]) -> T:
+        """The answer to ``ask``. If the engine is lost, another engine continues, and is asked the same.
 
         Raises:
             EngineLost: no other engine was found within the backend's ``resume_timeout_s``.
             RequestQuarantined: a third engine was lost without a token in between.
         """
-        return await self._answered(lambda lease: lease.verify(request))
-
-    async def propose(self, request: DraftRequest) -> Draft:
-        """A draft by the target itself; raises as `verify` does."""
-        return await self._answered(lambda lease: lease.propose(request))
-
-    async def score(self, request: ScoreRequest) -> ScoreResult:
-        """How probable given tokens are; raises as `verify` does."""
-        return await self._answered(lambda lease: lease.score(request))
-
-    async def _answered(self, ask: Callable[[Lease], Awaitable[T]]) -> T:
         while True:
             try:
                 if self._lease is None:
@@ -96,9 +119,6 @@ class TargetLease:
                     raise
                 self._lease = None
                 self._lost(error)
-
-    async def close(self) -> None:
-        await self._stack.aclose()
 
     def _lost(self, error: EngineLost) -> None:
         """An engine that had the sequence is lost."""

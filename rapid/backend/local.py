@@ -62,7 +62,7 @@ class LocalBackend:
         self.quarantine = Quarantine()
         self._drafting, self._retrieving = Breaker(), Breaker()
         self.resume_timeout_s = 0.0
-        self.overlap = overlap
+        self.overlap, self.is_colocated = overlap, drafter is target
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve, self._embed = retrieve, embed
         self._on_prefill = on_prefill

@@ -18,8 +18,10 @@ from rapid.engine.messages import (
     EngineStats,
     PrefillResult,
     Pulse,
+    RefineRequest,
     ScoreRequest,
     ScoreResult,
+    SelfDraftRequest,
     SequenceRequest,
     VerifyRequest,
 )
@@ -100,6 +102,14 @@ class Lease:
         """The tokens that the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
         return self.call("drafted_ahead")
 
+    def draft_over_view(self, request: SelfDraftRequest) -> Awaitable[Draft]:
+        """Asks for a draft over some of the sequence's own pages (`rapid.engine.self_draft.draft_over_view`)."""
+        return self._watched(self.call("draft_over_view", request), ROUND_LIMIT_S)
+
+    def refine(self, request: RefineRequest) -> Awaitable[Draft]:
+        """Asks to refine another's draft over some of the pages (`rapid.engine.self_draft.refine`)."""
+        return self._watched(self.call("refine", request), ROUND_LIMIT_S)
+
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         """Verifies one round (`rapid.engine.verify.verify_draft`)."""
         return self._watched(self.call("verify", request), ROUND_LIMIT_S)
@@ -130,13 +140,15 @@ class Backend(Protocol):
 
     ``costs`` are the costs of rounds, which each request reads and updates. ``quarantine`` knows the requests that no
     engine may get. ``resume_timeout_s`` is how long a request looks for another engine after a loss; 0 if there is no
-    other engine. With ``overlap`` drafters draft ahead while the target verifies.
+    other engine. With ``overlap`` drafters draft ahead while the target verifies. ``is_colocated`` says that there is
+    no engine for drafts but the target's.
     """
 
     costs: Costs
     quarantine: Quarantine
     resume_timeout_s: float
     overlap: bool
+    is_colocated: bool
 
     def info(self, role: Role) -> ModelInfo: ...
     async def vitals(self) -> Vitals:

@@ -65,12 +65,13 @@ class Lookup:
         for end in range(first, len(text)):
             self._ends[tuple(text[end - NGRAM : end])].append(end)
 
-    def find(self, max_tokens: int) -> tuple[int, list[int]] | None:
+    def find(self, max_tokens: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]] | None:
         """(length of the longest match with the end of the text, up to ``max_tokens`` tokens that followed the match).
 
-        None if no n-gram matches.
+        The text ends with ``drafted``, which the index does not have. None if no n-gram matches.
         """
-        text, size = self._tokens, len(self._tokens)
+        text = [*self._tokens, *drafted] if drafted else self._tokens
+        size = len(text)
         best_length, best_end = 0, 0
         for end in reversed(self._ends.get(tuple(text[size - NGRAM :]), [])[-_PLACES:]):
             length = NGRAM

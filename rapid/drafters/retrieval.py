@@ -15,35 +15,32 @@ from typing import TypeVar
 from rapid.backend.leases import FIRST_PAUSE_S, LONGEST_PAUSE_S, may_pass
 from rapid.backend.protocol import Lease
 from rapid.backend.quarantine import MAX_RESUMPTIONS
-from rapid.drafters.interface import Drafter
+from rapid.drafters.sampling import SamplingDrafter
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import DraftLost, EngineLost, RapidError
-from rapid.speculation.controller import Acceptance, Offer
-from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResult
+from rapid.speculation.controller import Offer
+from rapid.speculation.draft import Draft, DraftLimits
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 # The drafter's random numbers must differ from the target's: acceptance has to be independent of the draft tokens.
 _DRAFTER_SEED = 0x5DEECE66D
-CONFIDENCE_PRIOR = (0.45, 0.5, 0.55, 0.6, 0.7, 0.78, 0.85, 0.9, 0.96)  # by class of CONFIDENCES
 
 
-class RetrievalDrafter(Drafter):
+class RetrievalDrafter(SamplingDrafter):
     """Samples drafts from q, the drafter's distribution given the passages."""
 
     label = "model"
-    sampled = True
 
     def __init__(self, session: Session) -> None:
-        self._session, self._backend = session, session.backend
-        self._acceptance = Acceptance(CONFIDENCES, CONFIDENCE_PRIOR)
+        super().__init__(session)
+        self._backend = session.backend
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
         self._eos = session.backend.info("drafter").eos_token_ids
         self._ahead: asyncio.Future[Draft | None] | None = None
-        self._proposed = False
         self._knows = 0  # how many output tokens the drafter has
         self._losses = 0  # drafters that were lost without a draft in between
         self._request: SequenceRequest | None = None  # for its sequence, once the passages are known
@@ -55,10 +52,7 @@ class RetrievalDrafter(Drafter):
             await self._tried.wait()
 
     def offer(self, room: int) -> Offer | None:
-        if self._lease is None:
-            return None
-        acceptance = self._acceptance
-        return Offer(self.label, room, by_confidence=acceptance.table(), mean=acceptance.mean())
+        return None if self._lease is None else super().offer(room)
 
     async def propose(self, limits: DraftLimits) -> Draft:
         """The draft that was made ahead, if it is here and still fits; else the draft that the drafter sends now."""
@@ -74,13 +68,16 @@ class RetrievalDrafter(Drafter):
         self._knows, self._ahead = len(output), None
         if limits.ahead:
             self._ahead = _unwatched(self._lease.drafted_ahead())
+        draft = draft or await self._answer(sent)
+        self._losses = 0
+        return draft
+
+    async def _answer(self, sent: Awaitable[Draft]) -> Draft:
         try:
-            draft = draft or await sent
+            return await sent
         except Exception as error:
             self._losses += 1
             raise DraftLost(f"the drafter failed: {error}") from error
-        self._losses = 0
-        return draft
 
     def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
         """The draft that was made ahead, on the guess that all draft tokens are accepted.
@@ -97,12 +94,6 @@ class RetrievalDrafter(Drafter):
         guessed = len(drafted.tokens) - drafted.num_ahead < len(written) and drafted.tokens[: len(written)] == written
         draft, ended = drafted.after(len(output)).within(limits, self._eos)
         return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
-
-    def observe(self, result: VerifyResult) -> None:
-        if self._proposed:
-            for i, confidence in enumerate(result.confidences[: result.num_accepted + 1]):
-                self._acceptance.observe(confidence, i < result.num_accepted)
-        self._proposed = False
 
     async def lost(self) -> None:
         """Leases another sequence, which continues from the output so far."""
@@ -141,10 +132,14 @@ class RetrievalDrafter(Drafter):
                 self._tried.set()
             pause = max(FIRST_PAUSE_S, 2 * pause)
 
+    async def _prompt(self) -> list[int] | None:
+        """What the drafter reads; None, with the reason in the statistics, if there is nothing."""
+        return await self._session.retrieved_prompt()
+
     async def _read(self) -> SequenceRequest | None:
         """The request for the drafter's sequence; None, with the reason in the statistics, if it cannot read."""
         session = self._session
-        prompt = await session.retrieved_prompt()
+        prompt = await self._prompt()
         if prompt is None:
             return None
         sampling = session.request.sampling

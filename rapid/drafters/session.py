@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from rapid.backend.leases import TargetLease
 from rapid.backend.protocol import Backend, Retrieval, RetrievedChunk
 from rapid.events import Statistics
 from rapid.request import GenerationRequest
@@ -19,9 +20,11 @@ class Session:
 
     ``by_the_clock`` says whether choices may depend on measured times: they may not where a seed has to be honoured.
     ``max_new_tokens`` is the room that each of the request's sequences needs; ``logits`` says how the logits are
-    adjusted. Both are set once the prompt is known to fit.
+    adjusted. Both are set once the prompt is known to fit. ``target`` is the sequence that verifies, which has read the
+    prompt before any drafter is started.
     """
 
+    target: TargetLease
     max_new_tokens: int
     logits: LogitParams | None
 

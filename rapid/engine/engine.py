@@ -25,7 +25,7 @@ from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
 from rapid.engine.pass_clock import PassClock
-from rapid.engine.readout import Download, Draw, Verify
+from rapid.engine.readout import Download, Draw, Readout, Refine, Verify
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
@@ -246,12 +246,14 @@ class Engine:
     def _run(self, scheduled: list[tuple[RunningTask, int]]) -> None:
         """One pass; if there is no memory for it, several smaller ones."""
         entries = [
-            BatchEntry(r.request.sequence.cache, r.chunk(n), r.request.num_rows if n == r.num_left else 0)
-            for r, n in scheduled
+            BatchEntry(r.request.table, r.chunk(n), r.request.num_rows if n == r.num_left else 0) for r, n in scheduled
         ]
+        watchers = [r.request.watch for r, _ in scheduled]
         parts: list[list[tuple[RunningTask, int]]] = []
         try:
-            rows = self.model.forward(entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
+            rows = self.model.forward(
+                entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
+            )
         except PassAbandoned:
             return
         except Exception as error:
@@ -298,12 +300,12 @@ class Engine:
 
     def _read_out(self) -> None:
         """Gives the tasks what they want of their rows: first what the device computes, then what the host reads."""
-        for kind in (Draw, Verify, Download):
+        for kind in (Draw, Refine, Verify, Download):
             wanting = [running for running in self._running if isinstance(running.readout, kind)]
             if wanting:
                 self._compute_together(kind, wanting)
 
-    def _compute_together(self, kind: type[Draw] | type[Verify] | type[Download], tasks: list[RunningTask]) -> None:
+    def _compute_together(self, kind: type[Readout], tasks: list[RunningTask]) -> None:
         """Answers ``tasks``, which all want the same ``kind``. If that fails together, each is tried alone."""
         self._host_waits += kind is Download
         try:

@@ -10,14 +10,24 @@ from collections.abc import Awaitable
 from typing import Any
 
 from rapid.engine.engine import Engine
-from rapid.engine.messages import DraftRequest, PrefillResult, Pulse, ScoreRequest, ScoreResult, VerifyRequest
+from rapid.engine.messages import (
+    DraftRequest,
+    PrefillResult,
+    Pulse,
+    RefineRequest,
+    ScoreRequest,
+    ScoreResult,
+    SelfDraftRequest,
+    VerifyRequest,
+)
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.score import score
+from rapid.engine.self_draft import draft_over_view, refine
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import prefill, verify_draft
 from rapid.speculation.draft import Draft, VerifyResult
 
-CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify", "score", "pulse"})
+CALLS = frozenset({"prefill", "propose", "drafted_ahead", "draft_over_view", "refine", "verify", "score", "pulse"})
 
 
 class LeasedSequence:
@@ -49,6 +59,14 @@ class LeasedSequence:
 
     def drafted_ahead(self) -> Awaitable[Draft | None]:
         return asyncio.ensure_future(drafted_ahead(self.sequence.drafting_ahead))
+
+    def draft_over_view(self, request: SelfDraftRequest) -> Awaitable[Draft]:
+        task = draft_over_view(self.sequence, request, self._engine.model.info.eos_token_ids)
+        return asyncio.wrap_future(self._engine.submit(task))
+
+    def refine(self, request: RefineRequest) -> Awaitable[Draft]:
+        task = refine(self.sequence, request, self._engine.model.info.eos_token_ids)
+        return asyncio.wrap_future(self._engine.submit(task))
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         return asyncio.wrap_future(self._engine.submit(verify_draft(self.sequence, request)))

@@ -8,7 +8,7 @@ is an error and never a wrong text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rapid.kv_cache.stats import PoolStats
 from rapid.sampling.params import LogitParams, SamplingParams
@@ -70,14 +70,50 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Asks for a draft within ``limits`` after the output, whose tokens from ``offset`` on are ``tokens``."""
+    """Asks for a draft within ``limits`` after the output, whose tokens from ``offset`` on are ``tokens``.
+
+    With ``round_start`` the last of ``tokens`` are drafted themselves, and the round began at that output position.
+    """
 
     offset: int
     tokens: list[int]
     limits: DraftLimits
+    round_start: int | None = None
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.offset": self.offset + len(self.tokens), "rapid.max_tokens": self.limits.max_tokens}
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Some of a target's own pages, about ``num_tokens`` in all, chosen by ``kind`` (`rapid.engine.page_ranking`)."""
+
+    kind: Literal["window", "snap", "chunks"]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class SelfDraftRequest:
+    """Asks the target for a draft within ``limits`` over ``view``; the sender has ``offset`` output tokens."""
+
+    offset: int
+    limits: DraftLimits
+    view: CacheView
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.offset": self.offset, "rapid.max_tokens": self.limits.max_tokens}
+
+
+@dataclass(frozen=True)
+class RefineRequest:
+    """Asks the target to verify ``draft`` over ``view``; the tokens ``drafted`` lie between output and ``draft``."""
+
+    draft: Draft
+    drafted: list[int]
+    view: CacheView
+
+    def attributes(self) -> dict[str, Any]:
+        return {"rapid.offset": self.draft.offset, "rapid.drafted": len(self.draft.tokens)}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from rapid.engine.readout import Download, Draw, drafted_token
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
 from rapid.kernels.transfer import is_asynchronous
+from rapid.kv_cache.table import PageTable
 from rapid.speculation.draft import Draft, DraftLimits
 
 _FEW = 4  # tokens that are read at a time, if the host may want fewer than all
 
 
-class _Drawing(NamedTuple):
+class Drawing(NamedTuple):
     """When the first and the last of ``num_drawn`` tokens were drawn; the draft need not keep them all."""
 
     first: Moment
@@ -67,6 +69,7 @@ def _propose(
     try:
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
+        round_start = start if request.round_start is None else request.round_start
         # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it.
         guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
         known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
@@ -75,7 +78,7 @@ def _propose(
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
         elapsed_ms = step_ms = 0.0
         if not ended:
-            drawing = yield from _draw_on(sequence, start, draft, limits, eos)
+            drawing = yield from draw_on(sequence, round_start, draft, limits, eos)
             elapsed_ms = started.ms_until(drawing.last)
             step_ms = drawing.step_ms or (elapsed_ms if num_pending <= 2 else 0.0)
         sequence.output[start - sequence.written :] = draft.tokens
@@ -86,7 +89,7 @@ def _propose(
         ahead = sequence.ahead = Draft(sequence.position)
         yield EarlyResult(draft, rest)
         if not eos & set(draft.tokens[-1:]):
-            yield from _draw_on(sequence, start, ahead, limits.longer(1), eos)
+            yield from draw_on(sequence, round_start, ahead, limits.longer(1), eos)
         return draft.followed_by(ahead)
     except BaseException:
         if rest is not None:
@@ -119,19 +122,29 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
-def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, eos: frozenset[int]) -> Task[_Drawing]:
+def draw_on(
+    sequence: Sequence,
+    start: int,
+    draft: Draft,
+    limits: DraftLimits,
+    eos: frozenset[int],
+    view: Callable[[int], PageTable] | None = None,
+) -> Task[Drawing]:
     """Samples onto ``draft`` until it ends.
 
     Each token goes from one pass to the next without the host. The host reads some at a time, and discards those behind
-    the draft's end. The random numbers are those of the round that begins at output position ``start``.
+    the draft's end. The random numbers are those of the round that begins at output position ``start``. With a ``view``
+    each pass reads the pages that it gives for the number of tokens read so far, and the sequence's cache stays.
     """
     request, device = sequence.request, sequence.device
     draft_top_k = request.speculation.draft_top_k
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
     drawn_at: list[Moment] = []
+    num_read = 0
     while True:
-        logits = yield ForwardRequest(sequence, feed, 1)
+        logits = yield ForwardRequest(sequence, feed, 1, view(num_read) if view else None)
+        num_read += len(feed)
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
         step = draft.offset - start + len(draft.tokens) + len(unread)
@@ -142,7 +155,7 @@ def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, 
             continue
         read = yield Download(torch.cat(unread))
         if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(len(unread), -1)):
-            return _Drawing(drawn_at[0], drawn_at[-1], len(drawn_at))
+            return Drawing(drawn_at[0], drawn_at[-1], len(drawn_at))
         unread.clear()
 
 

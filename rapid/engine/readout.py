@@ -22,8 +22,8 @@ from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.sampling.sampler import warp
 from rapid.speculation.draft import Draft, DraftedToken, Logprobs, Pairs
-from rapid.speculation.drawing import draw, draw_greedily
-from rapid.speculation.verification import DraftRows, Rule, dense, output_law, verify, verify_greedy
+from rapid.speculation.drawing import confidences, draw, draw_greedily, truncated
+from rapid.speculation.verification import LOSSLESS, DraftRows, Rule, dense, output_law, verify, verify_greedy
 
 Floats = NDArray[np.float64]
 Wish = TypeVar("Wish")
@@ -53,6 +53,24 @@ class Draw(NamedTuple):
     @staticmethod
     def together(wishes: Sequence[Draw]) -> list[DrawnToken]:
         return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _draw)
+
+
+class Refine(NamedTuple):
+    """Verifies ``draft``, losslessly, by the truncated distributions of ``logits`` [n+1, V], which become the new q.
+
+    So the accepted tokens and the one that follows are a draft from q, whoever proposed the first of them. The answer
+    has the numbers of a `Verdict` and, for each row, those of a `DrawnToken`, on the device (`refined_tokens`).
+    """
+
+    logits: Tensor
+    draft: Draft
+    sampling: SamplingParams
+    draft_top_k: int
+    seed: int
+
+    @staticmethod
+    def together(wishes: Sequence[Refine]) -> list[Tensor]:
+        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _refine)
 
 
 class Verify(NamedTuple):
@@ -85,7 +103,7 @@ class Download(NamedTuple):
         return np.split(download(_joined([values for (values,) in wishes])), ends[:-1])
 
 
-Readout = Draw | Verify | Download
+Readout = Draw | Refine | Verify | Download
 
 
 def drafted_token(values: Floats) -> DraftedToken:
@@ -96,6 +114,11 @@ def drafted_token(values: Floats) -> DraftedToken:
     ids, weights = np.split(pairs, 2)
     inside = weights > 0
     return token, (ids[inside].astype(np.int32), weights[inside].astype(np.float32)), confidence
+
+
+def refined_tokens(values: Floats, num_rows: int) -> list[DraftedToken]:
+    """The tokens that a `Refine` of ``num_rows`` rows emits, from its values on the host."""
+    return [drafted_token(row) for row in values[1:].reshape(num_rows, -1)[: int(values[0]) + 1]]
 
 
 def verdict(values: Floats, draft: Draft) -> tuple[int, list[int], list[Logprobs]]:
@@ -136,6 +159,28 @@ def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
     columns = (drawn.tokens.unsqueeze(-1), drawn.confidences.unsqueeze(-1), drawn.ids, drawn.weights)
     values = torch.cat([column.double() for column in columns], -1)
     return list(map(DrawnToken, drawn.tokens.split(1), values.unbind()))
+
+
+def _refine(wishes: Sequence[Refine]) -> list[Tensor]:
+    """Refines drafts with one ``draft_top_k``, or greedily."""
+    logits = _joined([each.logits for each in wishes])
+    is_greedy = wishes[0].sampling.temperature == 0
+    drafts = _draft_rows([each.draft for each in wishes], logits.device, with_q=not is_greedy)
+    if is_greedy:
+        ids = weights = logits[:, :0]
+        found = verify_greedy(drafts, logits.argmax(-1))
+    else:
+        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], logits.device)
+        ids, weights = truncated(logits, params, wishes[0].draft_top_k)
+        places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", logits.device)
+        noise = Noise(places[:, 0], places[:, 1])
+        found = verify(LOSSLESS, drafts, dense(ids, weights, logits.shape[-1]), 0.0, noise)
+    tokens = upload([token for each in wishes for token in (*each.draft.tokens, 0)], "int64", logits.device)
+    tokens = tokens.index_copy(0, drafts.emitting(found.num_accepted), found.next_token)
+    columns = (tokens.unsqueeze(-1), confidences(logits, tokens).unsqueeze(-1), ids, weights)
+    rows = torch.cat([column.double() for column in columns], -1).split([len(each.logits) for each in wishes])
+    counts = found.num_accepted.double().split(1)
+    return [torch.cat([count, own.flatten()]) for count, own in zip(counts, rows, strict=True)]
 
 
 def _verify(wishes: Sequence[Verify]) -> list[Tensor]:

@@ -37,7 +37,7 @@ class RunningTask:
 
     @property
     def num_left(self) -> int:
-        sequence, tokens, _ = self.request
+        sequence, tokens = self.request.sequence, self.request.tokens
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
 
     @property
@@ -45,7 +45,7 @@ class RunningTask:
         return self.request.sequence.ended.done() or self.future.cancelled()
 
     def chunk(self, num_tokens: int) -> Tokens:
-        sequence, tokens, _ = self.request
+        sequence, tokens = self.request.sequence, self.request.tokens
         if tokens is None:
             return sequence.prompt[sequence.cache.length : sequence.cache.length + num_tokens]
         return tokens[self.num_done : self.num_done + num_tokens]
@@ -69,7 +69,7 @@ def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, i
     if not scheduled and tasks:  # a request for more rows than the budget runs alone, and exceeds it
         shortest = min(tasks, key=lambda task: task.num_left)
         scheduled.append((shortest, shortest.num_left))
-    pages = [running.request.sequence.cache.pages for running, _ in scheduled]
+    pages = [running.request.table.pages for running, _ in scheduled]
     first = {own[0]: i for i, own in reversed(list(enumerate(pages)))}
     order = sorted(range(len(pages)), key=lambda i: (first[pages[i][0]], pages[i]))
     return [scheduled[i] for i in order]

@@ -13,8 +13,9 @@ import torch
 
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.readout import Readout
-from rapid.kernels.interface import Tokens
+from rapid.kernels.interface import QueryWatcher, Tokens
 from rapid.kv_cache.pool import KVCache
+from rapid.kv_cache.table import PageTable
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.speculation.draft import Draft
 
@@ -38,6 +39,8 @@ class Sequence:
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
     ahead: Draft | None = None  # the tokens drafted ahead, behind the output
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
+    ranking: list[int] | None = None  # the pages of its prompt by their worth to drafts over a view (`page_ranking`)
+    over_view: tuple[int, list[int]] = (-1, [])  # (position, draft tokens behind it that passes over a view have read)
     last_used: float = field(default_factory=time.monotonic)
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
 
@@ -106,11 +109,21 @@ class ForwardRequest(NamedTuple):
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.
+
+    With a ``view`` (`KVCache.view`, `KVCache.again`) the pass reads these pages, and the sequence's cache stays as long
+    as it is. ``watch`` is called with the queries of the tokens, layer by layer.
     """
 
     sequence: Sequence
     tokens: Tokens | None
     num_rows: int
+    view: PageTable | None = None
+    watch: QueryWatcher | None = None
+
+    @property
+    def table(self) -> PageTable:
+        """The pages that the pass reads."""
+        return self.view or self.sequence.cache
 
 
 class EarlyResult(NamedTuple):

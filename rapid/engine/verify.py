@@ -40,7 +40,7 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
     if draft.offset != sequence.position:
         raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
     if sequence.logits is not None:
-        draft = _within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
+        draft = within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
     gamma = len(draft.tokens)
     logits = yield ForwardRequest(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
     if sequence.logits is not None:
@@ -72,7 +72,7 @@ def _rule(request: VerifyRequest, sequence: Sequence) -> tuple[Rule, float]:
     return (RULES[speculation.verification], speculation.transfer_strength) if request.transfers else (LOSSLESS, 0.0)
 
 
-def _within_grammar(draft: Draft, num_allowed: int) -> Draft:
+def within_grammar(draft: Draft, num_allowed: int) -> Draft:
     """``draft`` up to the first token that breaks the grammar.
 
     A cut because of a sampled token would change the output's law. A looked-up draft has no choice to bias, and a

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 
 Tokens = Sequence[int] | Tensor
+
+# (layer, an entry's rotated queries [n, heads, d], scaling): watches what the tokens of an entry look for.
+QueryWatcher = Callable[[int, Tensor, float], None]
 
 
 class BatchEntry(NamedTuple):
     """Tokens (on the host or the device) to append to a sequence's cache; the last ``num_rows`` of them get logits."""
 
-    cache: KVCache
+    cache: PageTable
     tokens: Tokens
     num_rows: int
 
@@ -29,6 +33,18 @@ class Batch(Protocol):
         Query head h reads KV head h // (heads / KV heads).
         """
         ...
+
+
+class WatchedBatch:
+    """``batch``, with a watcher for the queries of some of its ``rows``."""
+
+    def __init__(self, batch: Batch, watchers: Sequence[tuple[slice, QueryWatcher]]) -> None:
+        self._batch, self._watchers = batch, watchers
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        for rows, watch in self._watchers:
+            watch(layer, query[rows], scaling)
+        return self._batch.attend(layer, query, key, value, scaling)
 
 
 class AttentionBackend(Protocol):

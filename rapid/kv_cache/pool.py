@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rapid.kv_cache.memory import take_small_pages
 from rapid.kv_cache.pages import PageAllocator, root_of
 from rapid.kv_cache.stats import PoolStats
+from rapid.kv_cache.table import PageTable
 
 INT8_SCALE_BYTES = 4  # beside the integers of a token's key, or value, in one KV head
 
@@ -67,7 +67,7 @@ class KVPool:
     """
 
     def __init__(self, layout: KVLayout, budget_bytes: int, *, page_size: int = 16, slot_major: bool = False) -> None:
-        self.layout, self.page_size = layout, page_size
+        self.layout, self.page_size, self.slot_major = layout, page_size, slot_major
         self.num_pages = max(1, budget_bytes // (layout.bytes_per_token * page_size))
         slots = (self.num_pages + 1) * page_size  # with a spare page for what padding writes
         heads_and_slots = (slots, layout.num_kv_heads) if slot_major else (layout.num_kv_heads, slots)
@@ -177,67 +177,18 @@ class KVPool:
         return self._pages.forget(tokens, root_of(salt))
 
 
-class KVCache:
-    """One sequence's pages; the first ``length`` tokens in them are filled.
-
-    A forward pass first writes each layer's new rows behind ``length``, then moves ``length`` once (``advance``). So an
-    interrupted pass leaves the cache as it was, and a rollback only sets ``length``.
-    """
+class KVCache(PageTable):
+    """One sequence's pages, all of them. A rollback only sets ``length``."""
 
     def __init__(self, pool: KVPool, pages: list[int], *, num_shared: int, root: int = 0) -> None:
-        self.pool, self.pages, self.num_shared, self.root = pool, pages, num_shared, root
-        self.length = num_shared * pool.page_size
-        self._runs: list[tuple[int, int]] | None = None
-
-    @classmethod
-    def at(cls, pool: KVPool, pages: list[int], length: int) -> KVCache:
-        """A cache over ``pages`` that another rank allocated; the first ``length`` tokens in them are filled."""
-        cache = cls(pool, pages, num_shared=0)
-        cache.length = length
-        return cache
-
-    @property
-    def capacity(self) -> int:
-        return len(self.pages) * self.pool.page_size
+        super().__init__(pool, pages, num_shared * pool.page_size)
+        self.num_shared, self.root = num_shared, root
 
     def moved(self, *, shared_until: int) -> None:
         """Tells the cache that the pool changed its pages; the first ``shared_until`` pages are shared."""
         self.num_shared = shared_until
         self.length = max(self.length, shared_until * self.pool.page_size)
         self._runs = None
-
-    def runs(self, end: int, *, start: int = 0) -> list[tuple[int, int]]:
-        """The slots of tokens ``start`` to ``end`` as (first, past the last) intervals; neighbour pages are joined."""
-        size = self.pool.page_size
-        if self._runs is None:
-            breaks = np.flatnonzero(np.diff(self.pages) != 1) + 1
-            starts, ends = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(self.pages)]))
-            self._runs = [
-                (self.pages[a] * size, (self.pages[b - 1] + 1) * size) for a, b in zip(starts, ends, strict=True)
-            ]
-        cut, position = [], 0
-        for first, last in self._runs:
-            if position >= end:
-                break
-            if position + last - first > start:
-                cut.append((first + max(0, start - position), min(last, first + end - position)))
-            position += last - first
-        return cut
-
-    def slots(self, num_tokens: int) -> list[int]:
-        """The slots of the next ``num_tokens`` tokens.
-
-        Raises:
-            ValueError: the tokens do not fit.
-        """
-        end, size = self.length + num_tokens, self.pool.page_size
-        if end > self.capacity:
-            raise ValueError(f"a cache for {self.capacity} tokens cannot hold {end}")
-        return [self.pages[i // size] * size + i % size for i in range(self.length, end)]
-
-    def advance(self, num_tokens: int) -> None:
-        """Counts ``num_tokens`` written rows as filled."""
-        self.length += num_tokens
 
     def truncate(self, length: int) -> None:
         """Rolls back to the first ``length`` tokens; the next write overwrites the rows behind them.
@@ -248,3 +199,18 @@ class KVCache:
         if length < self.num_shared * self.pool.page_size:
             raise ValueError(f"a rollback to {length} tokens cuts into {self.num_shared} shared pages")
         self.length = min(self.length, length)
+
+    def view(self, chosen: Sequence[int], rest: int, num_ahead: int = 0) -> PageTable:
+        """Of the first ``rest`` pages only those at the ``chosen`` indices, and all pages behind them.
+
+        The first ``rest`` pages must be filled. ``num_ahead`` tokens behind the cache's own are there already, from
+        earlier passes over a view. What a pass over a view writes lies behind ``length`` of the cache, which does not
+        move. So it is never indexed for other prompts (`KVPool.insert`), and the cache's own next pass overwrites it.
+        """
+        left_out = (rest - len(chosen)) * self.pool.page_size
+        pages = [self.pages[i] for i in chosen] + self.pages[rest:]
+        return PageTable(self.pool, pages, self.length + num_ahead - left_out, num_left_out=left_out)
+
+    def again(self, start: int) -> PageTable:
+        """For a pass that reads the tokens from position ``start`` on again and leaves their keys as they are."""
+        return PageTable(self.pool, self.pages, start, num_kept=self.length)

@@ -8,7 +8,7 @@ import torch
 
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.memory import is_out_of_memory, kv_budget
-from rapid.kv_cache.pool import KVCache
+from rapid.kv_cache.table import PageTable
 from rapid.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _pass_bytes(model: Model, num_tokens: int) -> dict[torch.device, int]:
     devices, window = set(model.layout.devices), model.info.window
     pool = model.new_pool(1)
     # All of the context lies in one page: what it holds does not matter, and a whole window may have no room yet.
-    cache = KVCache.at(pool, [0] * pool.pages_for(window), window - num_tokens)
+    cache = PageTable(pool, [0] * pool.pages_for(window), window - num_tokens)
     torch.cuda.empty_cache()
     before = {device: torch.cuda.memory_reserved(device) for device in devices}
     for device in devices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +14,7 @@ from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
-from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
+from rapid.kernels.interface import AttentionBackend, BatchEntry, QueryWatcher, Tokens, WatchedBatch
 from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
 from rapid.kernels.transfer import upload
@@ -123,31 +124,40 @@ class Model:
         return self._graphs[pool]
 
     @torch.inference_mode()
-    def forward(self, entries: Sequence[BatchEntry], *, abandoned: Callable[[], bool] = lambda: False) -> list[Tensor]:
+    def forward(
+        self,
+        entries: Sequence[BatchEntry],
+        *,
+        abandoned: Callable[[], bool] = lambda: False,
+        watchers: Sequence[QueryWatcher | None] = (),
+    ) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
         Returns for each entry the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
-        longer by the entry's tokens afterwards.
+        longer by the entry's tokens afterwards. The ``watchers``, where there is one for an entry, are called with its
+        queries, layer by layer. With several ranks these are the queries of the first rank's heads.
 
         Raises:
             PassAbandoned: ``abandoned`` returned True while the layers ran; no cache is longer.
             EngineLost: the model is shared by several ranks, and one is gone.
         """
-        logits = self._logits(entries, abandoned)
+        logits = self._logits(entries, abandoned, watchers)
         for cache, tokens, _ in entries:
             cache.advance(len(tokens))
         return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in entries]))
 
-    def _logits(self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool]) -> Tensor:
+    def _logits(
+        self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool], watchers: Sequence[QueryWatcher | None]
+    ) -> Tensor:
         """[rows, padded vocabulary], by all ranks, from a graph, or eagerly."""
         if self.group is not None:
             with together(self.info.name):
                 self.group.broadcast(Pass.of(entries))
-                return self.compute(entries)
+                return self.compute(entries, watchers=watchers)
         graphs = self._graphs.get(entries[0].cache.pool)
-        if graphs is not None and graphs.supports(entries):
+        if graphs is not None and not any(watchers) and graphs.supports(entries):
             return graphs.run(entries)
-        return self.compute(entries, abandoned)
+        return self.compute(entries, abandoned, watchers)
 
     def warm_up(self) -> None:
         """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""
@@ -157,18 +167,28 @@ class Model:
         self.forward([BatchEntry(cache, [0], 1)])
 
     @torch.inference_mode()
-    def compute(self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool] = lambda: False) -> Tensor:
+    def compute(
+        self,
+        entries: Sequence[BatchEntry],
+        abandoned: Callable[[], bool] = lambda: False,
+        watchers: Sequence[QueryWatcher | None] = (),
+    ) -> Tensor:
         """Logits [rows, padded vocabulary] of the requested rows; no cache gets longer."""
         device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
-        for cache, tokens, num_rows in entries:
-            positions.extend(range(cache.length, cache.length + len(tokens)))
+        watched: list[tuple[slice, QueryWatcher]] = []
+        for (table, tokens, num_rows), watch in zip_longest(entries, watchers):
+            start = len(positions)
+            positions.extend(range(table.position, table.position + len(tokens)))
             wanted.extend(range(len(positions) - num_rows, len(positions)))
+            if watch is not None:
+                watched.append((slice(start, len(positions)), watch))
+        batch = self.attention.batch(entries)
         return self._decoder(
             gather_tokens([tokens for _, tokens, _ in entries], device),
             upload(positions, "int64", device),
-            self.attention.batch(entries),
+            WatchedBatch(batch, watched) if watched else batch,
             upload(wanted, "int64", device),
             abandoned,
         )

@@ -251,7 +251,7 @@ class _Inputs:
             end = row + len(new)
             if not isinstance(new, Tensor):
                 tokens[row:end] = new
-            positions[row:end] = np.arange(cache.length, cache.length + len(new))
+            positions[row:end] = np.arange(cache.position, cache.position + len(new))
             slots[row:end] = cache.slots(len(new))
             wanted[num_wanted : num_wanted + num_rows] = np.arange(end - num_rows, end)
             starts[s], lengths[s] = row, cache.length + len(new)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rapid.errors import EngineLost
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVCache, KVPool
+from rapid.kv_cache.pool import KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.info import RankPlacement
 
 if TYPE_CHECKING:
@@ -105,22 +106,32 @@ class NewPool:
 
 @dataclass(frozen=True)
 class Pass:
-    """The first rank begins a pass: for each sequence its pages, their filled length, new tokens, rows of logits."""
+    """The first rank begins a pass: for each sequence its page table, new tokens, and rows of logits.
 
-    parts: tuple[tuple[list[int], int, list[int], int], ...]
+    A page table is (pages, filled length, tokens left out, slots to keep), as in `PageTable`.
+    """
+
+    parts: tuple[tuple[tuple[list[int], int, int, int], list[int], int], ...]
 
     @classmethod
     def of(cls, entries: Sequence[BatchEntry]) -> Pass:
         return cls(
             tuple(
-                (cache.pages, cache.length, torch.as_tensor(tokens).tolist(), num_rows)
-                for cache, tokens, num_rows in entries
+                (
+                    (table.pages, table.length, table.num_left_out, table.num_kept),
+                    torch.as_tensor(tokens).tolist(),
+                    num_rows,
+                )
+                for table, tokens, num_rows in entries
             )
         )
 
     def entries(self, pool: KVPool) -> list[BatchEntry]:
         """The same batch over this rank's ``pool``."""
-        return [BatchEntry(KVCache.at(pool, pages, length), tokens, rows) for pages, length, tokens, rows in self.parts]
+        return [
+            BatchEntry(PageTable(pool, pages, length, num_left_out=left_out, num_kept=kept), tokens, rows)
+            for (pages, length, left_out, kept), tokens, rows in self.parts
+        ]
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -28,18 +28,24 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> Drawn:
     """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
-    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
-    weights = top / top.sum(-1, keepdim=True)
+    ids, weights = truncated(logits, params, draft_top_k)
     tokens = sample_few(weights, ids, keys)
-    return Drawn(tokens, _confidences(logits, tokens), ids, weights)
+    return Drawn(tokens, confidences(logits, tokens), ids, weights)
 
 
 def draw_greedily(logits: Tensor) -> Drawn:
     """The likeliest token of each row of ``logits`` [B, V]."""
     tokens = logits.argmax(-1)
     none = logits[:, :0]
-    return Drawn(tokens, _confidences(logits, tokens), none, none)
+    return Drawn(tokens, confidences(logits, tokens), none, none)
 
 
-def _confidences(logits: Tensor, tokens: Tensor) -> Tensor:
+def truncated(logits: Tensor, params: RowParams, draft_top_k: int) -> tuple[Tensor, Tensor]:
+    """q of each row of ``logits`` [B, V]: the ids of its likeliest tokens [B, k], and their weights, which sum to 1."""
+    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
+    return ids, top / top.sum(-1, keepdim=True)
+
+
+def confidences(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The probability [B] of a token for each row of ``logits`` [B, V], at temperature 1."""
     return (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()

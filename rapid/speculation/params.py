@@ -20,6 +20,9 @@ class SpeculationParams:
     offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
     ``num_answers`` and ``num_clusters`` are m and k of the strategy "speculative_rag".
 
+    ``draft_cache_tokens`` is how many tokens of its own cache the target reads when it drafts itself; ``draft_cache``
+    says which: a window, or those that the prompt's end attends to.
+
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
 
@@ -35,6 +38,8 @@ class SpeculationParams:
     rag_model: str = "target"
     num_answers: int = 5
     num_clusters: int = 2
+    draft_cache: Literal["window", "snap"] = "snap"
+    draft_cache_tokens: int = 1024
 
     def __post_init__(self) -> None:
         def require(ok: bool, param: str, rule: str) -> None:
@@ -55,6 +60,8 @@ class SpeculationParams:
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
         require(1 <= self.num_answers <= 16, "num_answers", "between 1 and 16")
         require(1 <= self.num_clusters <= 10, "num_clusters", "between 1 and 10")
+        require(self.draft_cache in ("window", "snap"), "draft_cache", "window or snap")
+        require(32 <= self.draft_cache_tokens <= 2**20, "draft_cache_tokens", f"between 32 and {2**20}")
 
     @property
     def fixed_draft_tokens(self) -> int | None:

@@ -32,6 +32,7 @@ CASES: list[Case] = [
     ("rest", "auto", "lossless"),
     *(("rest", gamma, "lossless") for gamma in (1, 4, 10)),
     ("speculative", 4, "lossless"),
+    *((strategy, gamma, "lossless") for strategy in ("magicdec", "triforce") for gamma in (1, 4, 10, "auto")),
     ("rapid", "auto", "published"),
     ("rapid", 1, "published"),
     *(("rapid", 10, rule) for rule in RULES),
@@ -106,7 +107,9 @@ def written(backend: LocalBackend, prompt: Prompt, datastore: Datastore) -> dict
     """What each case writes, and its statistics. All run at once, so they also share forward passes."""
 
     async def write(strategy: str, gamma: int | str, rule: str) -> tuple[list[int], Statistics]:
-        speculation = SpeculationParams(strategy, num_draft_tokens=gamma, transfer_strength=20.0, verification=rule)
+        speculation = SpeculationParams(
+            strategy, num_draft_tokens=gamma, transfer_strength=20.0, verification=rule, draft_cache_tokens=128
+        )
         request = GenerationRequest(
             prompt, SamplingParams(temperature=0), speculation, max_tokens=NUM_TOKENS, datastore=datastore
         )
@@ -126,7 +129,7 @@ def test_greedy_text_is_transformers_own(
 ) -> None:
     tokens, statistics = written[case]
     assert tokens == expected
-    if statistics.strategy in ("speculative", "rapid") and case[1] != "auto":
+    if statistics.strategy in ("speculative", "magicdec", "triforce", "rapid") and case[1] != "auto":
         assert 0 < statistics.accepted < statistics.drafted  # both outcomes were put to the test
     if statistics.strategy == "rest" and case[1] != "auto":
         assert 0 < statistics.datastore_accepted == statistics.accepted < statistics.drafted

@@ -27,7 +27,7 @@ MakeEngine = Callable[..., Engine]
 @pytest.mark.parametrize("gamma", [0, 1, 2, 5, 11, 12, 30, "auto"])
 def test_greedy_output_is_the_target_s_own_for_every_strategy_and_rule(world: World, gamma: int | str) -> None:
     expected = greedily(world.target.model, world.prompt().tokens, 12)
-    for strategy in ("autoregressive", "lookup", "speculative"):
+    for strategy in ("autoregressive", "lookup", "speculative", "magicdec", "triforce"):
         assert run(world.request(strategy=strategy, gamma=gamma), world.backend()).tokens == expected
     for rule in RULES:
         request = world.request(gamma=gamma, verification=rule, transfer_strength=20.0)
@@ -93,7 +93,7 @@ def test_without_max_tokens_the_default_or_the_window_ends_it(make_world: Callab
     for strategy in STRATEGIES:
         request = world.request(strategy=strategy, max_tokens=None, default_max_tokens=9)
         assert len(run(request, world.backend()).tokens) == 9
-    for strategy in ("autoregressive", "lookup", "speculative", "rapid"):
+    for strategy in ("autoregressive", "lookup", "speculative", "magicdec", "triforce", "rapid"):
         request = world.request(strategy=strategy, max_tokens=None, gamma=10)
         assert len(run(request, world.backend()).tokens) == room
 
@@ -131,7 +131,7 @@ def test_a_stop_string_across_tokens_ends_it(world: World, strategy: str) -> Non
         assert completion.text == whole[: whole.index(stop)]
 
 
-@pytest.mark.parametrize("strategy", ["autoregressive", "lookup", "speculative", "rapid"])
+@pytest.mark.parametrize("strategy", ["autoregressive", "lookup", "speculative", "magicdec", "triforce", "rapid"])
 def test_a_prompt_too_long_is_refused_with_its_numbers(make_world: Callable[..., World], strategy: str) -> None:
     world = make_world(window=40)
     tokens = len(world.prompt().tokens)
@@ -235,6 +235,8 @@ def test_statistics_add_up(world: World, strategy: str) -> None:
         ("verification", ["typical"]),
         ("draft_top_k", [0, 4097]),
         ("rag_model", ["both"]),
+        ("draft_cache", ["all", ""]),
+        ("draft_cache_tokens", [31, 2**20 + 1]),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_name(param: str, values: list[Any]) -> None:

@@ -5,6 +5,7 @@ const ORIGINS = {
   lookup: "lookup: found earlier in the text, kept by the target",
   datastore: "datastore: found in other texts, kept by the target",
   chosen: "chosen: of the drafted answer that the target found best",
+  self: "self: drafted by the target over a part of its cache, kept by the whole",
   recovered: "recovered: the target’s, for a draft token it refused",
   bonus: "bonus: the target’s, after a draft kept whole",
   plain: "plain: the target’s, with nothing drafted",

@@ -30,7 +30,7 @@ from rapid.kernels.cpu.ir_builder import (
 from rapid.kv_cache.pool import INT8_SCALE_BYTES
 
 _AHEAD = 8  # pages to prefetch
-_BIAS = 128  # of stored keys
+BIAS = 128  # of stored keys
 _STEPS = 127.0  # of a stored number, and of a number of the query
 _WEIGHT_STEPS = 65535.0
 # A number below 2²² that is added to this is rounded: the bits are those of the sum's, more by the integer.
@@ -111,7 +111,7 @@ class Int8Attention(Attention):
                 total = code.builder.add(total, part)
             code.store(factor, code.plus(line, offsets.query_factor))
             bias = code.intrinsic("llvm.vector.reduce.add.v16i32", kind("i32"), total)
-            code.store(code.builder.mul(bias, constant(kind("i32"), -_BIAS)), code.plus(line, offsets.bias))
+            code.store(code.builder.mul(bias, constant(kind("i32"), -BIAS)), code.plus(line, offsets.bias))
         return code.finish()
 
     def _int8_scores(self, num_rows: int) -> Any:
@@ -255,7 +255,7 @@ def write_storing(code: KernelBuilder, d: int, new: Any, slot: Any, cache: Any, 
     four = code.plus(page, code.times(code.divided(t, 4), 4 * d), code.builder.and_(t, code.integer(3)))
     for start, part in zip(range(0, d, LANES), integers, strict=True):
         if is_key:
-            stored = code.builder.trunc(code.builder.add(part, every_word(_BIAS)), kind("i8", LANES))
+            stored = code.builder.trunc(code.builder.add(part, every_word(BIAS)), kind("i8", LANES))
             fours = code.builder.bitcast(stored, kind("i32", 4))
             for i in range(4):
                 place = code.plus(page, (start + 4 * i) * LANES, code.times(t, 4))

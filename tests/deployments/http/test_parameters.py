@@ -13,6 +13,8 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "autoregressive"},
     {"strategy": "lookup", "num_draft_tokens": 4},
     {"strategy": "speculative", "num_draft_tokens": 3},
+    {"strategy": "magicdec", "num_draft_tokens": 3, "draft_cache_tokens": 32},
+    {"strategy": "triforce", "num_draft_tokens": 3, "draft_cache_tokens": 32},
     {"strategy": "rapid", "num_draft_tokens": 3},
     {"strategy": "rapid"},
 ]

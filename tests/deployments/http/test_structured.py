@@ -19,6 +19,7 @@ from rapid.sampling.grammar import Grammar
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "autoregressive"},
     {"strategy": "lookup", "num_draft_tokens": 4},
+    {"strategy": "triforce", "num_draft_tokens": 4, "draft_cache_tokens": 32},
     {"strategy": "rapid", "num_draft_tokens": 3},
 ]
 SCHEMA = {

@@ -21,7 +21,7 @@ def traced(url: str, **rapid: Any) -> tuple[str, list[dict[str, Any]], dict[str,
     return "".join(choice.text for chunk in chunks for choice in chunk.choices), rounds, extras[-1]["rapid"]
 
 
-@pytest.mark.parametrize("strategy", ["autoregressive", "lookup", "rapid"])
+@pytest.mark.parametrize("strategy", ["autoregressive", "lookup", "magicdec", "triforce", "rapid"])
 def test_the_rounds_are_the_answer(letters_url: str, strategy: str) -> None:
     text, rounds, statistics = traced(letters_url, strategy=strategy, num_draft_tokens=4)
     tokens = [token for each in rounds for token in each["tokens"]]
@@ -30,7 +30,8 @@ def test_the_rounds_are_the_answer(letters_url: str, strategy: str) -> None:
     for name in ("drafted", "accepted"):
         assert sum(each[name] for each in rounds) == statistics[name]
     origins = [token["origin"] for token in tokens]
-    assert origins.count("accepted") + origins.count("lookup") == statistics["accepted"]
+    assert sum(origins.count(drafted) for drafted in ("accepted", "lookup", "self")) == statistics["accepted"]
+    assert origins.count("self") == (statistics["accepted"] if strategy in ("magicdec", "triforce") else 0)
     assert origins.count("lookup") == statistics["lookup_accepted"]
     if strategy == "autoregressive":
         assert set(origins) == {"plain"}

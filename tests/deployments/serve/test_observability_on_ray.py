@@ -107,7 +107,9 @@ def cluster(tiny_folder: Path, collector: tuple[str, list[Span]]) -> Iterator[Cl
 @pytest.fixture(scope="module")
 def answers(cluster: Cluster) -> list[dict[str, Any]]:
     """The `rapid` objects of a few answers, the first things that were asked."""
-    strategies = ({"strategy": "speculative", "num_draft_tokens": 3}, {"strategy": "lookup"}, {"strategy": "rapid"})
+    strategies: list[dict[str, Any]] = [{"strategy": "lookup"}, {"strategy": "rapid"}]
+    for name in ("speculative", "magicdec", "triforce"):
+        strategies.append({"strategy": name, "num_draft_tokens": 3, "draft_cache_tokens": 32})
     return [complete(cluster.url, rapid)[1] for rapid in strategies]
 
 
@@ -134,6 +136,8 @@ def test_metrics_add_up_to_what_the_answers_say(cluster: Cluster, answers: list[
     }.items():
         for answer in answers:
             assert total(samples, f"ray_rapid_{metric}_total", strategy=answer["strategy"]) == answer[field]
+    for answer in answers:
+        assert answer["drafted"] or answer["strategy"] in ("lookup", "rapid")
     drafted = sum(answer["drafted"] for answer in answers)
     assert total(samples, "ray_rapid_spec_decode_num_draft_tokens_per_pos_total") == drafted
     by_gamma = Counter[int]()
@@ -145,7 +149,11 @@ def test_metrics_add_up_to_what_the_answers_say(cluster: Cluster, answers: list[
         seconds = sum(answer["timings_ms"][timing] for answer in answers) / 1e3
         assert total(samples, "ray_rapid_round_seconds_total", part=part) == pytest.approx(seconds, rel=1e-3, abs=1e-4)
     retrievals = sum(1 for answer in answers if answer["timings_ms"]["retrieval"])  # an answer may end before
-    for metric, count in {"time_to_first_token": 3, "time_per_output_token": 3, "retrieval": retrievals}.items():
+    for metric, count in {
+        "time_to_first_token": len(answers),
+        "time_per_output_token": len(answers),
+        "retrieval": retrievals,
+    }.items():
         assert total(samples, f"ray_rapid_{metric}_seconds_count") == count
     assert total(samples, "ray_rapid_requests_total", endpoint="/v1/completions", status="200") == len(answers)
     assert total(samples, "ray_rapid_kv_bytes", deployment="Target", state="used") == 0

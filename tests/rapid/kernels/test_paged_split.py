@@ -15,7 +15,8 @@ from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sd
 from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVCache, KVLayout
+from rapid.kv_cache.pool import KVLayout
+from rapid.kv_cache.table import PageTable
 from rapid.models.model import Model
 
 interpreted = pytest.mark.skipif(
@@ -187,9 +188,7 @@ def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch)
     for rows in (*pool.keys, *pool.values):
         rows.normal_(generator=generator)
     pages = [[7, 3, 9, own] for own in (1, 2, 4)] + [[20, 21, 22, 23]]
-    entries = [
-        BatchEntry(KVCache.at(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)
-    ]
+    entries = [BatchEntry(PageTable(pool, own, 50), [0] * new, 0) for own, new in zip(pages, (1, 5, 2, 3), strict=True)]
     fused = torch.randn(11, 8, 16, generator=generator)
     outputs = []
     for worth in (0, 2**40):

@@ -18,7 +18,8 @@ from rapid.kernels.cpu.attention import RunAttention, RunBatch
 from rapid.kernels.cpu.attention_ir import BLOCK
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.prefix import PrefixGroup, prefix_groups
-from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.model import Model
 from rapid.speculation.draft import Draft, certain_draft
 
@@ -69,7 +70,7 @@ def batch_of(groups: list[Group], dtype: torch.dtype, d: int) -> tuple[list[Batc
             cached = shared // 16 * 16 + own
             pages = shared_pages + [free.pop() for _ in range(-(-(cached + new) // 16) - len(shared_pages))]
             write(pages, len(shared_pages) * 16, cached + new)
-            entries.append(BatchEntry(KVCache.at(pool, pages, cached), [0] * new, 0))
+            entries.append(BatchEntry(PageTable(pool, pages, cached), [0] * new, 0))
             queries.append(torch.randn(new, HEADS, d, generator=generator).to(dtype))
             slots = [pages[i // 16] * 16 + i % 16 for i in range(cached + new)]
             keys, values = (rows[LAYER][:, slots] for rows in (pool.keys, pool.values))

@@ -30,7 +30,13 @@ from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, certain_draft
 
 END = 256
-STRATEGIES = [("autoregressive", 0), ("lookup", 4), ("speculative", 3), ("rapid", 3), ("rapid", "auto")]
+STRATEGIES = [
+    ("autoregressive", 0),
+    ("lookup", 4),
+    *((strategy, 3) for strategy in ("speculative", "magicdec", "triforce")),
+    ("rapid", 3),
+    ("rapid", "auto"),
+]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -90,8 +96,8 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(draft.tokens))
         return within(draft, num_allowed)
 
-    within = tasks._within_grammar
-    monkeypatch.setattr(tasks, "_within_grammar", watched)
+    within = tasks.within_grammar
+    monkeypatch.setattr(tasks, "within_grammar", watched)
     return seen
 
 
@@ -190,10 +196,10 @@ def test_a_looked_up_draft_ends_where_it_breaks_the_grammar(byte_tokenizer: PreT
     processor = LogitProcessor(params, byte_tokenizer, 257, torch.device("cpu"))
     num_allowed = processor.num_allowed([], draft.tokens)
     assert num_allowed == 6
-    assert tasks._within_grammar(draft, num_allowed).tokens == draft.tokens[:6]
+    assert tasks.within_grammar(draft, num_allowed).tokens == draft.tokens[:6]
     drawn = replace(draft, distributions=[(np.array([1, 2], np.int32), np.ones(2, np.float32) / 2)] * 7)
     with pytest.raises(ValueError, match="breaks the grammar"):
-        tasks._within_grammar(drawn, num_allowed)
+        tasks.within_grammar(drawn, num_allowed)
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused() -> None:

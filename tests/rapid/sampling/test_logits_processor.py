@@ -28,7 +28,13 @@ from rapid.sampling.sampler import probabilities
 from rapid.speculation.verification import RULES
 
 EVERY = LogitParams(logit_bias={3: 1.5, 5: -2.0}, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4)
-STRATEGIES = [("autoregressive", 0), ("lookup", 4), ("speculative", 3), ("rapid", 3), ("rapid", "auto")]
+STRATEGIES = [
+    ("autoregressive", 0),
+    ("lookup", 4),
+    *((strategy, 3) for strategy in ("speculative", "magicdec", "triforce")),
+    ("rapid", 3),
+    ("rapid", "auto"),
+]
 
 
 def adjusted(params: LogitParams, logits: torch.Tensor, prompt: list[int], output: list[int]) -> torch.Tensor:
