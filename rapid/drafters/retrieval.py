@@ -89,7 +89,9 @@ class RetrievalDrafter(Drafter):
             return None
         output = self._session.output
         written = output[drafted.offset :]
-        guessed = len(drafted.tokens) - drafted.num_ahead < len(written) and drafted.tokens[: len(written)] == written
+        # The guess was written, too. A greedy guess is no draw, so it may be a draft token itself.
+        least = len(drafted.tokens) - drafted.num_ahead + (self._session.request.sampling.temperature > 0)
+        guessed = least <= len(written) and drafted.tokens[: len(written)] == written
         draft, ended = drafted.after(len(output)).within(limits, self._eos)
         return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
-from rapid.engine.readout import Download, Draw, Verify
+from rapid.engine.readout import Download, Draw
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
+from rapid.engine.verdicts import Verify
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.memory import is_out_of_memory

@@ -26,11 +26,14 @@ class Drawn(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> Drawn:
-    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None) -> Drawn:
+    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
+
+    Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer.
+    """
     top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
     weights = top / top.sum(-1, keepdim=True)
-    tokens = sample_few(weights, ids, keys)
+    tokens = ids[:, 0] if keys is None else sample_few(weights, ids, keys)
     return Drawn(tokens, _confidences(logits, tokens), ids, weights)
 
 

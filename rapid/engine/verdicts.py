@@ -1,0 +1,228 @@
+"""Verifies the drafts of many sequences at once, each in the way that its request asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rapid.engine.grouping import in_groups, joined
+from rapid.kernels.transfer import upload
+from rapid.sampling.noise import Noise
+from rapid.sampling.params import SamplingParams
+from rapid.sampling.row_params import RowParams
+from rapid.sampling.sampler import warp
+from rapid.speculation.draft import Draft, Logprobs, Pairs, Transferred
+from rapid.speculation.trust_region import Region, choose, running_agreement
+from rapid.speculation.verification import (
+    LOSSLESS,
+    DraftRows,
+    Rule,
+    Verdict,
+    best_augmented,
+    dense,
+    output_law,
+    verify,
+    verify_greedy,
+)
+
+
+class Bound(NamedTuple):
+    """η is chosen for each position: ``most`` is ε_max·c, ``agreement`` is a where the round begins."""
+
+    most: float
+    agreement: float
+
+
+class How(NamedTuple):
+    """How a draft is verified.
+
+    ``sampling`` makes p of the logits. If ``is_greedy`` the best token of each row is chosen: of the logits where the
+    temperature of ``sampling`` is 0, else of the augmented logits. ``distributions`` has the q of each position with a
+    q: those of the draft's tokens, and in a greedy transfer that of the position behind them.
+    """
+
+    sampling: SamplingParams
+    seed: int
+    distributions: Sequence[Pairs]
+    is_greedy: bool
+    rule: Rule = LOSSLESS
+    strength: float | Bound = 0.0
+    num_logprobs: int | None = None
+
+    @property
+    def transfers_greedily(self) -> bool:
+        return self.is_greedy and self.sampling.temperature > 0
+
+
+class Verify(NamedTuple):
+    """Verifies ``draft`` by its target's ``logits`` [γ+1, V]; the answer is what `verdict` reads, on the device."""
+
+    logits: Tensor
+    draft: Draft
+    how: How
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Verifications of the same kind are computed together."""
+        how = self.how
+        return how.is_greedy, how.sampling.temperature > 0 and (how.rule, isinstance(how.strength, Bound))
+
+    @staticmethod
+    def together(wishes: Sequence[Verify]) -> list[Tensor]:
+        return in_groups(wishes, lambda each: each.kind, _verify)
+
+
+class Decided(NamedTuple):
+    """A verdict on the host: how many draft tokens were accepted, what the round emits, and what else was asked for."""
+
+    num_accepted: int
+    emitted: list[int]
+    transferred: Transferred | None
+    logprobs: list[Logprobs]
+
+
+def verdict(values: NDArray[np.float64], draft: Draft, how: How) -> Decided:
+    """The verdict on ``draft`` from the ``values`` that a `Verify` gave."""
+    num_accepted, next_token = map(int, values[:2])
+    values, transferred, logprobs = values[2:], None, []
+    if isinstance(how.strength, Bound):
+        size = len(Transferred._fields)
+        transferred, values = Transferred(*values[:size].tolist()), values[size:]
+    if how.num_logprobs is not None:
+        for own, *top in values.reshape(len(draft.tokens) + 1, -1)[: num_accepted + 1].tolist():
+            likely, ids = top[: len(top) // 2], map(int, top[len(top) // 2 :])
+            logprobs.append(Logprobs(own, [(i, v) for i, v in zip(ids, likely, strict=True) if v > -np.inf]))
+    return Decided(num_accepted, [*draft.tokens[:num_accepted], next_token], transferred, logprobs)
+
+
+def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
+    """Verifies drafts of one kind."""
+    hows, device = [each.how for each in wishes], wishes[0].logits.device
+    how, logits = hows[0], joined([each.logits for each in wishes])
+    drafts = _draft_rows([each.draft for each in wishes], device, with_q=not how.is_greedy)
+    laws: list[Tensor | None] = [None] * len(wishes)
+    chosen: _ChosenStrength | None = None
+    if how.is_greedy and not how.transfers_greedily:
+        found = verify_greedy(drafts, logits.argmax(-1))
+    else:
+        params = RowParams.of([each.how.sampling for each in wishes for _ in range(len(each.logits))], device)
+        target_probs = warp(logits, params)
+        scored = target_probs if how.is_greedy else drafts.scored(target_probs)
+        if isinstance(how.strength, Bound):
+            chosen = _ChosenStrength(hows, scored)
+            strength = chosen.region.strength.float()
+        else:
+            given = [[each.strength] for each in hows for _ in each.distributions]
+            strength = upload(given or np.zeros((0, 1)), "float32", device)
+        if how.is_greedy:
+            shift = how.rule.shift(scored, _dense(hows, scored))
+            scaled = logits / params.temperature.to(logits.dtype)
+            found = verify_greedy(drafts, best_augmented(scaled, scored, shift, strength))
+        else:
+            places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
+            found = verify(how.rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1]))
+            sizes = [len(each.logits) for each in wishes], [len(each.distributions) for each in hows]
+            laws = [
+                None if each.how.num_logprobs is None else _law(each, probs, its_strength)
+                for each, probs, its_strength in zip(
+                    wishes, target_probs.split(sizes[0]), strength.split(sizes[1]), strict=True
+                )
+            ]
+    numbers = torch.stack(found, -1).double()  # [B, 2]
+    if chosen is not None:
+        numbers = torch.cat([numbers, chosen.sums(found)], -1)
+    return [
+        row if each.how.num_logprobs is None else torch.cat([row, _logprobs(each, verdict, law)])
+        for each, row, verdict, law in zip(wishes, numbers, torch.stack(found, -1), laws, strict=True)
+    ]
+
+
+class _ChosenStrength:
+    """η of each position that has a q, for B verifications by one rule; ``scored`` [N, V] is p of these positions."""
+
+    def __init__(self, hows: Sequence[How], scored: Tensor) -> None:
+        device = scored.device
+        counts = [len(how.distributions) for how in hows]
+        places = [(b, step) for b, count in enumerate(counts) for step in range(count)]
+        self._sequences, self._steps = upload(np.array(places).T, "int64", device)
+        self._counts = upload(counts, "int64", device)
+        most, before = upload([how.strength for how in hows], "float64", device).T
+        ids, weights = _padded([pairs for how in hows for pairs in how.distributions], device)
+        agreements = torch.zeros(len(hows), max(counts), dtype=torch.float64, device=device)
+        agreements[self._sequences, self._steps] = torch.minimum(scored.gather(-1, ids), weights).double().sum(-1)
+        self._agreement = running_agreement(before, agreements)
+        most = most[self._sequences] * self._agreement[self._sequences, self._steps]
+        draft_probs = dense(ids, weights, scored.shape[-1])
+        self.region: Region = choose(hows[0].rule, scored, draft_probs, most.unsqueeze(-1))
+
+    def sums(self, found: Verdict) -> Tensor:
+        """The numbers of each verification's `Transferred`: [B, 6]."""
+        behind = torch.minimum(found.num_accepted + 1, self._counts).unsqueeze(-1)
+        is_written = (self._steps <= found.num_accepted[self._sequences]).unsqueeze(-1)
+        columns = torch.cat([torch.ones_like(self.region.bound), *self.region], -1) * is_written
+        sums = columns.new_zeros(len(self._counts), columns.shape[-1]).index_add_(0, self._sequences, columns)
+        return torch.cat([self._agreement.gather(-1, behind), sums], -1)
+
+
+def _dense(hows: Sequence[How], target_probs: Tensor) -> Tensor:
+    """The q of all positions as rows over the vocabulary."""
+    pairs = [pairs for how in hows for pairs in how.distributions]
+    return dense(*_padded(pairs, target_probs.device), target_probs.shape[-1])
+
+
+def _draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
+    lengths = [len(draft.tokens) for draft in drafts]
+    firsts = list(accumulate(lengths, initial=0))[:-1]
+    counts, starts = upload([lengths, firsts], "int64", device)
+    if not any(lengths):  # plain decoding
+        none = counts[:0]
+        return DraftRows(none, none, none, none, none, none, counts, starts, 0)
+    columns = [
+        (token, first + b + step, step, b)
+        for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
+        for step, token in enumerate(draft.tokens)
+    ]
+    ids = weights = counts[:0]
+    if with_q:
+        ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
+    tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
+    return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
+
+
+def _padded(pairs: Sequence[Pairs], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids and weights of ``pairs`` as rows [n, k]."""
+    sizes = np.array([len(ids) for ids, _ in pairs])
+    is_filled = np.arange(sizes.max()) < sizes[:, None]
+    ids, weights = np.zeros(is_filled.shape, np.int64), np.zeros(is_filled.shape, np.float32)
+    ids[is_filled], weights[is_filled] = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return upload(ids, "int64", device), upload(weights, "float32", device)
+
+
+def _law(wish: Verify, target_probs: Tensor, strength: Tensor) -> Tensor:
+    """The law [γ+1, V] of what ``wish`` emits, from its rows of p and its η [γ, 1]."""
+    if not wish.draft.tokens:
+        return target_probs
+    draft_probs = dense(*_padded(wish.draft.distributions, target_probs.device), target_probs.shape[-1])
+    return output_law(wish.how.rule, draft_probs, target_probs, strength)
+
+
+def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
+    """For each of γ+1 rows: the emitted token's log-probability, the largest ones, and their tokens; one column.
+
+    Rows behind the emitted token are of no meaning. A greedy choice has probability 1, which is no information: the
+    unwarped distribution is reported instead.
+    """
+    log_probs = wish.logits.log_softmax(-1) if law is None else law.log()
+    num_accepted, next_token = found
+    drafted = upload([*wish.draft.tokens, 0], "int64", log_probs.device)
+    places = torch.arange(len(drafted), device=drafted.device)
+    emitted = torch.where(places == num_accepted, next_token, drafted)
+    own = log_probs.gather(-1, emitted.unsqueeze(-1))
+    top, ids = log_probs.topk(min(wish.how.num_logprobs or 0, log_probs.shape[-1]))
+    return torch.cat([own.double(), top.double(), ids.double()], -1).flatten()
