@@ -72,6 +72,7 @@ class Statistics:
     fallback: str | None = None
     resumed: int = 0
     drafters_lost: int = 0
+    refreshed: int = 0
     transfer: Transfer = field(default_factory=Transfer)
     timings_ms: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
@@ -113,7 +114,7 @@ class Statistics:
         return replace(
             first,
             **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
-            **summed("resumed", "drafters_lost"),
+            **summed("resumed", "drafters_lost", "refreshed"),
             cached_tokens=min(choice.cached_tokens for choice in choices),  # the first may fill pages for the rest
             fallback=next((choice.fallback for choice in choices if choice.fallback), None),
             transfer=Transfer.of_all([choice.transfer for choice in choices]),

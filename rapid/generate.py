@@ -208,13 +208,17 @@ def _seeded(request: GenerationRequest, choice: int) -> GenerationRequest:
 
 
 class _RetrieveOnce:
-    """Asks the retriever for the first choice that needs it, and gives the other choices the same answer."""
+    """Asks the retriever for the first choice that needs a query, and gives the other choices the same answer."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.tasks: list[asyncio.Task[Retrieval]] = []
+        self._by_query: dict[str, asyncio.Task[Retrieval]] = {}
+
+    @property
+    def tasks(self) -> list[asyncio.Task[Retrieval]]:
+        return list(self._by_query.values())
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
-        if not self.tasks:
-            self.tasks.append(asyncio.create_task(self._backend.retrieve(contents, query, options)))
-        return await asyncio.shield(self.tasks[0])
+        if query not in self._by_query:
+            self._by_query[query] = asyncio.create_task(self._backend.retrieve(contents, query, options))
+        return await asyncio.shield(self._by_query[query])

@@ -55,23 +55,37 @@ class Session:
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
         """
-        prompt, statistics = self.request.prompt, self.statistics
+        prompt = self.request.prompt
         if not prompt.contents:
-            statistics.fallback = "no_long_context"
+            self.statistics.fallback = "no_long_context"
             return None
+        retrieval = await self.retrieve(prompt.query)
+        self.rely_on(retrieval)
+        if not retrieval.chunks:
+            self.statistics.fallback = "nothing_above_threshold"
+            return None
+        return prompt.shortened(retrieval.chunks)
+
+    async def retrieve(self, query: str) -> Retrieval:
+        """What of the prompt's contents is relevant to ``query``.
+
+        Raises:
+            RetrievalFailed: the retriever or its store is gone or failed.
+        """
         started = time.perf_counter()
-        retrieval = await self._retrieve(prompt.contents, prompt.query, self.request.retrieval)
-        statistics.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
+        retrieval = await self._retrieve(self.request.prompt.contents, query, self.request.retrieval)
+        self.statistics.timings_ms["retrieval"] += (time.perf_counter() - started) * 1e3
+        return retrieval
+
+    def rely_on(self, retrieval: Retrieval) -> None:
+        """From now on the passages of ``retrieval`` are those that count."""
+        statistics = self.statistics
+        self.trust = self.trust._replace(confidence=_confidence(retrieval))
         statistics.context_tokens, statistics.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
         statistics.chunks = [
             {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
             for c in retrieval.chunks
         ]
-        self.trust = self.trust._replace(confidence=_confidence(retrieval))
-        if not retrieval.chunks:
-            statistics.fallback = "nothing_above_threshold"
-            return None
-        return prompt.shortened(retrieval.chunks)
 
 
 def _confidence(retrieval: Retrieval) -> float:

@@ -19,6 +19,8 @@ class SpeculationParams:
     (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
     offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
 
+    With ``refresh`` "auto" the passages are retrieved anew at the end of a sentence that they did not help with.
+
     With η "auto" each position has its own, the largest that keeps KL(p̂‖p) within a bound of at most
     ``transfer_divergence`` nats (`rapid.speculation.trust_region`). ``transfer_temperature`` is the temperature of p
     and q where the request's is 0: the output is then the argmax of the augmented logits. With 0 it is the target's
@@ -38,6 +40,7 @@ class SpeculationParams:
     transfer_divergence: float = 0.5
     verification: str = "published"
     draft_top_k: int = 64
+    refresh: Literal["off", "auto"] = "off"
     rag_model: str = "target"
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class SpeculationParams:
         known = f"one of {', '.join(VERIFICATION_RULES)}"
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
+        require(self.refresh in ("off", "auto"), "refresh", "off or auto")
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
 
     @property
