@@ -105,6 +105,10 @@ def generate(
     draft_top_k: Annotated[
         int | None, typer.Option(help="The drafter samples from its k likeliest.", rich_help_panel="Decoding")
     ] = None,
+    refresh: Annotated[
+        Literal["off", "auto"] | None,
+        typer.Option(help="auto: retrieve anew while the answer is written.", rich_help_panel="Retrieval"),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.", rich_help_panel="Decoding")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. Repeatable.", rich_help_panel="Decoding")
@@ -160,6 +164,7 @@ def generate(
             "transfer_divergence": transfer_divergence,
             "verification": verification,
             "draft_top_k": draft_top_k,
+            "refresh": refresh,
             "query": query or question,
             "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
         },

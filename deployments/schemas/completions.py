@@ -55,6 +55,7 @@ class RapidFields(Body):
     transfer_divergence: float | None = Field(None, description="with η auto: KL(p̂‖p) in nats, at most")
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
+    refresh: Literal["off", "auto"] | None = Field(None, description="auto: retrieves anew while the answer is written")
     rag_model: str | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()
