@@ -103,44 +103,70 @@ def verdict(values: NDArray[np.float64], draft: Draft, how: How) -> Decided:
 
 def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     """Verifies drafts of one kind."""
-    hows, device = [each.how for each in wishes], wishes[0].logits.device
-    how, logits = hows[0], joined([each.logits for each in wishes])
-    drafts = _draft_rows([each.draft for each in wishes], device, with_q=not how.is_greedy)
-    laws: list[Tensor | None] = [None] * len(wishes)
-    chosen: _ChosenStrength | None = None
-    if how.is_greedy and not how.transfers_greedily:
-        found = verify_greedy(drafts, logits.argmax(-1))
+    how, logits = wishes[0].how, joined([each.logits for each in wishes])
+    drafts = _draft_rows([each.draft for each in wishes], logits.device, with_q=not how.is_greedy)
+    if how.transfers_greedily:
+        found = _by_augmented_logits(wishes, logits, drafts)
+    elif how.is_greedy:
+        found = _Found(verify_greedy(drafts, logits.argmax(-1)))
     else:
-        params = RowParams.of([each.how.sampling for each in wishes for _ in range(len(each.logits))], device)
-        target_probs = warp(logits, params)
-        scored = target_probs if how.is_greedy else drafts.scored(target_probs)
-        if isinstance(how.strength, Bound):
-            chosen = _ChosenStrength(hows, scored)
-            strength = chosen.region.strength.float()
-        else:
-            given = [[each.strength] for each in hows for _ in each.distributions]
-            strength = upload(given or np.zeros((0, 1)), "float32", device)
-        if how.is_greedy:
-            shift = how.rule.shift(scored, _dense(hows, scored))
-            scaled = logits / params.temperature.to(logits.dtype)
-            found = verify_greedy(drafts, best_augmented(scaled, scored, shift, strength))
-        else:
-            places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
-            found = verify(how.rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1]))
-            sizes = [len(each.logits) for each in wishes], [len(each.distributions) for each in hows]
-            laws = [
-                None if each.how.num_logprobs is None else _law(each, probs, its_strength)
-                for each, probs, its_strength in zip(
-                    wishes, target_probs.split(sizes[0]), strength.split(sizes[1]), strict=True
-                )
-            ]
-    numbers = torch.stack(found, -1).double()  # [B, 2]
-    if chosen is not None:
-        numbers = torch.cat([numbers, chosen.sums(found)], -1)
+        found = _by_rule(wishes, logits, drafts)
+    verdicts = torch.stack(found.verdict, -1)  # [B, 2]
+    numbers = verdicts.double()
+    if found.chosen is not None:
+        numbers = torch.cat([numbers, found.chosen.sums(found.verdict)], -1)
+    laws = found.laws or [None] * len(wishes)
     return [
         row if each.how.num_logprobs is None else torch.cat([row, _logprobs(each, verdict, law)])
-        for each, row, verdict, law in zip(wishes, numbers, torch.stack(found, -1), laws, strict=True)
+        for each, row, verdict, law in zip(wishes, numbers, verdicts, laws, strict=True)
     ]
+
+
+def _by_rule(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
+    """Sampled verdicts by one rule, and the laws of those whose log-probabilities are wanted."""
+    hows, rule, device = [each.how for each in wishes], wishes[0].how.rule, logits.device
+    target_probs = warp(logits, _row_params(wishes, device))
+    strength, chosen = _strengths(hows, drafts.scored(target_probs))
+    places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
+    verdict = verify(rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1]))
+    probs_of_each = target_probs.split([len(each.logits) for each in wishes])
+    strength_of_each = strength.split([len(how.distributions) for how in hows])
+    laws = [
+        None if each.how.num_logprobs is None else _law(each, probs, its_strength)
+        for each, probs, its_strength in zip(wishes, probs_of_each, strength_of_each, strict=True)
+    ]
+    return _Found(verdict, chosen, laws)
+
+
+def _by_augmented_logits(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
+    """Verdicts by the argmax of the augmented logits, each row of which has a q."""
+    hows = [each.how for each in wishes]
+    params = _row_params(wishes, logits.device)
+    target_probs = warp(logits, params)
+    strength, chosen = _strengths(hows, target_probs)
+    draft_probs = dense(*_padded_q(hows, logits.device), logits.shape[-1])
+    shift = hows[0].rule.shift(target_probs, draft_probs)
+    best = best_augmented(logits / params.temperature.to(logits.dtype), target_probs, shift, strength)
+    return _Found(verify_greedy(drafts, best), chosen)
+
+
+def _row_params(wishes: Sequence[Verify], device: torch.device) -> RowParams:
+    return RowParams.of([each.how.sampling for each in wishes for _ in range(len(each.logits))], device)
+
+
+def _strengths(hows: Sequence[How], scored: Tensor) -> tuple[Tensor, _ChosenStrength | None]:
+    """η [N, 1] of the N positions with a q, of which ``scored`` [N, V] is p; and how it was chosen, if it was."""
+    if isinstance(hows[0].strength, Bound):
+        chosen = _ChosenStrength(hows, scored)
+        return chosen.region.strength.float(), chosen
+    given = [[how.strength] for how in hows for _ in how.distributions]
+    return upload(given or np.zeros((0, 1)), "float32", scored.device), None
+
+
+class _Found(NamedTuple):
+    verdict: Verdict
+    chosen: _ChosenStrength | None = None
+    laws: Sequence[Tensor | None] = ()
 
 
 class _ChosenStrength:
@@ -153,7 +179,7 @@ class _ChosenStrength:
         self._sequences, self._steps = upload(np.array(places).T, "int64", device)
         self._counts = upload(counts, "int64", device)
         most, before = upload([how.strength for how in hows], "float64", device).T
-        ids, weights = _padded([pairs for how in hows for pairs in how.distributions], device)
+        ids, weights = _padded_q(hows, device)
         agreements = torch.zeros(len(hows), max(counts), dtype=torch.float64, device=device)
         agreements[self._sequences, self._steps] = torch.minimum(scored.gather(-1, ids), weights).double().sum(-1)
         self._agreement = running_agreement(before, agreements)
@@ -170,10 +196,9 @@ class _ChosenStrength:
         return torch.cat([self._agreement.gather(-1, behind), sums], -1)
 
 
-def _dense(hows: Sequence[How], target_probs: Tensor) -> Tensor:
-    """The q of all positions as rows over the vocabulary."""
-    pairs = [pairs for how in hows for pairs in how.distributions]
-    return dense(*_padded(pairs, target_probs.device), target_probs.shape[-1])
+def _padded_q(hows: Sequence[How], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The q of all positions that have one, as ids and weights."""
+    return _padded([pairs for how in hows for pairs in how.distributions], device)
 
 
 def _draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
