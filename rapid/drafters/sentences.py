@@ -28,7 +28,7 @@ class SentenceWatch:
 
         They did not if the drafter was unsure of its tokens, and fewer of them stood than in the sentences before.
         """
-        self._text += self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+        self._text += str(self._tokenizer.decode(result.tokens, skip_special_tokens=True))
         self._confidences += result.confidences[: result.num_accepted + 1]
         self._num_accepted += result.num_accepted
         ends = [match.end() for match in _ENDS.finditer(self._text)]
