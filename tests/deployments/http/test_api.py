@@ -68,8 +68,9 @@ def test_a_greedy_transfer_over_http_does_not_depend_on_gamma(client: OpenAI, ex
     assert [other for other, _ in others] == [text] * 2
     transfer = statistics["transfer"]
     assert transfer["positions"] == 24
-    assert 0 < transfer["divergence"] <= transfer["bound"] + 1e-4 <= transfer["confidence"] + 2e-4
-    assert 0 < transfer["strength"] <= 50 and 0 < transfer["uncertainty"] <= 1 and 0 < transfer["agreement"] <= 1
+    # The passages may be so unlike the question that retrieval is not sure of them at all; then nothing is moved.
+    assert 0 <= transfer["divergence"] <= transfer["bound"] + 1e-4 <= transfer["confidence"] + 2e-4
+    assert 0 <= transfer["strength"] <= 50 and 0 <= transfer["uncertainty"] <= 1 and 0 < transfer["agreement"] <= 1
     text, statistics = ask(num_draft_tokens=4)
     assert text == expected and statistics["transfer"] is None
 
