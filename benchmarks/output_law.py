@@ -7,15 +7,16 @@ independently of the code that they check.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 import rapid  # noqa: F401 (before torch)
 
 # isort: split
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.common.closed_forms import law, softmax
+from benchmarks.common.closed_forms import Array, bound, chosen_strength, law, softmax
 from benchmarks.common.dense_rounds import verify_dense
 from benchmarks.common.results import write
 from benchmarks.common.table_engine import MAX_ROUNDS, transitions
@@ -23,13 +24,34 @@ from rapid.datastore.search import Datastore, Segment, suffix_array
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import sample
+from rapid.speculation.trust_region import MEMORY, choose, running_agreement
 from rapid.speculation.verification import RULES
 
 GAMMA, VOCAB = 3, 10
 _AT_ONCE = 2000  # sequences
+MOST_NATS = 0.4  # ε_max · c, where η is "auto"
 
 
-def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, rounds: int) -> dict[str, float]:
+def chosen(rule: str, p: Tensor, q: Tensor) -> Tensor:
+    """η "auto" of a round's γ positions, as the engine chooses it: [γ, 1]."""
+    agreements = torch.minimum(p, q).double().sum(-1)
+    running = running_agreement(torch.ones(1, dtype=torch.float64), agreements[None])
+    return choose(RULES[rule], p, q, MOST_NATS * running[0, :-1, None]).strength.float()
+
+
+def closed_chosen(rule: str, z: Array, q: Array, temperature: float) -> list[float]:
+    """The same from the formulas, position by position."""
+    etas, agreement = [], 1.0
+    for logits, probs in zip(z, q, strict=True):
+        epsilon = bound(logits, probs, MOST_NATS * agreement, temperature)
+        etas.append(chosen_strength(rule, logits, probs, epsilon, temperature))
+        agreement = MEMORY * agreement + (1 - MEMORY) * np.minimum(softmax(logits / temperature), probs).sum()
+    return etas
+
+
+def worst_distance(
+    rule: str, eta: float | Literal["auto"], temperature: float, draft_top_k: int, rounds: int
+) -> dict[str, float]:
     """Total variation at each draft position, if all tokens before it were accepted, and the identity's error."""
     rng = np.random.default_rng(2)
     z = 1.2 * rng.standard_normal((GAMMA + 1, VOCAB))
@@ -47,19 +69,21 @@ def worst_distance(rule: str, eta: float, temperature: float, draft_top_k: int, 
         draft,
         q.expand(rounds, GAMMA, VOCAB),
         p.float().expand(rounds, GAMMA + 1, VOCAB),
-        eta,
+        chosen(rule, p[:GAMMA].float(), q).repeat(rounds, 1) if eta == "auto" else eta,
         noise,
     )
     emitted = torch.cat([draft, draft[:, :1]], -1).scatter(-1, num_accepted[:, None], next_token[:, None])
+    q_rows = q.double() / q.double().sum(-1, keepdim=True)
+    etas = closed_chosen(rule, z[:GAMMA], q_rows.numpy(), temperature) if eta == "auto" else [eta] * GAMMA
     distances, samples, identity = [], [], 0.0
     for position in range(GAMMA):
-        q_exact = q[position].double() / q[position].double().sum()
-        expected = law(rule, z[position], q_exact.numpy(), eta, temperature)
+        q_exact = q_rows[position]
+        expected = law(rule, z[position], q_exact.numpy(), etas[position], temperature)
         reached = emitted[num_accepted >= position, position]
         shares = torch.bincount(reached, minlength=VOCAB).double() / len(reached)
         distances.append(float((shares - torch.from_numpy(expected)).abs().sum() / 2))
         samples.append(len(reached))
-        augmented = RULES[rule].augment(p[position], q_exact, eta)
+        augmented = RULES[rule].augment(p[position], q_exact, etas[position])
         accepted = torch.minimum(q_exact, augmented)
         out = accepted + (1 - accepted.sum()) * RULES[rule].residual(p[position], q_exact, augmented)
         identity = max(identity, float((out - torch.from_numpy(expected)).abs().max()))
@@ -147,7 +171,7 @@ def of_the_rules(rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     print(f"{'rule':10} {'η':>4} {'T':>4} {'k':>3} {'TV to the law':>14} {'samples':>8} {'identity':>9} {'TV to p':>8}")
     for rule in RULES:
-        for eta in (0.0, 5.0, 10.0, 20.0):
+        for eta in (0.0, 5.0, 10.0, 20.0, "auto"):
             for temperature in (0.5, 1.0):
                 for draft_top_k in (4, VOCAB):
                     row = worst_distance(rule, eta, temperature, draft_top_k, rounds)
@@ -155,7 +179,7 @@ def of_the_rules(rounds: int) -> dict[str, Any]:
                         {"rule": rule, "eta": eta, "temperature": temperature, "draft_top_k": draft_top_k} | row
                     )
                     print(
-                        f"{rule:10} {eta:4.0f} {temperature:4} {draft_top_k:3} {row['total_variation']:14.4f} "
+                        f"{rule:10} {eta!s:>4} {temperature:4} {draft_top_k:3} {row['total_variation']:14.4f} "
                         f"{row['samples']:8} {row['identity_error_float64']:9.1e} {row['distance_to_target']:8.3f}"
                     )
     worst = {name: max(row[name] for row in rows) for name in ("total_variation", "identity_error_float64")}

@@ -3,8 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
+
+from rapid.speculation.draft import Transferred
+
+
+@dataclass
+class Transfer:
+    """The transfer at the ``positions`` whose η was chosen (`rapid.speculation.trust_region`), in means over them.
+
+    ``strength`` is η, ``divergence`` KL(p̂‖p), and ``bound`` its bound ε, both in nats. ``confidence`` is that of
+    retrieval, ``uncertainty`` the target's share of both models' entropies. ``agreement`` is that of p and q at the end
+    of the output.
+    """
+
+    positions: int = 0
+    strength: float = 0.0
+    divergence: float = 0.0
+    bound: float = 0.0
+    confidence: float = 0.0
+    uncertainty: float = 0.0
+    agreement: float = 0.0
+
+    def add(self, found: Transferred, confidence: float) -> None:
+        """Adds the sums of a round."""
+        num_new = int(found.positions)
+        self._mix({**found._asdict(), "confidence": confidence * num_new}, num_new)
+        self.agreement = found.agreement
+
+    def _mix(self, sums: dict[str, float], num_new: int) -> None:
+        before, self.positions = self.positions, self.positions + num_new
+        for name in ("strength", "divergence", "bound", "confidence", "uncertainty"):
+            setattr(self, name, (getattr(self, name) * before + sums[name]) / max(1, self.positions))
+
+    @classmethod
+    def of_all(cls, several: Sequence[Transfer]) -> Transfer:
+        whole = cls()
+        for each in several:
+            whole._mix({name: value * each.positions for name, value in asdict(each).items()}, each.positions)
+        whole.agreement = sum(each.agreement * each.positions for each in several) / max(1, whole.positions)
+        return whole
 
 
 @dataclass
@@ -36,6 +75,8 @@ class Statistics:
     fallback: str | None = None
     resumed: int = 0
     drafters_lost: int = 0
+    refreshed: int = 0
+    transfer: Transfer = field(default_factory=Transfer)
     timings_ms: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
             (
@@ -76,9 +117,10 @@ class Statistics:
         return replace(
             first,
             **summed("rounds", "drafted", "accepted", "lookup_drafted", "lookup_accepted", "drafted_ahead", "emitted"),
-            **summed("datastore_drafted", "datastore_accepted", "resumed", "drafters_lost"),
+            **summed("datastore_drafted", "datastore_accepted", "resumed", "drafters_lost", "refreshed"),
             cached_tokens=min(choice.cached_tokens for choice in choices),  # the first may fill pages for the rest
             fallback=next((choice.fallback for choice in choices if choice.fallback), None),
+            transfer=Transfer.of_all([choice.transfer for choice in choices]),
             timings_ms=times | shared,
         )
 

@@ -38,9 +38,9 @@ async def generate(
 
     ``retrieve`` replaces the backend's, where several completions share one retrieval.
 
-    The first tokens do not wait for a drafter, unless γ is fixed or the request has a seed. When a drafter is lost, the
-    target continues alone until there is another. When the target is lost, another engine continues the same text.
-    Closing the iterator early, or cancelling the task that reads it, frees all sequences.
+    The first tokens do not wait for a drafter, unless γ is fixed, the request has a seed, or it transfers greedily.
+    When a drafter is lost, the target continues alone until there is another. When the target is lost, another engine
+    continues the same text. Closing the iterator early, or cancelling the task that reads it, frees all sequences.
 
     Raises:
         ContextLengthExceeded: prompt and output do not fit the window of the model that reads them.
@@ -57,7 +57,12 @@ async def generate(
                 yield event
             return
     costs = backend.costs.copy() if session.by_the_clock else Costs()
-    controller = DraftController(request.speculation.fixed_draft_tokens, costs, timed=session.by_the_clock)
+    controller = DraftController(
+        request.speculation.fixed_draft_tokens,
+        costs,
+        timed=session.by_the_clock,
+        every_position=session.transfers_greedily,
+    )
     async with AsyncExitStack() as leases:
         target, drafters, max_tokens = await _open(session, leases)
         eos = frozenset[int]() if request.ignore_eos else backend.info("target").eos_token_ids
@@ -65,7 +70,8 @@ async def generate(
         while writer.reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
-            offers = [drafter.offer(room) for drafter in drafters.values()] if room > 0 else []
+            drafts = room > 0 or session.transfers_greedily
+            offers = [drafter.offer(room) for drafter in drafters.values()] if drafts else []
             plan = controller.choose([offer for offer in offers if offer is not None])
             drafter, draft = drafters.get(plan.source), Draft(len(output))
             if drafter is not None:
@@ -77,7 +83,8 @@ async def generate(
                     plan = PLAIN_ROUND
             transfers = drafter is not None and drafter.sampled and strategy.transfers
             # The engine also rolls back: afterwards its sequence ends with the last token of the verdict.
-            verdict = await target.verify(VerifyRequest(draft, transfers))
+            verdict = await target.verify(VerifyRequest(draft, transfers, session.trust))
+            session.learn(verdict)
             emitted, pieces, logprobs = writer.write(verdict.tokens, verdict.logprobs)
             output += emitted
             round_ms = (time.perf_counter() - round_started) * 1e3
@@ -88,7 +95,7 @@ async def generate(
             counts = verdict.num_drafted, verdict.num_accepted
             times_ms = round_ms, verdict.draft_ms, verdict.verify_ms
             yield Delta(emitted, pieces, *counts, plan.source, *times_ms, stats.chunks, logprobs)
-    if session.by_the_clock:
+    if session.by_the_clock and not session.transfers_greedily:  # whose plain rounds have a draft step
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
@@ -128,7 +135,8 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     max_tokens = _fit(request, prompt, backend.info(role).window)
     session.logits = request.logits.on(request.prompt.tokens, backend.info("target"))
     session.max_new_tokens = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
-    drafters = [drafter_class(reference)(session) for reference in strategy.drafters]
+    classes = [drafter_class(reference) for reference in strategy.drafters]
+    drafters = [each(session) for each in classes if each.sampled or not session.transfers_greedily]
     for drafter in drafters:
         leases.push_async_callback(drafter.close)
     sequence = SequenceRequest(
@@ -144,7 +152,8 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     leases.push_async_callback(target.close)
     await target.open()
     for drafter in drafters:
-        await drafter.start(wait=not (session.by_the_clock and spec.num_draft_tokens == "auto"))
+        at_once = session.by_the_clock and spec.num_draft_tokens == "auto" and not session.transfers_greedily
+        await drafter.start(wait=not at_once)
     return target, {drafter.label: drafter for drafter in drafters}, max_tokens
 
 
@@ -223,13 +232,17 @@ def _seeded(request: GenerationRequest, choice: int) -> GenerationRequest:
 
 
 class _RetrieveOnce:
-    """Asks the retriever for the first choice that needs it, and gives the other choices the same answer."""
+    """Asks the retriever for the first choice that needs a query, and gives the other choices the same answer."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.tasks: list[asyncio.Task[Retrieval]] = []
+        self._by_query: dict[str, asyncio.Task[Retrieval]] = {}
+
+    @property
+    def tasks(self) -> list[asyncio.Task[Retrieval]]:
+        return list(self._by_query.values())
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
-        if not self.tasks:
-            self.tasks.append(asyncio.create_task(self._backend.retrieve(contents, query, options)))
-        return await asyncio.shield(self.tasks[0])
+        if query not in self._by_query:
+            self._by_query[query] = asyncio.create_task(self._backend.retrieve(contents, query, options))
+        return await asyncio.shield(self._by_query[query])

@@ -41,3 +41,39 @@ def law(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0) -> 
     """The distribution of the emitted token."""
     accepted = np.minimum(q, augmented(rule, z, q, eta, temperature))
     return accepted + (1 - accepted.sum()) * residual(rule, z, q, eta, temperature)
+
+
+def divergence(probs: Array, p: Array) -> float:
+    """KL(probs‖p) in nats; ``probs`` are made to sum to 1."""
+    inside = probs > 0
+    probs = probs[inside] / probs.sum()
+    return float((probs * np.log(probs / p[inside])).sum())
+
+
+def furthest(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0) -> float:
+    """The larger of KL(p̂‖p) before tail protection and after it."""
+    p = softmax(z / temperature)
+    before = softmax(z / temperature + eta * (q - p)) if rule != "reference" else p
+    return max(divergence(before, p), divergence(augmented(rule, z, q, eta, temperature), p))
+
+
+def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
+    """ε = ε_max·c·a · H(p)/(H(p) + H(q)), with ``most`` = ε_max·c·a."""
+    p_entropy, q_entropy = (
+        -float((probs[probs > 0] * np.log(probs[probs > 0])).sum()) for probs in (softmax(z / temperature), q)
+    )
+    return most * p_entropy / (p_entropy + q_entropy) if p_entropy else 0.0
+
+
+def chosen_strength(
+    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 50
+) -> float:
+    """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon``."""
+    low, high = 0.0, most
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if furthest(rule, z, q, middle, temperature) <= epsilon:
+            low = middle
+        else:
+            high = middle
+    return low if epsilon > 0 else 0.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rapid.sampling.noise import Noise
-from rapid.speculation.verification import DraftRows, Rule, Verdict, verify
+from rapid.speculation.verification import DraftRows, Rule, Strength, Verdict, verify
 
 
 def draft_rows(draft: Tensor, draft_probs: Tensor) -> DraftRows:
@@ -27,7 +27,7 @@ def draft_rows(draft: Tensor, draft_probs: Tensor) -> DraftRows:
 
 
 def verify_dense(
-    rule: Rule, draft: Tensor, draft_probs: Tensor, target_probs: Tensor, transfer_strength: float, noise: Noise
+    rule: Rule, draft: Tensor, draft_probs: Tensor, target_probs: Tensor, transfer_strength: Strength, noise: Noise
 ) -> Verdict:
     """`verify` of B drafts with p as ``target_probs`` [B, γ+1, V]."""
     return verify(rule, draft_rows(draft, draft_probs), target_probs.flatten(0, 1), transfer_strength, noise)

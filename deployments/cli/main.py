@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deployments.cli.inputs import read_content, read_document
-from deployments.cli.shell_completion import CONFIG, configs, model_names, one_of, rules, strategies
+from deployments.cli.shell_completion import CONFIG, auto, configs, model_names, one_of, rules, strategies
 from deployments.cli.tools import tools
 from rapid.errors import InvalidRequest, RapidError
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
@@ -86,10 +86,17 @@ def generate(
         typer.Option(help=one_of(STRATEGIES), rich_help_panel="Decoding", **strategies),
     ] = None,
     num_draft_tokens: Annotated[
-        str | None, typer.Option(help="γ: tokens drafted a round, or auto.", rich_help_panel="Decoding")
+        str | None, typer.Option(help="γ: tokens drafted a round, or auto.", rich_help_panel="Decoding", **auto)
     ] = None,
     transfer_strength: Annotated[
-        float | None, typer.Option(help="η: how far the draft moves the target; 0: not.", rich_help_panel="Decoding")
+        str | None,
+        typer.Option(help="η: how far drafts move the target, or auto; 0: not.", rich_help_panel="Decoding", **auto),
+    ] = None,
+    transfer_temperature: Annotated[
+        float | None, typer.Option(help="Of the transfer at temperature 0; 0: none.", rich_help_panel="Decoding")
+    ] = None,
+    transfer_divergence: Annotated[
+        float | None, typer.Option(help="With η auto: the most KL(p̂‖p), in nats.", rich_help_panel="Decoding")
     ] = None,
     verification: Annotated[
         str | None,
@@ -110,6 +117,10 @@ def generate(
     ] = None,
     draft_cache_tokens: Annotated[
         int | None, typer.Option(help="How many tokens of its cache that are.", rich_help_panel="Decoding")
+    ] = None,
+    refresh: Annotated[
+        Literal["off", "auto"] | None,
+        typer.Option(help="auto: retrieve anew while the answer is written.", rich_help_panel="Retrieval"),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.", rich_help_panel="Decoding")] = None,
     stop: Annotated[
@@ -143,7 +154,6 @@ def generate(
     [dim]cat prompt.txt | rapid generate[/dim]
     """
     content = read_content(document or [], question)
-    gamma = int(num_draft_tokens) if num_draft_tokens and num_draft_tokens.isdigit() else num_draft_tokens
     if not quiet:
         print("rapid: loading the models", file=sys.stderr)
     loading_since = time.perf_counter()
@@ -161,14 +171,17 @@ def generate(
         stop=stop,
         rapid={
             "strategy": strategy,
-            "num_draft_tokens": gamma,
-            "transfer_strength": transfer_strength,
+            "num_draft_tokens": _number(num_draft_tokens, int),
+            "transfer_strength": _number(transfer_strength, float),
+            "transfer_temperature": transfer_temperature,
+            "transfer_divergence": transfer_divergence,
             "verification": verification,
             "draft_top_k": draft_top_k,
             "num_answers": num_answers,
             "num_clusters": num_clusters,
             "draft_cache": draft_cache,
             "draft_cache_tokens": draft_cache_tokens,
+            "refresh": refresh,
             "query": query or question,
             "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
         },
@@ -177,6 +190,14 @@ def generate(
 
     terminal = Terminal(as_json=as_json, quiet=quiet, loading_since=loading_since)
     asyncio.run((terminal.compare if compare else terminal.answer)(request, settings))
+
+
+def _number(value: str | None, kind: type[float]) -> float | str | None:
+    """An option that is a number or a word, which the request's check names if it is neither."""
+    try:
+        return None if value is None else kind(value)
+    except ValueError:
+        return value
 
 
 def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]) -> "AppConfig":

@@ -36,6 +36,7 @@ def _model_names(kind: str | None) -> Iterator[str]:
 
 
 strategies = _offered(lambda _: iter(STRATEGIES))
+auto = _offered(lambda _: iter(("auto",)))
 rules = _offered(lambda _: iter(VERIFICATION_RULES))
 configs = _offered(_folders_and_yaml)
 model_names = _offered(lambda _: _model_names("llm"))

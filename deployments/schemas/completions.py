@@ -50,9 +50,12 @@ class RapidFields(Body):
 
     strategy: str | None = Field(None, description=_listed({s.name: s.summary for s in STRATEGIES.values()}))
     num_draft_tokens: int | Literal["auto"] | None = None
-    transfer_strength: float | None = None
+    transfer_strength: float | Literal["auto"] | None = None
+    transfer_temperature: float | None = Field(None, description="of p and q at temperature 0; 0: no transfer there")
+    transfer_divergence: float | None = Field(None, description="with η auto: KL(p̂‖p) in nats, at most")
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
+    refresh: Literal["off", "auto"] | None = Field(None, description="auto: retrieves anew while the answer is written")
     rag_model: str | None = None
     num_answers: int | None = None
     num_clusters: int | None = None

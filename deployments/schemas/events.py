@@ -33,6 +33,8 @@ def rapid_object(statistics: Statistics) -> dict[str, Any]:
     """The `rapid` object of an answer: the statistics, rates and times rounded for reading."""
     fields = asdict(statistics)
     fields["timings_ms"] = {name: round(ms, 2) for name, ms in statistics.timings_ms.items()}
+    means = {name: round(value, 4) for name, value in fields["transfer"].items()}
+    fields["transfer"] = means if statistics.transfer.positions else None
     for rate in ("acceptance_rate", "mean_accepted_length"):
         value = getattr(statistics, rate)
         fields[rate] = None if value is None else round(value, 4)

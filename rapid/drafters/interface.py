@@ -41,7 +41,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def offer(self, room: int) -> Offer | None:
-        """The drafter's offer for the next round, of at most ``room`` tokens (≥ 1); None if it has nothing to offer."""
+        """The drafter's offer for the next round, of at most ``room`` tokens; None if it has nothing to offer."""
 
     @abstractmethod
     def propose(self, limits: DraftLimits) -> Awaitable[Draft]:

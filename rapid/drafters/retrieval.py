@@ -10,17 +10,18 @@ import logging
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rapid.backend.leases import FIRST_PAUSE_S, LONGEST_PAUSE_S, may_pass
-from rapid.backend.protocol import Lease
+from rapid.backend.protocol import Lease, Retrieval
 from rapid.backend.quarantine import MAX_RESUMPTIONS
 from rapid.drafters.sampling import SamplingDrafter
+from rapid.drafters.sentences import SentenceWatch
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import DraftLost, EngineLost, RapidError
 from rapid.speculation.controller import Offer
-from rapid.speculation.draft import Draft, DraftLimits
+from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ class RetrievalDrafter(SamplingDrafter):
         self._knows = 0  # how many output tokens the drafter has
         self._losses = 0  # drafters that were lost without a draft in between
         self._request: SequenceRequest | None = None  # for its sequence, once the passages are known
+        # A greedy transfer writes the same text whatever its rounds are, so no round's end may change q.
+        refreshes = session.request.speculation.refresh == "auto" and not session.transfers_greedily
+        self._watch = SentenceWatch(session.request.prompt.tokenizer) if refreshes else None
+        self._refreshing: asyncio.Task[_Reading | None] | None = None
         self._tried = asyncio.Event()
         self._trying = asyncio.create_task(self._open())
 
@@ -59,6 +64,8 @@ class RetrievalDrafter(SamplingDrafter):
         assert self._lease is not None
         self._proposed = True
         session, output = self._session, self._session.output
+        if self._refreshing is not None and (self._refreshing.done() or not session.by_the_clock):
+            await self._take_over(await self._refreshing)
         # The clock decides how far the drafter drafts ahead, and so which random numbers each token gets.
         limits = replace(limits, ahead=self._backend.overlap and session.by_the_clock)
         sent = self._lease.propose(DraftRequest(self._knows, output[self._knows :], limits))
@@ -91,9 +98,17 @@ class RetrievalDrafter(SamplingDrafter):
             return None
         output = self._session.output
         written = output[drafted.offset :]
-        guessed = len(drafted.tokens) - drafted.num_ahead < len(written) and drafted.tokens[: len(written)] == written
+        # The guess was written, too. A greedy guess is no draw, so it may be a draft token itself.
+        least = len(drafted.tokens) - drafted.num_ahead + (self._session.request.sampling.temperature > 0)
+        guessed = least <= len(written) and drafted.tokens[: len(written)] == written
         draft, ended = drafted.after(len(output)).within(limits, self._eos)
         return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
+
+    def observe(self, result: VerifyResult) -> None:
+        super().observe(result)
+        sentence = self._watch and self._watch.observe(result)
+        if sentence and self._lease is not None and self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._read_anew(sentence))
 
     async def lost(self) -> None:
         """Leases another sequence, which continues from the output so far."""
@@ -101,6 +116,7 @@ class RetrievalDrafter(SamplingDrafter):
         statistics.drafters_lost += 1
         self._lease = self._ahead = None
         self._proposed = False
+        await self._stop_refreshing()
         await self._stack.aclose()
         statistics.fallback = DraftLost("").code
         if self._backend.resume_timeout_s:
@@ -109,6 +125,7 @@ class RetrievalDrafter(SamplingDrafter):
     async def close(self) -> None:
         self._trying.cancel()
         await asyncio.wait([self._trying])
+        await self._stop_refreshing()
         await self._stack.aclose()
 
     async def _open(self, pause: float = 0.0) -> None:
@@ -138,14 +155,21 @@ class RetrievalDrafter(SamplingDrafter):
 
     async def _read(self) -> SequenceRequest | None:
         """The request for the drafter's sequence; None, with the reason in the statistics, if it cannot read."""
-        session = self._session
         prompt = await self._prompt()
         if prompt is None:
             return None
+        request = self._request_for(prompt)
+        if not self._fits(request):
+            self._session.statistics.fallback = "drafter_window_exceeded"
+            return None
+        return request
+
+    def _request_for(self, prompt: list[int]) -> SequenceRequest:
+        session = self._session
         sampling = session.request.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed ^ _DRAFTER_SEED)
-        request = SequenceRequest(
+        return SequenceRequest(
             prompt,
             session.max_new_tokens,
             sampling,
@@ -153,23 +177,74 @@ class RetrievalDrafter(SamplingDrafter):
             logits=session.logits,
             salt=session.request.salt,
         )
-        if request.capacity - 1 > self._backend.info("drafter").window:  # the last token is never read
-            session.statistics.fallback = "drafter_window_exceeded"
-            return None
-        return request
+
+    def _fits(self, request: SequenceRequest) -> bool:
+        return request.capacity - 1 <= self._backend.info("drafter").window  # the last token is never read
 
     async def _open_with(self, request: SequenceRequest) -> None:
-        statistics = self._session.statistics
-        statistics.draft_prompt_tokens = len(request.prompt)
+        self._session.statistics.draft_prompt_tokens = len(request.prompt)
+        self._lease, self._knows = await self._leased(request, self._stack)
+
+    async def _leased(self, request: SequenceRequest, stack: AsyncExitStack) -> tuple[Lease, int]:
+        """A lease on ``stack`` that has read the prompt and the output so far, and how many output tokens it has."""
         # The drafter never waits for room: two requests that each hold one engine's room could block each other.
         request = replace(request.after(self._session.output), may_wait=False)
-        lease = await self._stack.enter_async_context(self._backend.lease("drafter", request))
+        lease = await stack.enter_async_context(self._backend.lease("drafter", request))
         try:
-            statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
+            self._session.statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
         except EngineLost:
             self._losses += 1
             raise
-        self._knows, self._lease = request.written, lease
+        return lease, request.written
+
+    async def _read_anew(self, sentence: str) -> _Reading | None:
+        """A sequence that has read the passages for ``sentence``; None if they are the same ones, or cannot be read."""
+        stack = AsyncExitStack()
+        try:
+            retrieval = await self._session.retrieve(sentence)
+            request = self._request_for(self._session.request.prompt.shortened(retrieval.chunks))
+            if not retrieval.chunks or request == self._request or not self._fits(request):
+                return None
+            return _Reading(request, retrieval, stack, *await self._leased(request, stack))
+        except Exception as error:  # the passages that are there go on to serve
+            logger.warning("going on with the same passages: %s", error)
+            await stack.aclose()
+            return None
+        except BaseException:
+            await stack.aclose()
+            raise
+
+    async def _take_over(self, reading: _Reading | None) -> None:
+        """Drafts from what was read anew, from now on."""
+        self._refreshing = None
+        if reading is None:
+            return
+        await self._stack.aclose()
+        self._request, self._stack = reading.request, reading.stack
+        self._lease, self._knows, self._ahead = reading.lease, reading.knows, None
+        statistics = self._session.statistics
+        statistics.draft_prompt_tokens = len(reading.request.prompt)
+        statistics.refreshed += 1
+        self._session.rely_on(reading.retrieval)
+
+    async def _stop_refreshing(self) -> None:
+        """Ends the reading that is under way, and frees its sequence."""
+        refreshing, self._refreshing = self._refreshing, None
+        if refreshing is not None:
+            refreshing.cancel()
+            await asyncio.wait([refreshing])
+            if not refreshing.cancelled() and (reading := refreshing.result()) is not None:
+                await reading.stack.aclose()
+
+
+class _Reading(NamedTuple):
+    """A sequence on ``stack`` that has read other passages, and the first ``knows`` tokens of the output."""
+
+    request: SequenceRequest
+    retrieval: Retrieval
+    stack: AsyncExitStack
+    lease: Lease
+    knows: int
 
 
 def _unwatched(sent: Awaitable[T]) -> asyncio.Future[T]:

@@ -11,6 +11,9 @@ from rapid.backend.protocol import Backend, Retrieval, RetrievedChunk
 from rapid.events import Statistics
 from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
+from rapid.speculation.draft import Trust, VerifyResult
+
+_UNRELATED, _SURE = 0.3, 0.7  # cosine similarities of the best passage: the paper's threshold, and certainty
 
 Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
 
@@ -19,6 +22,7 @@ class Session:
     """``output`` holds all tokens that were written so far; it grows with every round.
 
     ``by_the_clock`` says whether choices may depend on measured times: they may not where a seed has to be honoured.
+    ``trust`` bounds the transfer where η is chosen: how sure retrieval is, and the agreement of p and q so far.
     ``max_new_tokens`` is the room that each of the request's sequences needs; ``logits`` says how the logits are
     adjusted. Both are set once the prompt is known to fit. ``target`` is the sequence that verifies, which has read the
     prompt before any drafter is started.
@@ -33,8 +37,18 @@ class Session:
         self.output: list[int] = []
         self.statistics = Statistics(request.speculation.strategy, prompt_tokens=len(request.prompt.tokens))
         self.by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
+        # Greedily a transfer chooses each token with a q: the drafters whose q is none have no part in it.
+        self.transfers_greedily = request.speculation.transfers_greedily(request.sampling)
+        self.trust = Trust(confidence=0.0)
         self._retrieve = retrieve
         self._retrieved: Sequence[RetrievedChunk] | None = None
+
+    def learn(self, verdict: VerifyResult) -> None:
+        """Takes up what the target's engine found out about the transfer in a round."""
+        found = verdict.transferred
+        if found is not None:
+            self.trust = self.trust._replace(agreement=found.agreement)
+            self.statistics.transfer.add(found, self.trust.confidence)
 
     async def retrieved_prompt(self) -> list[int] | None:
         """The prompt with the retrieved passages in the place of its context; None as `retrieved` says.
@@ -54,21 +68,42 @@ class Session:
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
         """
-        prompt, statistics = self.request.prompt, self.statistics
+        prompt = self.request.prompt
         if self._retrieved is not None:
             return self._retrieved
         if not prompt.contents:
-            statistics.fallback = "no_long_context"
+            self.statistics.fallback = "no_long_context"
             return ()
+        retrieval = await self.retrieve(prompt.query)
+        self.rely_on(retrieval)
+        if not retrieval.chunks:
+            self.statistics.fallback = "nothing_above_threshold"
+        self._retrieved = retrieval.chunks
+        return self._retrieved
+
+    async def retrieve(self, query: str) -> Retrieval:
+        """What of the prompt's contents is relevant to ``query``.
+
+        Raises:
+            RetrievalFailed: the retriever or its store is gone or failed.
+        """
         started = time.perf_counter()
-        retrieval = await self._retrieve(prompt.contents, prompt.query, self.request.retrieval)
-        statistics.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
+        retrieval = await self._retrieve(self.request.prompt.contents, query, self.request.retrieval)
+        self.statistics.timings_ms["retrieval"] += (time.perf_counter() - started) * 1e3
+        return retrieval
+
+    def rely_on(self, retrieval: Retrieval) -> None:
+        """From now on the passages of ``retrieval`` are those that count."""
+        statistics = self.statistics
+        self.trust = self.trust._replace(confidence=_confidence(retrieval))
         statistics.context_tokens, statistics.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
         statistics.chunks = [
             {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
             for c in retrieval.chunks
         ]
-        if not retrieval.chunks:
-            statistics.fallback = "nothing_above_threshold"
-        self._retrieved = retrieval.chunks
-        return self._retrieved
+
+
+def _confidence(retrieval: Retrieval) -> float:
+    """How sure retrieval is that its passages answer the query, from 0 to 1: by the best passage's similarity."""
+    best = max((chunk.score for chunk in retrieval.chunks), default=0.0)
+    return min(1.0, max(0.0, (best - _UNRELATED) / (_SURE - _UNRELATED)))

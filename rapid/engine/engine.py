@@ -25,10 +25,12 @@ from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
 from rapid.engine.pass_clock import PassClock
-from rapid.engine.readout import Download, Draw, Readout, Refine, Verify
+from rapid.engine.readout import Download, Draw, Readout
+from rapid.engine.refine import Refine
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
+from rapid.engine.verdicts import Verify
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.memory import is_out_of_memory

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from rapid.kv_cache.stats import PoolStats
 from rapid.sampling.params import LogitParams, SamplingParams
-from rapid.speculation.draft import Draft, DraftLimits
+from rapid.speculation.draft import NO_DOUBT, Draft, DraftLimits, Trust
 from rapid.speculation.params import SpeculationParams
 
 _PASS_FACTOR = 5.0
@@ -118,10 +118,15 @@ class RefineRequest:
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """Asks to verify ``draft``: by the sequence's rule and η if ``transfers``, else losslessly (the output is p)."""
+    """Asks to verify ``draft``: by the sequence's rule and η if ``transfers``, else losslessly (the output is p).
+
+    If the sequence transfers greedily, each token is chosen with a q. So the draft's last token is not scored: its q is
+    that of the position behind the tokens before it. ``trust`` bounds η where it is "auto".
+    """
 
     draft: Draft
     transfers: bool = False
+    trust: Trust = NO_DOUBT
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.transfers": self.transfers}

@@ -70,9 +70,11 @@ def _propose(
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
         round_start = start if request.round_start is None else request.round_start
-        # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it.
+        # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it. A
+        # greedy guess is no draw, so it may be a draft token itself.
         guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
-        known = ahead.after(start) if ahead is not None and guessed and ahead.offset < start else Draft(start)
+        first = start if sequence.request.sampling.temperature == 0 else start - 1
+        known = ahead.after(start) if ahead is not None and guessed and ahead.offset <= first else Draft(start)
         sequence.rebase(offset, tokens, len(known.tokens))
         draft, ended = known.within(limits, eos)
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
@@ -137,7 +139,8 @@ def draw_on(
     each pass reads the pages that it gives for the number of tokens read so far, and the sequence's cache stays.
     """
     request, device = sequence.request, sequence.device
-    draft_top_k = request.speculation.draft_top_k
+    draft_top_k, warping = request.speculation.draft_top_k, request.speculation.warping(request.sampling)
+    is_greedy = request.sampling.temperature == 0
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
     drawn_at: list[Moment] = []
@@ -148,7 +151,7 @@ def draw_on(
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
         step = draft.offset - start + len(draft.tokens) + len(unread)
-        feed, values = yield Draw(logits, request.sampling, draft_top_k, sequence.seed, start, step)
+        feed, values = yield Draw(logits, warping, is_greedy, draft_top_k, sequence.seed, start, step)
         unread.append(values)
         drawn_at.append(Moment(device))
         if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):

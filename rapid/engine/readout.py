@@ -1,33 +1,31 @@
 """What tasks want between two passes: to draw a draft token, to verify a draft, to read values on the host.
 
-A task yields a `Draw`, a `Verify` or a `Download`, and the engine sends it the answer. Each iteration computes each
-kind for all tasks that want it, in a few calls on the device. Only a `Download` waits for the device, and an iteration
-has at most one. So a draft that is read at its end makes the host wait once, and so does a verification.
+A task yields a `Draw`, a `Refine`, a `Verify` or a `Download`, and the engine sends it the answer. Each iteration
+computes each kind for all tasks that want it, in a few calls on the device. Only a `Download` waits for the device, and
+an iteration has at most one. So a draft that is read at its end makes the host wait once, and so does a verification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rapid.engine.grouping import in_groups, joined
+from rapid.engine.refine import Refine
+from rapid.engine.verdicts import Verify
 from rapid.kernels.transfer import download, upload
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.sampler import warp
-from rapid.speculation.draft import Draft, DraftedToken, Logprobs, Pairs
-from rapid.speculation.drawing import confidences, draw, draw_greedily, truncated
-from rapid.speculation.verification import LOSSLESS, DraftRows, Rule, dense, output_law, verify, verify_greedy
+from rapid.speculation.draft import DraftedToken
+from rapid.speculation.drawing import draw, draw_greedily
 
 Floats = NDArray[np.float64]
-Wish = TypeVar("Wish")
-Answer = TypeVar("Answer")
 
 
 class DrawnToken(NamedTuple):
@@ -40,11 +38,13 @@ class DrawnToken(NamedTuple):
 class Draw(NamedTuple):
     """Draws a draft token from ``logits`` [1, V]; the answer is a `DrawnToken`.
 
-    The random numbers are those of step ``step`` in the round that begins at output position ``round_start``.
+    ``sampling`` makes q of the logits, one-hot at temperature 0; if ``is_greedy`` the token is the likeliest of q. Else
+    the random numbers are those of step ``step`` in the round that begins at output position ``round_start``.
     """
 
     logits: Tensor
     sampling: SamplingParams
+    is_greedy: bool
     draft_top_k: int
     seed: int
     round_start: int
@@ -52,44 +52,10 @@ class Draw(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Draw]) -> list[DrawnToken]:
-        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _draw)
+        def kind(wish: Draw) -> Hashable:
+            return wish.sampling.temperature > 0 and (wish.draft_top_k, wish.is_greedy)
 
-
-class Refine(NamedTuple):
-    """Verifies ``draft``, losslessly, by the truncated distributions of ``logits`` [n+1, V], which become the new q.
-
-    So the accepted tokens and the one that follows are a draft from q, whoever proposed the first of them. The answer
-    has the numbers of a `Verdict` and, for each row, those of a `DrawnToken`, on the device (`refined_tokens`).
-    """
-
-    logits: Tensor
-    draft: Draft
-    sampling: SamplingParams
-    draft_top_k: int
-    seed: int
-
-    @staticmethod
-    def together(wishes: Sequence[Refine]) -> list[Tensor]:
-        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _refine)
-
-
-class Verify(NamedTuple):
-    """Verifies ``draft`` by its target's ``logits`` [γ+1, V]; the answer has the numbers of a `Verdict`, on the device.
-
-    With ``num_logprobs``, each row's log-probabilities are among them.
-    """
-
-    logits: Tensor
-    draft: Draft
-    sampling: SamplingParams
-    rule: Rule
-    transfer_strength: float
-    seed: int
-    num_logprobs: int | None
-
-    @staticmethod
-    def together(wishes: Sequence[Verify]) -> list[Tensor]:
-        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.rule, _verify)
+        return in_groups(wishes, kind, _draw)
 
 
 class Download(NamedTuple):
@@ -100,7 +66,7 @@ class Download(NamedTuple):
     @staticmethod
     def together(wishes: Sequence[Download]) -> list[Floats]:
         ends = np.cumsum([len(values) for (values,) in wishes])
-        return np.split(download(_joined([values for (values,) in wishes])), ends[:-1])
+        return np.split(download(joined([values for (values,) in wishes])), ends[:-1])
 
 
 Readout = Draw | Refine | Verify | Download
@@ -121,154 +87,18 @@ def refined_tokens(values: Floats, num_rows: int) -> list[DraftedToken]:
     return [drafted_token(row) for row in values[1:].reshape(num_rows, -1)[: int(values[0]) + 1]]
 
 
-def verdict(values: Floats, draft: Draft) -> tuple[int, list[int], list[Logprobs]]:
-    """How many tokens of ``draft`` were accepted, what the round emits, and its log-probabilities, if asked for."""
-    num_accepted = int(values[0])
-    emitted = [*draft.tokens[:num_accepted], int(values[1])]
-    logprobs = []
-    if len(values) > 2:
-        for own, *top in values[2:].reshape(len(draft.tokens) + 1, -1)[: num_accepted + 1].tolist():
-            likely, ids = top[: len(top) // 2], map(int, top[len(top) // 2 :])
-            logprobs.append(Logprobs(own, [(i, v) for i, v in zip(ids, likely, strict=True) if v > -np.inf]))
-    return num_accepted, emitted, logprobs
-
-
-def _in_groups(
-    wishes: Sequence[Wish], kind: Callable[[Wish], Hashable], compute: Callable[[Sequence[Wish]], Sequence[Answer]]
-) -> list[Answer]:
-    """The answers of ``compute`` to each group of ``wishes`` of the same ``kind``, in the order of the wishes."""
-    groups: dict[Hashable, list[int]] = {}
-    for i, wish in enumerate(wishes):
-        groups.setdefault(kind(wish), []).append(i)
-    answers: dict[int, Answer] = {}
-    for members in groups.values():
-        answers.update(zip(members, compute([wishes[i] for i in members]), strict=True))
-    return [answers[i] for i in range(len(wishes))]
-
-
 def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
-    """Draws for wishes with one ``draft_top_k``, or for greedy ones."""
-    logits = _joined([each.logits for each in wishes])
+    """Draws for wishes with one ``draft_top_k``, or for greedy ones whose q is one-hot."""
+    logits = joined([each.logits for each in wishes])
     if wishes[0].sampling.temperature == 0:
         drawn = draw_greedily(logits)
     else:
-        places = upload([(each.seed, each.round_start, each.step) for each in wishes], "int64", logits.device)
-        keys = Noise(places[:, 0], places[:, 1]).keys(Purpose.DRAFT, places[:, 2:]).squeeze(-1)
+        keys = None
+        if not wishes[0].is_greedy:
+            places = upload([(each.seed, each.round_start, each.step) for each in wishes], "int64", logits.device)
+            keys = Noise(places[:, 0], places[:, 1]).keys(Purpose.DRAFT, places[:, 2:]).squeeze(-1)
         params = RowParams.of([each.sampling for each in wishes], logits.device)
         drawn = draw(logits, params, wishes[0].draft_top_k, keys)
     columns = (drawn.tokens.unsqueeze(-1), drawn.confidences.unsqueeze(-1), drawn.ids, drawn.weights)
     values = torch.cat([column.double() for column in columns], -1)
     return list(map(DrawnToken, drawn.tokens.split(1), values.unbind()))
-
-
-def _refine(wishes: Sequence[Refine]) -> list[Tensor]:
-    """Refines drafts with one ``draft_top_k``, or greedily."""
-    logits = _joined([each.logits for each in wishes])
-    is_greedy = wishes[0].sampling.temperature == 0
-    drafts = _draft_rows([each.draft for each in wishes], logits.device, with_q=not is_greedy)
-    if is_greedy:
-        ids = weights = logits[:, :0]
-        found = verify_greedy(drafts, logits.argmax(-1))
-    else:
-        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], logits.device)
-        ids, weights = truncated(logits, params, wishes[0].draft_top_k)
-        places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", logits.device)
-        noise = Noise(places[:, 0], places[:, 1])
-        found = verify(LOSSLESS, drafts, dense(ids, weights, logits.shape[-1]), 0.0, noise)
-    tokens = upload([token for each in wishes for token in (*each.draft.tokens, 0)], "int64", logits.device)
-    tokens = tokens.index_copy(0, drafts.emitting(found.num_accepted), found.next_token)
-    columns = (tokens.unsqueeze(-1), confidences(logits, tokens).unsqueeze(-1), ids, weights)
-    rows = torch.cat([column.double() for column in columns], -1).split([len(each.logits) for each in wishes])
-    counts = found.num_accepted.double().split(1)
-    return [torch.cat([count, own.flatten()]) for count, own in zip(counts, rows, strict=True)]
-
-
-def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
-    """Verifies drafts by one rule, or greedily."""
-    device = wishes[0].logits.device
-    is_greedy = wishes[0].sampling.temperature == 0
-    drafts = _draft_rows([each.draft for each in wishes], device, with_q=not is_greedy)
-    logits = _joined([each.logits for each in wishes])
-    if is_greedy:
-        laws: list[Tensor | None] = [None] * len(wishes)
-        found = verify_greedy(drafts, logits.argmax(-1))
-    else:
-        of_tokens = [each for each in wishes for _ in each.draft.tokens]
-        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], device)
-        target_probs = warp(logits, params)
-        strength = upload([[each.transfer_strength] for each in of_tokens] or np.zeros((0, 1)), "float32", device)
-        places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", device)
-        noise = Noise(places[:, 0], places[:, 1])
-        found = verify(wishes[0].rule, drafts, target_probs, strength, noise)
-        laws = [
-            None if each.num_logprobs is None else _law(each, probs)
-            for each, probs in zip(wishes, target_probs.split([len(each.logits) for each in wishes]), strict=True)
-        ]
-    numbers = torch.stack(found, -1)  # [B, 2]
-    return [
-        row.double() if each.num_logprobs is None else torch.cat([row.double(), _logprobs(each, row, law)])
-        for each, row, law in zip(wishes, numbers, laws, strict=True)
-    ]
-
-
-def _draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
-    lengths = [len(draft.tokens) for draft in drafts]
-    firsts = list(accumulate(lengths, initial=0))[:-1]
-    counts, starts = upload([lengths, firsts], "int64", device)
-    if not any(lengths):  # plain decoding
-        none = counts[:0]
-        return DraftRows(none, none, none, none, none, none, counts, starts, 0)
-    columns = [
-        (token, first + b + step, step, b)
-        for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
-        for step, token in enumerate(draft.tokens)
-    ]
-    ids = weights = counts[:0]
-    if with_q:
-        ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
-    tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
-    return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
-
-
-def _padded(pairs: Sequence[Pairs], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The ids and weights of ``pairs`` as rows [n, k]."""
-    sizes = np.array([len(ids) for ids, _ in pairs])
-    is_filled = np.arange(sizes.max()) < sizes[:, None]
-    ids, weights = np.zeros(is_filled.shape, np.int64), np.zeros(is_filled.shape, np.float32)
-    ids[is_filled], weights[is_filled] = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    return upload(ids, "int64", device), upload(weights, "float32", device)
-
-
-def _law(wish: Verify, target_probs: Tensor) -> Tensor:
-    """The law [γ+1, V] of what ``wish`` emits, from its rows of p."""
-    if not wish.draft.tokens:
-        return target_probs
-    draft_probs = dense(*_padded(wish.draft.distributions, target_probs.device), target_probs.shape[-1])
-    return output_law(wish.rule, draft_probs, target_probs, wish.transfer_strength)
-
-
-def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
-    """For each of γ+1 rows: the emitted token's log-probability, the largest ones, and their tokens; one column.
-
-    Rows behind the emitted token are of no meaning. A greedy choice has probability 1, which is no information: the
-    unwarped distribution is reported instead.
-    """
-    log_probs = wish.logits.log_softmax(-1) if law is None else law.log()
-    num_accepted, next_token = found
-    drafted = upload([*wish.draft.tokens, 0], "int64", log_probs.device)
-    places = torch.arange(len(drafted), device=drafted.device)
-    emitted = torch.where(places == num_accepted, next_token, drafted)
-    own = log_probs.gather(-1, emitted.unsqueeze(-1))
-    top, ids = log_probs.topk(min(wish.num_logprobs or 0, log_probs.shape[-1]))
-    return torch.cat([own.double(), top.double(), ids.double()], -1).flatten()
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """``parts``, one below the other. If they lie so in memory, as the rows of one pass do, nothing is copied."""
-    first, end = parts[0], parts[0].storage_offset()
-    memory = first.untyped_storage()._cdata
-    for part in parts:
-        if part.storage_offset() != end or part.untyped_storage()._cdata != memory or not part.is_contiguous():
-            return torch.cat(list(parts))
-        end += part.numel()
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -13,7 +13,8 @@ from rapid.engine.clock import Moment
 from rapid.engine.messages import RefineRequest, SelfDraftRequest
 from rapid.engine.page_ranking import rank_pages, view_of
 from rapid.engine.propose import draw_on
-from rapid.engine.readout import Download, Refine, refined_tokens
+from rapid.engine.readout import Download, refined_tokens
+from rapid.engine.refine import Refine
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
 from rapid.engine.verify import within_grammar
 from rapid.kv_cache.table import PageTable

@@ -10,10 +10,11 @@ import torch
 
 from rapid.engine.clock import Moment
 from rapid.engine.messages import PrefillResult, VerifyRequest
-from rapid.engine.readout import Download, Verify, verdict
+from rapid.engine.readout import Download
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
+from rapid.engine.verdicts import Bound, How, Verify, verdict
 from rapid.speculation.draft import Draft, VerifyResult
-from rapid.speculation.verification import LOSSLESS, RULES, Rule
+from rapid.speculation.verification import RULES
 
 
 def prefill(sequence: Sequence) -> Task[PrefillResult]:
@@ -41,16 +42,17 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
         raise ValueError(f"a draft for output position {draft.offset} met a sequence at {sequence.position}")
     if sequence.logits is not None:
         draft = within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
+    how = _how(request, sequence, draft)
+    if how.transfers_greedily:
+        draft = draft.before(len(draft.tokens) - 1)
     gamma = len(draft.tokens)
     logits = yield ForwardRequest(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
     if sequence.logits is not None:
         logits = sequence.logits(logits, sequence.emitted(draft.offset), draft.tokens)
-    rule, strength = _rule(request, sequence)
-    opened = sequence.request
-    found = yield Verify(logits, draft, opened.sampling, rule, strength, sequence.seed, opened.num_logprobs)
+    found = yield Verify(logits, draft, how)
     ended = Moment(sequence.device)
     values = yield Download(found)  # the one wait for the device
-    num_accepted, emitted, logprobs = verdict(values, draft)
+    num_accepted, emitted, transferred, logprobs = verdict(values, draft, how)
     sequence.output += emitted
     sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
     return VerifyResult(
@@ -63,13 +65,29 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
         draft.step_ms,
         started.ms_until(ended),
         logprobs,
+        transferred,
     )
 
 
-def _rule(request: VerifyRequest, sequence: Sequence) -> tuple[Rule, float]:
-    """The verification rule and η of this draft: lossless if q may not change the output."""
-    speculation = sequence.request.speculation
-    return (RULES[speculation.verification], speculation.transfer_strength) if request.transfers else (LOSSLESS, 0.0)
+def _how(request: VerifyRequest, sequence: Sequence, draft: Draft) -> How:
+    """How this draft is verified: losslessly if q may not change the output."""
+    opened, speculation = sequence.request, sequence.request.speculation
+    how = How(
+        opened.sampling,
+        sequence.seed,
+        draft.distributions,
+        opened.sampling.temperature == 0,
+        num_logprobs=opened.num_logprobs,
+    )
+    if not (request.transfers and draft.tokens and speculation.transfers):
+        return how
+    trust, strength = request.trust, speculation.transfer_strength
+    bound = Bound(speculation.transfer_divergence * trust.confidence, trust.agreement)
+    return how._replace(
+        sampling=speculation.warping(opened.sampling),
+        rule=RULES[speculation.verification],
+        strength=bound if strength == "auto" else strength,
+    )
 
 
 def within_grammar(draft: Draft, num_allowed: int) -> Draft:

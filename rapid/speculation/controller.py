@@ -125,10 +125,14 @@ class DraftController:
     """One request's choices. ``fixed`` is a given γ; with None the controller chooses γ.
 
     A request with a seed must not depend on the clock: with ``timed`` False the costs stay as they are.
+
+    With ``every_position`` the target needs a q at each position. So every round has a draft, whose last token only
+    brings the q of the position behind the tokens before it. γ counts these tokens; the step of the last one is a part
+    of a round's own cost.
     """
 
-    def __init__(self, fixed: int | None, costs: Costs, *, timed: bool = True) -> None:
-        self._fixed, self._costs, self._timed = fixed, costs, timed
+    def __init__(self, fixed: int | None, costs: Costs, *, timed: bool = True, every_position: bool = False) -> None:
+        self._fixed, self._costs, self._timed, self._every_position = fixed, costs, timed, every_position
         self._records: dict[str, _Record] = {}
         self._plain_rounds = 0
 
@@ -137,6 +141,12 @@ class DraftController:
 
         A fixed γ takes the first offer, at any cost.
         """
+        plan = self._best(offers)
+        if not self._every_position or not offers:
+            return plan
+        return RoundPlan(offers[0].label if plan == PLAIN_ROUND else plan.source, plan.limits.longer(1))
+
+    def _best(self, offers: Sequence[Offer]) -> RoundPlan:
         if self._fixed is not None:
             if self._fixed == 0 or not offers:
                 return PLAIN_ROUND
@@ -165,9 +175,10 @@ class DraftController:
         num_drafted = outcome.num_drafted
         # A drafter that rested must first read the tokens written in the meantime. That cost is not a draft cost.
         step_ms = outcome.draft_step_ms or self._costs.of_draft(plan.source)
-        catching_up = max(0.0, outcome.draft_ms - num_drafted * step_ms)
+        draft_ms = outcome.draft_ms - step_ms * self._every_position
+        catching_up = max(0.0, draft_ms - num_drafted * step_ms)
         if self._timed:
-            self._measure(plan, outcome, round_ms)
+            self._measure(plan, outcome, draft_ms, round_ms)
         for label, record in self._records.items():
             record.resting = 0 if label == plan.source else record.resting + 1
         if plan.source in self._records:  # only drafters that sample have records
@@ -178,12 +189,12 @@ class DraftController:
             if self._rate(plan.source) * self._costs.plain >= 1:
                 record.rest = _FIRST_REST
 
-    def _measure(self, plan: RoundPlan, outcome: VerifyResult, round_ms: float) -> None:
+    def _measure(self, plan: RoundPlan, outcome: VerifyResult, draft_ms: float, round_ms: float) -> None:
         if outcome.num_drafted == 0:
             self._plain_rounds += 1
             self._costs.update("plain", round_ms)
             return
-        self._costs.update("extra", max(0.0, round_ms - outcome.draft_ms - self._costs.plain) / outcome.num_drafted)
+        self._costs.update("extra", max(0.0, round_ms - draft_ms - self._costs.plain) / outcome.num_drafted)
         if outcome.draft_step_ms:
             self._costs.update_draft(plan.source, outcome.draft_step_ms)
 

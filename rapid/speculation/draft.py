@@ -117,12 +117,40 @@ class Logprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
+class Trust(NamedTuple):
+    """How far the drafter may be followed (`rapid.speculation.trust_region`), both from 0 to 1.
+
+    ``confidence`` is how sure retrieval is of the drafter's passages. ``agreement`` is the running agreement of p and q
+    on the output so far; the target's engine gives the next.
+    """
+
+    confidence: float = 1.0
+    agreement: float = 1.0
+
+
+NO_DOUBT = Trust()
+
+
+class Transferred(NamedTuple):
+    """A round with η "auto": sums over the ``positions`` that were written with a q, and the ``agreement`` behind them.
+
+    ``strength`` is η, ``divergence`` KL(p̂‖p) and ``bound`` ε, both in nats; ``uncertainty`` is H(p)/(H(p) + H(q)).
+    """
+
+    agreement: float
+    positions: float
+    strength: float
+    divergence: float
+    bound: float
+    uncertainty: float
+
+
 @dataclass(frozen=True)
 class VerifyResult:
     """One round's outcome: ``tokens`` are the accepted tokens and the one token that follows (recovered or bonus).
 
     ``confidences`` are those of the verified draft tokens. ``logprobs`` has one entry for each token if the sequence's
-    request has ``num_logprobs``, else it is empty.
+    request has ``num_logprobs``, else it is empty. ``transferred`` is there if η was chosen.
     """
 
     tokens: list[int]
@@ -134,6 +162,7 @@ class VerifyResult:
     draft_step_ms: float
     verify_ms: float
     logprobs: list[Logprobs] = field(default_factory=list)
+    transferred: Transferred | None = None
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.drafted": self.num_drafted, "rapid.accepted": self.num_accepted}

@@ -26,10 +26,13 @@ class Drawn(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> Drawn:
-    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None) -> Drawn:
+    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
+
+    Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer.
+    """
     ids, weights = truncated(logits, params, draft_top_k)
-    tokens = sample_few(weights, ids, keys)
+    tokens = ids[:, 0] if keys is None else sample_few(weights, ids, keys)
     return Drawn(tokens, confidences(logits, tokens), ids, weights)
 
 

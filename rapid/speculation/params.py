@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rapid.errors import InvalidRequest
+from rapid.sampling.params import SamplingParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
 NUM_ANSWER_CHUNKS = 10  # the strategy "speculative_rag" drafts from so many of the best chunks
@@ -23,6 +25,13 @@ class SpeculationParams:
     ``draft_cache_tokens`` is how many tokens of its own cache the target reads when it drafts itself; ``draft_cache``
     says which: a window, or those that the prompt's end attends to.
 
+    With ``refresh`` "auto" the passages are retrieved anew at the end of a sentence that they did not help with.
+
+    With η "auto" each position has its own, the largest that keeps KL(p̂‖p) within a bound of at most
+    ``transfer_divergence`` nats (`rapid.speculation.trust_region`). ``transfer_temperature`` is the temperature of p
+    and q where the request's is 0: the output is then the argmax of the augmented logits. With 0 it is the target's
+    own greedy text.
+
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
 
@@ -32,9 +41,12 @@ class SpeculationParams:
 
     strategy: str = "rapid"
     num_draft_tokens: int | Literal["auto"] = "auto"
-    transfer_strength: float = 10.0
+    transfer_strength: float | Literal["auto"] = 10.0
+    transfer_temperature: float = 0.0
+    transfer_divergence: float = 0.5
     verification: str = "published"
     draft_top_k: int = 64
+    refresh: Literal["off", "auto"] = "off"
     rag_model: str = "target"
     num_answers: int = 5
     num_clusters: int = 2
@@ -53,10 +65,19 @@ class SpeculationParams:
             "num_draft_tokens",
             '"auto" or between 0 and 64',
         )
-        require(0 <= self.transfer_strength <= 1000, "transfer_strength", "between 0 and 1000")
+        eta = self.transfer_strength
+        require(
+            eta == "auto" or (not isinstance(eta, str) and 0 <= eta <= 1000),
+            "transfer_strength",
+            '"auto" or between 0 and 1000',
+        )
+        require(0 <= self.transfer_temperature <= 10, "transfer_temperature", "between 0 and 10")
+        bounded = math.isfinite(self.transfer_divergence) and self.transfer_divergence >= 0
+        require(bounded, "transfer_divergence", "0 or a positive number of nats")
         known = f"one of {', '.join(VERIFICATION_RULES)}"
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
+        require(self.refresh in ("off", "auto"), "refresh", "off or auto")
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
         require(1 <= self.num_answers <= 16, "num_answers", "between 1 and 16")
         require(1 <= self.num_clusters <= 10, "num_clusters", "between 1 and 10")
@@ -67,3 +88,19 @@ class SpeculationParams:
     def fixed_draft_tokens(self) -> int | None:
         """γ if the request gives it; None if the controller chooses it."""
         return None if self.num_draft_tokens == "auto" else self.num_draft_tokens
+
+    @property
+    def transfers(self) -> bool:
+        """Whether a drafter's q may change the output of a sampling request."""
+        moves = self.transfer_divergence > 0 if self.transfer_strength == "auto" else self.transfer_strength > 0
+        return moves and self.verification != "lossless" and STRATEGIES[self.strategy].transfers
+
+    def transfers_greedily(self, sampling: SamplingParams) -> bool:
+        """Whether the output is the argmax of the augmented logits, so that every position needs a q."""
+        return sampling.temperature == 0 and self.transfer_temperature > 0 and self.transfers
+
+    def warping(self, sampling: SamplingParams) -> SamplingParams:
+        """How p and q are made of logits: as ``sampling`` says, but for a greedy transfer's temperature."""
+        if not self.transfers_greedily(sampling):
+            return sampling
+        return replace(sampling, temperature=self.transfer_temperature)

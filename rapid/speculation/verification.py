@@ -27,33 +27,45 @@ Strength = float | Tensor  # η, one for all rows or [..., 1]
 TAIL = 0.1  # Eq. 9 and the released mask: tokens below this share of the maximum keep their p
 
 
-def transfer(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
-    """softmax(z/T + η(q − p)), Eq. 6 and 8, from p = softmax(z/T) alone: p·exp(η(q − p)), normalised.
+def difference(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """q − p, what η multiplies in Eq. 6."""
+    return draft_probs - target_probs
+
+
+def difference_of_likely(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """The released code's mask: q − p for tokens with q ≥ 0.1·max q, and 0 for all others."""
+    unlikely = draft_probs < TAIL * draft_probs.amax(-1, keepdim=True)
+    return (draft_probs - target_probs).masked_fill_(unlikely, 0.0)
+
+
+def transferred(target_probs: Tensor, shift: Tensor, transfer_strength: Strength) -> Tensor:
+    """softmax(z/T + η·shift), Eq. 6 and 8, from p = softmax(z/T) alone: p·exp(η·shift), normalised.
 
     Tokens outside the target's own support (top-p, top-k, min-p) stay outside: their p is 0.
     """
-    return _shifted(target_probs, (draft_probs - target_probs).mul_(transfer_strength))
+    # The largest shift within the support is subtracted first, so that exp cannot overflow for any η.
+    inside = (shift * transfer_strength).masked_fill_(target_probs == 0, -torch.inf)
+    weights = inside.sub_(inside.amax(-1, keepdim=True)).exp_().mul_(target_probs)
+    return _normalised(weights, otherwise=target_probs)
 
 
-def tail_protected(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
+def unprotected(transferred_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """The transferred distribution as it is."""
+    return transferred_probs
+
+
+def tail_protected(transferred_probs: Tensor, target_probs: Tensor) -> Tensor:
     """Eq. 9: tokens whose transferred probability is under 0.1 of the maximum keep p. p̂ need not sum to 1."""
-    transferred = transfer(target_probs, draft_probs, transfer_strength)
-    return torch.where(transferred < TAIL * transferred.amax(-1, keepdim=True), target_probs, transferred)
+    in_tail = transferred_probs < TAIL * transferred_probs.amax(-1, keepdim=True)
+    return torch.where(in_tail, target_probs, transferred_probs)
 
 
-def drafter_masked(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
-    """The released code's p̂: moves only the logits of tokens with q ≥ 0.1·max q, then takes one softmax over all."""
-    shift = (draft_probs - target_probs).mul_(transfer_strength)
-    unlikely = draft_probs < TAIL * draft_probs.amax(-1, keepdim=True)
-    return _shifted(target_probs, shift.masked_fill(unlikely, 0.0))
-
-
-def renormalised(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
+def renormalised(transferred_probs: Tensor, target_probs: Tensor) -> Tensor:
     """Eq. 9, scaled to sum to 1."""
-    return _normalised(tail_protected(target_probs, draft_probs, transfer_strength), otherwise=target_probs)
+    return _normalised(tail_protected(transferred_probs, target_probs), otherwise=target_probs)
 
 
-def untouched(target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
+def untouched(transferred_probs: Tensor, target_probs: Tensor) -> Tensor:
     """No transfer: p̂ = p, whatever η is."""
     return target_probs
 
@@ -69,13 +81,6 @@ def residual_excess(target_probs: Tensor, draft_probs: Tensor, augmented_probs: 
     return _normalised((augmented_probs - draft_probs).clamp_min(0), otherwise=target_probs)
 
 
-def _shifted(probs: Tensor, shift: Tensor) -> Tensor:
-    # The largest shift within the support is subtracted first, so that exp cannot overflow for any η.
-    inside = shift.masked_fill(probs == 0, -torch.inf)
-    weights = inside.sub_(inside.amax(-1, keepdim=True)).exp_().mul_(probs)
-    return _normalised(weights, otherwise=probs)
-
-
 def _normalised(weights: Tensor, *, otherwise: Tensor) -> Tensor:
     """Rows scaled to sum to 1; a row without mass becomes its row of ``otherwise``."""
     mass = weights.sum(-1, keepdim=True)
@@ -83,22 +88,31 @@ def _normalised(weights: Tensor, *, otherwise: Tensor) -> Tensor:
 
 
 class Rule(NamedTuple):
-    """A verification rule: p̂ from (p, q, η), and r from (p, q, p̂); each [..., V] to [..., V]."""
+    """A verification rule: ``shift`` from (p, q), ``protect`` from (transferred, p), ``residual`` from (p, q, p̂).
 
-    augment: Callable[[Tensor, Tensor, Strength], Tensor]
+    Each gives [..., V] from tensors of that shape. p̂ is the transferred distribution after ``protect``.
+    """
+
+    shift: Callable[[Tensor, Tensor], Tensor]
+    protect: Callable[[Tensor, Tensor], Tensor]
     residual: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def augment(self, target_probs: Tensor, draft_probs: Tensor, transfer_strength: Strength) -> Tensor:
+        """p̂ from (p, q, η)."""
+        shift = self.shift(target_probs, draft_probs)
+        return self.protect(transferred(target_probs, shift, transfer_strength), target_probs)
 
 
 RULES: dict[str, Rule] = {
     # Eq. 9 and Eq. 10 as printed; p̂ may sum to more than 1. With η > 0 the output is NOT p, although the paper's
     # appendix B says so: it is the law above, shifted towards the drafter. With η = 0 it is p.
-    "published": Rule(tail_protected, residual_eq10),
-    # The released code's p̂ with Eq. 10. Output: the law above; p at η = 0.
-    "reference": Rule(drafter_masked, residual_eq10),
+    "published": Rule(difference, tail_protected, residual_eq10),
+    # The released code's p̂ (the mask, then one softmax over all) with Eq. 10. Output: the law above; p at η = 0.
+    "reference": Rule(difference_of_likely, unprotected, residual_eq10),
     # Output: exactly p̂, the renormalised Eq. 9.
-    "augmented": Rule(renormalised, residual_excess),
+    "augmented": Rule(difference, renormalised, residual_excess),
     # Output: exactly p (speculative sampling, arXiv 2211.17192).
-    "lossless": Rule(untouched, residual_excess),
+    "lossless": Rule(difference, untouched, residual_excess),
 }
 
 LOSSLESS = RULES["lossless"]
@@ -161,7 +175,7 @@ def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strengt
     """
     num_accepted, next_probs, vocab_size = drafts.lengths, target_probs, target_probs.shape[-1]
     if drafts.longest:
-        if rule.augment is untouched:
+        if rule.protect is untouched:
             augmented_probs, accepting = target_probs, target_probs[drafts.rows, drafts.tokens]
         else:
             draft_probs = dense(drafts.ids, drafts.weights, vocab_size)
@@ -176,21 +190,30 @@ def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strengt
         next_probs = target_probs.index_select(0, emitting)
         rejected = (drafts.firsts + num_accepted).clamp_max(len(drafts.tokens) - 1)  # of no meaning if all are accepted
         draft_probs = dense(drafts.ids.index_select(0, rejected), drafts.weights.index_select(0, rejected), vocab_size)
-        augmented_probs = next_probs if rule.augment is untouched else augmented_probs.index_select(0, rejected)
+        augmented_probs = next_probs if rule.protect is untouched else augmented_probs.index_select(0, rejected)
         residual = rule.residual(next_probs, draft_probs, augmented_probs)
         next_probs = torch.where((num_accepted == drafts.lengths).unsqueeze(-1), next_probs, residual)
     return Verdict(num_accepted, sample(next_probs, noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)))
 
 
 def verify_greedy(drafts: DraftRows, best: Tensor) -> Verdict:
-    """`verify` at temperature 0, where p and q are one-hot: every rule accepts a draft token iff it is the argmax.
+    """`verify` at temperature 0: a draft token is accepted iff it is the ``best`` [N + B] token of its row.
 
-    ``best`` [N + B]: the argmax of the target's rows.
+    That is the argmax of the target's rows, because p and q are one-hot and every rule leaves such a p alone. With a
+    transfer temperature it is `best_augmented`.
     """
     if not drafts.longest:
         return Verdict(drafts.lengths, best)
     num_accepted = drafts.num_accepted(drafts.scored(best) == drafts.tokens)
     return Verdict(num_accepted, best[drafts.emitting(num_accepted)])
+
+
+def best_augmented(logits: Tensor, target_probs: Tensor, shift: Tensor, transfer_strength: Strength) -> Tensor:
+    """argmax of the augmented logits z/T + η·shift (Eq. 6), for each row: [..., V] to [...].
+
+    ``logits`` are z/T, of which ``target_probs`` are p. Tokens outside the target's own support stay outside.
+    """
+    return (logits + shift * transfer_strength).masked_fill_(target_probs == 0, -torch.inf).argmax(-1)
 
 
 def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: Strength) -> Tensor:

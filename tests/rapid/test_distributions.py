@@ -13,7 +13,7 @@ import torch
 from running import logits_after
 from world import World, complete, first_eight, run
 
-from benchmarks.common.closed_forms import Array, law
+from benchmarks.common.closed_forms import Array, augmented, bound, chosen_strength, law
 from rapid.datastore.search import Datastore, Segment, suffix_array
 from rapid.generate import generate_choices
 from rapid.models.model import Model
@@ -124,6 +124,28 @@ def test_rapid_writes_what_its_rule_says(make_world: Callable[..., World], rule:
         gamma=4, max_tokens=2, sampling=sampling, verification=rule, transfer_strength=eta, draft_top_k=top_k
     )
     counts = many(world, request, 1000, 1)
+    assert_follows(counts, expected)
+    with pytest.raises(AssertionError):
+        assert_follows(counts, p)
+
+
+def test_a_chosen_strength_writes_exactly_p_hat(make_world: Callable[..., World]) -> None:
+    """The first token, with the η that the bound allows: passages of similarity 0.5 are half as good as sure ones."""
+    world, sampling, top_k = make_world(6), SamplingParams(temperature=0.9), 4
+    prompt = world.prompt()
+    short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
+    z = logits_after(world.target.model, prompt.tokens).double().numpy()
+    q = np.zeros(6)
+    weights, indices = next_probs(world.drafter.model, short, sampling).topk(top_k)
+    q[indices.numpy()] = (weights / weights.sum()).numpy()
+    eta = chosen_strength("augmented", z, q, bound(z, q, 2.0 * 0.5, 0.9), 0.9)
+    expected = augmented("augmented", z, q, eta, 0.9)
+    p = law("lossless", z, q, eta, 0.9)
+    assert abs(expected - p).sum() / 2 > 0.1
+
+    how = {"transfer_strength": "auto", "transfer_divergence": 2.0, "verification": "augmented", "draft_top_k": top_k}
+    request = world.request(gamma=4, max_tokens=2, sampling=sampling, **how)
+    counts = many(world, request, 500, 1)
     assert_follows(counts, expected)
     with pytest.raises(AssertionError):
         assert_follows(counts, p)

@@ -6,6 +6,7 @@ let model = null;
 /** The request but for its messages and strategy. A field that is left empty is the server's to choose. */
 function options() {
   const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
+  const numberOrWord = (id) => (isNaN(byId(id).value) ? byId(id).value : number(id));
   return {
     model,
     stream: true,
@@ -14,6 +15,8 @@ function options() {
     rapid: {
       trace: true,
       num_draft_tokens: number("gamma") ?? "auto",
+      transfer_strength: numberOrWord("strength"),
+      transfer_temperature: number("transfer"),
       verification: byId("verification").value || undefined,
       retrieval: { max_tokens: number("budget"), chunk_tokens: number("chunk") },
     },

@@ -58,6 +58,27 @@ def test_greedy_over_http_is_transformers_greedy(client: OpenAI, expected: str, 
         assert all(chunk["score"] >= 0.1 for chunk in statistics["chunks"])
 
 
+def test_a_greedy_transfer_over_http_does_not_depend_on_gamma(client: OpenAI, expected: str) -> None:
+    """It says what was chosen; without a transfer it says nothing of one."""
+
+    def ask(**rapid: Any) -> tuple[str | None, dict[str, Any]]:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=chat(), max_tokens=24, temperature=0, extra_body={"rapid": rapid}
+        )
+        return answer.choices[0].message.content, answer.model_extra["rapid"]  # type: ignore[index]
+
+    how: dict[str, Any] = {"transfer_strength": "auto", "transfer_divergence": 1.0, "transfer_temperature": 1.0}
+    (text, statistics), *others = [ask(**how, num_draft_tokens=gamma) for gamma in (1, 4, "auto")]
+    assert [other for other, _ in others] == [text] * 2
+    transfer = statistics["transfer"]
+    assert transfer["positions"] == 24
+    # The passages may be so unlike the question that retrieval is not sure of them at all; then nothing is moved.
+    assert 0 <= transfer["divergence"] <= transfer["bound"] + 1e-4 <= transfer["confidence"] + 2e-4
+    assert 0 <= transfer["strength"] <= 50 and 0 <= transfer["uncertainty"] <= 1 and 0 < transfer["agreement"] <= 1
+    text, statistics = ask(num_draft_tokens=4)
+    assert text == expected and statistics["transfer"] is None
+
+
 def test_completions_and_stop_strings(client: OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "max_tokens": 24, "temperature": 0}
     whole = client.completions.create(**options)
@@ -100,6 +121,11 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         ({"rapid": {"strategy": "magic"}}, "rapid.strategy", "autoregressive"),
         ({"rapid": {"verification": "none"}}, "rapid.verification", "lossless"),
         ({"rapid": {"num_draft_tokens": 1000}}, "rapid.num_draft_tokens", "64"),
+        ({"rapid": {"transfer_strength": "much"}}, "rapid.transfer_strength", "auto"),
+        ({"rapid": {"transfer_strength": 1001}}, "rapid.transfer_strength", "1000"),
+        ({"rapid": {"transfer_temperature": -1}}, "rapid.transfer_temperature", "between 0 and 10"),
+        ({"rapid": {"transfer_divergence": -1}}, "rapid.transfer_divergence", "nats"),
+        ({"rapid": {"refresh": "always"}}, "rapid.refresh", "auto"),
         ({"rapid": {"retrieval": {"threshold": 2}}}, "rapid.retrieval.threshold", "1"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": -1}, "temperature", "between"),

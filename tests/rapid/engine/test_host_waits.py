@@ -6,7 +6,7 @@ elements) raises. Only `download` gives numbers. A blocking upload raises, too: 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,14 +17,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapid.engine.engine import Engine
-from rapid.engine.messages import SequenceRequest
+from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
+from rapid.engine.propose import propose
 from rapid.engine.sequence import Sequence
+from rapid.engine.verify import verify_draft
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.models.model import Model
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 from rapid.speculation.drawing import draw_greedily
+from rapid.speculation.params import SpeculationParams
 
 DEVICE = torch.device("meta")
 NO_EOS = frozenset[int]()
@@ -128,6 +131,27 @@ def test_a_draft_a_verification_and_a_plain_step_wait_once_each(
     assert len(waits) == before + 2
     done(running.submit(verification(sequence, Draft(len(sequence.output)), rule, 10.0)))
     assert len(waits) == before + 3 == running.stats().host_waits
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED])
+@pytest.mark.parametrize("strength", ["auto", 10.0])
+def test_choosing_the_transfer_adds_no_wait(
+    running: Engine, waits: list[Tensor], sampling: SamplingParams, strength: float | Literal["auto"]
+) -> None:
+    """A greedy transfer, whose draft brings one q more than it has tokens to score, and η as a trust region."""
+    speculation = SpeculationParams(transfer_strength=strength, transfer_temperature=1.0)
+    sequences = [
+        done(running.open(SequenceRequest(random_tokens(20, seed=i), 100, sampling, speculation))) for i in range(2)
+    ]
+    drafted, verifying = sequences
+    before = len(waits)
+    draft = done(running.submit(propose(drafted, DraftRequest(0, [], DraftLimits(GAMMA)), NO_EOS)))
+    assert draft.tokens == [1] * GAMMA and len(waits) == before + 1
+    assert len(draft.distributions[0][0]) > 1  # q is no point, at temperature 0 neither
+    verified: VerifyResult = done(running.submit(verify_draft(verifying, VerifyRequest(draft, transfers=True))))
+    assert verified.num_drafted == GAMMA - (sampling.temperature == 0)
+    assert (verified.transferred is not None) == (strength == "auto")
+    assert len(waits) == before + 2 == running.stats().host_waits
 
 
 def test_a_whole_batch_waits_once(running: Engine, waits: list[Tensor], gates: Callable[[Any], Any]) -> None:

@@ -1,13 +1,14 @@
 """How much is drafted, from whom, and when not at all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 
 from rapid.drafters.lookup import MATCH_LENGTHS, MATCH_PRIOR
-from rapid.drafters.retrieval import CONFIDENCE_PRIOR
+from rapid.drafters.sampling import CONFIDENCE_PRIOR
 from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Costs, DraftController, Offer, RoundPlan
 from rapid.speculation.draft import CONFIDENCES, DraftLimits
 
@@ -211,3 +212,26 @@ def test_acceptance_is_learnt_class_by_class() -> None:
     assert (acceptance.of(0.2), acceptance.of(0.8)) == (low, high)
     assert low > 0.95 and high < 0.05
     assert acceptance.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_with_a_q_for_every_position_no_round_is_plain_and_one_step_belongs_to_each() -> None:
+    """γ is chosen as always. The draft has one token more, whose step is a part of a round's own cost."""
+    offer = Offer("model", 10, by_confidence=(0.9,) * 9, mean=0.9)
+    for fixed, room, expected in ((0, 10, 1), (4, 10, 5), (4, 2, 3), (4, 0, 1), (None, 0, 1)):
+        controller = DraftController(fixed, Costs(), every_position=True)
+        plan = controller.choose([replace(offer, max_tokens=room)])
+        assert (plan.source, plan.limits.max_tokens) == ("model", expected)
+    assert DraftController(4, Costs(), every_position=True).choose([]).source == "none"  # there is no drafter
+
+    costs = Costs()
+    controller = DraftController(None, costs, every_position=True)
+    step, verifying, extra = 5.0, 40.0, 1.0
+    for _ in range(60):
+        gamma = controller.choose([offer]).limits.max_tokens - 1
+        draft_ms = (gamma + 1) * step
+        outcome = Outcome(gamma, gamma, [0.9] * gamma, draft_ms, step)
+        plan = RoundPlan("model", DraftLimits(gamma + 1))
+        controller.observe(plan, outcome, verifying + draft_ms + gamma * extra)  # type: ignore[arg-type]
+    assert costs.plain == pytest.approx(verifying + step, rel=0.05)
+    assert costs.extra == pytest.approx(extra, abs=0.3)
+    assert gamma == 10 or gamma == MAX_DRAFT_TOKENS
