@@ -23,6 +23,7 @@ from deployments.app import build
 from deployments.builders import local_backend
 from deployments.config import parse_config
 from deployments.http.api import make_api
+from deployments.serve.engines import engines_of
 from deployments.service import LocalService
 from rapid.text.tokenizer import load_tokenizer
 
@@ -123,6 +124,16 @@ def complete(
     text = "".join(text for text, _ in texts) + last
     assert len(text) == statistics["emitted"] == num_tokens
     return text, statistics
+
+
+def engine_of(deployment: str) -> Any:
+    """The handle of the actor of its only engine."""
+    [actor] = [
+        actor
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith(engines_of("rapid", deployment))
+    ]
+    return ray.get_actor(**actor)
 
 
 def health(url: str) -> dict[str, Any]:
