@@ -126,14 +126,17 @@ def complete(
     return text, statistics
 
 
+def engines_named(deployment: str) -> list[Any]:
+    """The handles of its engines' actors."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    mine = engines_of("rapid", deployment)
+    return [ray.get_actor(**actor) for actor in actors if actor["name"].startswith(mine)]
+
+
 def engine_of(deployment: str) -> Any:
     """The handle of the actor of its only engine."""
-    [actor] = [
-        actor
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["name"].startswith(engines_of("rapid", deployment))
-    ]
-    return ray.get_actor(**actor)
+    [engine] = engines_named(deployment)
+    return engine
 
 
 def health(url: str) -> dict[str, Any]:
