@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +26,11 @@ from ray.exceptions import (
     RayError,
     WorkerCrashedError,
 )
+from ray.serve._private import constants as ray_constants
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from cluster.health import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
 from deployments.serve import backend as ray_backend
@@ -39,6 +42,7 @@ from deployments.serve.engines import Doubt, EngineReplica, Ticket
 from deployments.serve.heartbeat import beating, heard
 from deployments.serve.ray_errors import understood
 from deployments.service import LocalService
+from rapid.backend import waiting
 from rapid.backend.protocol import Vitals
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, Overloaded, RapidError, RetrievalFailed
@@ -455,6 +459,11 @@ def test_a_replica_in_doubt_and_one_that_hangs_are_avoided(monkeypatch: pytest.M
     asyncio.run(asyncio.wait_for(main(), LIMIT_S))
 
 
+def test_what_one_can_do_without_costs_less_than_two_seconds() -> None:
+    assert (1 + waiting.LATE) * waiting.DRAFTER_PATIENCE_S < 2
+    assert ray_backend._OPTIONAL_TIMEOUT_S < 2
+
+
 def test_every_deployment_is_checked_often() -> None:
     ingress = build(parse_config({}))._bound_deployment
     coordinator = ingress.init_args[1]._bound_deployment
@@ -463,6 +472,10 @@ def test_every_deployment_is_checked_often() -> None:
     for part in parts:
         checks = part._deployment_config
         assert 3 * (checks.health_check_period_s + checks.health_check_timeout_s) <= 12
+    kind = "RAY_SERVE_PROXY_HEALTH_CHECK_"
+    assert 3 * sum(float(ENVIRONMENT[kind + name]) for name in ("PERIOD_S", "TIMEOUT_S")) <= 12
+    for name, value in ENVIRONMENT.items():  # this release of Ray knows them
+        assert name in Path(ray_constants.__file__).read_text(encoding="utf-8"), value
 
 
 def test_an_ingress_does_not_wait_for_a_coordinator_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
