@@ -10,13 +10,13 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.serve.avoided import avoid, trust
 from deployments.serve.channel import Channel
 from deployments.serve.engine_actors import EngineActors, asked
 from deployments.serve.engines import Doubt, Ticket, document_of
 from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import QueueMetrics
 from deployments.serve.ray_errors import understood
-from deployments.serve.routing import avoid, trust
 from rapid.backend.breaker import Breaker
 from rapid.backend.protocol import Lease, Retrieval, Role, Vitals
 from rapid.backend.quarantine import Quarantine

@@ -1,35 +1,14 @@
 """The router of leases: Serve's, without the finished requests that it would keep for ever, and around what hangs."""
 
 import random
-import time
 
 from ray.serve._private.request_router import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-AVOID_S = 10.0
-_avoided: dict[str, float] = {}  # by replica: until when
+from deployments.serve.avoided import is_avoided
+
 _MAX_NAMES = 10_000  # of documents that no replica was known to have read when their requests came
-
-
-def avoid(replica: str) -> None:
-    """For some seconds this process leases nothing from ``replica``, if there are others: its engine seems to hang.
-
-    Serve would prefer it: what was given up there makes it look the least busy.
-    """
-    now = time.monotonic()
-    for name in [name for name, until in _avoided.items() if until < now]:
-        del _avoided[name]
-    _avoided[replica] = now + AVOID_S
-
-
-def trust(replica: str) -> None:
-    """Its engine answers."""
-    _avoided.pop(replica, None)
-
-
-def is_avoided(replica: str) -> bool:
-    return _avoided.get(replica, 0.0) > time.monotonic()
 
 
 class LeaseRouter(PowerOfTwoChoicesRequestRouter):
@@ -45,10 +24,8 @@ class LeaseRouter(PowerOfTwoChoicesRequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         chosen = await super().choose_replicas(candidate_replicas, pending_request)
-        if not _avoided:
-            return chosen
         well = [[replica for replica in rank if not is_avoided(replica.replica_id.unique_id)] for rank in chosen]
-        if any(well):
+        if any(well) or not any(chosen):
             return well
         others = [replica for replica in candidate_replicas if not is_avoided(replica.replica_id.unique_id)]
         return [random.sample(others, min(2, len(others)))] if others else chosen

@@ -13,8 +13,9 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.config import RequestRouterConfig
 
-from deployments.serve import routing
+from deployments.serve import avoided
 from deployments.serve.routing import LeaseRouter
 
 TARGET = DeploymentID(name="Target", app_name="rapid")
@@ -74,14 +75,19 @@ def test_serves_own_router_would_keep_it() -> None:
 @pytest.fixture
 def nothing_avoided() -> Iterator[None]:
     yield
-    routing._avoided.clear()
+    avoided._avoided.clear()
+
+
+def as_serve_takes_it(kind: type) -> Any:
+    """Serve copies a router's module by value, so that what stands there is not shared with the process."""
+    return RequestRouterConfig(request_router_class=kind).get_request_router_class()
 
 
 def chosen(replicas: list[Replica], document: str) -> set[str]:
     """The replicas that get ten requests, one after another."""
 
     async def main() -> set[str]:
-        router: Any = LeaseRouter(
+        router: Any = as_serve_takes_it(LeaseRouter)(
             deployment_id=TARGET, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False
         )
         router.update_replicas(replicas)
@@ -101,11 +107,11 @@ def test_what_hangs_is_not_leased_again_though_it_is_the_least_busy_and_has_read
     hangs = Replica(multiplexed_model_ids=frozenset({document}))
     others = [Replica(ReplicaID(name, TARGET), name, num_waiting=3) for name in ("two", "three")]
     assert chosen([hangs, others[0]], document) == {"one"}
-    routing.avoid("one")
+    avoided.avoid("one")
     assert chosen([hangs, others[0]], document) == {"two"}
     assert chosen([hangs, *others], document) <= {"two", "three"}
     assert chosen([hangs], document) == {"one"}  # nothing else is there
-    routing.trust("one")
+    avoided.trust("one")
     assert chosen([hangs, others[0]], document) == {"one"}
 
 
@@ -113,10 +119,10 @@ def test_what_hangs_is_not_leased_again_though_it_is_the_least_busy_and_has_read
 def test_a_replica_is_avoided_for_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    routing.avoid("one")
-    now += routing.AVOID_S - 0.1
-    assert routing.is_avoided("one")
+    avoided.avoid("one")
+    now += avoided.AVOID_S - 0.1
+    assert avoided.is_avoided("one")
     now += 0.2
-    assert not routing.is_avoided("one")
-    routing.avoid("two")
-    assert list(routing._avoided) == ["two"]
+    assert not avoided.is_avoided("one")
+    avoided.avoid("two")
+    assert list(avoided._avoided) == ["two"]
