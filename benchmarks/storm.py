@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import statistics
@@ -150,6 +151,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", default="", help="the results' file is storm_PART.json")
     options = parser.parse_args()
+    about = {"minutes": options.minutes, "clients": options.clients}
+    about["load_average_before"] = round(os.getloadavg()[0], 1)  # of a machine that others may use, too
     with service(targets=TARGETS, ranks=1):
         checker, crowd = Checker(URL), Crowd(URL, options.seed)
         results = asyncio.run(storm(options, checker, crowd))
@@ -157,7 +160,7 @@ def main() -> None:
     with Replay.of(EngineConfig(model=MODEL, dtype="float32", kv_memory_gib=0.25)) as replay:
         results["answers"] = checker.judge(crowd.asked, replay, 0)
     print(json.dumps(results["answers"]))
-    write("storm", {"minutes": options.minutes, "clients": options.clients} | results, part=options.part)
+    write("storm", about | results, part=options.part)
 
 
 if __name__ == "__main__":
