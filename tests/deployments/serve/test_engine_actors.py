@@ -140,3 +140,7 @@ def test_a_replica_ends_with_any_of_its_ranks(
         starting.cancel()
 
     asyncio.run(main())
+
+
+def test_an_engine_that_is_being_loaded_has_nothing_to_say() -> None:
+    assert asyncio.run(EngineActor(EngineConfig()).stats()) is None
