@@ -141,7 +141,8 @@ class RayBackend:
         try:
             stream, ticket = await self._ticket(role, request)
             try:
-                channel = await Channel.connect(ticket.address, ticket.lease_id)
+                within_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
+                channel = await Channel.connect(ticket.address, ticket.lease_id, within_s)
             except OSError as error:
                 ticket.engine.close.remote(ticket.lease_id)
                 avoid(ticket.replica)

@@ -21,7 +21,8 @@ from rapid.errors import EngineHung, EngineLost
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
-_ANSWER_WITHIN_S = 1.5
+_FIND_WITHIN_S = 1.5
+_ANSWER_WITHIN_S = 3.0  # both before /health has to answer; busy cores must not look like a hang
 _FORGET_WITHIN_S = 20.0
 
 
@@ -48,7 +49,7 @@ class EngineActors:
         self._loaded: set[str] = set()  # those that have answered: a process that starts is silent, too
         self._looking: asyncio.Future[None] | None = None
 
-    async def find(self, within_s: float = _ANSWER_WITHIN_S) -> None:
+    async def find(self, within_s: float = _FIND_WITHIN_S) -> None:
         """Learns which engines there are now. Where nobody tells, those that were there last are taken to be."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(asyncio.to_thread(self._look_up))

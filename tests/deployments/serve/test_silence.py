@@ -138,7 +138,7 @@ def test_who_says_no_hello_is_not_listened_to_for_long(monkeypatch: pytest.Monke
         listener.close()
         monkeypatch.setattr(asyncio, "open_connection", never)
         with pytest.raises(OSError):
-            await Channel.connect(Address("127.0.0.1", 9, b""), "a")
+            await Channel.connect(Address("127.0.0.1", 9, b""), "a", 0.1)
 
     asyncio.run(main())
 
