@@ -140,6 +140,7 @@ class RayBackend:
             raise refusal
         try:
             stream, ticket = await self._ticket(role, request)
+            self._actors.has_leased(ticket.name)
             try:
                 within_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
                 channel = await Channel.connect(ticket.address, ticket.lease_id, within_s)

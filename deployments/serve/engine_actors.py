@@ -49,6 +49,10 @@ class EngineActors:
         self._loaded: set[str] = set()  # those that have answered: a process that starts is silent, too
         self._looking: asyncio.Future[None] | None = None
 
+    def has_leased(self, name: str) -> None:
+        """It gave a lease. From now on its silence is a hang."""
+        self._loaded.add(name)
+
     async def find(self, within_s: float = _FIND_WITHIN_S) -> None:
         """Learns which engines there are now. Where nobody tells, those that were there last are taken to be."""
         if self._looking is None or self._looking.done():
@@ -70,7 +74,7 @@ class EngineActors:
         """What the engines of ``deployment`` say, and what is wrong with how many of them, in words."""
         mine = engines_of(serve.get_replica_context().app_name, deployment)
         engines = {name: handle for name, handle in self._handles.items() if name.startswith(mine)}
-        self._loaded &= set(self._handles)
+        self._loaded &= set(self._handles)  # one that is gone does not come back
         said = await asyncio.gather(*(self._stats(name, engine) for name, engine in engines.items()))
         stats = [each for each in said if isinstance(each, EngineStats)]
         problems = [each for each in said if isinstance(each, str)]

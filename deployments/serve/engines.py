@@ -69,6 +69,7 @@ class Ticket:
 
     lease_id: str
     engine: Any
+    name: str  # the actor's
     address: Address
     replica: str
 
@@ -193,12 +194,12 @@ class EngineReplica:
         self._metrics = EngineMetrics()
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
-        name = engines_of(context.app_name, context.deployment) + uuid.uuid4().hex
+        self._name = engines_of(context.app_name, context.deployment) + uuid.uuid4().hex
 
         def start(kind: type[RankActor], rank: int) -> Any:
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
             options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
-            options["name"] = name if rank == 0 else None
+            options["name"] = self._name if rank == 0 else None
             return ray.remote(kind).options(**options, scheduling_strategy=bundle).remote(config)
 
         self._engine = start(EngineActor, 0)
@@ -281,7 +282,7 @@ class EngineReplica:
             except RapidError as error:
                 yield error
                 return
-            yield Ticket(lease_id, self._engine, self._address, self._replica)
+            yield Ticket(lease_id, self._engine, self._name, self._address, self._replica)
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)

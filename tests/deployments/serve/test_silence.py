@@ -235,12 +235,15 @@ def test_vitals_forget_engines_that_are_gone_and_do_not_count_those_that_start(
     engine_handles["Target-2"] = Handle(stats=answering(stats()))
     engine_handles["Target-3"] = Handle(stats=never)  # its process starts
     engine_handles["Target-4"] = Handle(stats=answering(None))  # its model is being loaded
+    starting = engines.engines_of("app") + "Target-3"
 
     async def main() -> None:
         found = await asyncio.wait_for(whole.vitals(), LIMIT_S)
         assert len(found.engines["target"]) == 1 and found.problems == {"drafter": "there is no engine"}
         whole._may_be_away = ["drafter"]
         assert not (await whole.vitals()).problems
+        whole._actors.has_leased(starting)  # so it was there, and is silent now
+        assert list((await whole.vitals()).problems) == ["target"]
 
     asyncio.run(main())
 
@@ -439,7 +442,7 @@ def test_a_replica_in_doubt_and_one_that_hangs_are_avoided(monkeypatch: pytest.M
         answer: Callable[[], Any] = never
         listener = await Listener.start("127.0.0.1", {"call": call}, ended=ended)
         engine = Handle(close=lambda _: None)
-        ticket = Ticket("a", engine, listener.address, "two")
+        ticket = Ticket("a", engine, "an engine's name", listener.address, "two")
         target = Handle(lease=Leases(Doubt("one", "silent for 3 s"), ticket))
         whole = backend(target, Handle(), Handle())
         with pytest.raises(EngineHung, match="an engine of the target is not well: silent for 3 s"):
