@@ -79,20 +79,23 @@ class LocalService:
                         yield event
 
     async def health(self) -> Health:
-        """What each running engine holds, and which part is not well that requests can do without.
+        """What the running engines hold, and which part is not well that requests can do without.
+
+        One of several targets that hangs is such a part: the others answer.
 
         Raises:
-            EngineLost: the target is not well.
+            EngineLost: no target is well.
         """
-        engines, problems = await self._backend.vitals()
-        if problem := problems.get("target"):
-            raise EngineLost(f"the target is not well: {problem}")
+        vitals = await self._backend.vitals()
+        engines, problems = vitals
+        if not vitals.serves("target"):
+            raise EngineLost(f"the target is not well: {problems.get('target', 'there is none')}")
         return Health(
             status="degraded" if problems else "ok",
             models={role: self._backend.info(role).name for role in engines},
-            sequences={role: held.num_sequences for role, held in engines.items()},
-            kv_bytes={role: held.kv_bytes for role, held in engines.items()},
-            pass_age_s={role: round(held.pulse.pass_age_s, 3) for role, held in engines.items()},
+            sequences={role: sum(each.num_sequences for each in held) for role, held in engines.items()},
+            kv_bytes={role: sum(each.kv_bytes for each in held) for role, held in engines.items()},
+            pass_age_s={role: round(max(each.pulse.pass_age_s for each in held), 3) for role, held in engines.items()},
             problems=problems,
         )
 

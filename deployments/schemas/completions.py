@@ -292,7 +292,7 @@ class TextRequest(Completion):
 
 
 class Health(BaseModel):
-    """`GET /health`: each engine's model, open sequences, the bytes their KV caches hold, and the age of its pass.
+    """`GET /health`: by role the model, open sequences, the bytes their KV caches hold, and the age of the oldest pass.
 
     With ``problems`` (part → what is wrong, of the parts that requests can do without) ``status`` is "degraded".
     """

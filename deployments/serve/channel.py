@@ -108,12 +108,12 @@ class Channel:
         self._listening.add_done_callback(self._end)
 
     @classmethod
-    async def connect(cls, address: Address, name: str) -> "Channel":
+    async def connect(cls, address: Address, name: str, within_s: float = _HELLO_S) -> "Channel":
         """
         Raises:
-            OSError: no process listens there, or it does not answer within five seconds.
+            OSError: no process listens there, or it does not answer ``within_s``.
         """
-        async with asyncio.timeout(_HELLO_S):
+        async with asyncio.timeout(within_s):
             reader, writer = await asyncio.open_connection(address.host, address.port)
         writer.write(address.secret + _message(name))
         return cls(reader, writer)

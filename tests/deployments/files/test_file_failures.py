@@ -20,7 +20,9 @@ from deployments.files.files import LocalFiles
 from deployments.files.store import Content, FileNotStored, FileStore
 from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
+from deployments.serve import engine_actors
 from deployments.serve.backend import RayBackend
+from deployments.serve.engines import engines_of
 from deployments.turns import FairPool
 from rapid.errors import InvalidRequest, RapidError, RetrievalFailed
 from retrieval import IndexProgress
@@ -281,12 +283,11 @@ def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 
     def list_named_actors() -> list[str]:
         threads.append(threading.current_thread())
-        return ["x Target", "y"]
+        return [engines_of("x", "Target") + "1", engines_of("y", "Target") + "1"]
 
-    monkeypatch.setattr(ray_backend, "engines_of", lambda _: "x")
-    monkeypatch.setattr(ray_backend.serve, "get_replica_context", lambda: SimpleNamespace(app_name="x"))
-    monkeypatch.setattr(ray_backend.ray.util, "list_named_actors", list_named_actors)
-    monkeypatch.setattr(ray_backend.ray, "get_actor", get_actor)
+    monkeypatch.setattr(engine_actors.serve, "get_replica_context", lambda: SimpleNamespace(app_name="x"))
+    monkeypatch.setattr(engine_actors.ray.util, "list_named_actors", list_named_actors)
+    monkeypatch.setattr(engine_actors.ray, "get_actor", get_actor)
     asyncio.run(RayBackend({}, None, overlap=False).forget([1, 2]))  # type: ignore[arg-type]
     assert forgotten == [[1, 2]] and threading.main_thread() not in threads and len(threads) == 2
 
@@ -295,11 +296,11 @@ def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: p
     async def story() -> None:
         answer = asyncio.get_running_loop().create_future()
         retriever = SimpleNamespace(delete=SimpleNamespace(remote=lambda _: answer))
-        with pytest.raises(RetrievalFailed, match="no retriever answered"):
+        with pytest.raises(RetrievalFailed, match="the retriever did not answer in time"):
             await RayBackend({}, retriever, overlap=False).delete("x")  # type: ignore[arg-type]
         assert answer.cancelled()
 
-    monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.01)
     asyncio.run(story())
 
 
