@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
+_STORE_TIME_S = 10.0  # for all calls of a store's server in one retrieval
 _BATCH = 8  # chunks between two progress reports of `keep`
 
 
@@ -114,7 +115,8 @@ class Retriever:
         began = time.perf_counter()
         chunks, context_tokens = self.chunks(contents, options)
         asks = bool(chunks and query.strip())
-        search = self.search(chunks, query, options) if asks else Search([], {})
+        with self._store.within(_STORE_TIME_S):
+            search = self.search(chunks, query, options) if asks else Search([], {})
         is_sparse = options.method == "sparse"
         threshold = self._calibration.threshold if options.threshold is None else options.threshold
         reaching = [i for i in search.order if is_sparse or search.scores[i] >= threshold]
