@@ -60,6 +60,20 @@ class Calibration:
 UNCALIBRATED = Calibration(0.3, Confidence(0.0, 1.2, -3.5), Confidence(0.0, 0.8, -3.1))
 
 
+# Measured by `python -m benchmarks.retrieval`.
+MEASURED = {
+    "all-minilm-l6-v2": Calibration(0.24, Confidence(10.33, 1.08, -7.12), Confidence(0.43, -0.03, -3.71)),
+}
+
+
+def calibration_of(model: str, folder: Path) -> Calibration:
+    """The calibration in the embedder's ``folder``; else the one measured for this model; else `UNCALIBRATED`.
+
+    Raises RetrievalError when the file in the folder is none.
+    """
+    return load_calibration(folder) or MEASURED.get(Path(model).name.lower(), UNCALIBRATED)
+
+
 def features(scores: Sequence[float]) -> tuple[float, float]:
     """(the best score, by how many standard deviations it is above the mean)."""
     values = np.asarray(scores, dtype=np.float64)
@@ -132,9 +146,7 @@ def load_calibration(folder: Path) -> Calibration | None:
 def save_calibration(calibration: Calibration, folder: Path) -> Path:
     """Keep a calibration in an embedder's folder, and return its path. Raises RetrievalError when that is impossible."""
     path = folder / FILE
-    whole = asdict(calibration) | {
-        name: getattr(calibration, name)._asdict() for name in ("by_cosine", "by_words")
-    }
+    whole = asdict(calibration) | {name: getattr(calibration, name)._asdict() for name in ("by_cosine", "by_words")}
     try:
         path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -21,14 +21,13 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from retrieval.errors import RetrievalError
-from retrieval.sparse import SparseVector, sparse
+from retrieval.sparse import SparseVector, sparse, weighs_words
 
 Row = TypeVar("Row")
 # Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 _USUAL_TOKENS = 512
 _REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
-_BGE_M3_FILES = ("colbert_linear.pt", "sparse_linear.pt")
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
 
 
@@ -128,7 +127,9 @@ class BgeM3Embedder(Embedder):
     def late_interaction(self, query: str, texts: Sequence[str]) -> list[float]:
         """Return ColBERT's score of each text: for each token of the query the best cosine, on average."""
         [asked] = self._each([query], self._token_vectors)
-        return [float((asked @ vectors.T).max(dim=1).values.mean()) for vectors in self._each(texts, self._token_vectors)]
+        return [
+            float((asked @ vectors.T).max(dim=1).values.mean()) for vectors in self._each(texts, self._token_vectors)
+        ]
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         both = self._each(texts, self._dense_and_weights)
@@ -165,7 +166,9 @@ class BgeM3Embedder(Embedder):
     def _token_vectors(self, inputs: Any) -> list[torch.Tensor]:
         vectors = self._model(inputs, return_dense=False, return_colbert_vecs=True)["colbert_vecs"].float()
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        return [row[: length - 1] for row, length in zip(vectors.cpu(), lengths, strict=True)]  # none of the first token
+        return [
+            row[: length - 1] for row, length in zip(vectors.cpu(), lengths, strict=True)
+        ]  # none of the first token
 
 
 class _Memory:
@@ -222,7 +225,7 @@ def load_embedder(
     folder = model_folder(str(model))
     settings = {"devices": device, "use_fp16": device.startswith("cuda")}
     if kind == "auto":
-        kind = "bge-m3" if all((folder / name).is_file() for name in _BGE_M3_FILES) else "dense"
+        kind = "bge-m3" if weighs_words(folder) else "dense"
     try:
         if kind == "bge-m3":
             flag = BGEM3FlagModel(str(folder), **settings)

@@ -236,6 +236,8 @@ class Retriever:
     def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
         # tokenizer or embedder no old vectors are found.
-        identity = json.dumps(["context and words", self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
+        identity = json.dumps(
+            ["context and words", self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts]
+        )
         identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()

@@ -13,11 +13,13 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+_BGE_M3_FILES = ("colbert_linear.pt", "sparse_linear.pt")
 _PREFIX = 5  # characters; numbers are not shortened
 _K1, _B = 1.2, 0.75
 # Python's \w leaves out the marks that belong to letters: accents, vowel points, and the vowels of Indian scripts.
@@ -63,6 +65,11 @@ def bm25_passages(texts: Sequence[str]) -> list[SparseVector]:
 def bm25_query(text: str) -> SparseVector:
     """1 at each term of the query."""
     return sparse(dict.fromkeys(map(_index, terms(text)), 1.0))
+
+
+def weighs_words(folder: Path) -> bool:
+    """Whether the embedding model in `folder` is BGE-M3, whose own weights take BM25's place."""
+    return all((folder / name).is_file() for name in _BGE_M3_FILES)
 
 
 def sparse(weights: dict[int, float]) -> SparseVector:

@@ -132,7 +132,9 @@ class ChunkStore:
                 if terms is not None:
                     sources.append(models.Prefetch(query=terms, using="sparse", limit=limit, params=corpus))
                 requests.append(asking(models.RrfQuery(rrf=models.Rrf(k=_RRF_K)), prefetch=sources))
-            found = [_ranked(answer.points, namespaces) for answer in self._client.query_batch_points(collection, requests)]
+            found = [
+                _ranked(answer.points, namespaces) for answer in self._client.query_batch_points(collection, requests)
+            ]
         return Hits(list(found[-1]), found[0]) if found else Hits([], {})
 
     def count(self, namespace: str) -> int:
@@ -255,10 +257,9 @@ class ChunkStore:
         modifier = (params.sparse_vectors or {}).get("sparse", models.SparseVectorParams()).modifier
         if sizes != dict.fromkeys(_DENSE, self._dimension) or (modifier or None) != self._modifier:
             raise RetrievalError(
-                f"Qdrant collection {collection!r} at {self._url} holds vectors {sizes} with {modifier or 'no'} "
-                f"modifier, but this embedder's have length {self._dimension} and need "
-                f"{self._modifier.value if self._modifier else 'no'} modifier. Delete that collection: what it holds is "
-                "made again from the texts."
+                f"Qdrant collection {collection!r} at {self._url} was made for other vectors: lengths {sizes or 'unnamed'}, "
+                f"modifier {modifier or 'none'}. This embedder's have length {self._dimension} each, and modifier "
+                f"{self._modifier or 'none'}. Delete that collection: what it holds is made again from the texts."
             )
 
     @contextmanager

@@ -52,7 +52,7 @@ class ChunkVectors(NamedTuple):
     @classmethod
     def load(cls, path: Path) -> ChunkVectors:
         """Read what `save` wrote. Raises ValueError, KeyError or another error of zipfile's where it is not whole."""
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             ends = saved["ends"][:-1]
             parts = zip(np.split(saved["indices"], ends), np.split(saved["values"], ends), strict=True)
             return cls(saved["dense"], saved["context"], [SparseVector(*part) for part in parts])
@@ -77,14 +77,16 @@ def embed_chunks(
     `dense` are the chunks' unit vectors, if they are known.
     """
     texts = [text for content in contents for text in content]
+    # Each content's length norm is its own, so that kept vectors are those that a request would make.
+    bm25 = [] if embedder.has_sparse else [vector for content in contents for vector in bm25_passages(content)]
     if words_only and not embedder.has_sparse:
-        return ChunkVectors(None, None, bm25_passages(texts))
+        return ChunkVectors(None, None, bm25)
     dense = embedder.embed(texts) if dense is None else dense
     context, first = [], 0
     for content in contents:
         context.append(with_neighbours(dense[first : first + len(content)]))
         first += len(content)
-    sparse = embedder.sparse(texts) if embedder.has_sparse else bm25_passages(texts)
+    sparse = embedder.sparse(texts) if embedder.has_sparse else bm25
     return ChunkVectors(dense, np.concatenate(context) if context else dense, sparse)
 
 

@@ -113,6 +113,9 @@ def generate(
     retrieval_max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to keep, at most.", rich_help_panel="Retrieval")
     ] = None,
+    retrieval_method: Annotated[
+        str | None, typer.Option(help="dense, sparse or hybrid.", rich_help_panel="Retrieval")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Least similarity of a chunk.", rich_help_panel="Retrieval")
     ] = None,
@@ -153,7 +156,11 @@ def generate(
             "verification": verification,
             "draft_top_k": draft_top_k,
             "query": query or question,
-            "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
+            "retrieval": {
+                "method": retrieval_method,
+                "max_tokens": retrieval_max_tokens,
+                "threshold": threshold,
+            },
         },
     )
     from deployments.cli.terminal import Terminal

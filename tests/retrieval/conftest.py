@@ -58,7 +58,7 @@ def minilm() -> Path:
 class WordEmbedder:
     """Texts that share words are near each other, others are not. Remembers what it was asked to embed."""
 
-    name, dimension, max_tokens = "words", 256, 10_000
+    name, dimension, max_tokens, has_sparse = "words", 256, 10_000, False
 
     def __init__(self) -> None:
         self.embedded: list[str] = []
