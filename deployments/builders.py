@@ -26,8 +26,11 @@ from retrieval import IndexProgress, RetrievalError, Retriever
 from retrieval.calibration import calibration_of
 
 
-def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
-    """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
+def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_model: str) -> Retriever:
+    """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens.
+
+    Without ``files`` no vectors outlive the process, unless a server keeps them.
+    """
     from retrieval.embedding import load_embedder, model_folder
     from retrieval.reranking import load_reranker
     from retrieval.store import ChunkStore
@@ -38,7 +41,7 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
     return_freed_memory()
     named = config.qdrant_api_key
     key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
-    folder = files.path / "vectors"
+    folder = files.path / "vectors" if files else None
     store = ChunkStore(
         config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder, idf=not embedder.has_sparse
     )

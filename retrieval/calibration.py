@@ -12,12 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import RetrievalError
+from retrieval.options import RetrievalOptions
+
+if TYPE_CHECKING:
+    from retrieval.retriever import Retriever
 
 FILE = "rapid_retrieval.json"
 _LOST = 0.01  # share of answerable questions that may stay below the threshold
@@ -80,6 +84,14 @@ def features(scores: Sequence[float]) -> tuple[float, float]:
     return float(values.max()), float((values.max() - values.mean()) / (values.std() + 1e-6))
 
 
+class KnownPassage(NamedTuple):
+    """A question about `context`, whose answer stands at `passage`: (start, end) of the context."""
+
+    question: str
+    context: str
+    passage: tuple[int, int]
+
+
 class Observation(NamedTuple):
     """One search: the scores of all chunks, whether the text is the question's own, and whether its passage was kept."""
 
@@ -87,6 +99,66 @@ class Observation(NamedTuple):
     words: Sequence[float]
     is_own: bool
     is_found: bool
+
+
+def read_questions(path: Path) -> list[KnownPassage]:
+    """Read JSON lines with `question`, `context` and `passage`, which is a piece of the context, word for word.
+
+    Raises RetrievalError naming the line that is none.
+    """
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrievalError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, context, passage = (row[name] for name in ("question", "context", "passage"))
+            start = context.find(passage)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RetrievalError(f"{path}, line {number}: needs strings question, context and passage") from error
+        if start < 0 or not passage.strip() or not question.strip():
+            raise RetrievalError(f"{path}, line {number}: the passage must be a piece of the context, word for word")
+        questions.append(KnownPassage(question, context, (start, start + len(passage))))
+    return questions
+
+
+def observe(retriever: Retriever, questions: Sequence[KnownPassage], options: RetrievalOptions) -> list[Observation]:
+    """Ask each question of its own context, and of the context of a question about another one.
+
+    The vectors of the contexts stay in the retriever's store until that is closed. Raises RetrievalError when there is
+    one context alone.
+    """
+    contexts = list(dict.fromkeys(each.context for each in questions))
+    if len(contexts) < 2:
+        raise RetrievalError("a calibration needs questions about two contexts at least")
+    options = replace(options, method="hybrid", threshold=-1, keep=True)
+    cut = [retriever.chunks([context], options) for context in contexts]
+    observations = []
+    for i, each in enumerate(questions):
+        own = contexts.index(each.context)
+        other = (own + 1 + i % (len(contexts) - 1)) % len(contexts)
+        for asked in (own, other):
+            chunks, context_tokens = cut[asked]
+            kept = retriever.retrieve_from(chunks, context_tokens, each.question, options).chunks
+            cosines, words = (
+                retriever.search(chunks, each.question, replace(options, method=method)).scores
+                for method in ("dense", "sparse")
+            )
+            is_found = any(c.start < each.passage[1] and each.passage[0] < c.end for c in kept)
+            rows = range(len(chunks))
+            observations.append(
+                Observation(
+                    [cosines.get(row, 0.0) for row in rows],
+                    [words.get(row, 0.0) for row in rows],
+                    asked == own,
+                    asked == own and is_found,
+                )
+            )
+    return observations
 
 
 def calibrate(observations: Sequence[Observation]) -> Calibration:

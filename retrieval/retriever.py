@@ -113,7 +113,14 @@ class Retriever:
         Raises RetrievalError when the store fails.
         """
         began = time.perf_counter()
-        chunks, context_tokens = self.chunks(contents, options)
+        found = self.retrieve_from(*self.chunks(contents, options), query, options)
+        return replace(found, elapsed_ms=(time.perf_counter() - began) * 1000)
+
+    def retrieve_from(
+        self, chunks: Sequence[RetrievedChunk], context_tokens: int, query: str, options: RetrievalOptions
+    ) -> Retrieval:
+        """The same, for a context that was cut already: what `chunks` returned."""
+        began = time.perf_counter()
         asks = bool(chunks and query.strip())
         with self._store.within(_STORE_TIME_S):
             search = self.search(chunks, query, options) if asks else Search([], {})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from deployments.cli.calibrate import retrieval
 from deployments.cli.inputs import read_content, read_document
 from deployments.cli.shell_completion import CONFIG, configs, model_names, one_of, rules, strategies
 from deployments.cli.tools import tools
@@ -248,3 +249,4 @@ def serve(
 
 
 app.add_typer(tools)
+app.add_typer(retrieval, name="retrieval")

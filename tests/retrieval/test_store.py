@@ -15,7 +15,7 @@ from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
 from retrieval.errors import StoreTimeout
-from retrieval.sparse import bm25_passages, bm25_query
+from retrieval.sparse import bm25_passages
 from retrieval.store import ChunkStore
 from retrieval.vectors import ChunkVectors, Query
 
