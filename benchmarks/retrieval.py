@@ -13,7 +13,7 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,9 @@ def calibration(retriever: Retriever, some: Sequence[Document]) -> dict[str, Any
     held_out = observe(retriever, known(english[1::2]), OPTIONS)
     confidence = np.array([learned.by_cosine.of(each.cosines) for each in held_out])
     own, right = (np.array([getattr(each, name) for each in held_out]) for name in ("is_own", "is_found"))
-    edges = np.linspace(0, 1, 6)
     bins = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        inside = (confidence >= low) & ((confidence < high) | (high == 1))
+    for i in range(5):
+        inside = np.minimum(confidence * 5, 4).astype(int) == i
         if inside.any():
             bins.append(
                 {
@@ -135,14 +134,15 @@ def calibration(retriever: Retriever, some: Sequence[Document]) -> dict[str, Any
                 }
             )
     reach = np.array([max(each.cosines) >= learned.threshold for each in held_out])
-    return {
-        "learned": asdict(learned),
-        "other_half": {
-            "own_text": {"mean": round(float(confidence[own].mean()), 3), "reach_threshold": round(float(reach[own].mean()), 3)},
-            "another_text": {"mean": round(float(confidence[~own].mean()), 3), "reach_threshold": round(float(reach[~own].mean()), 3)},
-            "bins": bins,
-        },
-    }  # fmt: skip
+
+    def means(which: Any) -> dict[str, float]:
+        return {
+            "confidence": round(float(confidence[which].mean()), 3),
+            "reach_threshold": round(float(reach[which].mean()), 3),
+        }
+
+    other_half = {"own_text": means(own), "another_text": means(~own), "bins": bins}
+    return {"learned": learned.as_json(), "other_half": other_half}
 
 
 def cost(before: Path, repeats: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an embedder's scores mean: its threshold, and how sure a retrieval is. Learned from questions about known passages.
+"""What an embedder's scores mean: its threshold, and how sure a retrieval is, learned from known passages.
 
 The cosines of one embedder say nothing about another's: all-MiniLM-L6-v2 gives unrelated texts 0.1, BGE-M3 gives them
 0.35. `calibrate` learns both numbers from questions whose passages are known, each asked of its own text and of
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,19 +59,24 @@ class Calibration:
     by_words: Confidence
     report: dict[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """The calibration as `load_calibration` reads it."""
+        by = {name: getattr(self, name)._asdict() for name in ("by_cosine", "by_words")}
+        return {"threshold": self.threshold, **by, "report": self.report}
+
 
 # An embedder that nobody has calibrated: the paper's threshold, and the margin alone, which has no scale.
 UNCALIBRATED = Calibration(0.3, Confidence(0.0, 1.2, -3.5), Confidence(0.0, 0.8, -3.1))
 
 
-# Measured by `python -m benchmarks.retrieval`.
+# Learned by `python -m benchmarks.retrieval --part calibration`, with chunks of 256 tokens.
 MEASURED = {
     "all-minilm-l6-v2": Calibration(0.24, Confidence(10.33, 1.08, -7.12), Confidence(0.43, -0.03, -3.71)),
 }
 
 
 def calibration_of(model: str, folder: Path) -> Calibration:
-    """The calibration in the embedder's ``folder``; else the one measured for this model; else `UNCALIBRATED`.
+    """The calibration in the embedder's `folder`; else the one measured for this model; else `UNCALIBRATED`.
 
     Raises RetrievalError when the file in the folder is none.
     """
@@ -93,7 +98,7 @@ class KnownPassage(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One search: the scores of all chunks, whether the text is the question's own, and whether its passage was kept."""
+    """One search: the scores of all chunks, whether the text is the question's own, and whether its passage is kept."""
 
     cosines: Sequence[float]
     words: Sequence[float]
@@ -108,7 +113,7 @@ def read_questions(path: Path) -> list[KnownPassage]:
     """
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RetrievalError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -216,11 +221,10 @@ def load_calibration(folder: Path) -> Calibration | None:
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> Path:
-    """Keep a calibration in an embedder's folder, and return its path. Raises RetrievalError when that is impossible."""
+    """Keep a calibration in an embedder's folder, and return its path. Raises RetrievalError when it cannot be."""
     path = folder / FILE
-    whole = asdict(calibration) | {name: getattr(calibration, name)._asdict() for name in ("by_cosine", "by_words")}
     try:
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(calibration.as_json(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise RetrievalError(f"the calibration cannot be kept beside the embedder: {error}") from error
     return path

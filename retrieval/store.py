@@ -1,9 +1,9 @@
 """Vectors in Qdrant: in this process, or on a server. Only this module imports Qdrant's client.
 
-Every point belongs to a namespace (one request, or one kept document) and is invisible to all others. It has two dense
-vectors and a sparse one (`retrieval.vectors`). In-process Qdrant loses its points when the process ends. So kept vectors
-also lie in a folder, one file of numbers for each namespace; the first use of a namespace loads its file. (Qdrant's own
-folder admits one process, and reads all of it to start.)
+Every point belongs to a namespace (one request, or one kept document) and is invisible to all others. It has two
+dense vectors and a sparse one (`retrieval.vectors`). In-process Qdrant loses its points when the process ends. So kept
+vectors also lie in a folder, one file of numbers for each namespace; the first use of a namespace loads its file.
+(Qdrant's own folder admits one process, and reads all of it to start.)
 """
 
 from __future__ import annotations
@@ -257,9 +257,10 @@ class ChunkStore:
         modifier = (params.sparse_vectors or {}).get("sparse", models.SparseVectorParams()).modifier
         if sizes != dict.fromkeys(_DENSE, self._dimension) or (modifier or None) != self._modifier:
             raise RetrievalError(
-                f"Qdrant collection {collection!r} at {self._url} was made for other vectors: lengths {sizes or 'unnamed'}, "
-                f"modifier {modifier or 'none'}. This embedder's have length {self._dimension} each, and modifier "
-                f"{self._modifier or 'none'}. Delete that collection: what it holds is made again from the texts."
+                f"Qdrant collection {collection!r} at {self._url} was made for other vectors: lengths "
+                f"{sizes or 'unnamed'}, modifier {modifier or 'none'}. This embedder's have length {self._dimension} "
+                f"each, and modifier {self._modifier or 'none'}. Delete that collection: what it holds is made again "
+                "from the texts."
             )
 
     @contextmanager

@@ -33,7 +33,7 @@ def documents() -> Iterator[Document]:
 
 def meetings() -> Iterator[Document]:
     """A turn a line. A question's gold are the turns that answer it."""
-    for line in (DATA / "qmsum_test.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (DATA / "qmsum_test.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         meeting = json.loads(line)
         text, turns = "", []
         for turn in meeting["meeting_transcripts"]:
@@ -52,7 +52,7 @@ def meetings() -> Iterator[Document]:
 
 def articles() -> Iterator[Document]:
     """Gold is the evidence, found without regard to white space; a question whose evidence is not there is left out."""
-    for line in (DATA / "loogle_shortdep_qa.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (DATA / "loogle_shortdep_qa.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         article = json.loads(line)
         text = article["input"]
         places = [i for i, character in enumerate(text) if not character.isspace()]

@@ -29,8 +29,6 @@ def calibrate(
     The numbers are kept in the embedder's folder, where the retriever reads them when it starts. The report goes to
     stdout: it holds the questions that nothing was learned from against what was learned.
     """
-    from dataclasses import asdict
-
     from deployments.builders import build_retriever
     from deployments.config import AppConfig, read_config
     from rapid.errors import InvalidRequest
@@ -47,7 +45,7 @@ def calibrate(
         learned = calibration.calibrate(calibration.observe(retriever, known, alone.options))
     except ValueError as error:
         raise InvalidRequest(f"{questions}: {error}") from error
-    print(json.dumps(asdict(learned), indent=1))
+    print(json.dumps(learned.as_json(), indent=1))
     if not dry_run:
         folder = model_folder(embedded_models.resolve(alone.embedder))
         print(f"rapid: kept in {calibration.save_calibration(learned, folder)}", file=sys.stderr)
