@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
 
     folder = model_folder(name)
     try:
-        flag = FlagReranker(str(folder), devices=device, use_fp16=device.startswith("cuda"), max_length=_MAX_TOKENS)
+        flag = FlagReranker(str(folder), devices=device)
     except Exception as error:  # each file format has its own errors
         raise RetrievalError(
             f"the reranker in {folder} cannot be loaded ({type(error).__name__}: {error}). It needs config.json, the "
@@ -50,20 +51,25 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
     if flag.model.config.num_labels != 1:
         raise RetrievalError(f"the model in {folder} has {flag.model.config.num_labels} outputs; a reranker has one")
     size = _BATCH["cpu" if device == "cpu" else "cuda"]
+    model = flag.model.to(device).eval()
+    if device.startswith("cuda"):
+        model = model.half()
+    how = {"truncation": True, "max_length": min(_MAX_TOKENS, flag.tokenizer.model_max_length), "padding": True}
 
     def rerank(query: str, passages: Sequence[str]) -> list[float]:
-        readable = [text.encode("utf-8", "replace").decode("utf-8") for text in (query, *passages)]
+        query, *readable = (text.encode("utf-8", "replace").decode("utf-8") for text in (query, *passages))
         scores: list[float] = []
-        for first in range(1, len(readable), size):
-            pairs = [(readable[0], passage) for passage in readable[first : first + size]]
-            scores += embedder.run(lambda pairs=pairs: _scores(flag, pairs, device))
+        for first in range(0, len(readable), size):
+            pairs = [(query, passage) for passage in readable[first : first + size]]
+            inputs = flag.tokenizer(pairs, return_tensors="pt", **how).to(device)
+            scores += embedder.run(partial(_scores, model, inputs))
         return scores
 
     return rerank
 
 
-def _scores(flag: Any, pairs: list[tuple[str, str]], device: str) -> list[float]:
-    # FlagEmbedding's own call for one device: its `compute_score` may start processes.
-    with torch.inference_mode():
-        scores: list[float] = flag.compute_score_single_gpu(pairs, batch_size=len(pairs) + 1, device=device)
+@torch.inference_mode()
+def _scores(model: Any, inputs: Any) -> list[float]:
+    # FlagEmbedding's own `compute_score` runs the first batch twice and may start processes.
+    scores: list[float] = model(**inputs).logits[:, 0].float().tolist()
     return scores

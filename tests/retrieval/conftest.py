@@ -65,7 +65,10 @@ def bge_m3(tmp_path_factory):
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["the white whale swims", "over the wide sea"], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         cls_token="<s>", sep_token="</s>", model_max_length=64,

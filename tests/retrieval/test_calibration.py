@@ -52,7 +52,9 @@ def test_the_report_is_of_what_was_held_out():
     assert report["reach_the_threshold"] == pytest.approx(0.99, abs=0.01)
     assert report["reach_it_in_another_text"] < 0.9
     assert report["confidence"] > 2 * report["confidence_in_another_text"] and report["auc"] > 0.85
-    assert report["confidence"] + report["confidence_in_another_text"] == pytest.approx(learned.report["found"], abs=0.05)
+    assert report["confidence"] + report["confidence_in_another_text"] == pytest.approx(
+        learned.report["found"], abs=0.05
+    )
     assert report["brier_score"] < 0.15
 
 
