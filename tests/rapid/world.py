@@ -40,6 +40,11 @@ class Retrieval(NamedTuple):
     confidence: float = 1.0
 
 
+def unsure(contents: list[str], query: str, options: Any) -> Retrieval:
+    """Keeps the same, though nothing reaches its threshold."""
+    return first_eight(contents, query, options)._replace(reaches_threshold=False, confidence=0.125)
+
+
 def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:
     """A retriever that keeps the first 8 letters of the first content."""
     return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8)
