@@ -13,6 +13,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +75,12 @@ def weighs_words(folder: Path) -> bool:
 
 def sparse(weights: dict[int, float]) -> SparseVector:
     """The vector with these `weights` by index."""
-    indices = np.array(sorted(weights), dtype=np.uint32)
-    return SparseVector(indices, np.array([weights[int(i)] for i in indices], dtype=np.float32))
+    indices = np.fromiter(weights.keys(), dtype=np.uint32, count=len(weights))
+    values = np.fromiter(weights.values(), dtype=np.float32, count=len(weights))
+    order = np.argsort(indices)
+    return SparseVector(indices[order], values[order])
 
 
+@lru_cache(maxsize=65_536)
 def _index(term: str) -> int:
     return zlib.crc32(term.encode("utf-8", "replace"))
