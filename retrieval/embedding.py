@@ -83,7 +83,8 @@ class Embedder:
         raise NotImplementedError
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return np.stack(self._each(texts, self._pass))
+        rows: list[NDArray[np.float32]] = self._each(texts, self._pass)
+        return np.stack(rows)
 
     def _pass(self, inputs: Any) -> list[NDArray[np.float32]]:
         return list(torch.nn.functional.normalize(self._forward(inputs).float(), dim=-1).cpu().numpy())

@@ -203,8 +203,9 @@ class Retriever:
         finally:
             if passing:
                 self._store.delete(temporary)
-        order = [position for place in hits.order for position in positions[place]]
-        return Search(order, {i: score for place, score in hits.scores.items() for i in positions[place]})
+        ranked = [(-score, i) for place, score in hits.ranking.items() for i in positions[place]]
+        scores = {i: score for place, score in hits.scores.items() for i in positions[place]}
+        return Search([i for _, i in sorted(ranked)], scores)
 
     def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> Iterator[IndexProgress]:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` of `tenant` with that content.

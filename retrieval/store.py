@@ -41,9 +41,9 @@ Place = tuple[str, int]  # a namespace, and a row of its vectors
 
 
 class Hits(NamedTuple):
-    """What a search found: the places best first, and each place's cosine, or its sparse score if words were asked."""
+    """What a search found: what each place is ranked by, best first, and its cosine, or its sparse score."""
 
-    order: list[Place]
+    ranking: dict[Place, float]
     scores: dict[Place, float]
 
 
@@ -112,7 +112,7 @@ class ChunkStore:
         """
         with self._calling(), self._together(namespaces) as (collection, among):
             if collection is None:
-                return Hits([], {})
+                return Hits({}, {})
             corpus = models.SearchParams(idf=models.IdfCorpusParams(corpus=among)) if self._uses_corpus else None
             terms = _sparse(query.sparse) if query.sparse is not None and len(query.sparse.indices) else None
             dense = None if query.dense is None else query.dense.tolist()
@@ -135,7 +135,7 @@ class ChunkStore:
             found = [
                 _ranked(answer.points, namespaces) for answer in self._client.query_batch_points(collection, requests)
             ]
-        return Hits(list(found[-1]), found[0]) if found else Hits([], {})
+        return Hits(found[-1], found[0]) if found else Hits({}, {})
 
     def count(self, namespace: str) -> int:
         """Return the number of vectors in the namespace, kept ones included."""

@@ -80,7 +80,9 @@ def bge_m3(tmp_path_factory):
     )  # fmt: skip
     XLMRobertaModel(config).save_pretrained(folder)
     torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
+    weigh = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(weigh.bias, 1.0)  # most weights are above 0
+    torch.save(weigh.state_dict(), folder / "sparse_linear.pt")
     return folder
 
 

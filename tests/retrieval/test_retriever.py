@@ -356,7 +356,7 @@ def test_a_hybrid_search_is_gated_by_the_cosine(retriever, rare):
 @pytest.mark.parametrize("method", ["dense", "sparse", "hybrid"])
 def test_kept_and_passing_contents_are_ranked_together(retriever, embedder, store, prose, tokenizer, method):
     """As if all were sent at once, in process and on a server."""
-    contents, query = [prose[:3000], prose[3000:6000], prose[:3000]], "the whale and the captain"
+    contents, query = [prose[:3000], prose[3000:6000], prose[6000:8000]], "the whale and the captain"
     options = replace(SMALL, method=method, threshold=-1, min_tokens=300)
     expected = retriever.retrieve(contents, query, options)
     server = FakeServer()

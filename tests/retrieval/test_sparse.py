@@ -71,4 +71,4 @@ def test_qdrants_scores_are_bm25s():
         if score:
             expected["me", i] = score
     assert hits.scores == pytest.approx(expected, rel=1e-4)
-    assert hits.order == sorted(expected, key=lambda place: -expected[place])
+    assert list(hits.ranking) == sorted(expected, key=lambda place: -expected[place])

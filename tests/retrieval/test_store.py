@@ -64,7 +64,7 @@ EAST = np.array([1, 0, 0, 0], dtype=np.float32)
 def search(store: ChunkStore, *namespaces: str, vector: np.ndarray = EAST) -> list[tuple[int, float]]:
     """(position, cosine), best first."""
     hits = store.search(namespaces, Query(vector, None), limit=1000)
-    return [(place[1], hits.scores[place]) for place in hits.order]
+    return [(place[1], hits.scores[place]) for place in hits.ranking]
 
 
 def test_a_search_returns_positions_and_cosines_best_first(store):
