@@ -23,7 +23,7 @@ from benchmarks.common.checkouts import HERE, Checkout
 from benchmarks.common.passages import Asked, Document, documents
 from benchmarks.common.results import FOLDER, write
 from deployments.builders import build_retriever
-from deployments.config import RetrieverConfig
+from deployments.config import FilesConfig, RetrieverConfig
 from retrieval import METHODS, Retrieval, RetrievalOptions, Retriever
 from retrieval.calibration import MEASURED, UNCALIBRATED, KnownPassage, calibrate, observe
 
@@ -32,7 +32,7 @@ OPTIONS = RetrievalOptions(chunk_tokens=256, keep=True)
 WAYS = {"dense, threshold 0.3": replace(OPTIONS, method="dense", threshold=0.3)} | {
     method: replace(OPTIONS, method=method) for method in METHODS
 }
-XQUAD_EVERY = 4  # of its 1,190 questions in each language
+XQUAD_EVERY = 8  # of its 1,190 questions in each language
 CALIBRATION_QUESTIONS = 40  # of a document
 FILE_TOKENS = 120_000
 # Runs in both checkouts.
@@ -183,6 +183,7 @@ def plot(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("quality", "calibration", "cost"), default="quality")
+    parser.add_argument("--vectors", type=Path, help="keep the documents' vectors in this folder for the next run")
     parser.add_argument("--before", type=Path, help="cost: an earlier checkout")
     parser.add_argument("--repeats", type=int, default=1, help="cost: runs of each checkout")
     options = parser.parse_args()
@@ -191,7 +192,8 @@ def main() -> None:
             raise SystemExit("--part cost needs --before, an earlier checkout")
         write("retrieval", cost(options.before.absolute(), options.repeats), part="cost")
         return
-    retriever = build_retriever(RetrieverConfig(), None, MODEL)
+    files = FilesConfig(folder=str(options.vectors)) if options.vectors else None
+    retriever = build_retriever(RetrieverConfig(), files, MODEL)
     some = list(documents())
     if options.part == "calibration":
         write("retrieval", calibration(retriever, some), part="calibration")

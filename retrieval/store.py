@@ -157,8 +157,9 @@ class ChunkStore:
         with self._calling():
             if self._url is None:
                 self._client.delete_collection(collection)
-                for suffix in (".npz", ".npy") if self._folder else ():  # .npy: kept before there were sparse vectors
-                    (self._folder / f"{namespace}{suffix}").unlink(missing_ok=True)
+                if self._folder:
+                    for suffix in (".npz", ".npy"):  # .npy: kept before there were sparse vectors
+                        (self._folder / f"{namespace}{suffix}").unlink(missing_ok=True)
             else:
                 self._client.delete(collection, models.FilterSelector(filter=_of(namespace)), wait=True)
 
