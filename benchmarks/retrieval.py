@@ -29,9 +29,11 @@ from retrieval.calibration import MEASURED, UNCALIBRATED, KnownPassage, calibrat
 
 MODEL = "smollm2-135m-instruct"
 OPTIONS = RetrievalOptions(chunk_tokens=256, keep=True)
-WAYS = {"dense, threshold 0.3": replace(OPTIONS, method="dense", threshold=0.3)} | {
+BEFORE = "dense, threshold 0.3"
+WAYS = {BEFORE: replace(OPTIONS, method="dense", threshold=0.3)} | {
     method: replace(OPTIONS, method=method) for method in METHODS
 }
+FOUND = ("gold_text", "any_gold", "all_gold", "nothing_retrieved", "below_threshold")
 XQUAD_EVERY = 8  # of its 1,190 questions in each language
 CALIBRATION_QUESTIONS = 40  # of a document
 FILE_TOKENS = 120_000
@@ -60,17 +62,22 @@ for line in sys.stdin:
 """
 
 
-def found(asked: Asked, retrieval: Retrieval) -> dict[str, float]:
-    """The share of the gold text that is kept, whether any of it is, and whether all is."""
+def found(asked: Asked, retrieval: Retrieval, is_gated: bool) -> dict[str, float]:
+    """The share of the gold text that is kept, whether any of it is, and whether all is.
+
+    ``below_threshold``: the drafters do not use what was found. If ``is_gated`` that counts as nothing found.
+    """
+    below = not retrieval.reaches_threshold
+    chunks = () if is_gated and below else retrieval.chunks
     wanted = sum(end - start for start, end in asked.gold)
-    got = sum(
-        max(0, min(end, chunk.end) - max(start, chunk.start))
-        for start, end in asked.gold
-        for chunk in retrieval.chunks
-        if retrieval.reaches_threshold
-    )
-    nothing = not retrieval.chunks or not retrieval.reaches_threshold
-    return {"gold_text": got / wanted, "any_gold": got > 0, "all_gold": got >= wanted, "nothing_retrieved": nothing}
+    got = sum(max(0, min(end, chunk.end) - max(start, chunk.start)) for start, end in asked.gold for chunk in chunks)
+    return {
+        "gold_text": got / wanted,
+        "any_gold": got > 0,
+        "all_gold": got >= wanted,
+        "nothing_retrieved": not chunks,
+        "below_threshold": below,
+    }
 
 
 def quality(retriever: Retriever, some: Sequence[Document]) -> list[dict[str, Any]]:
@@ -82,28 +89,28 @@ def quality(retriever: Retriever, some: Sequence[Document]) -> list[dict[str, An
         for asked in document.questions[::every]:
             for way, options in WAYS.items():
                 retrieval = retriever.retrieve_from(chunks, tokens, asked.question, options)
-                rows.append({"source": document.source, "half": number % 2, "way": way} | found(asked, retrieval))
+                rows.append(
+                    {"source": document.source, "half": number % 2, "way": way} | found(asked, retrieval, way == BEFORE)
+                )
         print(f"{document.source} {number}: {tokens:,} tokens, {len(chunks)} chunks", flush=True)
     return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means by source, half and way; the nothing_retrieved are counted. LooGLE and XQuAD were not chosen on."""
+    """Means by source, half and way, and two counts. Nothing was chosen on XQuAD."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["source"], "all", row["way"]].append(row)
-        if row["source"] == "qmsum":
+        if not row["source"].startswith("xquad"):
             groups[row["source"], ("chosen_on", "held_out")[row["half"]], row["way"]].append(row)
     results: dict[str, Any] = {}
     for (source, half, way), members in groups.items():
+        summed = {name: sum(m[name] for m in members) for name in FOUND}
         means = {
-            name: round(statistics.mean(m[name] for m in members), 4) for name in ("gold_text", "any_gold", "all_gold")
+            name: round(total / len(members), 4) for name, total in summed.items() if name.endswith(("text", "gold"))
         }
-        nothing = sum(m["nothing_retrieved"] for m in members)
-        results.setdefault(source, {}).setdefault(half, {})[way] = means | {
-            "nothing_retrieved": nothing,
-            "questions": len(members),
-        }
+        counts = {name: total for name, total in summed.items() if name not in means}
+        results.setdefault(source, {}).setdefault(half, {})[way] = means | counts | {"questions": len(members)}
     return results
 
 
