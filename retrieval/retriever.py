@@ -126,7 +126,7 @@ class Retriever:
             search = self.search(chunks, query, options) if asks else Search([], {})
         is_sparse = options.method == "sparse"
         threshold = self._calibration.threshold if options.threshold is None else options.threshold
-        reaching = [i for i in search.order if is_sparse or search.scores[i] >= threshold]
+        reaching = [i for i in search.order if is_sparse or search.scores.get(i, -1.0) >= threshold]
         order = reaching if reaching and options.method == "dense" else search.order
         if asks and not order:  # no chunk has a word of the query
             order = list(range(len(chunks)))
