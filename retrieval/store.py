@@ -114,7 +114,6 @@ class ChunkStore:
             if collection is None:
                 return Hits({}, {})
             corpus = models.SearchParams(idf=models.IdfCorpusParams(corpus=among)) if self._uses_corpus else None
-            exactly = models.SearchParams(exact=True)  # all are asked for: a graph would save nothing and lose some
             terms = _sparse(query.sparse) if query.sparse is not None and len(query.sparse.indices) else None
             dense = None if query.dense is None else query.dense.tolist()
 
@@ -125,11 +124,11 @@ class ChunkStore:
 
             requests = []
             if dense is not None:
-                requests.append(asking(dense, using="dense", params=exactly))
+                requests.append(asking(dense, using="dense"))
             elif terms is not None:
                 requests.append(asking(terms, using="sparse", params=corpus))
             if dense is not None and query.sparse is not None:
-                sources = [models.Prefetch(query=dense, using="context", limit=limit, params=exactly)]
+                sources = [models.Prefetch(query=dense, using="context", limit=limit)]
                 if terms is not None:
                     sources.append(models.Prefetch(query=terms, using="sparse", limit=limit, params=corpus))
                 requests.append(asking(models.RrfQuery(rrf=models.Rrf(k=_RRF_K)), prefetch=sources))
