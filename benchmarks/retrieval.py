@@ -189,7 +189,7 @@ def plot(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("quality", "calibration", "cost"), default="quality")
+    parser.add_argument("--part", choices=("quality", "calibration", "cost"), help="else quality and calibration")
     parser.add_argument("--vectors", type=Path, help="keep the documents' vectors in this folder for the next run")
     parser.add_argument("--before", type=Path, help="cost: an earlier checkout")
     parser.add_argument("--repeats", type=int, default=1, help="cost: runs of each checkout")
@@ -202,17 +202,17 @@ def main() -> None:
     files = FilesConfig(folder=str(options.vectors)) if options.vectors else None
     retriever = build_retriever(RetrieverConfig(), files, MODEL)
     some = list(documents())
-    if options.part == "calibration":
+    if options.part != "calibration":
+        results = summary(quality(retriever, some))
+        for source, halves in results.items():
+            for half, ways in halves.items():
+                for way, means in ways.items():
+                    print(f"{source:10} {half:10} {way:22}", *(f"{name} {value}" for name, value in means.items()))
+        used = MEASURED.get(RetrieverConfig().embedder, UNCALIBRATED)
+        write("retrieval", {"threshold": used.threshold, "chunk_tokens": OPTIONS.chunk_tokens} | results)
+        plot(results)
+    if options.part != "quality":
         write("retrieval", calibration(retriever, some), part="calibration")
-        return
-    results = summary(quality(retriever, some))
-    for source, halves in results.items():
-        for half, ways in halves.items():
-            for way, means in ways.items():
-                print(f"{source:10} {half:10} {way:22}", *(f"{name} {value}" for name, value in means.items()))
-    used = MEASURED.get(RetrieverConfig().embedder, UNCALIBRATED)
-    write("retrieval", {"threshold": used.threshold, "chunk_tokens": OPTIONS.chunk_tokens} | results)
-    plot(results)
 
 
 if __name__ == "__main__":
