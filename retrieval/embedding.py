@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from retrieval.errors import RetrievalError
 from retrieval.sparse import SparseVector, sparse, weighs_words
+from retrieval.vector_cache import VectorCache
 
 Row = TypeVar("Row")
 # Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
@@ -56,7 +57,7 @@ class Embedder:
         # pass and not for a call, so that a query does not wait for another request's whole document.
         self._lock = threading.Lock()
         self.dimension = self._embed(["dimension"]).shape[1]
-        self._memory = _Memory(self.dimension)
+        self._memory = VectorCache(_REMEMBERED, self.dimension)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one unit vector for each text: [len(texts), dimension].
@@ -172,33 +173,6 @@ class BgeM3Embedder(Embedder):
         ]  # none of the first token
 
 
-class _Memory:
-    """The vectors of the most recently used texts, by the texts' digests.
-
-    They lie in one array. As separate small arrays between the large ones of each pass they would fragment the heap:
-    the allocator could neither reuse nor return more and more memory.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        self._vectors = np.empty((_REMEMBERED, dimension), dtype=np.float32)  # uses memory as it is written
-        self._rows: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
-        self._lock = threading.Lock()
-
-    def recall(self, digests: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Return copies of the cached vectors."""
-        with self._lock:
-            return {digest: self._vectors[self._rows[digest]].copy() for digest in digests if digest in self._rows}
-
-    def remember(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
-        with self._lock:
-            for digest, vector in vectors.items():
-                if digest not in self._rows:
-                    is_full = len(self._rows) == len(self._vectors)
-                    self._rows[digest] = self._rows.popitem(last=False)[1] if is_full else len(self._rows)
-                    self._vectors[self._rows[digest]] = vector
-                self._rows.move_to_end(digest)
-
-
 def load_embedder(
     model: str | Path,
     *,
@@ -255,6 +229,23 @@ def load_embedder(
         return pooled
 
     return Embedder(str(model), forward=forward, **how)
+
+
+def load_cross_encoder(name: str) -> tuple[Any, Any]:
+    """Load a cross-encoder from a folder or by hub id: (model, tokenizer). Raises RetrievalError when it is none."""
+    from FlagEmbedding import FlagReranker  # as slow as above
+
+    folder = model_folder(name)
+    try:
+        flag = FlagReranker(str(folder), devices="cpu", use_fp16=False)
+    except Exception as error:  # each file format has its own errors
+        raise RetrievalError(
+            f"the reranker in {folder} cannot be loaded ({type(error).__name__}: {error}). It needs config.json, the "
+            "weights and the tokenizer's files of a sequence classifier with one output."
+        ) from error
+    if flag.model.config.num_labels != 1:
+        raise RetrievalError(f"the model in {folder} has {flag.model.config.num_labels} outputs; a reranker has one")
+    return flag.model, flag.tokenizer
 
 
 def model_folder(model: str) -> Path:

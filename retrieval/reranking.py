@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retrieval.embedding import BgeM3Embedder, model_folder
+from retrieval.embedding import BgeM3Embedder, load_cross_encoder
 from retrieval.errors import RetrievalError
 
 if TYPE_CHECKING:
@@ -37,31 +37,19 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
                 f"reranker {COLBERT} needs BGE-M3 as the embedder, and that is {embedder.name}: name a cross-encoder"
             )
         return embedder.late_interaction
-    # This import takes seconds (it includes training code), and few retrievers rerank.
-    from FlagEmbedding import FlagReranker  # type: ignore[import-untyped]
-
-    folder = model_folder(name)
-    try:
-        flag = FlagReranker(str(folder), devices=device)
-    except Exception as error:  # each file format has its own errors
-        raise RetrievalError(
-            f"the reranker in {folder} cannot be loaded ({type(error).__name__}: {error}). It needs config.json, the "
-            "weights and the tokenizer's files of a sequence classifier with one output."
-        ) from error
-    if flag.model.config.num_labels != 1:
-        raise RetrievalError(f"the model in {folder} has {flag.model.config.num_labels} outputs; a reranker has one")
+    model, tokenizer = load_cross_encoder(name)
     size = _BATCH["cpu" if device == "cpu" else "cuda"]
-    model = flag.model.to(device).eval()
+    model = model.to(device).eval()
     if device.startswith("cuda"):
         model = model.half()
-    how = {"truncation": True, "max_length": min(_MAX_TOKENS, flag.tokenizer.model_max_length), "padding": True}
+    how = {"truncation": True, "max_length": min(_MAX_TOKENS, tokenizer.model_max_length), "padding": True}
 
     def rerank(query: str, passages: Sequence[str]) -> list[float]:
         query, *readable = (text.encode("utf-8", "replace").decode("utf-8") for text in (query, *passages))
         scores: list[float] = []
         for first in range(0, len(readable), size):
             pairs = [(query, passage) for passage in readable[first : first + size]]
-            inputs = flag.tokenizer(pairs, return_tensors="pt", **how).to(device)
+            inputs = tokenizer(pairs, return_tensors="pt", **how).to(device)
             scores += embedder.run(partial(_scores, model, inputs))
         return scores
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 from qdrant_client import QdrantClient, models
@@ -25,7 +25,7 @@ from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
 from retrieval.errors import RetrievalError, StoreTimeout
 from retrieval.sparse import SparseVector
-from retrieval.vectors import ChunkVectors, Query
+from retrieval.vectors import ChunkVectors, Hits, Place, Query
 
 # Of reciprocal rank fusion, 1 / (k + rank). Qdrant's own default is 2; the papers' is 60. On half of QMSum's meetings 2
 # finds 46.8% of the gold text, 10 finds 49.7%, and 60 loses questions whose words stand in one chunk alone.
@@ -35,16 +35,6 @@ _BATCH = 256  # points a message; a server refuses messages over 32 MB
 _TIMEOUT_S = 2  # of one call
 _SILENT_S = 1.0  # after a call without an answer others fail at once
 _POINT_IDS = uuid.UUID("6f0f6c1e-6f5b-4a57-9d4c-2f1d3c7a9b10")
-
-
-Place = tuple[str, int]  # a namespace, and a row of its vectors
-
-
-class Hits(NamedTuple):
-    """What a search found: what each place is ranked by, best first, and its cosine, or its sparse score."""
-
-    ranking: dict[Place, float]
-    scores: dict[Place, float]
 
 
 class ChunkStore:

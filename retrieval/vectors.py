@@ -65,6 +65,16 @@ class Query(NamedTuple):
     sparse: SparseVector | None
 
 
+Place = tuple[str, int]  # a namespace, and a row of its vectors
+
+
+class Hits(NamedTuple):
+    """What a search found: what each place is ranked by, best first, and its cosine, or its sparse score."""
+
+    ranking: dict[Place, float]
+    scores: dict[Place, float]
+
+
 def embed_chunks(
     embedder: Embedder,
     contents: Sequence[Sequence[str]],
