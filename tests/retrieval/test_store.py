@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qdrant_client import models
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
 from retrieval.errors import StoreTimeout
-from retrieval.sparse import bm25_passages
+from retrieval.sparse import bm25_passages, bm25_query
 from retrieval.store import ChunkStore
 from retrieval.vectors import ChunkVectors, Query
 
@@ -258,3 +259,39 @@ def test_a_slow_server_has_one_budget_for_all_calls_of_a_block(server):
     assert store.count("mine") == 2
     with store.within(60):
         assert store.count("mine") == 2
+
+
+def test_a_hybrid_search_fuses_the_ranks_in_context_and_of_words(store):
+    """Held to 1 / (k + rank), ranks from 0 and k = 10; the scores are the plain cosines."""
+    texts = ["a ship", "a whale", "whale whale ship", "nothing"]
+    dense, context = rows(0.1, 0.2, 0.3, 0.4).dense, rows(0.9, 0.1, 0.5, 0.3).dense
+    store.add("me", ChunkVectors(dense, context, bm25_passages(texts)))
+    hits = store.search(["me"], Query(EAST, bm25_query("whale")), limit=10)
+    in_context, words = [1, 3, 2, 0], [2, 1]
+    expected = {
+        ("me", i): 1 / (10 + in_context.index(i)) + (1 / (10 + words.index(i)) if i in words else 0) for i in range(4)
+    }
+    assert hits.ranking == pytest.approx(expected) and list(hits.ranking) == [("me", i) for i in (1, 2, 3, 0)]
+    assert hits.scores == pytest.approx({("me", i): np.cos(0.1 * (i + 1)) for i in range(4)}, abs=1e-5)
+    without_words = store.search(["me"], Query(EAST, bm25_query("?!")), limit=10)
+    assert [place[1] for place in without_words.ranking] == in_context
+
+
+def test_rarity_is_counted_in_what_is_searched_alone(store):
+    mine = rows(0.1, 0.2, texts=["a rare thing", "a thing"])
+    store.add("me", mine)
+    before = store.search(["me"], Query(None, bm25_query("rare thing")), limit=10)
+    store.add("you", rows(*[0.1] * 30, texts=["rare rare rare"] * 30))
+    assert store.search(["me"], Query(None, bm25_query("rare thing")), limit=10) == before
+    both = store.search(["me", "you"], Query(None, bm25_query("rare thing")), limit=50)
+    assert len(both.ranking) == 32 and both.scores["me", 0] != before.scores["me", 0]
+
+
+def test_a_collection_of_an_earlier_version_is_refused(server):
+    """It had one dense vector and no words."""
+    server.qdrant.create_collection("chunks", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    with pytest.raises(RetrievalError, match=r"'chunks'.*lengths unnamed.*Delete that collection"):
+        ChunkStore(server.url, collection="chunks", dimension=4)
+    ChunkStore(server.url, collection="others", dimension=4, idf=False).close()
+    with pytest.raises(RetrievalError, match="modifier none"):
+        ChunkStore(server.url, collection="others", dimension=4)
