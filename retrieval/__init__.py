@@ -16,9 +16,11 @@ from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.errors import RetrievalError
 from retrieval.options import METHODS, Method, RetrievalOptions, TenantOptions
 from retrieval.retriever import IndexProgress, Retrieval, RetrievedChunk, Retriever
+from retrieval.vectors import VECTORS
 
 __all__ = [
     "METHODS",
+    "VECTORS",
     "Chunk",
     "IndexProgress",
     "Method",

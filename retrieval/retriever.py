@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from retrieval.calibration import UNCALIBRATED, Calibration
 from retrieval.chunking import Tokenizer, split
 from retrieval.options import RetrievalOptions, TenantOptions
-from retrieval.vectors import embed_chunks, embed_query
+from retrieval.vectors import VECTORS, embed_chunks, embed_query
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
@@ -244,8 +244,7 @@ class Retriever:
     def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
         # tokenizer or embedder no old vectors are found.
-        identity = json.dumps(
-            ["context and words", self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts]
-        )
+        made_by = [VECTORS, self.embedder.name, self.embedder.dimension, self.embedder.max_tokens]
+        identity = json.dumps([*made_by, texts])
         identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()

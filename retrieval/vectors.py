@@ -14,6 +14,7 @@ from retrieval.sparse import SparseVector, bm25_passages, bm25_query
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
 
+VECTORS = "dense, context, sparse"  # a part of the name of kept vectors: others are not found
 # Of each neighbour in a chunk's context vector. Chosen with RRF's k on one half of QMSum's meetings: gold text found
 # 43.5% with 0, 47% with 0.25, 50% with 0.5 (benchmarks/results/retrieval.json has the other half).
 _NEIGHBOUR = 0.5
