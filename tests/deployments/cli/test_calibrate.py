@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from deployments.cli.main import main
-from retrieval.calibration import FILE
+from retrieval.calibration import FILE, Observation
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Twenty-two questions about each of two texts."""
+    """Twenty questions about each of two texts."""
     rows = []
     for thing, place in (("lighthouse", "Lisbon"), ("bank", "Zurich")):
-        sentences = [f"The {thing} number {i} of {place} was built in the year {1800 + i}." for i in range(22)]
+        sentences = [f"The {thing} number {i} of {place} was built in the year {1800 + i}." for i in range(20)]
         for i, sentence in enumerate(sentences):
             question = f"When was the {thing} number {i} of {place} built?"
             rows.append({"question": question, "context": " ".join(sentences), "passage": sentence})
@@ -43,16 +43,20 @@ def minilm_copy(tmp_path: Path) -> Path:
     return folder
 
 
+def run(*args: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["retrieval", "calibrate", *map(str, args)])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
 def test_what_is_learned_is_kept_with_the_embedder_and_used(
     questions: Path, config: Path, minilm_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["retrieval", "calibrate", str(questions), "--config", str(config), "--dry-run"])
-    dry = json.loads(capsys.readouterr().out)
-    assert not (minilm_copy / FILE).exists()
-    main(["retrieval", "calibrate", str(questions), "--config", str(config)])
+    assert run(questions, "--config", config) == 0
     out, err = capsys.readouterr()
     kept = json.loads((minilm_copy / FILE).read_text())
-    assert json.loads(out) == kept == dry and str(minilm_copy / FILE) in err
+    assert json.loads(out) == kept and str(minilm_copy / FILE) in err
     assert 0.1 < kept["threshold"] < 0.9 and kept["report"]["held_out"]["auc"] > 0.8
 
     from deployments.builders import build_retriever
@@ -64,6 +68,21 @@ def test_what_is_learned_is_kept_with_the_embedder_and_used(
     own = retriever.retrieve([row["context"]], row["question"], settings.retriever.options)
     other = retriever.retrieve([row["context"]], "Which salt do oysters like?", settings.retriever.options)
     assert own.confidence > 0.5 > other.confidence and own.reaches_threshold and not other.reaches_threshold
+
+
+def test_a_dry_run_keeps_nothing(
+    questions: Path,
+    config: Path,
+    minilm_copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [Observation([0.1, 0.4 + i / 100], [0.0, 3.0], True, i > 5) for i in range(40)]
+    other = [Observation([0.1, 0.2 + i / 100], [0.0, 1.0], False, False) for i in range(40)]
+    monkeypatch.setattr("retrieval.calibration.observe", lambda *_: own + other)
+    assert run(questions, "--config", config, "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out)["threshold"] == 0.4
+    assert not (minilm_copy / FILE).exists()
 
 
 def test_what_is_no_set_of_questions_is_one_line(
@@ -79,6 +98,4 @@ def test_what_is_no_set_of_questions_is_one_line(
         (wrong, 1, "wrong.jsonl, line 2"),
         (tmp_path, 1, "cannot be read"),
     ):
-        with pytest.raises(SystemExit) as left:
-            main(["retrieval", "calibrate", str(file), "--config", str(config)])
-        assert left.value.code == code and message in capsys.readouterr().err
+        assert run(file, "--config", config) == code and message in capsys.readouterr().err
