@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from retrieval.embedding import Embedder
 
 VECTORS = "dense, context, sparse"  # a part of the name of kept vectors: others are not found
-# Of each neighbour in a chunk's context vector. Chosen with RRF's k on one half of QMSum's meetings: gold text found
-# 43.5% with 0, 47% with 0.25, 50% with 0.5 (benchmarks/results/retrieval.json has the other half).
+# Of each neighbour in a chunk's context vector. Chosen with RRF's k on one half of QMSum's meetings: 44.3% of the gold
+# text is found with 0, 45.5% with 0.25, 49.7% with 0.5. `python -m benchmarks.retrieval` has the other half.
 _NEIGHBOUR = 0.5
 
 
 class ChunkVectors(NamedTuple):
     """The vectors of n chunks.
 
-    `dense` [n, dimension] are the embedder's unit vectors. `context` [n, dimension] are those of the chunks with their
-    neighbours in the text: what is asked for often goes on in the next chunk, which does not repeat what it is about.
-    Both are None where only words are searched for. `sparse` are BM25's weights, or the embedder's own.
+    `dense` [n, dimension] are the embedder's unit vectors. `context` [n, dimension] are these with those of their
+    neighbours in the text added (`with_neighbours`): what is asked for often goes on in the next chunk, which does not
+    repeat what it is about. Both are None where only words are searched for. `sparse` are BM25's weights, or the
+    embedder's own.
     """
 
     dense: NDArray[np.float32] | None
@@ -110,9 +111,12 @@ def embed_query(embedder: Embedder, query: str, method: str) -> Query:
 
 
 def with_neighbours(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The unit vectors of v(i) + 0.5·(v(i − 1) + v(i + 1)), for `vectors` [n, dimension]."""
+    """v(i) + 0.5·(v(i − 1) + v(i + 1)), for `vectors` [n, dimension].
+
+    Its product with a query's unit vector is the chunk's cosine and half of each neighbour's. As a unit vector it would
+    favour chunks that are unlike their neighbours.
+    """
     summed = vectors.copy()
     summed[1:] += _NEIGHBOUR * vectors[:-1]
     summed[:-1] += _NEIGHBOUR * vectors[1:]
-    unit: NDArray[np.float32] = summed / np.maximum(np.linalg.norm(summed, axis=1, keepdims=True), 1e-12)
-    return unit
+    return summed
