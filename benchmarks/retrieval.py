@@ -1,8 +1,8 @@
 """What each retrieval method finds of the passages that answer real questions, and what retrieving costs.
 
 `quality`: for every question, the share of its gold text within the kept chunks, and whether any of it is kept. The
-constants of `retrieval` (neighbours, RRF's k, prefixes) were chosen on every second document, `chosen_on`; `held_out`
-are the others. Each question is also asked of a text that does not answer it: from the same half the calibration of
+constants of `retrieval` (neighbours, RRF's k, prefixes) were chosen by every second document, `chosen_on`; `held_out`
+are the others, whose figures were in sight meanwhile. Each question is also asked of a text that does not answer it: from the same half the calibration of
 the embedder is learned, and the other half says how well it holds. `cost`: seconds and memory for a long file, in
 turns with an earlier checkout.
 """
@@ -97,7 +97,7 @@ def quality(retriever: Retriever, some: Sequence[Document]) -> list[dict[str, An
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means by source, half and way, and two counts. Nothing was chosen on XQuAD."""
+    """Means by source, half and way, and two counts."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["source"], "all", row["way"]].append(row)
