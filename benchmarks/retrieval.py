@@ -2,9 +2,9 @@
 
 `quality`: for every question, the share of its gold text within the kept chunks, and whether any of it is kept. The
 constants of `retrieval` (neighbours, RRF's k, prefixes) were chosen by every second document, `chosen_on`; `held_out`
-are the others, whose figures were in sight meanwhile. Each question is also asked of a text that does not answer it: from the same half the calibration of
-the embedder is learned, and the other half says how well it holds. `cost`: seconds and memory for a long file, in
-turns with an earlier checkout.
+are the others, whose figures were in sight meanwhile. Each question is also asked of a text that does not answer it:
+from the same half the calibration of the embedder is learned, and the other half says how well it holds. `cost`:
+seconds and memory for a long file, in turns with an earlier checkout.
 """
 
 from __future__ import annotations
