@@ -152,7 +152,10 @@ class RetrieverConfig(Strict):
     """The embedder, the vector store, and the defaults of requests."""
 
     embedder: str = Field("all-minilm-l6-v2", description="embedded name, local folder, or Hugging Face hub id")
-    device: str = "cpu"
+    reranker: str | None = Field(
+        None, min_length=1, description="colbert with BGE-M3, or a cross-encoder's folder or hub id; none when not set"
+    )
+    device: str = Field("cpu", description="where the embedder and the reranker run")
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 class Statistics:
     """Counts and times of one request; times are in milliseconds. docs/openai_api.md defines each field.
 
+    ``confidence`` is the retrieval's, 0 to 1; None where nothing was retrieved from.
     ``queueing`` is the time until the target's engine admitted the sequence.
     ``transport`` is the part of the rounds that is neither drafting nor verification: messages and waiting.
     ``resuming`` is the time to continue on another engine after the target's engine was lost, ``resumed`` times.
@@ -28,6 +29,7 @@ class Statistics:
     cached_tokens: int = 0
     context_tokens: int = 0
     retrieved_tokens: int = 0
+    confidence: float | None = None
     draft_prompt_tokens: int = 0
     chunks: list[dict[str, float]] = field(default_factory=list)
     fallback: str | None = None

@@ -99,11 +99,12 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     if strategy.reads == "retrieved":
         reader = spec.rag_model
         try:
-            prompt = await session.retrieved_prompt() or prompt
+            fits = len(prompt) + (request.max_tokens or 1) <= backend.info(_role(reader)).window
+            prompt = await session.retrieved_prompt(at_any_score=not fits) or prompt
         except RetrievalFailed as error:
             logger.warning("reading the whole context: %s", error.message)
             stats.fallback = error.code
-    role: Role = "drafter" if reader == "drafter" else "target"
+    role = _role(reader)
     max_tokens = _fit(request, prompt, backend.info(role).window)
     session.logits = request.logits.on(request.prompt.tokens, backend.info("target"))
     session.max_new_tokens = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
@@ -125,6 +126,10 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     for drafter in drafters:
         await drafter.start(wait=not (session.by_the_clock and spec.num_draft_tokens == "auto"))
     return target, {drafter.label: drafter for drafter in drafters}, max_tokens
+
+
+def _role(reader: str) -> Role:
+    return "drafter" if reader == "drafter" else "target"
 
 
 def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:

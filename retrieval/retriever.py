@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.calibration import UNCALIBRATED, Calibration
 from retrieval.chunking import Tokenizer, split
+from retrieval.options import RetrievalOptions, TenantOptions
+from retrieval.vectors import VECTORS, embed_chunks, embed_query
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
@@ -27,59 +30,11 @@ _BATCH = 8  # chunks between two progress reports of `keep`
 
 
 @dataclass(frozen=True)
-class RetrievalOptions:
-    """How much to keep of a context.
-
-    The budget in tokens for a context of L tokens is max(min(min_tokens, L), L * fraction), rounded up to whole chunks
-    of `chunk_tokens` (paper, section 4.1, where min_tokens is 4096: too much of an 8K window). Chunks that end at a
-    separator are shorter than `chunk_tokens`, and a short message is a chunk by itself. So the budget holds more chunks
-    than the paper counts; it holds exactly as many full chunks.
-
-    Attributes:
-        chunk_tokens: longest chunk, in the target's tokens.
-        threshold: least cosine similarity to the query.
-        min_tokens: budget for any context longer than it.
-        fraction: share of the context that is kept where that is more.
-        max_tokens: a budget that replaces the rule, never exceeded.
-        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Only
-        `Retriever.delete` removes them.
-
-    Raises ValueError naming the field that is out of range.
-    """
-
-    chunk_tokens: int = 512
-    threshold: float = 0.3
-    min_tokens: int = 1024
-    fraction: float = 1 / 24
-    max_tokens: int | None = None
-    keep: bool = False
-
-    def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be between -1 and 1, got {self.threshold}")
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction must be between 0 and 1, got {self.fraction}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, or None, got {self.max_tokens}")
-
-    def budget(self, context_tokens: int) -> int:
-        """Return how many tokens of a context of `context_tokens` may be kept."""
-        if self.max_tokens is not None:
-            return self.max_tokens
-        tokens = max(min(self.min_tokens, context_tokens), context_tokens * self.fraction)
-        return math.ceil(tokens / self.chunk_tokens) * self.chunk_tokens
-
-
-@dataclass(frozen=True)
 class RetrievedChunk:
     """A kept chunk: `text` is `contents[content][start:end]`, of `num_tokens` tokens when tokenised alone.
 
-    `position` counts the chunks of all contents in order, from 0 up to `Retrieval.num_chunks`; `score` is the cosine
-    similarity to the query.
+    `position` counts the chunks of all contents in order, from 0 up to `Retrieval.num_chunks`. `score` is the cosine
+    similarity to the query; of a sparse search, its sparse score.
     """
 
     content: int
@@ -95,7 +50,10 @@ class RetrievedChunk:
 class Retrieval:
     """The kept chunks in document order, out of `num_chunks` that were not blank.
 
-    `context_tokens` is the length of the whole context, `retrieved_tokens` that of the kept chunks.
+    `context_tokens` is the length of the whole context, `retrieved_tokens` that of the kept chunks. If no chunk reaches
+    the threshold, `reaches_threshold` is False, and the chunks are the best there are. `confidence`, 0 to 1, is how
+    probable it is that what the query needs is among them (`retrieval.calibration`), if half of all queries are about
+    something else than the context.
     """
 
     chunks: tuple[RetrievedChunk, ...]
@@ -103,6 +61,15 @@ class Retrieval:
     retrieved_tokens: int
     num_chunks: int
     elapsed_ms: float
+    reaches_threshold: bool
+    confidence: float
+
+
+class Search(NamedTuple):
+    """A ranking of chunks by position, best first, and the scores that it and its confidence rest on."""
+
+    order: list[int]
+    scores: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -114,21 +81,26 @@ class IndexProgress:
     num_chunks: int
 
 
-@dataclass(frozen=True)
-class TenantOptions(RetrievalOptions):
-    """The options of one tenant's request: it finds kept vectors of this tenant alone."""
-
-    tenant: str = ""
-
-
 class Retriever:
     """Chunks, embeds, stores, searches and deletes, in one call. Several threads may call it.
 
-    `tokenizer` is the target's: budgets are counted in its tokens.
+    Args:
+        tokenizer: the target's; budgets are counted in its tokens.
+        calibration: the embedder's.
+        rerank: orders the best chunks anew: (query, texts) → scores (`retrieval.reranking`).
     """
 
-    def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        store: ChunkStore,
+        tokenizer: Tokenizer,
+        *,
+        calibration: Calibration = UNCALIBRATED,
+        rerank: Callable[[str, Sequence[str]], list[float]] | None = None,
+    ) -> None:
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self._calibration, self._rerank = calibration, rerank
         self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless deleted since
         self._storing = threading.Lock()
 
@@ -136,12 +108,52 @@ class Retriever:
         """Return the chunks of `contents` nearest to `query`, in document order.
 
         The best chunks are taken first, until the budget is spent. If a chunk does not fit any more, the next best one
-        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank or no chunk reaches the
-        threshold.
+        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank.
 
         Raises RetrievalError when the store fails.
         """
         began = time.perf_counter()
+        found = self.retrieve_from(*self.chunks(contents, options), query, options)
+        return replace(found, elapsed_ms=(time.perf_counter() - began) * 1000)
+
+    def retrieve_from(
+        self, chunks: Sequence[RetrievedChunk], context_tokens: int, query: str, options: RetrievalOptions
+    ) -> Retrieval:
+        """The same, for a context that was cut already: what `chunks` returned."""
+        began = time.perf_counter()
+        asks = bool(chunks and query.strip())
+        with self._store.within(_STORE_TIME_S):
+            search = self.search(chunks, query, options) if asks else Search([], {})
+        is_sparse = options.method == "sparse"
+        threshold = self._calibration.threshold if options.threshold is None else options.threshold
+        reaching = [i for i in search.order if is_sparse or search.scores.get(i, -1.0) >= threshold]
+        order = reaching if reaching and options.method == "dense" else search.order
+        if asks and not order:  # no chunk has a word of the query
+            order = list(range(len(chunks)))
+        if self._rerank and order:
+            best, rest = order[: options.rerank_candidates], order[options.rerank_candidates :]
+            scores = dict(zip(best, self._rerank(query, [chunks[i].text for i in best]), strict=True))
+            order = sorted(best, key=lambda i: -scores[i]) + rest
+
+        kept: list[RetrievedChunk] = []
+        left = options.budget(context_tokens)
+        for i in order:
+            if chunks[i].num_tokens <= left:
+                left -= chunks[i].num_tokens
+                kept.append(replace(chunks[i], score=search.scores.get(i, 0.0)))
+        confidence = self._calibration.by_words if is_sparse else self._calibration.by_cosine
+        return Retrieval(
+            chunks=tuple(sorted(kept, key=lambda chunk: chunk.position)),
+            context_tokens=context_tokens,
+            retrieved_tokens=sum(chunk.num_tokens for chunk in kept),
+            num_chunks=len(chunks),
+            elapsed_ms=(time.perf_counter() - began) * 1000,
+            reaches_threshold=bool(reaching),
+            confidence=confidence.of([search.scores.get(i, 0.0) for i in range(len(chunks))]) if kept else 0.0,
+        )
+
+    def chunks(self, contents: Sequence[str], options: RetrievalOptions) -> tuple[list[RetrievedChunk], int]:
+        """Return the chunks of `contents` that are not blank, and the tokens of all chunks."""
         # A chunk longer than the whole budget could never be kept.
         chunk_tokens = min(options.chunk_tokens, options.max_tokens or options.chunk_tokens)
         chunks: list[RetrievedChunk] = []
@@ -151,23 +163,49 @@ class Retriever:
                 context_tokens += chunk.num_tokens
                 if chunk.text.strip():
                     chunks.append(RetrievedChunk(content, len(chunks), *chunk, score=0.0))
+        return chunks, context_tokens
 
-        kept: list[RetrievedChunk] = []
-        left = options.budget(context_tokens)
-        if chunks and query.strip():
-            with self._store.within(_STORE_TIME_S):
-                found = self._search(chunks, query, options)
-            for position, score in found:
-                if chunks[position].num_tokens <= left:
-                    left -= chunks[position].num_tokens
-                    kept.append(replace(chunks[position], score=score))
-        return Retrieval(
-            chunks=tuple(sorted(kept, key=lambda chunk: chunk.position)),
-            context_tokens=context_tokens,
-            retrieved_tokens=sum(chunk.num_tokens for chunk in kept),
-            num_chunks=len(chunks),
-            elapsed_ms=(time.perf_counter() - began) * 1000,
-        )
+    def search(self, chunks: Sequence[RetrievedChunk], query: str, options: RetrievalOptions) -> Search:
+        """Rank `chunks` (from the method `chunks`) by the method of `options`.
+
+        A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
+        share a namespace, which is deleted afterwards.
+
+        Raises RetrievalError when the store fails.
+        """
+        tenant = options.tenant if isinstance(options, TenantOptions) else ""
+        words_only = options.method == "sparse"
+        asked = embed_query(self.embedder, query, options.method)
+        passing: list[list[RetrievedChunk]] = []
+        positions: dict[tuple[str, int], list[int]] = defaultdict(list)  # by place: equal contents are kept once
+        for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
+            group = list(of_content)
+            texts = [chunk.text for chunk in group]
+            namespace = self._kept_namespace(texts, tenant)
+            # An interrupted write leaves fewer points than texts, and is repeated.
+            is_kept = self._store.count(namespace) == len(group)
+            if options.keep and not is_kept:
+                self._store.add(namespace, embed_chunks(self.embedder, [texts]), keep=True)
+            if options.keep or is_kept:
+                for i, chunk in enumerate(group):
+                    positions[namespace, i].append(chunk.position)
+            else:
+                passing.append(group)
+        temporary = uuid.uuid4().hex
+        try:
+            if passing:
+                texts_by_content = [[chunk.text for chunk in group] for group in passing]
+                self._store.add(temporary, embed_chunks(self.embedder, texts_by_content, words_only=words_only))
+                for i, chunk in enumerate(chunk for group in passing for chunk in group):
+                    positions[temporary, i].append(chunk.position)
+            namespaces = list(dict.fromkeys(namespace for namespace, _ in positions))
+            hits = self._store.search(namespaces, asked, limit=len(positions))
+        finally:
+            if passing:
+                self._store.delete(temporary)
+        ranked = [(-score, i) for place, score in hits.ranking.items() for i in positions[place]]
+        scores = {i: score for place, score in hits.scores.items() for i in positions[place]}
+        return Search([i for _, i in sorted(ranked)], scores)
 
     def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> Iterator[IndexProgress]:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` of `tenant` with that content.
@@ -189,10 +227,11 @@ class Retriever:
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield IndexProgress(namespace, done, len(texts))
+            whole = embed_chunks(self.embedder, [texts], dense=np.concatenate(vectors))
             with self._storing:
                 if self._keeping.get(namespace) is not this:
                     return
-                self._store.add(namespace, np.concatenate(vectors), keep=True)
+                self._store.add(namespace, whole, keep=True)
                 del self._keeping[namespace]
             yield IndexProgress(namespace, done, len(texts))
 
@@ -202,45 +241,10 @@ class Retriever:
             self._keeping.pop(namespace, None)
             self._store.delete(namespace)
 
-    def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
-        """Return (position, score) of all `chunks` that reach the threshold, best first.
-
-        A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
-        share a namespace, which is deleted afterwards.
-        """
-        vector = self.embedder.embed_query(query)
-        found: list[tuple[int, float]] = []
-
-        def search(namespace: str, among: list[RetrievedChunk]) -> None:
-            hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
-            found.extend((among[i].position, score) for i, score in hits)
-
-        tenant = options.tenant if isinstance(options, TenantOptions) else ""
-        passing: list[RetrievedChunk] = []
-        for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
-            group = list(of_content)
-            texts = [chunk.text for chunk in group]
-            namespace = self._kept_namespace(texts, tenant)
-            # An interrupted write leaves fewer points than texts, and is repeated.
-            is_kept = self._store.count(namespace) == len(group)
-            if options.keep and not is_kept:
-                self._store.add(namespace, self.embedder.embed(texts), keep=True)
-            if options.keep or is_kept:
-                search(namespace, group)
-            else:
-                passing += group
-        if passing:
-            namespace = uuid.uuid4().hex
-            try:
-                self._store.add(namespace, self.embedder.embed([chunk.text for chunk in passing]))
-                search(namespace, passing)
-            finally:
-                self._store.delete(namespace)
-        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
-
     def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
         # tokenizer or embedder no old vectors are found.
-        identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
+        made_by = [VECTORS, self.embedder.name, self.embedder.dimension, self.embedder.max_tokens]
+        identity = json.dumps([*made_by, texts])
         identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()

@@ -16,6 +16,7 @@ from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
 from rapid.text.encoding import count
 from rapid.text.prompts import Message, check_length, read_chat
+from retrieval import VECTORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class LocalFiles:
         self._config, self._backend, self._tokenizer, self._readers = config, backend, tokenizer, readers
         self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6)
         chunk_tokens = config.retriever.options.chunk_tokens
-        made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
+        made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}, {VECTORS}"
         self._indexer = FileIndexer(backend, self._store, chunk_tokens=chunk_tokens, made_with=made_with)
         self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers)
 

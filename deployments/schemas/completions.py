@@ -25,6 +25,7 @@ from rapid.sampling.params import LogitParams
 from rapid.speculation.params import SpeculationParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 from rapid.text.prompts import Prompt, read_text
+from retrieval import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,11 @@ def _listed(summaries: Mapping[str, str]) -> str:
 class RetrievalFields(Body):
     """`rapid.retrieval`: overrides of the configured retrieval options."""
 
+    method: Method | None = None
     max_tokens: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=-1, le=1)
     chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
+    rerank_candidates: int | None = Field(None, ge=1, le=256)
     keep: bool | None = None
 
 
@@ -144,7 +147,7 @@ class Completion(Body):
         stop_token_ids = tuple(self.stop_token_ids)
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(*(field.name for field in fields(SpeculationParams)))
-        retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
+        retrieval = self.rapid.retrieval.given(*RetrievalFields.model_fields)
         speculation = replace(config.speculation, **rapid)
         most_tokens = window
         if window is not None and STRATEGIES[speculation.strategy].reads == "retrieved":

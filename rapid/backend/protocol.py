@@ -21,7 +21,7 @@ Call = Callable[..., Awaitable[Any]]  # (method, message) → result
 
 
 class RetrievedChunk(RetrievedText, Protocol):
-    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` is the cosine similarity.
+    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` says how near it is.
 
     Its text is ``contents[content][start:end]``, in code points.
     """
@@ -37,7 +37,11 @@ class RetrievedChunk(RetrievedText, Protocol):
 
 
 class Retrieval(Protocol):
-    """A retriever's answer: the retrieved chunks, in document order, and token counts."""
+    """A retriever's answer: the retrieved chunks, in document order, and token counts.
+
+    Without ``reaches_threshold`` no chunk is similar enough to the query, and the chunks are the best there are.
+    ``confidence``, 0 to 1, is how probable it is that they hold what the query needs.
+    """
 
     @property
     def chunks(self) -> Sequence[RetrievedChunk]: ...
@@ -45,6 +49,10 @@ class Retrieval(Protocol):
     def context_tokens(self) -> int: ...
     @property
     def retrieved_tokens(self) -> int: ...
+    @property
+    def reaches_threshold(self) -> bool: ...
+    @property
+    def confidence(self) -> float: ...
 
 
 class Vitals(NamedTuple):

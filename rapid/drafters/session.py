@@ -32,11 +32,11 @@ class Session:
         self.by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
         self._retrieve = retrieve
 
-    async def retrieved_prompt(self) -> list[int] | None:
+    async def retrieved_prompt(self, *, at_any_score: bool = False) -> list[int] | None:
         """The prompt with the retrieved passages in the place of its context.
 
-        Returns None, with the reason in ``statistics.fallback``, if there is no context or no passage reached the
-        threshold.
+        Returns None, with the reason in ``statistics.fallback``, if there is no context, or no passage reached the
+        threshold; ``at_any_score`` takes the best passages all the same.
 
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
@@ -48,12 +48,13 @@ class Session:
         started = time.perf_counter()
         retrieval = await self._retrieve(prompt.contents, prompt.query, self.request.retrieval)
         statistics.timings_ms["retrieval"] = (time.perf_counter() - started) * 1e3
-        statistics.context_tokens, statistics.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
+        statistics.context_tokens, statistics.confidence = retrieval.context_tokens, round(retrieval.confidence, 4)
+        if not retrieval.chunks or not (retrieval.reaches_threshold or at_any_score):
+            statistics.fallback = "nothing_above_threshold"
+            return None
+        statistics.retrieved_tokens = retrieval.retrieved_tokens
         statistics.chunks = [
             {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
             for c in retrieval.chunks
         ]
-        if not retrieval.chunks:
-            statistics.fallback = "nothing_above_threshold"
-            return None
         return prompt.shortened(retrieval.chunks)

@@ -15,7 +15,11 @@ function options() {
       trace: true,
       num_draft_tokens: number("gamma") ?? "auto",
       verification: byId("verification").value || undefined,
-      retrieval: { max_tokens: number("budget"), chunk_tokens: number("chunk") },
+      retrieval: {
+        method: byId("method").value || undefined,
+        max_tokens: number("budget"),
+        chunk_tokens: number("chunk"),
+      },
     },
   };
 }

@@ -139,6 +139,7 @@ def test_an_unreadable_document_is_told_apart(run: Run, content: bytes, message:
         ([], "--question is needed; see rapid generate --help"),
         (["-q", " "], "--question is empty"),
         (["-q", "Why?", "--strategy", "fast"], f"strategy must be one of {', '.join(STRATEGIES)}, got 'fast'"),
+        (["-q", "Why?", "--retrieval-method", "magic"], "method: Input should be 'dense', 'sparse' or 'hybrid'"),
         (["-q", "Why?", "--temperature", "-1"], "temperature must be between 0 and 10, got -1.0"),
         (["-q", "Why?", "--config", "no.yaml"], "no.yaml: cannot be read: [Errno 2] No such file"),
     ],

@@ -83,6 +83,14 @@ def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
     assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
 
 
+@pytest.mark.parametrize("method", ["dense", "sparse", "hybrid"])
+def test_each_way_to_retrieve_says_how_sure_it_is(client: OpenAI, method: str) -> None:
+    rapid = {"strategy": "rag", "retrieval": {"method": method, "threshold": -1}}
+    answer = client.chat.completions.create(model=MODEL, messages=chat(), max_tokens=1, extra_body={"rapid": rapid})
+    statistics = answer.model_extra["rapid"]  # type: ignore[index]
+    assert 0 < statistics["confidence"] < 1 and statistics["chunks"]
+
+
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -97,6 +105,8 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         ({"rapid": {"verification": "none"}}, "rapid.verification", "lossless"),
         ({"rapid": {"num_draft_tokens": 1000}}, "rapid.num_draft_tokens", "64"),
         ({"rapid": {"retrieval": {"threshold": 2}}}, "rapid.retrieval.threshold", "1"),
+        ({"rapid": {"retrieval": {"method": "magic"}}}, "rapid.retrieval.method", "hybrid"),
+        ({"rapid": {"retrieval": {"rerank_candidates": 0}}}, "rapid.retrieval.rerank_candidates", "1"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": -1}, "temperature", "between"),
         ({"top_p": 0}, "top_p", "above 0"),

@@ -166,7 +166,7 @@ def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None
         return client.post(f"/files/{file_id}/warm", cast_to=dict)
 
     file_id = uploaded()
-    assert list(folder.glob("vectors/*.npy")) and client.files.content(file_id).read() == text
+    assert list(folder.glob("vectors/*.npz")) and client.files.content(file_id).read() == text
     num_warmed = warmed(file_id)["prompt_tokens"]
     parts: list[Any] = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": QUESTION}]
     answer = client.chat.completions.create(
