@@ -23,6 +23,7 @@ from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import IndexProgress, RetrievalError, Retriever
+from retrieval.kept import KeptVectors
 
 
 def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
@@ -36,7 +37,8 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: s
     key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
     folder = files.path / "vectors"
     store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
-    return Retriever(embedder, store, load_tokenizer(target_model))
+    kept = KeptVectors(files.path, max_mb=config.max_kept_mb, max_age_s=config.kept_for_s)
+    return Retriever(embedder, store, load_tokenizer(target_model), kept)
 
 
 class LocalIndexingBackend(LocalBackend):

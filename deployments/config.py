@@ -22,6 +22,7 @@ from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
+from retrieval.kept import KEPT_FOR_S, MAX_KEPT_MB
 
 PUBLIC = "public"  # the tenant of every client where there are no keys
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ class RetrieverConfig(Strict):
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
     qdrant_api_key: SecretStr | None = Field(None, description="env:NAME or file:PATH; QDRANT_API_KEY when not set")
+    max_kept_mb: float = Field(MAX_KEPT_MB, ge=0, description="what one key's requests may leave with retrieval.keep")
+    kept_for_s: float = Field(KEPT_FOR_S, gt=0, description="how long that stays after its last use")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 

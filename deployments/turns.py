@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
@@ -95,14 +96,14 @@ class Turns:
 
 
 class FairPool:
-    """``num_threads`` threads that one client cannot fill: of each client one thing is under way at a time.
+    """``num_threads`` threads that one client cannot fill: ``per_client`` things of each are under way at a time.
 
     So the queue before the threads is as long as there are clients, whatever each of them asks for.
     """
 
-    def __init__(self, num_threads: int, name: str, *, max_waiting: int = 256) -> None:
+    def __init__(self, num_threads: int, name: str, *, per_client: int = 1, max_waiting: int = 256) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
-        self._turns = Turns(1, max_waiting)
+        self._turns = Turns(per_client, max_waiting)
 
     async def run(self, client: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """``call`` in a thread. A call that began goes on when its client leaves, and so does that client's turn.
@@ -120,3 +121,14 @@ class FairPool:
         future = self._threads.submit(partial(call, *args, **kwargs))
         future.add_done_callback(ended)
         return await asyncio.wrap_future(future)
+
+    async def steps(self, client: str, items: Iterator[R]) -> AsyncGenerator[R, None]:
+        """The ``items``, each computed as a call of its own, so that long work of one client stands before nobody.
+
+        Who stops asking ends the work behind the item under way.
+
+        Raises:
+            Overloaded: as `run`.
+        """
+        while item := await self.run(client, lambda: list(islice(items, 1))):
+            yield item[0]

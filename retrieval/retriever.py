@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -17,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.chunking import Tokenizer, split
+from retrieval.kept import KeptVectors
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
 _BATCH = 8  # chunks between two progress reports of `keep`
+_STEP = 32  # chunks that are cut or embedded in one step of a retrieval
+_LOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class RetrievalOptions:
         min_tokens: budget for any context longer than it.
         fraction: share of the context that is kept where that is more.
         max_tokens: a budget that replaces the rule, never exceeded.
-        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Only
-        `Retriever.delete` removes them.
+        keep: leave the vectors in the store, so that the same contents need no embedding the next time, as long as
+        `KeptVectors` has room for them.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -115,9 +118,11 @@ class IndexProgress:
 
 @dataclass(frozen=True)
 class TenantOptions(RetrievalOptions):
-    """The options of one tenant's request: it finds kept vectors of this tenant alone."""
+    """The options of one client's request: it finds kept vectors of its `tenant` alone, and what it leaves counts as
+    its `client`'s."""
 
     tenant: str = ""
+    client: str = ""
 
 
 class Retriever:
@@ -126,10 +131,16 @@ class Retriever:
     `tokenizer` is the target's: budgets are counted in its tokens.
     """
 
-    def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer, kept: KeptVectors | None = None
+    ) -> None:
+        """`kept` bounds what requests leave in the store (`RetrievalOptions.keep`); by default it does not outlive this
+        process."""
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self._kept = kept or KeptVectors()
         self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless deleted since
-        self._storing = threading.Lock()
+        # By namespace: who stores or deletes one must not wait for another's whole document.
+        self._storing = [threading.Lock() for _ in range(_LOCKS)]
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
         """Return the chunks of `contents` nearest to `query`, in document order.
@@ -140,25 +151,34 @@ class Retriever:
 
         Raises RetrievalError when the store fails.
         """
+        for step in self.steps(contents, query, options):
+            if step is not None:
+                return step
+        raise AssertionError("the last step is the result")
+
+    def steps(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Iterator[Retrieval | None]:
+        """`retrieve` in small steps, the last of which is the result. Closing the iterator ends the work."""
         began = time.perf_counter()
         # A chunk longer than the whole budget could never be kept.
         chunk_tokens = min(options.chunk_tokens, options.max_tokens or options.chunk_tokens)
         chunks: list[RetrievedChunk] = []
         context_tokens = 0
         for content, text in enumerate(contents):
-            for chunk in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer):
+            for number, chunk in enumerate(split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer), 1):
                 context_tokens += chunk.num_tokens
                 if chunk.text.strip():
                     chunks.append(RetrievedChunk(content, len(chunks), *chunk, score=0.0))
+                if number % _STEP == 0:
+                    yield None
 
         kept: list[RetrievedChunk] = []
         left = options.budget(context_tokens)
         if chunks and query.strip():
-            for position, score in self._search(chunks, query, options):
+            for position, score in (yield from self._search(chunks, query, options)):
                 if chunks[position].num_tokens <= left:
                     left -= chunks[position].num_tokens
                     kept.append(replace(chunks[position], score=score))
-        return Retrieval(
+        yield Retrieval(
             chunks=tuple(sorted(kept, key=lambda chunk: chunk.position)),
             context_tokens=context_tokens,
             retrieved_tokens=sum(chunk.num_tokens for chunk in kept),
@@ -186,20 +206,27 @@ class Retriever:
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield IndexProgress(namespace, done, len(texts))
-            with self._storing:
+            with self._changing(namespace):
                 if self._keeping.get(namespace) is not this:
                     return
                 self._store.add(namespace, np.concatenate(vectors), keep=True)
                 del self._keeping[namespace]
             yield IndexProgress(namespace, done, len(texts))
+        self._kept.release(namespace)  # no request's any more: only `delete` removes them
 
     def delete(self, namespace: str) -> None:
         """Delete the kept vectors of `namespace`. Raises RetrievalError when the store fails."""
-        with self._storing:
+        with self._changing(namespace):
             self._keeping.pop(namespace, None)
             self._store.delete(namespace)
+            self._kept.release(namespace)
 
-    def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
+    def _changing(self, namespace: str) -> threading.Lock:
+        return self._storing[hash(namespace) % _LOCKS]
+
+    def _search(
+        self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions
+    ) -> Generator[None, None, list[tuple[int, float]]]:
         """Return (position, score) of all `chunks` that reach the threshold, best first.
 
         A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
@@ -212,7 +239,7 @@ class Retriever:
             hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
             found.extend((among[i].position, score) for i, score in hits)
 
-        tenant = options.tenant if isinstance(options, TenantOptions) else ""
+        tenant, client = (options.tenant, options.client) if isinstance(options, TenantOptions) else ("", "")
         passing: list[RetrievedChunk] = []
         for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
             group = list(of_content)
@@ -220,20 +247,40 @@ class Retriever:
             namespace = self._kept_namespace(texts, tenant)
             # An interrupted write leaves fewer points than texts, and is repeated.
             is_kept = self._store.count(namespace) == len(group)
-            if options.keep and not is_kept:
-                self._store.add(namespace, self.embedder.embed(texts), keep=True)
-            if options.keep or is_kept:
+            if not is_kept and options.keep and self._make_room(namespace, client, len(group)):
+                vectors = yield from self._embed(texts)
+                with self._changing(namespace):
+                    self._store.add(namespace, vectors, keep=True)
+                is_kept = True
+            if is_kept:
+                if options.keep:
+                    self._kept.use(namespace)
                 search(namespace, group)
             else:
                 passing += group
         if passing:
+            vectors = yield from self._embed([chunk.text for chunk in passing])
             namespace = uuid.uuid4().hex
             try:
-                self._store.add(namespace, self.embedder.embed([chunk.text for chunk in passing]))
+                self._store.add(namespace, vectors)
                 search(namespace, passing)
             finally:
                 self._store.delete(namespace)
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
+
+    def _embed(self, texts: list[str]) -> Generator[None, None, NDArray[np.float32]]:
+        vectors = []
+        for first in range(0, len(texts), _STEP):
+            vectors.append(self.embedder.embed(texts[first : first + _STEP]))
+            yield
+        return np.concatenate(vectors)
+
+    def _make_room(self, namespace: str, client: str, num_vectors: int) -> bool:
+        """Whether a request may leave so many vectors; those that it left long ago are deleted for them."""
+        removed = self._kept.reserve(namespace, client, num_vectors * self.embedder.dimension)
+        for old in removed or ():
+            self.delete(old)
+        return removed is not None
 
     def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,

@@ -69,9 +69,9 @@ class ChunkStore:
 
         With `keep` they outlive this process, if there is a folder or a server.
         """
-        with self._calling():
-            self._upsert(namespace, vectors)
-            if keep and self._folder:
+        self._upsert(namespace, vectors)
+        if keep and self._folder:
+            with self._calling():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 unfinished = self._folder / f".{uuid.uuid4().hex}.npy"
                 np.save(unfinished, vectors)
@@ -103,14 +103,17 @@ class ChunkStore:
         """Return the number of vectors in the namespace, kept ones included."""
         collection = self._collection_of(namespace)
         with self._calling():
-            if self._is_missing(collection):
-                kept = self._folder / f"{namespace}.npy" if self._folder else None
-                if kept is None or not kept.is_file():
-                    return 0
-                try:
-                    self._upsert(namespace, np.load(kept, allow_pickle=False))
-                except (ValueError, EOFError):  # a crash cut the file short: it counts as missing
-                    return 0
+            is_missing = self._is_missing(collection)
+            kept = self._folder / f"{namespace}.npy" if is_missing and self._folder else None
+            try:
+                vectors = np.load(kept, allow_pickle=False) if kept and kept.is_file() else None
+            except (ValueError, EOFError):  # a crash cut the file short: it counts as missing
+                vectors = None
+        if is_missing and vectors is None:
+            return 0
+        if vectors is not None:
+            self._upsert(namespace, vectors)
+        with self._calling():
             return self._client.count(collection, count_filter=_of(namespace), exact=True).count
 
     def delete(self, namespace: str) -> None:
@@ -135,9 +138,8 @@ class ChunkStore:
         return f"{self._collection}-{namespace}" if self._url is None else self._collection
 
     def _upsert(self, namespace: str, vectors: NDArray[np.float32]) -> None:
+        """One batch after another, so that other threads' calls come in between. A deletion meanwhile ends it."""
         collection = self._collection_of(namespace)
-        if self._is_missing(collection):  # a server may have lost it
-            self._ensure(collection)
         for begin in range(0, len(vectors), _BATCH):
             points = [
                 models.PointStruct(
@@ -147,7 +149,12 @@ class ChunkStore:
                 )
                 for position in range(begin, min(begin + _BATCH, len(vectors)))
             ]
-            self._client.upsert(collection, points, wait=True)
+            with self._calling():
+                if (begin == 0 or self._url is None) and self._is_missing(collection):
+                    if begin:
+                        return
+                    self._ensure(collection)  # a server may have lost it
+                self._client.upsert(collection, points, wait=True)
 
     def _is_missing(self, collection: str) -> bool:
         return not self._client.collection_exists(collection)

@@ -39,7 +39,7 @@ def _listed(summaries: Mapping[str, str]) -> str:
 class RetrievalFields(Body):
     """`rapid.retrieval`: overrides of the configured retrieval options."""
 
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=16, description="no chunk is longer")
     threshold: float | None = Field(None, ge=-1, le=1)
     chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
     keep: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -53,6 +54,64 @@ def test_a_call_whose_client_left_keeps_its_turn_until_it_ends() -> None:
         assert len(begun) == 1
         goes_on.set()
         await asyncio.wait_for(pool.run("hostile", int), 30)
+
+    asyncio.run(story())
+
+
+def test_steps_of_one_client_stand_before_no_step_of_another() -> None:
+    """One thread, and a long work of one client: another's single step comes between two of its steps."""
+
+    async def story() -> None:
+        pool, done, goes_on = FairPool(1, "test"), [], threading.Event()
+
+        def long() -> Iterator[int]:
+            for i in range(100):
+                if i == 3:
+                    assert goes_on.wait(30)
+                done.append("hostile")
+                yield i
+
+        async def all_of(client: str, work: Iterator[int]) -> list[int]:
+            return [item async for item in pool.steps(client, work)]
+
+        hostile = asyncio.create_task(all_of("hostile", long()))
+        while len(done) < 3:
+            await asyncio.sleep(0)
+        honest = asyncio.create_task(pool.run("honest", done.append, "honest"))
+        await asyncio.sleep(0)
+        goes_on.set()
+        await asyncio.wait_for(honest, 30)
+        assert await hostile == list(range(100))
+        assert done.index("honest") <= 5
+
+    asyncio.run(story())
+
+
+def test_steps_end_when_nobody_asks_for_them() -> None:
+    async def story() -> None:
+        pool, begun, goes_on, closed = FairPool(1, "test"), threading.Event(), threading.Event(), threading.Event()
+
+        def work() -> Iterator[int]:
+            try:
+                begun.set()
+                assert goes_on.wait(30)
+                yield 1
+                raise AssertionError("nobody waits for this")
+            finally:
+                closed.set()
+
+        async def ask() -> None:
+            async for _ in pool.steps("client", work()):
+                pass
+
+        asking = asyncio.create_task(ask())
+        await asyncio.to_thread(begun.wait, 30)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        del asking
+        goes_on.set()
+        assert await asyncio.to_thread(closed.wait, 30)
+        await asyncio.wait_for(pool.run("client", int), 30)
 
     asyncio.run(story())
 

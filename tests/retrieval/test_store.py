@@ -221,3 +221,37 @@ def test_a_key_is_sent_and_never_told(serving, caplog):
 def test_a_url_that_is_none_is_refused():
     with pytest.raises(RetrievalError, match="ftp://qdrant"):
         ChunkStore("ftp://qdrant", dimension=4)
+
+
+def test_a_long_add_lets_others_in_between():
+    """In this process: another namespace is searched while a thousand vectors are stored."""
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    found = []
+
+    class Rows(np.ndarray):
+        def __getitem__(self, position):
+            if position == 256:  # the second batch begins
+                search = threading.Thread(
+                    target=lambda: found.append(store.search("mine", EAST, limit=1, threshold=0)), daemon=True
+                )
+                search.start()
+                search.join(10)
+                assert found
+            return super().__getitem__(position)
+
+    store.add("yours", np.tile(rows(0.2), (1000, 1)).view(Rows))
+    assert store.count("yours") == 1000
+
+
+def test_a_deletion_ends_a_long_add(monkeypatch):
+    store = ChunkStore(dimension=4)
+    upsert = store._client.upsert
+
+    def deleted_meanwhile(collection: str, points: Any, **how: Any) -> None:
+        upsert(collection, points, **how)
+        store._client.delete_collection(collection)
+
+    monkeypatch.setattr(store._client, "upsert", deleted_meanwhile)
+    store.add("me", np.tile(rows(0.2), (1000, 1)))
+    assert store.count("me") == 0
