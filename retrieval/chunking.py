@@ -2,8 +2,8 @@
 
 Pieces end at the best separator within reach: paragraph, line, sentence, clause, word, in that order, in English and in
 Chinese or Japanese punctuation (the order of the code released with arXiv 2502.20330). The document is tokenised window
-by window to find the offsets of its tokens: the offsets of a whole book would take much memory. Every piece is then
-tokenised alone, because the model reads it alone, and is cut again if it has more tokens alone than inside the document.
+by window to find the offsets of its tokens: those of a whole book would take much memory. Every piece is then tokenised
+alone, because the model reads it alone, and is cut again if it has more tokens alone than inside the document.
 """
 
 from __future__ import annotations

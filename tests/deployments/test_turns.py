@@ -139,6 +139,52 @@ def test_turns_come_in_order_and_none_is_lost() -> None:
     asyncio.run(story())
 
 
+def test_clients_are_served_in_rotation() -> None:
+    """A hundred requests of one client stand before no other's one."""
+
+    async def story() -> None:
+        turns, order = Turns(2, max_waiting=100, in_all=2), []
+
+        async def one(client: str) -> None:
+            async with turns.turn(client):
+                order.append(client)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(one("hostile")) for _ in range(100)]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(one(client)) for client in ("a", "b", "a")]
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        assert len(order) == 103 and order.index("b") <= 5
+        assert [i for i, client in enumerate(order) if client == "a"][-1] <= 8
+        assert not turns._lines and turns._num_running == 0
+
+    asyncio.run(story())
+
+
+def test_a_request_takes_as_many_turns_as_it_has_choices() -> None:
+    async def story() -> None:
+        turns = Turns(3, max_waiting=9, in_all=4)
+        await turns.take("a", 2)
+        wide = asyncio.create_task(turns.take("a", 8))  # as many as one client can have: all three
+        await asyncio.sleep(0)
+        await asyncio.wait_for(turns.take("b", 2), 30)
+        turns.give_back("a", 2)
+        await asyncio.sleep(0)
+        assert not wide.done()  # two of four are another's
+        await asyncio.wait_for(turns.take("c", 2), 30)  # who stands behind it but needs less
+        turns.give_back("b", 2)
+        turns.give_back("c", 2)
+        await asyncio.wait_for(wide, 30)
+        left = asyncio.create_task(turns.take("b", 2))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        turns.give_back("a", 8)
+        assert not turns._lines and turns._num_running == 0
+
+    asyncio.run(story())
+
+
 def test_a_wait_for_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.turns.LONGEST_WAIT_S", 0.01)
 
