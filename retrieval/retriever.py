@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.chunking import Tokenizer, split
+from retrieval.deadline import TimeLeft
 from retrieval.kept import KeptVectors
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
+_STORE_TIME_S = 10.0  # for all calls of a store's server in one retrieval
 _BATCH = 8  # chunks between two progress reports of `keep`
 _STEP = 32  # chunks that are cut or embedded in one step of a retrieval
 _LOCKS = 64
@@ -235,8 +237,11 @@ class Retriever:
         vector = self.embedder.embed_query(query)
         found: list[tuple[int, float]] = []
 
+        left = TimeLeft(_STORE_TIME_S)
+
         def search(namespace: str, among: list[RetrievedChunk]) -> None:
-            hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
+            with self._store.within(left):
+                hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
             found.extend((among[i].position, score) for i, score in hits)
 
         tenant, client = (options.tenant, options.client) if isinstance(options, TenantOptions) else ("", "")
@@ -246,10 +251,11 @@ class Retriever:
             texts = [chunk.text for chunk in group]
             namespace = self._kept_namespace(texts, tenant)
             # An interrupted write leaves fewer points than texts, and is repeated.
-            is_kept = self._store.count(namespace) == len(group)
+            with self._store.within(left):
+                is_kept = self._store.count(namespace) == len(group)
             if not is_kept and options.keep and self._make_room(namespace, client, len(group)):
                 vectors = yield from self._embed(texts)
-                with self._changing(namespace):
+                with self._changing(namespace), self._store.within(left):
                     self._store.add(namespace, vectors, keep=True)
                 is_kept = True
             if is_kept:
@@ -262,7 +268,8 @@ class Retriever:
             vectors = yield from self._embed([chunk.text for chunk in passing])
             namespace = uuid.uuid4().hex
             try:
-                self._store.add(namespace, vectors)
+                with self._store.within(left):
+                    self._store.add(namespace, vectors)
                 search(namespace, passing)
             finally:
                 self._store.delete(namespace)

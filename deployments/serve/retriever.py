@@ -2,12 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
+from deployments.serve.heartbeat import beating
 from deployments.turns import FairPool
 from retrieval import IndexProgress, Retrieval, TenantOptions
 
@@ -32,20 +33,28 @@ class RetrieverReplica:
     async def retrieve(
         self, contents: list[str], query: str, options: TenantOptions
     ) -> AsyncIterator[Retrieval | None]:
-        """Yields None as soon as a replica has the query, then the answer: so a caller can tell a long document from an
-        absent retriever."""
-        yield None
-        work = self._retriever.steps(contents, query, options)
-        async with aclosing(self._queries.steps(options.client, work)) as steps:
-            async for step in steps:
-                if step is not None:
-                    yield step
+        """The answer, after as many None as it takes: so a caller can tell a long document from an absent retriever."""
 
-    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
+        async def answer() -> AsyncGenerator[Retrieval, None]:
+            work = self._retriever.steps(contents, query, options)
+            async with aclosing(self._queries.steps(options.client, work)) as steps:
+                async for step in steps:
+                    if step is not None:
+                        yield step
+
+        async with aclosing(beating(answer())) as words:
+            async for word in words:
+                yield word
+
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress | None]:
         """The progress of `Retriever.keep`, batch by batch."""
-        async with aclosing(self._indexing.steps(tenant, self._retriever.keep(text, chunk_tokens, tenant))) as steps:
+        work = self._indexing.steps(tenant, self._retriever.keep(text, chunk_tokens, tenant))
+        async with aclosing(beating(work)) as steps:
             async for kept in steps:
                 yield kept
+
+    async def answers(self) -> None:
+        """Returns at once, if at all."""
 
     async def delete(self, vectors: str) -> None:
         """`Retriever.delete`."""

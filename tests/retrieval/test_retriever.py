@@ -7,9 +7,11 @@ import time
 from dataclasses import replace
 
 import pytest
+from qdrant_double import FakeServer
 
 from retrieval import RetrievalError, RetrievalOptions, Retriever, TenantOptions
 from retrieval.embedding import load_embedder
+from retrieval.errors import StoreTimeout
 from retrieval.kept import KeptVectors
 from retrieval.store import ChunkStore
 
@@ -366,3 +368,15 @@ def test_what_a_file_needs_is_no_requests_any_more(retriever, embedder, store, p
     retriever._kept._max_age_s = 0
     retriever.retrieve([prose[1000:2000]], "the whale", replace(SMALL, keep=True))
     assert store.count(done.namespace) == done.num_chunks
+
+
+def test_a_retrieval_that_runs_out_of_the_stores_time_fails(embedder, tokenizer, monkeypatch):
+    monkeypatch.setattr("retrieval.retriever._STORE_TIME_S", 0.0)
+    question = (["a whale in the ocean"], "whale", RetrievalOptions())
+    server = FakeServer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with pytest.raises(StoreTimeout):
+        Retriever(embedder, ChunkStore(server.url, dimension=embedder.dimension), tokenizer).retrieve(*question)
+    server.shutdown()
+    server.server_close()
+    assert Retriever(embedder, ChunkStore(dimension=embedder.dimension), tokenizer).retrieve(*question).chunks

@@ -14,6 +14,8 @@ import pytest
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
+from retrieval.errors import StoreTimeout
+from retrieval.deadline import TimeLeft
 from retrieval.store import ChunkStore
 
 
@@ -255,3 +257,33 @@ def test_a_deletion_ends_a_long_add(monkeypatch):
     monkeypatch.setattr(store._client, "upsert", deleted_meanwhile)
     store.add("me", np.tile(rows(0.2), (1000, 1)))
     assert store.count("me") == 0
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("retrieval.store._TIMEOUT_S", 0.2)  # of a client that is made from here on
+
+
+def test_a_server_that_accepts_and_does_not_answer_costs_one_timeout(server, impatient):
+    store = ChunkStore(server.url, dimension=4)
+    store.add("mine", rows(0, 1))
+    with server.lock:  # no handler goes on meanwhile
+        with pytest.raises(StoreTimeout, match="has not answered"):
+            store.search("mine", EAST, limit=9, threshold=-1)
+        for _ in range(3):
+            with pytest.raises(StoreTimeout, match="did not answer a moment ago"):  # and costs no time
+                store.delete("mine")
+    store._silent_until = 0.0
+    assert len(store.search("mine", EAST, limit=9, threshold=-1)) == 2
+
+
+def test_a_slow_server_has_one_budget_for_all_calls_of_a_block(server):
+    store = ChunkStore(server.url, dimension=4)
+    store.add("mine", rows(0, 1))
+    with store.within(TimeLeft(1e-6)):
+        store.count("mine")  # which takes more than that
+        with pytest.raises(StoreTimeout, match="too slow"):
+            store.count("mine")
+    assert store.count("mine") == 2
+    with store.within(TimeLeft(60)):
+        assert store.count("mine") == 2
