@@ -110,18 +110,21 @@ class ChunkStore:
         """Return the number of vectors in the namespace, kept ones included."""
         collection = self._collection_of(namespace)
         with self._calling():
-            is_missing = self._is_missing(collection)
-            kept = self._folder / f"{namespace}.npy" if is_missing and self._folder else None
+            if not self._is_missing(collection):
+                return self._count(collection, namespace)
+            kept = self._folder / f"{namespace}.npy" if self._folder else None
             try:
                 vectors = np.load(kept, allow_pickle=False) if kept and kept.is_file() else None
             except (ValueError, EOFError):  # a crash cut the file short: it counts as missing
                 vectors = None
-        if is_missing and vectors is None:
+        if vectors is None:
             return 0
-        if vectors is not None:
-            self._upsert(namespace, vectors)
+        self._upsert(namespace, vectors)
         with self._calling():
-            return self._client.count(collection, count_filter=_of(namespace), exact=True).count
+            return self._count(collection, namespace)
+
+    def _count(self, collection: str, namespace: str) -> int:
+        return self._client.count(collection, count_filter=_of(namespace), exact=True).count
 
     def delete(self, namespace: str) -> None:
         """Delete all vectors of the namespace, if it has any."""

@@ -183,7 +183,7 @@ class RayBackend:
             self._keep(_close_with(stream, channel))
             patience_s = TARGET_PATIENCE_S if request.may_wait else DRAFTER_PATIENCE_S
             try:
-                yield lease_over(channel, ticket.lease_id, len(request.prompt), patience_s, breaker)
+                yield lease_over(channel, len(request.prompt), patience_s, breaker)
             finally:
                 channel.close()
         finally:
@@ -276,7 +276,6 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
 
 def lease_over(
     channel: Channel,
-    lease_id: str,
     prompt_tokens: int = 0,
     patience_s: float = TARGET_PATIENCE_S,
     breaker: Breaker | None = None,
@@ -284,7 +283,7 @@ def lease_over(
     """A lease whose calls go over ``channel``, each sent when it is made."""
 
     def call(method: str, *message: Any) -> Awaitable[Any]:
-        return _or_lost(channel.call("call", lease_id, method, *message))
+        return _or_lost(channel.call("call", method, *message))
 
     return Lease(call, prompt_tokens, patience_s, breaker)
 

@@ -265,7 +265,7 @@ class EngineReplica:
             except RapidError as error:
                 yield error
                 return
-            yield Ticket(lease_id, self._engine, self._address)
+            yield Ticket(lease_id, self._engine, self._address.for_channel(lease_id))
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)

@@ -14,8 +14,8 @@ import pytest
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
-from retrieval.errors import StoreTimeout
 from retrieval.deadline import TimeLeft
+from retrieval.errors import StoreTimeout
 from retrieval.store import ChunkStore
 
 

@@ -314,5 +314,5 @@ def test_a_key_has_only_so_many_files(tmp_path: Path) -> None:
         with pytest.raises(openai.APIStatusError, match="2 files") as caught:
             upload(client, b"three")
         assert caught.value.status_code == 413
-        client.files.delete(first.id)
+        client.files.delete(first)
         upload(client, b"three")
