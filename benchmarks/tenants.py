@@ -1,7 +1,7 @@
 """What a hostile key costs an honest one: its first token and its tokens per second, alone and beside each attack.
 
-Both have keys of one service on this machine. The attacks come from a process of its own, eight at a time, each again as
-soon as it is answered. The honest client asks one question after another: a short chat, then `rag` about a document.
+Both have keys of one service on this machine. The attacks come from a process of its own, eight at a time, each again
+as soon as it is answered. The honest client asks one question after another: a short chat, then `rag` about a document.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ async def retrieval_left(client: httpx.AsyncClient, i: int) -> httpx.Response:
 
 async def kept(client: httpx.AsyncClient, i: int) -> httpx.Response:
     options = {"strategy": "rag", "retrieval": {"chunk_tokens": 64, "keep": True}}
-    return await client.post(
-        "/v1/chat/completions", json=chat(f"{noise(30_000, i)}\n\nWhat?", max_tokens=1, rapid=options)
-    )
+    body = chat(f"{noise(30_000, i)}\n\nWhat?", max_tokens=1, rapid=options)
+    return await client.post("/v1/chat/completions", json=body)
 
 
 async def upload(client: httpx.AsyncClient, i: int) -> httpx.Response:

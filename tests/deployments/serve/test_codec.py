@@ -6,6 +6,7 @@ import inspect
 import math
 import pickle
 import random
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -112,9 +113,7 @@ def test_no_bytes_make_anything_else() -> None:
         damaged = bytearray(whole)
         for _ in range(rng.randrange(1, 4)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        try:
+        with suppress(ValueError):
             unpack(bytes(damaged[: rng.randrange(len(damaged) + 1)]))
-        except (ValueError, RapidError):
-            pass
     with pytest.raises(ValueError):
         unpack(pickle.dumps(DRAFT))
