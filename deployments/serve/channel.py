@@ -55,7 +55,8 @@ class Listener:
     async def start(cls, host: str, methods: Mapping[str, Method], *, ended: Ended) -> "Listener":
         """Listens on a free port of ``host``, for calls of ``methods`` by name.
 
-        A method's first argument is the name of the channel, which its caller has shown to be its own. When a channel ends, for any reason, the listener calls ``ended`` with its name.
+        A method's first argument is the name of the channel, which its caller has shown to be its own. When a channel
+        ends, for any reason, the listener calls ``ended`` with its name.
         """
         listener = cls(methods, ended)
         listener._server = await asyncio.start_server(listener._converse, host, 0, ssl=tls(is_caller=False))
