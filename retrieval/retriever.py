@@ -70,6 +70,11 @@ class RetrievalOptions:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, or None, got {self.max_tokens}")
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of the longest chunk: one longer than the whole budget could never be kept."""
+        return min(self.chunk_tokens, self.max_tokens or self.chunk_tokens)
+
     def budget(self, context_tokens: int) -> int:
         """Return how many tokens of a context of `context_tokens` may be kept."""
         if self.max_tokens is not None:
@@ -161,12 +166,10 @@ class Retriever:
     def steps(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Iterator[Retrieval | None]:
         """`retrieve` in small steps, the last of which is the result. Closing the iterator ends the work."""
         began = time.perf_counter()
-        # A chunk longer than the whole budget could never be kept.
-        chunk_tokens = min(options.chunk_tokens, options.max_tokens or options.chunk_tokens)
         chunks: list[RetrievedChunk] = []
         context_tokens = 0
         for content, text in enumerate(contents):
-            for number, chunk in enumerate(split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer), 1):
+            for number, chunk in enumerate(split(text, max_tokens=options.longest_chunk, tokenizer=self._tokenizer), 1):
                 context_tokens += chunk.num_tokens
                 if chunk.text.strip():
                     chunks.append(RetrievedChunk(content, len(chunks), *chunk, score=0.0))
