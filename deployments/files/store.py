@@ -61,21 +61,28 @@ class FileStore:
         with self._locked():  # also while the room is looked at: uploads at once must not have the same room
             self.check_room(tenant, stored)
             self._index.add(name, content.text_sha256, file_id)
-            if expires_at is not None:
-                self._index.ends(expires_at, tenant, file_id)
-            place = self._content(name)
             try:
-                self._set(name, replace(self.content(name), is_going=False))
-            except FileNotStored:
-                made = place.with_name(f".{uuid.uuid4().hex}")
-                made.mkdir(parents=True)
-                (made / "original").write_bytes(data)
-                (made / "text").write_text(text, encoding="utf-8", newline="")
-                _write(made / "state.json", asdict(content))
-                shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
-                made.rename(place)
-            _write(self._record(tenant, upload.id), asdict(upload))
+                self._put_content(name, data, text, content)
+                if expires_at is not None:
+                    self._index.ends(expires_at, tenant, file_id)
+                _write(self._record(tenant, file_id), asdict(upload))
+            except OSError:
+                self._index.remove(name, file_id)
+                raise
         return upload
+
+    def _put_content(self, name: str, data: bytes, text: str, content: Content) -> None:
+        place = self._content(name)
+        try:
+            self._set(name, replace(self.content(name), is_going=False))
+        except FileNotStored:
+            made = place.with_name(f".{uuid.uuid4().hex}")
+            made.mkdir(parents=True)
+            (made / "original").write_bytes(data)
+            (made / "text").write_text(text, encoding="utf-8", newline="")
+            _write(made / "state.json", asdict(content))
+            shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
+            made.rename(place)
 
     def check_room(self, tenant: str, num_bytes: int) -> None:
         """
