@@ -24,6 +24,7 @@ from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import IndexProgress, RetrievalError, Retriever
 from retrieval.calibration import calibration_of
+from retrieval.kept import KeptVectors
 
 
 def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_model: str) -> Retriever:
@@ -45,8 +46,9 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_m
     store = ChunkStore(
         config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder, idf=not embedder.has_sparse
     )
+    kept = KeptVectors(files and files.path, max_mb=config.max_kept_mb, max_age_s=config.kept_for_s)
     calibration = calibration_of(config.embedder, model_folder(model))
-    return Retriever(embedder, store, load_tokenizer(target_model), calibration=calibration, rerank=rerank)
+    return Retriever(embedder, store, load_tokenizer(target_model), kept, calibration=calibration, rerank=rerank)
 
 
 class LocalIndexingBackend(LocalBackend):

@@ -60,7 +60,8 @@ class LocalService:
             if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
             salt = self._config.salt_of(tenant)
-            request = replace(request, salt=salt, retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt))
+            options = TenantOptions(**asdict(request.retrieval), tenant=salt, client=tenant)
+            request = replace(request, salt=salt, retrieval=options)
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:

@@ -29,8 +29,8 @@ class RetrievalOptions:
         fraction: share of the context that is kept where that is more.
         max_tokens: a budget that replaces the rule, never exceeded.
         rerank_candidates: how many of the best chunks a reranker reads, if there is one.
-        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Only
-        `Retriever.delete` removes them.
+        keep: leave the vectors in the store, so that the same contents need no embedding the next time, as long as
+            `KeptVectors` has room for them.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -60,6 +60,11 @@ class RetrievalOptions:
         if self.rerank_candidates < 1:
             raise ValueError(f"rerank_candidates must be at least 1, got {self.rerank_candidates}")
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of the longest chunk: one longer than the whole budget could never be kept."""
+        return min(self.chunk_tokens, self.max_tokens or self.chunk_tokens)
+
     def budget(self, context_tokens: int) -> int:
         """Return how many tokens of a context of `context_tokens` may be kept."""
         if self.max_tokens is not None:
@@ -70,6 +75,8 @@ class RetrievalOptions:
 
 @dataclass(frozen=True)
 class TenantOptions(RetrievalOptions):
-    """The options of one tenant's request: it finds kept vectors of this tenant alone."""
+    """The options of one client's request: it finds kept vectors of its `tenant` alone, and what it leaves counts as
+    its `client`'s."""
 
     tenant: str = ""
+    client: str = ""

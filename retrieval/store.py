@@ -23,6 +23,7 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import QdrantException
 from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
+from retrieval.deadline import TimeLeft
 from retrieval.errors import RetrievalError, StoreTimeout
 from retrieval.sparse import SparseVector
 from retrieval.vectors import ChunkVectors, Hits, Place, Query
@@ -69,7 +70,7 @@ class ChunkStore:
         # In-process Qdrant has no locks of its own. A server's client needs none.
         self._lock = threading.Lock() if url is None else nullcontext()
         self._silent_until = 0.0
-        self._budget = threading.local()  # `left` has the calling thread's seconds, in `within`
+        self._budget = threading.local()  # `left` has what the calling thread may spend, in `within`
         if url is None:
             self._client = QdrantClient(location=":memory:")
             return
@@ -85,9 +86,9 @@ class ChunkStore:
 
         With `keep` they outlive this process, if there is a folder or a server.
         """
-        with self._calling():
-            self._upsert(namespace, vectors)
-            if keep and self._folder:
+        self._upsert(namespace, vectors)
+        if keep and self._folder:
+            with self._calling():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 unfinished = self._folder / f".{uuid.uuid4().hex}.npz"
                 vectors.save(unfinished)
@@ -100,8 +101,8 @@ class ChunkStore:
         with both by fused ranks: of the cosines of the chunks in their context, and of BM25. Equal ones come in order
         of namespace and position.
         """
-        with self._calling(), self._together(namespaces) as (collection, among):
-            if collection is None:
+        with self._together(namespaces) as (collection, among), self._calling():
+            if collection is None or (self._url is None and self._is_missing(collection)):
                 return Hits({}, {})
             corpus = models.SearchParams(idf=models.IdfCorpusParams(corpus=among)) if self._uses_corpus else None
             terms = _sparse(query.sparse) if query.sparse is not None and len(query.sparse.indices) else None
@@ -131,15 +132,21 @@ class ChunkStore:
         """Return the number of vectors in the namespace, kept ones included."""
         collection = self._collection_of(namespace)
         with self._calling():
-            if self._is_missing(collection):
-                kept = self._folder / f"{namespace}.npz" if self._folder else None
-                if kept is None or not kept.is_file():
-                    return 0
-                try:
-                    self._upsert(namespace, ChunkVectors.load(kept))
-                except (ValueError, EOFError, KeyError, zipfile.BadZipFile):  # a crash cut it short: it is missing
-                    return 0
-            return self._client.count(collection, count_filter=_of(namespace), exact=True).count
+            if not self._is_missing(collection):
+                return self._count(collection, namespace)
+            kept = self._folder / f"{namespace}.npz" if self._folder else None
+            try:
+                vectors = ChunkVectors.load(kept) if kept and kept.is_file() else None
+            except (ValueError, EOFError, KeyError, zipfile.BadZipFile):  # a crash cut it short: it is missing
+                vectors = None
+        if vectors is None:
+            return 0
+        self._upsert(namespace, vectors)
+        with self._calling():
+            return self._count(collection, namespace)
+
+    def _count(self, collection: str, namespace: str) -> int:
+        return self._client.count(collection, count_filter=_of(namespace), exact=True).count
 
     def delete(self, namespace: str) -> None:
         """Delete all vectors of the namespace, if it has any."""
@@ -154,9 +161,9 @@ class ChunkStore:
                 self._client.delete(collection, models.FilterSelector(filter=_of(namespace)), wait=True)
 
     @contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """Let this thread's calls of a server in the block take `seconds` together, without what comes between them."""
-        self._budget.left = seconds if self._url else None
+    def within(self, left: TimeLeft) -> Iterator[None]:
+        """Let this thread's calls of a server in the block take what is `left`, which they spend."""
+        self._budget.left = left if self._url else None
         try:
             yield
         finally:
@@ -184,26 +191,38 @@ class ChunkStore:
         if self._url is not None:
             yield self._collection, among
             return
-        collections = [name for name in map(self._collection_of, namespaces) if not self._is_missing(name)]
+        with self._calling():
+            collections = [name for name in map(self._collection_of, namespaces) if not self._is_missing(name)]
         if len(collections) < 2:
             yield (collections[0] if collections else None), among
             return
         joined = self._collection_of(uuid.uuid4().hex)
-        self._ensure(joined)
+        with self._calling():
+            self._ensure(joined)
         try:
             for collection in collections:
-                size = self._client.count(collection).count
-                records, _ = self._client.scroll(collection, limit=size, with_vectors=True)
-                points = [models.PointStruct(id=r.id, vector=r.vector or {}, payload=r.payload) for r in records]
-                self._client.upsert(joined, points)
+                self._copy(collection, joined)
             yield joined, among
         finally:
-            self._client.delete_collection(joined)
+            with self._calling():
+                self._client.delete_collection(joined)
+
+    def _copy(self, collection: str, to: str) -> None:
+        """One batch after another, as `_upsert`."""
+        following: models.ExtendedPointId | None = None
+        while True:
+            with self._calling():
+                if self._is_missing(collection):
+                    return
+                records, following = self._client.scroll(collection, limit=_BATCH, offset=following, with_vectors=True)
+                points = [models.PointStruct(id=r.id, vector=r.vector or {}, payload=r.payload) for r in records]
+                self._client.upsert(to, points)
+            if following is None:
+                return
 
     def _upsert(self, namespace: str, vectors: ChunkVectors) -> None:
+        """One batch after another, so that other threads' calls come in between. A deletion meanwhile ends it."""
         collection = self._collection_of(namespace)
-        if self._is_missing(collection):  # a server may have lost it
-            self._ensure(collection)
         for begin in range(0, len(vectors), _BATCH):
             points = []
             for position, dense, sparse in vectors.rows(begin, begin + _BATCH):
@@ -217,7 +236,12 @@ class ChunkStore:
                         payload={"namespace": namespace, "position": position},
                     )
                 )
-            self._client.upsert(collection, points, wait=True)
+            with self._calling():
+                if (begin == 0 or self._url is None) and self._is_missing(collection):
+                    if begin:
+                        return
+                    self._ensure(collection)  # a server may have lost it
+                self._client.upsert(collection, points, wait=True)
 
     def _is_missing(self, collection: str) -> bool:
         return not self._client.collection_exists(collection)
@@ -260,8 +284,8 @@ class ChunkStore:
         began = time.monotonic()
         if began < self._silent_until:
             raise StoreTimeout(f"Qdrant at {self._url} did not answer a moment ago.")
-        left = getattr(self._budget, "left", None)
-        if left is not None and left <= 0:
+        left: TimeLeft | None = getattr(self._budget, "left", None)
+        if left is not None and left.seconds <= 0:
             raise StoreTimeout(f"Qdrant at {self._url} is too slow: the time for all calls of a retrieval is over.")
         try:
             with self._lock:
@@ -278,7 +302,7 @@ class ChunkStore:
             ) from error
         finally:
             if left is not None:
-                self._budget.left = left - (time.monotonic() - began)
+                left.seconds -= time.monotonic() - began
 
 
 def _of(*namespaces: str) -> models.Filter:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from deployments.files.store import Content, FileNotStored, FileStore
+from deployments.files.records import Content, FileNotStored
+from deployments.files.store import FileStore
 from rapid.backend.protocol import Backend
 from rapid.errors import RetrievalFailed
 from retrieval import IndexProgress

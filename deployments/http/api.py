@@ -24,6 +24,7 @@ from deployments.observability.metrics import MetricsExporter, NoExporter, Reque
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
 from deployments.schemas.events import Events, Started, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.turns import Turns
 from rapid.errors import ModelNotFound
 from rapid.events import Delta, Finish
 
@@ -49,6 +50,7 @@ def make_api(
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
+    places = Turns(config.max_in_flight, config.target.max_queued, in_all=config.max_admitted)
 
     def check_model(asked: str) -> None:
         if asked != model_name:
@@ -57,7 +59,10 @@ def make_api(
     async def answer(completion: Completion, charge: Charge) -> Response:
         check_model(completion.model)
         most_new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
-        events = charge.counted(service.generate(completion, charge.client.tenant), most_new_tokens)
+        admitted = _admitted(
+            service.generate(completion, charge.client.tenant), places, charge.client.name, completion.n
+        )
+        events = charge.counted(admitted, most_new_tokens)
         return await _answer(completion, observer.generation(completion, events))
 
     @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
@@ -115,6 +120,13 @@ def make_api(
         return await service.health()
 
     return app
+
+
+async def _admitted(events: Events, places: Turns, client: str, num_choices: int) -> Events:
+    """``events``, which begin when ``client`` has a place for each choice."""
+    async with places.turn(client, num_choices), aclosing(events):
+        async for event in events:
+            yield event
 
 
 async def _answer(completion: Completion, events: Events) -> Response:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOGPROBS, MAX_STOPS = 20, 64
+MAX_CHUNKS = 8192  # of a context, about: each costs a forward pass of the embedder
 
 
 def _listed(summaries: Mapping[str, str]) -> str:
@@ -41,7 +42,7 @@ class RetrievalFields(Body):
     """`rapid.retrieval`: overrides of the configured retrieval options."""
 
     method: Method | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=16, description="no chunk is longer")
     threshold: float | None = Field(None, ge=-1, le=1)
     chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
     rerank_candidates: int | None = Field(None, ge=1, le=256)
@@ -152,16 +153,23 @@ class Completion(Body):
         most_tokens = window
         if window is not None and STRATEGIES[speculation.strategy].reads == "retrieved":
             most_tokens = MAX_WINDOWS * window
+        prompt = self._prompt(
+            tokenizer,
+            long_content_tokens=config.retriever.long_content_tokens,
+            special_tokens=config.special_tokens_in_text,
+            most_tokens=most_tokens,
+        )
+        options = replace(config.retriever.options, **retrieval)
+        if prompt.contents and len(prompt.tokens) > MAX_CHUNKS * options.longest_chunk:
+            needed = (
+                f"{len(prompt.tokens)} tokens are read in chunks of at least {len(prompt.tokens) // MAX_CHUNKS + 1}"
+            )
+            raise InvalidRequest(f"{needed}, got {options.longest_chunk}", param="rapid.retrieval.chunk_tokens")
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
             speculation=speculation,
-            retrieval=replace(config.retriever.options, **retrieval),
-            prompt=self._prompt(
-                tokenizer,
-                long_content_tokens=config.retriever.long_content_tokens,
-                special_tokens=config.special_tokens_in_text,
-                most_tokens=most_tokens,
-            ),
+            retrieval=options,
+            prompt=prompt,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=stop_token_ids,
             min_tokens=self.min_tokens,

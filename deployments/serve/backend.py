@@ -163,7 +163,7 @@ class RayBackend:
         try:
             self._keep(_close_with(stream, channel))
             patience_s = TARGET_PATIENCE_S if request.may_wait else DRAFTER_PATIENCE_S
-            lease = lease_over(channel, ticket.lease_id)
+            lease = lease_over(channel)
             try:
                 yield replace(
                     lease, prompt_tokens=len(request.prompt), patience_s=patience_s, hung=hung, answered=answered
@@ -261,11 +261,11 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
         channel.close()
 
 
-def lease_over(channel: Channel, lease_id: str) -> Lease:
+def lease_over(channel: Channel) -> Lease:
     """A lease whose calls go over ``channel``, each sent when it is made."""
 
     def call(method: str, *message: Any) -> Awaitable[Any]:
-        return _or_lost(channel.call("call", lease_id, method, *message))
+        return _or_lost(channel.call("call", method, *message))
 
     return Lease(call)
 

@@ -282,7 +282,8 @@ class EngineReplica:
             except RapidError as error:
                 yield error
                 return
-            yield Ticket(lease_id, self._engine, self._name, self._address, self._replica)
+            address = self._address.for_channel(lease_id)
+            yield Ticket(lease_id, self._engine, self._name, address, self._replica)
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)

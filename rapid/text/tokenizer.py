@@ -27,7 +27,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """
     try:
         files = embedded_models.resolve(ref)
-        tokenizer: PreTrainedTokenizerBase = _loader_of(files).from_pretrained(files)
+        tokenizer: PreTrainedTokenizerBase = _loader_of(files).from_pretrained(files, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the tokenizer of {ref!r} could not be loaded: {error}") from error
     if not tokenizer.is_fast:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from qdrant_double import FakeServer
 
-from retrieval import RetrievalError, RetrievalOptions, Retriever
+from retrieval import RetrievalError, RetrievalOptions, Retriever, TenantOptions
 from retrieval.calibration import Calibration, Confidence
 from retrieval.embedding import load_embedder
 from retrieval.errors import StoreTimeout
+from retrieval.kept import KeptVectors
 from retrieval.store import ChunkStore
 from retrieval.vectors import ChunkVectors, embed_chunks
 
@@ -301,6 +302,88 @@ def test_what_is_dropped_while_it_is_embedded_is_not_stored(retriever, store, pr
     *_, last = keeping
     assert last.num_embedded < last.num_chunks and store.count(namespace) == 0
     assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(namespace) > 0
+
+
+def test_a_retrieval_that_nobody_waits_for_ends_between_two_batches(retriever, embedder, store, prose):
+    """Closing the steps, as their caller does when its client leaves, ends the work and leaves nothing."""
+    contents = [prose[:20_000]]
+    in_all = retriever.retrieve(contents, "the whale", SMALL).num_chunks
+    steps = retriever.steps(contents, "the whale", SMALL)
+    embedder.embedded.clear()
+    while not embedder.embedded:
+        assert next(steps) is None
+    steps.close()
+    assert len(embedder.embedded) < in_all / 4 and in_store(store) == 0
+
+
+def test_chunks_are_cut_step_by_step(retriever, embedder, prose):
+    steps = retriever.steps([prose[:20_000]], "the whale", SMALL)
+    assert [next(steps) for _ in range(3)] == [None] * 3 and embedder.embedded == []
+    assert [step for step in steps if step] != []
+
+
+def test_what_requests_keep_is_bounded_for_each_client(embedder, store, tokenizer, prose):
+    """The least recently used goes first, and another client's stays."""
+    texts = [prose[i * 1000 : (i + 1) * 1000] for i in range(6)]
+    retriever = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.1))
+
+    def keep(text: str, client: str = "hostile") -> bool:
+        """Whether it had to be embedded."""
+        embedder.embedded.clear()
+        retriever.retrieve([text], "the whale", TenantOptions(**vars(SMALL) | {"keep": True}, client=client))
+        return bool(embedder.embedded)
+
+    assert keep(texts[5], "honest")
+    a_text = in_store(store) * 2 * 256 * 4 + 4096  # and its words
+    assert 2 * a_text < 0.1e6 < 4 * a_text  # so two or three fit
+    assert keep(texts[0]) and keep(texts[1]) and not keep(texts[0])
+    for text in texts[2:5]:
+        assert keep(text)
+    assert in_store(store) * 2 * 256 * 4 < 0.1e6 + a_text
+    assert keep(texts[1]) and not keep(texts[5], "honest")
+
+
+def test_what_makes_room_for_the_same_request_is_still_found(embedder, store, tokenizer, prose):
+    contents = [prose[i * 1000 : (i + 1) * 1000] for i in range(6)]
+    options = replace(SMALL, threshold=-1)
+    expected = Retriever(embedder, store, tokenizer).retrieve(contents, "the whale", options).chunks
+    few = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.1))
+    assert few.retrieve(contents, "the whale", replace(options, keep=True)).chunks == expected
+    assert 0 < in_store(store) * 2 * 256 * 4 < 0.1e6
+
+
+def test_what_is_larger_than_all_room_is_not_kept(embedder, store, tokenizer, prose):
+    retriever = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.02))
+    assert retriever.retrieve([prose[:3000]], "the whale", replace(SMALL, keep=True)).chunks
+    assert in_store(store) == 0
+
+
+def test_what_requests_keep_expires_also_after_a_restart(embedder, tokenizer, prose, tmp_path):
+    def made(max_age_s: float = 1000) -> Retriever:
+        store = ChunkStore(dimension=embedder.dimension, folder=tmp_path / "vectors")
+        return Retriever(embedder, store, tokenizer, KeptVectors(tmp_path, max_age_s=max_age_s))
+
+    keep = replace(SMALL, keep=True)
+    made().retrieve([prose[:1000]], "the whale", keep)
+    *_, of_a_file = made().keep(prose[1000:2000], SMALL.chunk_tokens)
+    made().retrieve([prose[1000:2000]], "the whale", keep)
+    made().retrieve([prose[2000:3000]], "the whale", keep)
+    assert len(list((tmp_path / "vectors").iterdir())) == 3
+    later = made(max_age_s=0)
+    later.retrieve([prose[3000:4000]], "the whale", keep)
+    assert len(list((tmp_path / "vectors").iterdir())) == 2  # the file's, and the latest
+    assert (tmp_path / "vectors" / f"{of_a_file.namespace}.npz").exists()
+
+
+def test_what_a_file_needs_is_no_requests_any_more(retriever, embedder, store, prose):
+    """A file whose text a request has kept before: its vectors go with the file alone."""
+    retriever.retrieve([prose[:1000]], "the whale", replace(SMALL, keep=True))
+    embedder.embedded.clear()
+    *_, done = retriever.keep(prose[:1000], SMALL.chunk_tokens)
+    assert embedder.embedded == [] and done.num_embedded == done.num_chunks
+    retriever._kept._max_age_s = 0
+    retriever.retrieve([prose[1000:2000]], "the whale", replace(SMALL, keep=True))
+    assert store.count(done.namespace) == done.num_chunks
 
 
 def test_a_retrieval_that_runs_out_of_the_stores_time_fails(embedder, tokenizer, monkeypatch):

@@ -15,6 +15,7 @@ from qdrant_client import models
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
+from retrieval.deadline import TimeLeft
 from retrieval.errors import StoreTimeout
 from retrieval.sparse import bm25_passages, bm25_query
 from retrieval.store import ChunkStore
@@ -231,6 +232,64 @@ def test_a_url_that_is_none_is_refused():
         ChunkStore("ftp://qdrant", dimension=4)
 
 
+def test_a_long_add_lets_others_in_between():
+    """In this process: another namespace is searched while a thousand vectors are stored."""
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    found = []
+
+    class Watched(ChunkVectors):
+        def rows(self, begin, end):
+            if begin:
+                found.append(in_another_thread(lambda: search(store, "mine")))
+            return super().rows(begin, end)
+
+    store.add("yours", Watched(*rows(*[0.2] * 1000)))
+    assert store.count("yours") == 1000 and len(found) == 3
+
+
+def in_another_thread(call):
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert answers
+    return answers[0]
+
+
+def test_a_search_of_long_namespaces_lets_others_in_between(monkeypatch):
+    """In this process what is searched together is copied together first, batch by batch."""
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    angles = np.linspace(0.2, 1.2, 600)
+    store.add("first", rows(*angles[::2]))
+    store.add("second", rows(*angles[1::2]))
+    copy, found = store._copy, []
+
+    def watched(collection, to):
+        copy(collection, to)
+        found.append(in_another_thread(lambda: store.search(["mine"], Query(EAST, None), limit=1)))
+
+    monkeypatch.setattr(store, "_copy", watched)
+    hits = store.search(["first", "second"], Query(EAST, None), limit=600)
+    assert len(found) == 2 and len(hits.ranking) == 600
+    assert list(hits.ranking) == [(("first", "second")[i % 2], i // 2) for i in range(600)]
+
+
+def test_a_deletion_ends_a_long_add(monkeypatch):
+    store = ChunkStore(dimension=4)
+    upsert = store._client.upsert
+
+    def deleted_meanwhile(collection: str, points: Any, **how: Any) -> None:
+        upsert(collection, points, **how)
+        if points[0].payload["position"] == 256:
+            store._client.delete_collection(collection)
+
+    monkeypatch.setattr(store._client, "upsert", deleted_meanwhile)
+    store.add("me", rows(*[0.2] * 1000))
+    assert store.count("me") == 0
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr("retrieval.store._TIMEOUT_S", 0.2)  # of a client that is made from here on
@@ -252,12 +311,12 @@ def test_a_server_that_accepts_and_does_not_answer_costs_one_timeout(server, imp
 def test_a_slow_server_has_one_budget_for_all_calls_of_a_block(server):
     store = ChunkStore(server.url, dimension=4)
     store.add("mine", rows(0, 1))
-    with store.within(1e-6):
+    with store.within(TimeLeft(1e-6)):
         store.count("mine")  # which takes more than that
         with pytest.raises(StoreTimeout, match="too slow"):
             store.count("mine")
     assert store.count("mine") == 2
-    with store.within(60):
+    with store.within(TimeLeft(60)):
         assert store.count("mine") == 2
 
 

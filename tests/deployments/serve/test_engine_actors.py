@@ -55,8 +55,8 @@ def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -
         for lease_id in ("mine", "another's"):
             await actor.open(lease_id, REQUEST)
         ended = asyncio.create_task(actor.ended("mine"))
-        channel = await Channel.connect(address, "mine")
-        await channel.call("call", "mine", "prefill")
+        channel = await Channel.connect(address.for_channel("mine"), "mine")
+        await channel.call("call", "prefill")
         channel.close()
         await asyncio.wait_for(ended, 10)
         assert (running.stats().num_sequences, list(actor._leases)) == (1, ["another's"])

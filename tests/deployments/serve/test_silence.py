@@ -131,7 +131,7 @@ def test_who_says_no_hello_is_not_listened_to_for_long(monkeypatch: pytest.Monke
 
         listener = await Listener.start("127.0.0.1", {}, ended=ended)
         reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-        writer.write(listener.address.secret)  # and no name
+        writer.write(bytes(32))  # and no name
         assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
         writer.close()
         await writer.wait_closed()
@@ -156,7 +156,7 @@ class Handle:
         return SimpleNamespace(remote=self._answers[name])
 
 
-async def never(*_: Any) -> Any:
+async def never(*_: Any, **__: Any) -> Any:
     await asyncio.Event().wait()
 
 
