@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import PUBLIC, AppConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
 from deployments.http.internal_headers import check_headers
+from deployments.http.multipart import is_form
 from deployments.http.rate_limits import HEADERS, Charge, Client, Clients
 from deployments.turns import Turns
 from rapid.errors import InvalidRequest, RapidError
@@ -84,8 +85,7 @@ class _Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        is_form = headers.get("content-type", "").startswith("multipart/form-data")
-        most_mb = self._config.max_body_mb if is_form else self._config.max_json_mb
+        most_mb = self._config.max_body_mb if is_form(headers) else self._config.max_json_mb
         exchange = _Exchange(scope, receive, send, int(most_mb * 1e6))
         scope["rapid.charge"] = charge = Charge(Client())
         try:

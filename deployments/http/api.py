@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.config import AppConfig
+from deployments.heartbeat import beating
 from deployments.http.access import guard
 from deployments.http.errors import handle_errors, read
 from deployments.http.files import add_file_routes
@@ -29,6 +31,12 @@ from rapid.events import Delta, Finish
 
 if TYPE_CHECKING:
     from deployments.service import Service
+
+T = TypeVar("T")
+
+_STATUS_WITHIN_S = 0.5
+_BEAT_S = 5.0  # proxies close a connection on which nothing came for 15 s and more
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
 
 def make_api(
@@ -85,6 +93,8 @@ def make_api(
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def one_model(name: str) -> dict[str, Any]:
+        if not name:  # of a client that ends addresses with a slash
+            return await models()
         check_model(name)
         return await model()
 
@@ -118,23 +128,35 @@ def make_api(
 
 
 async def _answer(completion: Completion, events: Events) -> Response:
-    # The first tokens come before the headers, so that an error in the request gets its own status.
-    started, first = await anext(events), await anext(events)
-    assert isinstance(started, Started) and not isinstance(first, Started)
+    started = await anext(events)
+    assert isinstance(started, Started)
     formatter = ResponseFormatter(completion, started)
-    written = _written(first, events)
     if completion.stream:
-        stream = server_sent(formatter, written)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    async with aclosing(written):
-        body = formatter.whole([event async for event in written])
+        written = beating(_written(events), _BEAT_S)
+        await anext(written)  # its first beat
+        # An error that comes at once, as when there is no room, gets its own status. Later errors are events.
+        first = asyncio.ensure_future(anext(written))
+        await asyncio.wait([first], timeout=_STATUS_WITHIN_S)
+        if first.done():
+            first.result()
+        stream = server_sent(formatter, _after(first, written))
+        return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
+    async with aclosing(_written(events)) as whole:
+        body = formatter.whole([event async for event in whole])
     return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
 
 
-async def _written(first: Delta | Finish, rest: Events) -> AsyncGenerator[Delta | Finish, None]:
-    """``first`` and the ``rest`` of the events after `Started`. Closing the generator closes ``rest``."""
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
+async def _written(events: Events) -> AsyncGenerator[Delta | Finish, None]:
+    """The events after `Started`. Closing the generator closes ``events``."""
+    async with aclosing(events):
+        async for event in events:
             assert not isinstance(event, Started)
             yield event
+
+
+async def _after(first: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The item that ``first`` waits for, and the ``rest``. Closing the generator closes ``rest``."""
+    async with aclosing(rest):
+        yield await first
+        async for item in rest:
+            yield item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from rapid.errors import InvalidRequest, RapidError
 T = TypeVar("T", bound=BaseModel)
 
 LONGEST_RETRY_S = 5
+_MOST_UNPACKED = 10  # times as large as it was packed, which text hardly is
 _SMALL_BODY = 2**16  # bytes that are parsed sooner than a thread has begun
 _parsers = ThreadPoolExecutor(2, thread_name_prefix="parse")
 
@@ -112,10 +114,34 @@ async def read(kind: type[T], request: Request) -> T:
     if not is_json(request.headers):
         message = "the body must be JSON: send the header `Content-Type: application/json`"
         raise InvalidRequest(message, code="unsupported_media_type", status=415)
-    body = await request.body()
+    body = _unpacked(await request.body(), request.headers.get("content-encoding", "identity").strip().lower())
     if len(body) <= _SMALL_BODY:
         return parse(kind, body)
     return await asyncio.get_running_loop().run_in_executor(_parsers, parse, kind, body)
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """``body`` as it was before the client compressed it.
+
+    Raises:
+        InvalidRequest: the encoding is neither gzip nor none (415), the body is not what it says, or it grows beyond
+            `_MOST_UNPACKED` times its size and a small body (413).
+    """
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip"):
+        message = f"Content-Encoding {encoding[:64]} is not read here; gzip is"
+        raise InvalidRequest(message, code="unsupported_media_type", status=415)
+    unpacker, most = zlib.decompressobj(wbits=31), max(_SMALL_BODY, _MOST_UNPACKED * len(body))
+    try:
+        unpacked = unpacker.decompress(body, most)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is not gzip: {error}", code="invalid_json") from error
+    if unpacker.unconsumed_tail:
+        raise InvalidRequest(f"the body unpacks to more than {most} bytes", code="request_too_large", status=413)
+    if not unpacker.eof:
+        raise InvalidRequest("the gzip body ends before its end", code="invalid_json")
+    return unpacked
 
 
 def is_json(headers: Headers) -> bool:

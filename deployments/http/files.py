@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.datastructures import UploadFile
 
 from deployments.files.store import PURPOSES
+from deployments.http.multipart import form, is_form
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import charge_of, client_of
 from rapid.errors import InvalidRequest
@@ -35,13 +36,13 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
     async def upload(request: Request) -> dict[str, Any]:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not is_form(request.headers):
             message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
             raise InvalidRequest(message, code="unsupported_media_type", status=415)
-        async with request.form(max_files=1, max_fields=8) as form:
-            if unknown := form.keys() - {"file", "purpose"}:
+        async with form(request, max_fields=8) as fields:
+            if unknown := fields.keys() - {"file", "purpose"}:
                 raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
-            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
+            file, purpose = fields.get("file"), fields.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
             stored = await files.upload(

@@ -145,7 +145,13 @@ class Middleware:
         observed = _Observed(request_id)
         _observed.set(observed)
 
+        is_head = scope["method"] == "HEAD"
+        if is_head:  # what GET answers, without the body; FastAPI's routes know no HEAD
+            scope = {**scope, "method": "GET"}
+
         async def watch(message: Message) -> None:
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 observed.status = message["status"]
                 if self._returns_id:

@@ -90,9 +90,10 @@ class ResponseFormatter:
     """
 
     def __init__(self, completion: Completion, started: Started) -> None:
-        self.completion, self._echoed = completion, started.echoed
+        self.completion, self._started = completion, started
         self.is_chat = isinstance(completion, ChatRequest)
         self.choices = [Choice(completion, started) for _ in range(completion.n)]
+        self._num_written = 0
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
 
@@ -110,11 +111,14 @@ class ResponseFormatter:
         indices = range(len(self.choices))
         if self.is_chat:
             return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}) for i in indices]
-        return [self._chunk(i, {"text": self._echoed, "logprobs": None}) for i in indices if self._echoed]
+        return [
+            self._chunk(i, {"text": self._started.echoed, "logprobs": None}) for i in indices if self._started.echoed
+        ]
 
     def chunks(self, event: Delta | Finish) -> list[dict[str, Any]]:
         """The chunks of a stream for ``event``."""
         index, choice = event.choice, self.choices[event.choice]
+        self._num_written += len(event.tokens) if isinstance(event, Delta) else 0
         text, logprobs = choice.text_of(event), choice.logprobs(event.logprobs)
         sent = []
         traced = choice.round(event) if isinstance(event, Delta) and self.completion.rapid.trace else {}
@@ -139,7 +143,7 @@ class ResponseFormatter:
         assert isinstance(finish, Finish)
         choice = self.choices[finish.choice]
         text = "".join(choice.text_of(event) for event in events)
-        shown: dict[str, Any] = {"text": self._echoed + text}
+        shown: dict[str, Any] = {"text": self._started.echoed + text}
         if self.is_chat:
             calls = choice.calls()
             message = {"role": "assistant", "content": text if text or not calls else None}
@@ -158,7 +162,7 @@ class ResponseFormatter:
         self, index: int, shown: dict[str, Any], reason: str | None, own: Statistics | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, **shown, "finish_reason": reason}
-        return choice | ({"rapid": rapid_object(own)} if own and len(self.choices) > 1 else {})
+        return choice | ({"rapid": self._rapid(own)} if own and len(self.choices) > 1 else {})
 
     def _body(self, kind: str, *choices: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -173,36 +177,49 @@ class ResponseFormatter:
     def _kind_of_chunk(self) -> str:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
+    def usage_so_far(self) -> dict[str, int]:
+        """The usage while the answer is written."""
+        read, written = self._started.prompt_tokens, self._num_written
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream whose `stream_options` ask for the usage."""
         return self._body(self._kind_of_chunk) | {"usage": usage(*self.statistics)} | self.summary()
 
     def summary(self) -> dict[str, Any]:
         """The `rapid` object of an answer with one choice."""
-        return {"rapid": rapid_object(self.statistics[0])} if len(self.choices) == 1 else {}
+        return {"rapid": self._rapid(self.statistics[0])} if len(self.choices) == 1 else {}
+
+    def _rapid(self, own: Statistics) -> dict[str, Any]:
+        return rapid_object(own) | {"ignored": self.completion.ignored}
 
 
 async def server_sent(
-    formatter: ResponseFormatter, events: AsyncGenerator[Delta | Finish, None]
+    formatter: ResponseFormatter, events: AsyncGenerator[Delta | Finish | None, None]
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events. The `rapid` object is on the last chunk."""
-    include_usage = formatter.completion.stream_options.include_usage
+    """The answer as server-sent events, with a comment for each None. The `rapid` object is on the last chunk."""
+    options = formatter.completion.stream_options
 
     def sent(body: dict[str, Any]) -> str:
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        more = {}
+        if options.include_usage and "usage" not in body:
+            more = {"usage": formatter.usage_so_far() if options.continuous_usage_stats else None}
+        return f"data: {json.dumps(body | more, ensure_ascii=False)}\n\n"
 
-    more = {"usage": None} if include_usage else {}
     try:
         for chunk in formatter.first_chunks():
-            yield sent(chunk | more)
+            yield sent(chunk)
         async with aclosing(events):
             async for event in events:
+                if event is None:
+                    yield ": keep-alive\n\n"
+                    continue
                 chunks = formatter.chunks(event)
-                if formatter.is_finished and not include_usage:
+                if formatter.is_finished and not options.include_usage:
                     chunks[-1] |= formatter.summary()
                 for chunk in chunks:
-                    yield sent(chunk | more)
-        if include_usage:
+                    yield sent(chunk)
+        if options.include_usage:
             yield sent(formatter.usage_chunk())
     except asyncio.CancelledError:
         raise

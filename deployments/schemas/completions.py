@@ -1,7 +1,7 @@
 """The bodies of completions, OpenAI's with a `rapid` object more, and the request that they make for the decode loop.
 
 Every field is strict: a field that is unknown, or of the wrong type, is refused by name. Null counts as absent, since
-clients send it for fields that they leave out.
+clients send it for fields that they leave out, and so does -1 where other servers mean "without a limit" by it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.config import AppConfig
+from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, MAX_TOKENS, AtMost, Body, wrong
 from deployments.schemas.messages import ChatMessage, FilePart, read_messages
 from deployments.schemas.response_format import ResponseFormat
@@ -60,11 +61,23 @@ class RapidFields(Body):
 
 
 class StreamOptions(Body):
+    ignores = ignored.STREAM_OPTIONS
+
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="with include_usage: the usage so far on every chunk")
+
+    @model_validator(mode="after")
+    def _usage_of_what(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise wrong("continuous_usage_stats", "needs include_usage to be true")
+        return self
 
 
 class Completion(Body):
     """The fields that both endpoints take."""
+
+    ignores = ignored.COMPLETION
+    limits = frozenset(("max_tokens", "max_completion_tokens", "top_k"))
 
     model: str = Field(max_length=MAX_NAME)
     stream: bool = False
@@ -188,6 +201,8 @@ class Completion(Body):
 class ChatRequest(Completion):
     """`POST /v1/chat/completions`."""
 
+    ignores = ignored.CHAT
+
     messages: Annotated[list[ChatMessage], AtMost(4096)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -201,11 +216,8 @@ class ChatRequest(Completion):
     def _belong_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "needs logprobs to be true")
-        for param in ("tool_choice", "parallel_tool_calls"):
-            if param in self.model_fields_set and not self.tools:
-                raise wrong(param, "needs tools")
-        if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
-            raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
+        if self.tool_choice not in ("none", "auto") and not self.tools:
+            raise wrong("tool_choice", "needs tools")
         if self.tools_in_use and self.response_format and self.response_format.type != "text":
             raise wrong("response_format", "cannot be had together with tools; set tool_choice to none")
         return self
@@ -245,6 +257,8 @@ class ChatRequest(Completion):
 
 class TextRequest(Completion):
     """`POST /v1/completions`."""
+
+    ignores = ignored.TEXT
 
     prompt: (
         str

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, Body, wrong
 from deployments.schemas.tools import Tool, ToolCall, call_format, check_calls_are_shown, template_of
 from rapid.errors import InvalidRequest
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 class TextPart(Body):
+    ignores = ignored.PART
+
     type: Literal["text"]
     text: str
 
@@ -45,13 +48,17 @@ class FileReference(Body):
         head, comma, tail = (self.file_data or "").partition(",")
         if head.startswith("data:") and not (comma and head.endswith(";base64")):
             raise InvalidRequest("file_data must be base64: data:<type>;base64,<data>", param=param)
+        # Mail and many libraries break base64 into lines, and others leave the padding out.
+        digits = "".join((tail if comma else head).split()).rstrip("=")
         try:
-            return base64.b64decode(tail if comma else head, validate=True)
+            return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
         except ValueError as error:  # of base64, or of characters that are not ASCII
             raise InvalidRequest(f"file_data is not base64: {error}", param=param) from error
 
 
 class FilePart(Body):
+    ignores = ignored.PART
+
     type: Literal["file"]
     file: FileReference
 
@@ -77,15 +84,19 @@ Content = Annotated[
 
 
 class ChatMessage(Body):
+    ignores = ignored.MESSAGE
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
+    refusal: str | None = Field(None, description="read as the content of a message that has no other")
+    reasoning_content: str | None = Field(None, description="for chat templates that show earlier reasoning")
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], AtMost(256)] = Field(default_factory=list)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
-        if "content" not in self.model_fields_set and not self.tool_calls:
+        if "content" not in self.model_fields_set and not self.tool_calls and self.refusal is None:
             raise wrong("content", "is required")
         if self.tool_calls and self.role != "assistant":
             raise wrong("tool_calls", "belong to role assistant")
@@ -93,11 +104,11 @@ class ChatMessage(Body):
 
     def as_message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
-        more: dict[str, Any] = self.given("name", "tool_call_id")
+        more: dict[str, Any] = self.given("name", "tool_call_id", "reasoning_content")
         if self.tool_calls:
             more["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if isinstance(self.content, str):
-            return Message(role, self.content, more)
+            return Message(role, self.content or self.refusal or "", more)
         text, documents = "", []
         for i, part in enumerate(self.content):
             if isinstance(part, FilePart):

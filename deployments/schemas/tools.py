@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from deployments.schemas import ignored
 from deployments.schemas.body import Body
 from rapid.errors import InvalidRequest
 
@@ -24,6 +26,8 @@ class Function(Body):
 
 
 class Tool(Body):
+    ignores = ignored.TOOL
+
     type: Literal["function"]
     function: Function
 
@@ -48,16 +52,21 @@ class CalledFunction(Body):
 class ToolCall(Body):
     """A call in an earlier message."""
 
+    ignores = ignored.TOOL_CALL
+
     id: str
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call with its arguments as an object, which templates write as JSON themselves."""
+        """The call with its arguments as an object, which templates write as JSON themselves.
+
+        Arguments that are no JSON stay as the model wrote them: it may learn from the tool's answer what was wrong.
+        """
         try:
             arguments = json.loads(self.function.arguments or "{}")
-        except ValueError as error:
-            raise InvalidRequest(f"messages: the arguments of {self.id} are no JSON", param="messages") from error
+        except ValueError:
+            arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -157,16 +166,15 @@ class CallReader:
         return shown
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """(the rest of the text, the calls in OpenAI's form). What only looks like a call is text."""
+        """(the rest of the text, the calls in OpenAI's form). What only looks like a call is text, also among calls."""
         rest = self._text[self._shown :]
-        try:
-            bodies = _one_after_another(rest) if self._is_bare else [json.loads(body) for body in _CALL.findall(rest)]
-        except (ValueError, RecursionError):
-            bodies = []
-        calls = [self._read(body) for body in bodies]
-        if not calls or not all(calls):
-            return rest, []
-        return "" if self._is_bare else _CALL.sub("", rest).strip(), [call for call in calls if call]
+        text, calls = "", []
+        for piece, body in _bare_bodies(rest) if self._is_bare else _tagged_bodies(rest):
+            if call := self._read(body):
+                calls.append(call)
+            else:
+                text += piece
+        return text.strip() if calls else rest, calls
 
     def _bare_call(self) -> int:
         """Where calls may begin: at the start of the text, or nowhere, which is the end of the text so far."""
@@ -191,11 +199,27 @@ class CallReader:
         return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
-def _one_after_another(text: str) -> list[Any]:
-    """The JSON values in ``text``, with semicolons or white space between them. Raises ValueError at anything else."""
-    values = []
-    while text := text.lstrip("; \t\r\n"):
-        value, end = json.JSONDecoder().raw_decode(text)
-        values.append(value)
-        text = text[end:]
-    return values
+def _tagged_bodies(text: str) -> Iterator[tuple[str, Any]]:
+    """The pieces of ``text``, each with the JSON of the call that it is, or None."""
+    end = 0
+    for match in _CALL.finditer(text):
+        yield text[end : match.start()], None
+        end = match.end()
+        try:
+            yield match.group(), json.loads(match.group(1))
+        except (ValueError, RecursionError):
+            yield match.group(), None
+    yield text[end:], None
+
+
+def _bare_bodies(text: str) -> Iterator[tuple[str, Any]]:
+    """Likewise for JSON values one after another, with semicolons or white space between them."""
+    end = 0
+    while begin := re.compile(r"[;\s]*(?=\S)").match(text, end):
+        try:
+            value, after = json.JSONDecoder().raw_decode(text, begin.end())
+        except (ValueError, RecursionError):
+            break
+        yield text[end:after], value
+        end = after
+    yield text[end:], None

@@ -10,9 +10,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.heartbeat import heard
 from deployments.serve.channel import Channel
 from deployments.serve.engines import Ticket, document_of, engines_of
-from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import QueueMetrics
 from deployments.serve.ray_errors import understood
 from rapid.backend.breaker import Breaker

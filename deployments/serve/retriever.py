@@ -9,7 +9,7 @@ from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.files.indexing import in_threads
-from deployments.serve.heartbeat import beating
+from deployments.heartbeat import beating
 from retrieval import IndexProgress, Retrieval, RetrievalOptions
 
 

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 # The white space in JSON is fixed to that of Python's json: a small model would otherwise write blank lines for ever.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# What llguidance enforces. Any other `format` only describes, as JSON Schema has it by default.
+_FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
+_UUIDS = re.compile("uuid[1-8]")  # pydantic's
+_DATA = frozenset(("const", "default", "enum", "example", "examples"))  # keywords that hold no schemas
+
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]] = WeakKeyDictionary()
 _building = threading.Lock()
 
@@ -87,12 +92,27 @@ def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: st
 def _any_of(alternatives: Sequence[Framed], param: str) -> str:
     rules = []
     for schema, before, after in alternatives:
-        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        text = json.dumps(schema)
         if fault := fault_of_schema(schema, len(text)):
             raise InvalidRequest(f"{param}: this JSON schema is too large: {fault}", param=param)
-        body = f"%json {text}"
+        body = f"%json {json.dumps({**_with_known_formats(schema), 'x-guidance': _JSON_OPTIONS})}"
         rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
     return " | ".join(rules)
+
+
+def _with_known_formats(schema: Any) -> Any:
+    """``schema`` without a `format` that is not enforced. A property may have this name: its value is no text."""
+    if isinstance(schema, list):
+        return [_with_known_formats(inner) for inner in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = {key: value if key in _DATA else _with_known_formats(value) for key, value in schema.items()}
+    form = kept.get("format")
+    if isinstance(form, str) and form not in _FORMATS:
+        del kept["format"]
+        if _UUIDS.fullmatch(form):
+            kept["format"] = "uuid"
+    return kept
 
 
 def _compiled(rules: str, param: str) -> str:

@@ -109,6 +109,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
@@ -163,8 +164,10 @@ class Detokenizer:
         return self._release(self._held_back())
 
     def finish(self) -> str:
-        """Returns the held-back text, incomplete characters included; no more tokens may come."""
+        """Returns the held-back text; no more tokens may come. A character that they cut off is left out."""
         whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if self._tokens and not spell(self._tokenizer, self._tokens[-1]).endswith(_REPLACEMENT.encode()):
+            whole = whole.rstrip(_REPLACEMENT)
         if not self.stopped and whole.startswith(self._decoded):
             self._decoded = whole
         return self._release(0)

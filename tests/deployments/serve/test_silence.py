@@ -28,13 +28,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.app import build
 from deployments.config import parse_config
+from deployments.heartbeat import beating, heard
 from deployments.serve import backend as ray_backend
 from deployments.serve import channel as channels
 from deployments.serve import engines, ingress
 from deployments.serve.backend import RayBackend
 from deployments.serve.channel import Address, Channel, Listener
 from deployments.serve.engines import EngineReplica
-from deployments.serve.heartbeat import beating, heard
 from deployments.serve.ray_errors import understood
 from deployments.service import LocalService
 from rapid.backend.protocol import Vitals
