@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,12 +23,12 @@ from deployments.http.playground import page
 from deployments.http.rate_limits import Charge, charge_of, client_of
 from deployments.http.request_log import Middleware, Observer
 from deployments.http.responses import ResponseFormatter, server_sent
+from deployments.http.several import answered_together
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
-from deployments.schemas.events import Events, Started, usage
+from deployments.schemas.events import Events, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
-from rapid.events import Delta, Finish
 
 if TYPE_CHECKING:
     from deployments.service import Service
@@ -64,8 +65,10 @@ def make_api(
 
     async def answer(completion: Completion, charge: Charge) -> Response:
         check_model(completion.model)
-        most_new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
-        events = charge.counted(service.generate(completion, charge.client.tenant), most_new_tokens)
+        new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
+        answers = [partial(service.generate, one, charge.client.tenant) for one in completion.each()]
+        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.n)
+        events = charge.counted(events, new_tokens * len(answers))
         return await _answer(completion, observer.generation(completion, events))
 
     @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
@@ -128,35 +131,29 @@ def make_api(
 
 
 async def _answer(completion: Completion, events: Events) -> Response:
-    started = await anext(events)
-    assert isinstance(started, Started)
-    formatter = ResponseFormatter(completion, started)
+    formatter = ResponseFormatter(completion)
     if completion.stream:
-        written = beating(_written(events), _BEAT_S)
-        await anext(written)  # its first beat
+        told = beating(events, _BEAT_S)
+        await anext(told)  # its first beat
+        started = await anext(told)
+        while started is None:
+            started = await anext(told)
         # An error that comes at once, as when there is no room, gets its own status. Later errors are events.
-        first = asyncio.ensure_future(anext(written))
+        first = asyncio.ensure_future(anext(told))
         await asyncio.wait([first], timeout=_STATUS_WITHIN_S)
         if first.done():
             first.result()
-        stream = server_sent(formatter, _after(first, written))
+        stream = server_sent(formatter, _chained(started, first, told))
         return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
-    async with aclosing(_written(events)) as whole:
-        body = formatter.whole([event async for event in whole])
+    async with aclosing(events):
+        body = formatter.whole([event async for event in events])
     return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
 
 
-async def _written(events: Events) -> AsyncGenerator[Delta | Finish, None]:
-    """The events after `Started`. Closing the generator closes ``events``."""
-    async with aclosing(events):
-        async for event in events:
-            assert not isinstance(event, Started)
-            yield event
-
-
-async def _after(first: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The item that ``first`` waits for, and the ``rest``. Closing the generator closes ``rest``."""
+async def _chained(first: T, second: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """All items in one generator. Closing it closes ``rest``."""
     async with aclosing(rest):
-        yield await first
+        yield first
+        yield await second
         async for item in rest:
             yield item

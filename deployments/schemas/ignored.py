@@ -51,11 +51,7 @@ CHAT: Ignorable = {
     "prediction": ANY,  # a guess at the answer, which makes it faster or not
     "reasoning_effort": ANY,
     "verbosity": ANY,
-    "add_generation_prompt": [True],
     "best_of": [1],
-    "continue_final_message": [False],
-    "function_call": ["none", "auto"],
-    "functions": [[]],
     "modalities": [["text"]],
 }
 TEXT: Ignorable = {**COMPLETION, "suffix": [""]}

@@ -72,26 +72,33 @@ class ToolCall(Body):
 
 
 class CallFormat(NamedTuple):
-    """``before`` {"name": …, ``arguments``: {…}} ``after``."""
+    """``before`` {"name": …, ``arguments``: {…}} ``after``.
+
+    With ``is_told`` the chat template has no place for tools (`deployments.schemas.told_tools`).
+    """
 
     before: str
     arguments: str
     after: str
+    is_told: bool = False
 
 
 _HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>")  # Qwen2.5, Hermes
 _LLAMA = CallFormat("", "parameters", "")  # Llama 3.1
+_TOLD = _HERMES._replace(is_told=True)
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     """The format in which the model writes calls, as its chat template says.
 
     Raises:
-        InvalidRequest: the template takes no tools, or its format is unknown.
+        InvalidRequest: there is no template, or it has calls in a form that is unknown here.
     """
     template = template_of(tokenizer)
-    if "tools" not in template:
-        raise InvalidRequest("tools: this model's chat template takes none", param="tools")
+    if not template:
+        raise InvalidRequest("tools: this model has no chat template", param="tools")
+    if not has_place_for_tools(tokenizer):
+        return _TOLD
     if "<tool_call>" in template and "<function=" not in template:
         return _HERMES
     if '"parameters": ' in template:
@@ -99,13 +106,10 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     raise InvalidRequest("tools: this model's chat template has calls written in an unknown way", param="tools")
 
 
-def check_calls_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Raises:
-        InvalidRequest: the chat template would leave out the calls of earlier messages.
-    """
-    if "tool_calls" not in template_of(tokenizer):
-        raise InvalidRequest("messages: this model's chat template has no place for tool_calls", param="messages")
+def has_place_for_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows tools and the calls of earlier messages."""
+    template = template_of(tokenizer)
+    return "tools" in template and "tool_calls" in template
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -133,11 +137,12 @@ def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, sev
     head = form.before + '{{"name": "{}", "' + form.arguments + '": '
     calls = []
     for function in functions:
-        schema = function.parameters if choice != "auto" or function.strict else {"type": "object"}
+        is_held = choice != "auto" or function.strict or form.is_told
+        schema = function.parameters if is_held else {"type": "object"}
         calls.append(Framed(schema, head.format(function.name), "}" + form.after))
     if choice != "auto":
         return json_grammar(*calls, param="tools")
-    if several and not any(function.strict for function in functions):
+    if several and not form.is_told and not any(function.strict for function in functions):
         return None
     if form.before:
         return json_in_text(*calls, opening=_OPENING, several=several, param="tools")

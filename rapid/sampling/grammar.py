@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapid.errors import InvalidRequest
-from rapid.sampling.grammar_check import fault_of_grammar, fault_of_schema
+from rapid.sampling.grammar_check import MAX_BYTES, fault_of_grammar, fault_of_schema
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -89,6 +89,27 @@ def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: st
     return _compiled(rules, param)
 
 
+def lark_grammar(rules: str, param: str) -> str:
+    """A grammar of ``rules`` in llguidance's dialect of Lark, whose first rule is `start`.
+
+    Raises:
+        InvalidRequest: the rules are wrong or too large; ``param`` names their field.
+    """
+    if len(rules) > MAX_BYTES:
+        raise InvalidRequest(f"{param}: a grammar may have {MAX_BYTES} characters", param=param)
+    return _compiled(rules, param)
+
+
+def regex_grammar(regex: str, param: str) -> str:
+    """A grammar of the texts that ``regex`` matches whole.
+
+    Raises:
+        InvalidRequest: as `lark_grammar`.
+    """
+    escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", regex).replace("\n", r"\n")
+    return lark_grammar(f"start: /{escaped}/", param)
+
+
 def _any_of(alternatives: Sequence[Framed], param: str) -> str:
     rules = []
     for schema, before, after in alternatives:
@@ -120,7 +141,7 @@ def _compiled(rules: str, param: str) -> str:
     grammar: str = library.LLMatcher.grammar_from_lark(rules)
     if wrong := fault_of_grammar(grammar, Path(library.__file__).parents[1]):
         reason = wrong.partition("\n")[0].partition("failed to compile JSON schema: ")
-        raise InvalidRequest(f"{param}: this JSON schema cannot be enforced: {reason[2] or reason[0]}", param=param)
+        raise InvalidRequest(f"{param}: this cannot be enforced: {reason[2] or reason[0]}", param=param)
     return grammar
 
 

@@ -245,6 +245,34 @@ def test_a_name_in_no_known_way_stays_as_it_came() -> None:
         assert with_plain_name(disposition) == disposition
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompts", [["Say", "hi there", "you"], [[1, 2], [3, 4, 5], [6]]], ids=["texts", "tokens"])
+def test_several_prompts_in_one_request(bytes_url: str, prompts: list[Any], stream: bool) -> None:
+    def complete(**more: Any) -> httpx.Response:
+        body = {"model": "bytes", "max_tokens": 3, "temperature": 0, "ignore_eos": True, "echo": True, **more}
+        return httpx.post(f"{bytes_url}/v1/completions", json=body, timeout=60)
+
+    alone = [complete(prompt=prompt).json() for prompt in prompts]
+    expected = [one["choices"][0]["text"] for one in alone for _ in range(2)]
+    answer = complete(
+        prompt=prompts, n=2, stream=stream, **({"stream_options": {"include_usage": True}} if stream else {})
+    )
+    assert answer.status_code == 200, answer.text
+    if stream:
+        texts = [""] * 6
+        chunks = [json.loads(event[6:]) for event in events_of(answer.text) if event.startswith("data: {")]
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["text"]
+        usage = chunks[-1]["usage"]
+    else:
+        texts, usage = [choice["text"] for choice in answer.json()["choices"]], answer.json()["usage"]
+    assert texts == expected
+    assert usage["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in alone)
+    assert usage["completion_tokens"] == 18
+    assert complete(prompt=[*prompts, prompts[0] * 9000]).status_code == 400
+
+
 def events_of(text: str) -> list[str]:
     return [event for event in text.split("\n\n") if event]
 
@@ -253,13 +281,14 @@ def test_a_stream_that_waits_says_so() -> None:
     may_go_on = asyncio.Event()
 
     async def slow() -> Any:
+        yield Started(1)
         await may_go_on.wait()
         yield Delta([1], ["a"], 0, 0, "none", 0.0, 0.0, 0.0, [])
         yield Finish("", "stop", Statistics("autoregressive"))
 
     async def read() -> list[str]:
         completion: Completion = TextRequest(model="m", prompt="p", stream=True)
-        sent = server_sent(ResponseFormatter(completion, Started(1)), beating(slow(), every_s=0.001))
+        sent = server_sent(ResponseFormatter(completion), beating(slow(), every_s=0.001))
         events = []
         async for event in sent:
             events.append(event)

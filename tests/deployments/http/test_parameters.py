@@ -184,8 +184,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("stop", {"stop": ["a"] * 65}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
     ("suffix", {"suffix": "x"}),
-    ("prompt", {"prompt": ["a", "b"]}),
-    ("prompt", {"prompt": [[1], [2]]}),
+    ("prompt", {"prompt": ["a", ""]}),
+    ("prompt", {"prompt": [[1], [99]]}),
     ("prompt", {"prompt": []}),
     ("prompt", {"prompt": [99]}),
     ("prompt", {"prompt": [1, "a"]}),
@@ -211,7 +211,7 @@ def test_a_completion_s_parameter_is_refused_by_name(letters_url: str, param: st
         *((name, {name: value}) for name, value in {
             "modalities": ["text", "audio"],
             "audio": {},
-            "functions": [{"name": "f"}],
+            "functions": [{"name": "f g"}],
             "function_call": {"name": "f"},
             "web_search_options": {},
             "best_of": 2,
@@ -219,10 +219,16 @@ def test_a_completion_s_parameter_is_refused_by_name(letters_url: str, param: st
         }.items()),
         ("top_logprobs", {"top_logprobs": 2}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
-        ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("tool_choice", {"tool_choice": "required"}),
-        ("tool_calls", {"messages": [{"role": "assistant", "tool_calls": [
+        ("tool_calls", {"messages": [{"role": "user", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]}),
+        ("continue_final_message", {"continue_final_message": True}),
+        ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
+        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 0}),
+        ("structured_outputs", {"structured_outputs": {}}),
+        ("structured_outputs", {"structured_outputs": {"regex": "a", "choice": ["b"]}}),
+        ("structured_outputs", {"structured_outputs": {"regex": "("}}),
+        ("guided_json", {"guided_json": {}, "guided_regex": "a"}),
         ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
         ("response_format", {"response_format": {"type": "json_schema", "json_schema": {
             "name": "x", "schema": {"type": "nothing"}}}}),
