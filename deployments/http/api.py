@@ -16,19 +16,22 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from deployments.config import AppConfig
 from deployments.heartbeat import beating
 from deployments.http.access import guard
-from deployments.http.errors import handle_errors, read
+from deployments.http.anthropic import MessageWriter, server_sent_message
+from deployments.http.errors import as_chat, handle_errors, read
 from deployments.http.files import add_file_routes
-from deployments.http.openapi import ERRORS, complete, describe_body
+from deployments.http.openapi import ERRORS, Message, TokenCount, complete, describe_body
 from deployments.http.playground import page
 from deployments.http.rate_limits import Charge, charge_of, client_of
 from deployments.http.request_log import Middleware, Observer
 from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.http.several import answered_together
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
+from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
-from deployments.schemas.events import Events, usage
+from deployments.schemas.events import Events, Started, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rapid.errors import ModelNotFound
+from rapid.events import Delta, Finish
 
 if TYPE_CHECKING:
     from deployments.service import Service
@@ -63,23 +66,41 @@ def make_api(
         if asked != model_name:
             raise ModelNotFound(f"the model {asked!r} is not served here; {model_name!r} is", param="model")
 
-    async def answer(completion: Completion, charge: Charge) -> Response:
+    def events_of(completion: Completion, charge: Charge) -> Events:
         check_model(completion.model)
         new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
         answers = [partial(service.generate, one, charge.client.tenant) for one in completion.each()]
         events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.n)
         events = charge.counted(events, new_tokens * len(answers))
-        return await _answer(completion, observer.generation(completion, events))
+        return observer.generation(completion, events)
 
     @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
         completion = await read(ChatRequest, request)
-        return await answer(completion, charge_of(request))
+        return await _answer(completion, events_of(completion, charge_of(request)))
 
     @app.post("/v1/completions", **describe_body(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
         completion = await read(TextRequest, request)
-        return await answer(completion, charge_of(request))
+        return await _answer(completion, events_of(completion, charge_of(request)))
+
+    @app.post("/v1/messages", **describe_body(MessagesRequest, streams=True, answer=Message))
+    async def messages(request: Request) -> Response:
+        body = await read(MessagesRequest, request)
+        completion = as_chat(body)
+        events = events_of(completion, charge_of(request))
+        writer = MessageWriter(completion, body.ignored)
+        if body.stream:
+            return _streamed(server_sent_message(writer, await _begun(events)))
+        async with aclosing(events):
+            return JSONResponse(writer.whole([event async for event in events]))
+
+    @app.post("/v1/messages/count_tokens", **describe_body(CountTokens, answer=TokenCount))
+    async def count_tokens(request: Request) -> TokenCount:
+        chat = as_chat(await read(CountTokens, request))
+        check_model(chat.model)
+        counted = TokenizeRequest(messages=chat.messages, tools=chat.tools)
+        return TokenCount(input_tokens=(await service.tokenize(counted, client_of(request).tenant)).count)
 
     async def model() -> dict[str, Any]:
         return {
@@ -133,21 +154,32 @@ def make_api(
 async def _answer(completion: Completion, events: Events) -> Response:
     formatter = ResponseFormatter(completion)
     if completion.stream:
-        told = beating(events, _BEAT_S)
-        await anext(told)  # its first beat
-        started = await anext(told)
-        while started is None:
-            started = await anext(told)
-        # An error that comes at once, as when there is no room, gets its own status. Later errors are events.
-        first = asyncio.ensure_future(anext(told))
-        await asyncio.wait([first], timeout=_STATUS_WITHIN_S)
-        if first.done():
-            first.result()
-        stream = server_sent(formatter, _chained(started, first, told))
-        return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
+        return _streamed(server_sent(formatter, await _begun(events)))
     async with aclosing(events):
         body = formatter.whole([event async for event in events])
     return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
+
+
+def _streamed(sent: AsyncGenerator[str, None]) -> StreamingResponse:
+    return StreamingResponse(sent, media_type="text/event-stream", headers=_STREAM_HEADERS)
+
+
+async def _begun(events: Events) -> AsyncGenerator[Started | Delta | Finish | None, None]:
+    """``events``, with None whenever there was none for a while; returned when the headers may be sent.
+
+    An error that comes at once, as when there is no room, is raised, and gets its own status. Later errors come with
+    the events.
+    """
+    told = beating(events, _BEAT_S)
+    await anext(told)  # its first beat
+    started = await anext(told)
+    while started is None:
+        started = await anext(told)
+    second = asyncio.ensure_future(anext(told))
+    await asyncio.wait([second], timeout=_STATUS_WITHIN_S)
+    if second.done():
+        second.result()
+    return _chained(started, second, told)
 
 
 async def _chained(first: T, second: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

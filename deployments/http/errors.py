@@ -19,7 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.body import BELONGS
+from deployments.schemas.completions import ChatRequest
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
@@ -45,6 +47,14 @@ def error_object(error: RapidError) -> dict[str, Any]:
     }
 
 
+def anthropic_error(error: RapidError) -> dict[str, Any]:
+    """The same in Anthropic's form."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+             429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
 def as_rapid_error(error: Exception) -> RapidError:
     """``error`` where it is a RapidError; else an internal error, which tells a client no details."""
     if isinstance(error, RapidError):
@@ -52,13 +62,17 @@ def as_rapid_error(error: Exception) -> RapidError:
     return RapidError("internal error; the server's log has the details")
 
 
-def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The whole answer to a request that failed."""
+def error_response(error: Exception, path: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The whole answer to a request of ``path`` that failed."""
     shown = as_rapid_error(error)
     # Clients that were refused together must not come back together.
     after_s = getattr(shown, "retry_after", None) or random.randint(1, LONGEST_RETRY_S)
     retry = {"Retry-After": str(after_s)} if shown.status in (429, 503) else {}
-    return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
+    return JSONResponse(_object_of(path, shown), status_code=shown.status, headers=retry | (headers or {}))
+
+
+def _object_of(path: str, error: RapidError) -> dict[str, Any]:
+    return anthropic_error(error) if path.startswith("/v1/messages") else error_object(error)
 
 
 def server_sent_error(error: Exception) -> str:
@@ -68,7 +82,7 @@ def server_sent_error(error: Exception) -> str:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     request.state.error = error  # for the log
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -76,7 +90,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
     shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
     headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
-    return JSONResponse(error_object(shown), status_code=error.status_code, headers=headers)
+    return JSONResponse(_object_of(request.url.path, shown), status_code=error.status_code, headers=headers)
 
 
 def _methods(request: Request) -> str:
@@ -170,6 +184,19 @@ def parse(kind: type[T], body: bytes) -> T:
     said = " or ".join(dict.fromkeys(_in_words(wrong) for field, wrong in of_it if field == path))
     name = ".".join(path) or None
     raise InvalidRequest(f"{name}: {said}" if name else said, param=name)
+
+
+def as_chat(body: MessagesRequest | CountTokens) -> ChatRequest:
+    """The chat that ``body`` asks for.
+
+    Raises:
+        InvalidRequest: its fields do not go together.
+    """
+    try:
+        return body.chat()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def _field(wrong: Any, sent: Any) -> list[str]:

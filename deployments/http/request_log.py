@@ -169,7 +169,7 @@ class Middleware:
             observed.error = error
             if observed.status is not None:
                 raise
-            await error_response(error)(scope, receive, watch)
+            await error_response(error, scope["path"])(scope, receive, watch)
         finally:
             observed.error = observed.error or scope.get("state", {}).get("error")
             self._ended(scope, observed)

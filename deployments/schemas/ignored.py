@@ -70,6 +70,10 @@ MESSAGE: Ignorable = {
 PART: Ignorable = {"annotations": ANY, "cache_control": ANY, "id": ANY}
 TOOL: Ignorable = {"cache_control": ANY}
 TOOL_CALL: Ignorable = {"index": ANY}
+# Anthropic's
+BLOCK: Ignorable = {**PART, "citations": ANY}
+THINKING: Ignorable = {"data": ANY, "signature": ANY, "thinking": ANY}
+MESSAGES: Ignorable = {"container": ANY, "metadata": ANY, "service_tier": ANY}
 
 
 def fault(field: str, value: Any, neutral: Sequence[Any]) -> str | None:
