@@ -12,12 +12,10 @@ import pytest
 from deployments.schemas.anthropic import MessagesRequest
 from deployments.schemas.messages import DocumentText, FilePart
 
-ASK: dict[str, Any] = {
-    "model": "bytes",
-    "max_tokens": 12,
-    "messages": [{"role": "user", "content": "Hi"}],
-    "temperature": 0,
-}
+HI = {"role": "user", "content": "Hi"}
+ASK: dict[str, Any] = {"model": "bytes", "max_tokens": 12, "messages": [HI], "temperature": 0}
+IMAGE = {"role": "user", "content": [{"type": "image", "source": {}}]}
+LONG = {"role": "user", "content": "a" * 9000}
 
 
 def post(url: str, path: str = "/v1/messages", **more: Any) -> httpx.Response:
