@@ -167,6 +167,8 @@ class FilesConfig(Strict):
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
     max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
+    keep_responses_hours: float = Field(24, ge=0, description="of /v1/responses that are stored; 0 stores none")
+    max_responses_mb: float = Field(64, gt=0, description="what one key's stored responses may take; the oldest go")
 
     @property
     def path(self) -> Path:

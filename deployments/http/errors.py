@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,7 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.body import BELONGS
 from deployments.schemas.completions import ChatRequest
 from rapid.errors import InvalidRequest, RapidError
@@ -186,14 +186,14 @@ def parse(kind: type[T], body: bytes) -> T:
     raise InvalidRequest(f"{name}: {said}" if name else said, param=name)
 
 
-def as_chat(body: MessagesRequest | CountTokens) -> ChatRequest:
-    """The chat that ``body`` asks for.
+def as_chat(make: Callable[[], ChatRequest]) -> ChatRequest:
+    """The chat that ``make`` makes of another body.
 
     Raises:
         InvalidRequest: its fields do not go together.
     """
     try:
-        return body.chat()
+        return make()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

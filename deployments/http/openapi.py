@@ -74,6 +74,18 @@ class Message(BaseModel):
     rapid: Statistics
 
 
+class ResponseObject(BaseModel):
+    """An answer of `/v1/responses`, OpenAI's with a `rapid` object more."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    rapid: Statistics
+
+
 class TokenCount(BaseModel):
     """What a message would have as its prompt."""
 

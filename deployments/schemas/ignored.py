@@ -74,6 +74,20 @@ TOOL_CALL: Ignorable = {"index": ANY}
 BLOCK: Ignorable = {**PART, "citations": ANY}
 THINKING: Ignorable = {"data": ANY, "signature": ANY, "thinking": ANY}
 MESSAGES: Ignorable = {"container": ANY, "metadata": ANY, "service_tier": ANY}
+# Of OpenAI's Responses
+RESPONSES: Ignorable = {
+    **{name: ANY for name in _OPENAI if name not in ("metadata", "store")},
+    "background": [False],
+    "include": ANY,
+    "max_tool_calls": ANY,
+    "reasoning": ANY,
+    "top_logprobs": [0],
+    "truncation": ["disabled"],
+}
+ITEM: Ignorable = {"id": ANY, "status": ANY}
+ITEM_PART: Ignorable = {"annotations": ANY, "logprobs": ANY}
+REASONING_ITEM: Ignorable = {"content": ANY, "encrypted_content": ANY, "id": ANY, "status": ANY, "summary": ANY}
+TEXT_OPTIONS: Ignorable = {"verbosity": ANY}
 
 
 def fault(field: str, value: Any, neutral: Sequence[Any]) -> str | None:

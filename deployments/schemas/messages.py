@@ -117,6 +117,10 @@ class ChatMessage(Body):
         legacy = self.function_call
         return [*self.tool_calls, *([ToolCall(id=f"call_{legacy.name}", function=legacy)] if legacy else [])]
 
+    def as_json(self) -> dict[str, Any]:
+        """The message as a client would send it."""
+        return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
     def as_message(self) -> Message:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         more: dict[str, Any] = self.given("name", "tool_call_id", "reasoning_content")
