@@ -320,6 +320,6 @@ def test_usage_on_every_chunk(bytes_url: str) -> None:
 
 def test_the_documentation_names_what_is_ignored() -> None:
     text = Path("docs/openai_api.md").read_text(encoding="utf-8").partition("## Fields without effect")[2]
-    tables = [table for table in vars(ignored).values() if isinstance(table, dict)]
+    tables = [table for name, table in vars(ignored).items() if name.isupper() and isinstance(table, dict)]
     assert len(tables) > 12
     assert not [name for table in tables for name in table if isinstance(name, str) and f"`{name}`" not in text]

@@ -127,7 +127,7 @@ def test_calls_beside_one_another_are_one_message() -> None:
     items = [HI, {"type": "reasoning", "id": "r", "summary": []}, {"role": "assistant", "content": "Look."},
              call("a"), call("b"), {"type": "function_call_output", "call_id": "a", "output": "1"}]  # fmt: skip
     body = ResponsesRequest.model_validate({**ASK, "input": items})
-    user, said, result = body.messages()
+    _, said, result = body.messages()
     assert [call.id for call in said.calls] == ["a", "b"] and (said.content, result.role) == ("Look.", "tool")
     assert body.ignored == ["input.id", "input.summary"]
 
