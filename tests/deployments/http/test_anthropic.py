@@ -66,7 +66,7 @@ def test_the_stop_sequence_is_named(bytes_url: str) -> None:
 
 
 TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}},
-                                            "required": ["city"]}}  # fmt: skip
+                                            "required": ["city"], "additionalProperties": False}}  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -128,7 +128,7 @@ def test_tokens_are_counted(bytes_url: str) -> None:
     [
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
         ({"model": "other"}, 404, "not_found_error", "not served here"),
-        ({"messages": [IMAGE]}, 400, "invalid_request_error", "image"),
+        ({"messages": [IMAGE]}, 400, "invalid_request_error", "must be one of"),
         ({"messages": [LONG]}, 400, "invalid_request_error", "maximum context length"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "invalid_request_error", "thinking"),
         ({"temperature": 11}, 400, "invalid_request_error", "temperature"),
