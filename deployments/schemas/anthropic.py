@@ -208,5 +208,5 @@ class MessagesRequest(_Turns):
     def chat(self) -> ChatRequest:
         """The same request as a chat."""
         given = self.given("max_tokens", "stream", "temperature", "top_p", "top_k", "rapid")
-        stops = {"stop": self.stop_sequences} if self.stop_sequences else {}
+        stops: dict[str, Any] = {"stop": self.stop_sequences} if self.stop_sequences else {}
         return ChatRequest(**self.chat_fields(), **given, **stops)
