@@ -42,11 +42,15 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_m
     return_freed_memory()
     named = config.qdrant_api_key
     key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
-    folder = files.path / "vectors" if files else None
+    folder = files.path if files else None
     store = ChunkStore(
-        config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder, idf=not embedder.has_sparse
+        config.qdrant_url,
+        api_key=key,
+        dimension=embedder.dimension,
+        folder=folder and folder / "vectors",
+        idf=not embedder.has_sparse,
     )
-    kept = KeptVectors(files and files.path, max_mb=config.max_kept_mb, max_age_s=config.kept_for_s)
+    kept = KeptVectors(folder, max_mb=config.max_kept_mb, max_age_s=config.kept_for_s)
     calibration = calibration_of(config.embedder, model_folder(model))
     return Retriever(embedder, store, load_tokenizer(target_model), kept, calibration=calibration, rerank=rerank)
 

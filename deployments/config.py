@@ -175,6 +175,8 @@ class FilesConfig(Strict):
     max_files: int = Field(1000, ge=1, description="of one key; more is a 413")
     expire_after_s: int | None = Field(None, ge=1, description="a file is deleted so long after its upload")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
+    keep_responses_hours: float = Field(24, ge=0, description="of /v1/responses that are stored; 0 stores none")
+    max_responses_mb: float = Field(64, gt=0, description="what one key's stored responses may take; the oldest go")
 
     @property
     def path(self) -> Path:

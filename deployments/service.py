@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from deployments.config import AppConfig
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
+from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
 from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events, Started
@@ -31,6 +32,8 @@ class Service(Protocol):
 
     @property
     def files(self) -> Files: ...
+    @property
+    def responses(self) -> Responses: ...
 
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
@@ -46,6 +49,8 @@ class LocalService:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
         self._readers = FairPool(_NUM_READERS, "read")
         self.files = LocalFiles(config, backend, tokenizer, self._readers)
+        files = config.files
+        self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         """Writes the choices of one completion. Closing the generator frees everything that they hold.

@@ -89,8 +89,9 @@ class ContextLengthExceeded(InvalidRequest):
     ) -> None:
         few = "at least " if is_at_least else ""
         super().__init__(
-            f"This model's context is {window} tokens, but {few}{prompt_tokens + max_tokens} were requested: "
-            f"{few}{prompt_tokens} in the prompt and {max_tokens} to generate.",
+            # Clients know this error by its beginning, which is OpenAI's.
+            f"This model's maximum context length is {window} tokens, but {few}{prompt_tokens + max_tokens} were "
+            f"requested: {few}{prompt_tokens} in the prompt and {max_tokens} to generate.",
             param=param,
         )
         self.prompt_tokens = prompt_tokens

@@ -128,10 +128,14 @@ class Delta(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a choice. ``reason`` is "stop" (end of sequence or stop string) or "length"."""
+    """The end of a choice. ``reason`` is "stop" (end of sequence or stop string) or "length".
+
+    ``stop`` is the stop string that ended it, or the stop token; None at an end of sequence.
+    """
 
     text: str
     reason: str
     statistics: Statistics
     logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
     choice: int = 0
+    stop: str | int | None = None

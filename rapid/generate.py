@@ -85,7 +85,7 @@ async def generate(
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
-    yield Finish(rest, writer.reason, stats, logprobs)
+    yield Finish(rest, writer.reason, stats, logprobs, stop=writer.stop)
 
 
 async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, dict[str, Drafter], int]:

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
 
 from deployments.files.records import PURPOSES
+from deployments.http.multipart import form, is_form
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import charge_of, client_of
 from rapid.errors import InvalidRequest
@@ -38,17 +39,17 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
     async def upload(request: Request) -> dict[str, Any]:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not is_form(request.headers):
             message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
             raise InvalidRequest(message, code="unsupported_media_type", status=415)
-        async with request.form(max_files=1, max_fields=8) as form:
-            if unknown := form.keys() - _FORM["properties"].keys():
+        async with form(request, max_fields=8) as fields:
+            if unknown := fields.keys() - _FORM["properties"].keys():
                 raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
-            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
+            file, purpose = fields.get("file"), fields.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
             stored = await files.upload(
-                client_of(request).tenant, file.filename or "file", str(purpose), await file.read(), _expiry(form)
+                client_of(request).tenant, file.filename or "file", str(purpose), await file.read(), _expiry(fields)
             )
             charge_of(request).settle(stored["rapid"]["tokens"])
             return stored
@@ -100,13 +101,13 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
         return warmed
 
 
-def _expiry(form: FormData) -> int | None:
+def _expiry(fields: FormData) -> int | None:
     """After how many seconds the upload is to expire, if it says so.
 
     Raises:
         InvalidRequest: only one of the two fields is there, or it is wrong.
     """
-    anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None
     if anchor != "created_at":

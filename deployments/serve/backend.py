@@ -10,11 +10,11 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.heartbeat import heard
 from deployments.serve.avoided import avoid, trust
 from deployments.serve.channel import Channel
 from deployments.serve.engine_actors import EngineActors, asked
 from deployments.serve.engines import Doubt, Ticket, document_of
-from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import QueueMetrics
 from deployments.serve.ray_errors import understood
 from rapid.backend.breaker import Breaker

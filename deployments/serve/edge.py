@@ -13,6 +13,7 @@ import asyncio
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 
 from deployments.http.internal_headers import is_internal
 from deployments.http.request_log import ID_CHARACTERS, ID_HEADER
@@ -66,5 +67,7 @@ def _is_unwanted(name: bytes, value: bytes) -> bool:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxy calls when it starts."""
+    """What Serve's proxy calls when it starts, before it listens."""
+    # Where a client offers HTTP/2 (the JDK's, `curl --http2`), httptools, uvicorn's first choice, drops the body.
+    HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
     return [Middleware(Edge)]

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
-from deployments.serve.heartbeat import beating
+from deployments.heartbeat import beating
 from deployments.turns import FairPool
 from retrieval import IndexProgress, Retrieval, TenantOptions
 

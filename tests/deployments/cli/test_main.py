@@ -113,7 +113,7 @@ def test_without_documents_a_question_alone_will_do(run: Run) -> None:
 def test_a_prompt_longer_than_the_window_is_told_both_numbers(run: Run) -> None:
     code, out, err = run("generate", "-q", QUESTION, stdin=(DOCUMENT * 20).encode())
     assert (code, out) == (2, "")
-    assert re.search(r"rapid: error: .*context is 8192 tokens, but \d{5} were requested", err)
+    assert re.search(r"rapid: error: .*maximum context length is 8192 tokens, but \d{5} were requested", err)
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from cluster.health import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
+from deployments.heartbeat import beating, heard
 from deployments.serve import backend as ray_backend
 from deployments.serve import channel as channels
 from deployments.serve import engine_actors, engines, ingress
 from deployments.serve.backend import RayBackend
 from deployments.serve.channel import Address, Channel, Listener
 from deployments.serve.engines import Doubt, EngineReplica, Ticket
-from deployments.serve.heartbeat import beating, heard
 from deployments.serve.ray_errors import understood
 from deployments.service import LocalService
 from rapid.backend import waiting
