@@ -77,8 +77,9 @@ class EmptyEngine:
 
 async def empty_rounds(num: int) -> dict[str, Any]:
     actors = [ray.remote(EmptyEngine).remote() for _ in range(2)]
-    channels = [await Channel.connect(await actor.listen.remote(), "lease") for actor in actors]
-    target, drafter = (lease_over(channel, "lease") for channel in channels)
+    addresses = [await actor.listen.remote() for actor in actors]
+    channels = [await Channel.connect(address.for_channel("lease"), "lease") for address in addresses]
+    target, drafter = map(lease_over, channels)
     times = []
     for i in range(num):
         started = time.perf_counter()

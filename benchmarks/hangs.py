@@ -27,8 +27,8 @@ from benchmarks.common.results import DATA, write
 from cluster.health import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
+from deployments.serve.engines import engines_of
 
-DRAFTER_MARK = 63  # the drafter's max_queued, by which its process is told from a target's
 STREAM_LIMIT_S, RECOVERY_LIMIT_S, HEALTH_TIMEOUT_S = 100.0, 120.0, 15.0
 BEFORE_STREAMS = ("retriever",)  # it is asked only when a request begins
 CASES = ("drafter", "target", "hung pass", "retriever", "coordinator", "controller", "replica", "proxy", "rank")
@@ -42,7 +42,7 @@ def service(*, targets: int, ranks: int) -> Iterator[None]:
     options = {"chunk_tokens": 64, "min_tokens": 128, "threshold": 0.1}
     config = {
         "target": engine | {"replicas": {"min": targets, "max": targets}, "tensor_parallel": ranks},
-        "drafter": engine | {"max_queued": DRAFTER_MARK},
+        "drafter": engine,
         "speculation": {"num_draft_tokens": 2},
         "retriever": {"long_content_tokens": 128, "options": options},
     }
@@ -112,15 +112,14 @@ class Stream:
                 self.longest_silence_s = max(self.longest_silence_s, time.monotonic() - last)
 
 
-def engine_actors() -> dict[str, Any]:
-    """Handles of one target's engine and of the drafter's."""
-    found = {}
-    for named in ray.util.list_named_actors(all_namespaces=True):
-        if named["name"].startswith("rapid-engine-"):
-            actor = ray.get_actor(named["name"], namespace=named["namespace"])
-            queued = ray.get(actor.__ray_call__.remote(lambda self: self._config.max_queued), timeout=10)
-            found["drafter" if queued == DRAFTER_MARK else "target"] = actor
-    return found
+def engine_actor(role: str) -> Any:
+    """A handle of one of its engines."""
+    mine = engines_of("rapid", role.title())
+    return next(
+        ray.get_actor(**named)
+        for named in ray.util.list_named_actors(all_namespaces=True)
+        if named["name"].startswith(mine)
+    )
 
 
 def hang_a_pass() -> None:
@@ -133,13 +132,13 @@ def hang_a_pass() -> None:
 
         self._engine.submit(task())
 
-    ray.get(engine_actors()["target"].__ray_call__.remote(stuck), timeout=10)
+    ray.get(engine_actor("target").__ray_call__.remote(stuck), timeout=10)
 
 
 def process_of(case: str) -> int:
     """The process that the case stops."""
     if case in ("target", "drafter"):
-        pid: int = ray.get(engine_actors()[case].pid.remote(), timeout=10)
+        pid: int = ray.get(engine_actor(case).pid.remote(), timeout=10)
         return pid
     titles = {
         "retriever": "ServeReplica:rapid:Retriever",
@@ -256,6 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     silence_s: dict[str, float] = {}
+    load_before = round(os.getloadavg()[0], 1)  # of a machine that others may use, too
     for ranks, cases in ((1, [case for case in options.only if case != "rank"]), (2, ["rank"])):
         if not set(cases) & set(options.only):
             continue
@@ -265,6 +265,7 @@ def main() -> None:
                 eventually(lambda: serve.status().applications["rapid"].status == "RUNNING")
                 rows.append(asyncio.run(disturbed(case, expected, options.streams, options.tokens)))
                 about = {"streams": options.streams, "targets": options.targets, "tokens": options.tokens}
+                about["load_average_before"] = load_before
                 silence = {"undisturbed_longest_silence_s": silence_s}
                 write("hangs", about | silence | {"cases": rows}, part=options.part)  # a later case may fail
 

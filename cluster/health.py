@@ -6,6 +6,12 @@ from __future__ import annotations
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 2.0
 
-# For the process that starts Serve's controller. By default Serve stops a replica that failed its checks as gracefully
-# as one that is scaled down, and waits for streams that cannot end.
-ENVIRONMENT = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+# For the process that starts Serve's controller.
+ENVIRONMENT = {
+    # By default Serve stops a replica that failed its checks as gracefully as one that is scaled down, and waits for
+    # streams that cannot end.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # Of the HTTP proxies; three must fail, too. By default a proxy that hangs is replaced after a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+}

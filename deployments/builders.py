@@ -23,20 +23,36 @@ from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import IndexProgress, RetrievalError, Retriever
+from retrieval.calibration import calibration_of
+from retrieval.kept import KeptVectors
 
 
-def build_retriever(config: RetrieverConfig, files: FilesConfig, target_model: str) -> Retriever:
-    """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens."""
-    from retrieval.embedding import load_embedder
+def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_model: str) -> Retriever:
+    """The retriever that ``config`` describes, or QDRANT_API_KEY. Chunks are counted in the target's tokens.
+
+    Without ``files`` no vectors outlive the process, unless a server keeps them.
+    """
+    from retrieval.embedding import load_embedder, model_folder
+    from retrieval.reranking import load_reranker
     from retrieval.store import ChunkStore
 
-    embedder = load_embedder(embedded_models.resolve(config.embedder), device=config.device)
+    model = embedded_models.resolve(config.embedder)
+    embedder = load_embedder(model, device=config.device)
+    rerank = load_reranker(config.reranker, embedder, device=config.device) if config.reranker else None
     return_freed_memory()
     named = config.qdrant_api_key
     key = read_secrets(named, "retriever.qdrant_api_key")[0] if named else os.environ.get("QDRANT_API_KEY")
-    folder = files.path / "vectors"
-    store = ChunkStore(config.qdrant_url, api_key=key, dimension=embedder.dimension, folder=folder)
-    return Retriever(embedder, store, load_tokenizer(target_model))
+    folder = files.path if files else None
+    store = ChunkStore(
+        config.qdrant_url,
+        api_key=key,
+        dimension=embedder.dimension,
+        folder=folder and folder / "vectors",
+        idf=not embedder.has_sparse,
+    )
+    kept = KeptVectors(folder, max_mb=config.max_kept_mb, max_age_s=config.kept_for_s)
+    calibration = calibration_of(config.embedder, model_folder(model))
+    return Retriever(embedder, store, load_tokenizer(target_model), kept, calibration=calibration, rerank=rerank)
 
 
 class LocalIndexingBackend(LocalBackend):

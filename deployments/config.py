@@ -22,6 +22,7 @@ from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import LONG_CONTENT_TOKENS
 from rapid.weights.embedded_models import cache_dir
 from retrieval import RetrievalOptions
+from retrieval.kept import KEPT_FOR_S, MAX_KEPT_MB
 
 PUBLIC = "public"  # the tenant of every client where there are no keys
 logger = logging.getLogger(__name__)
@@ -152,11 +153,16 @@ class RetrieverConfig(Strict):
     """The embedder, the vector store, and the defaults of requests."""
 
     embedder: str = Field("all-minilm-l6-v2", description="embedded name, local folder, or Hugging Face hub id")
-    device: str = "cpu"
+    reranker: str | None = Field(
+        None, min_length=1, description="colbert with BGE-M3, or a cross-encoder's folder or hub id; none when not set"
+    )
+    device: str = Field("cpu", description="where the embedder and the reranker run")
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     qdrant_url: str | None = Field(None, description="a Qdrant server; in-process when not set")
     qdrant_api_key: SecretStr | None = Field(None, description="env:NAME or file:PATH; QDRANT_API_KEY when not set")
+    max_kept_mb: float = Field(MAX_KEPT_MB, ge=0, description="what one key's requests may leave with retrieval.keep")
+    kept_for_s: float = Field(KEPT_FOR_S, gt=0, description="how long that stays after its last use")
     long_content_tokens: int = Field(LONG_CONTENT_TOKENS, ge=1, description="a longer message is context")
     options: RetrievalOptions = RetrievalOptions()
 
@@ -166,7 +172,11 @@ class FilesConfig(Strict):
 
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
     max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
+    max_files: int = Field(1000, ge=1, description="of one key; more is a 413")
+    expire_after_s: int | None = Field(None, ge=1, description="a file is deleted so long after its upload")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
+    keep_responses_hours: float = Field(24, ge=0, description="of /v1/responses that are stored; 0 stores none")
+    max_responses_mb: float = Field(64, gt=0, description="what one key's stored responses may take; the oldest go")
 
     @property
     def path(self) -> Path:
@@ -202,7 +212,8 @@ class AccessConfig(Strict):
     max_in_flight: int | None = Field(
         None,
         ge=1,
-        description="of one key at the same time, more wait; with several keys 3/4 of the places when not set",
+        description="choices (`n`) and other requests of one key at the same time, more wait; with several keys 3/4 of "
+        "the places when not set",
     )
     allowed_hosts: tuple[str, ...] = Field(
         (), description="names that clients may know this server by, * is all; localhost without keys when not set"
@@ -297,6 +308,15 @@ class AppConfig(Strict):
         if self.access.max_in_flight is not None or len(self.access.keys) < 2:
             return self.access.max_in_flight
         return max(1, 3 * self.target.max_sequences * self.target.replicas.max // 4)
+
+    @property
+    def max_admitted(self) -> int | None:
+        """How many choices all clients may have under way at the same time; None: any number.
+
+        Half as many as there are places wait for one in the engines' own queue: they are read meanwhile.
+        """
+        places = self.target.max_sequences * self.target.replicas.max
+        return None if self.max_in_flight is None else places + (places + 1) // 2
 
     @property
     def model_name(self) -> str:

@@ -12,6 +12,7 @@ from deployments.config import AppConfig
 from deployments.datastores import Datastores
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
+from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
 from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events, Started
@@ -34,6 +35,8 @@ class Service(Protocol):
 
     @property
     def files(self) -> Files: ...
+    @property
+    def responses(self) -> Responses: ...
 
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
@@ -50,6 +53,8 @@ class LocalService:
         self._readers = FairPool(_NUM_READERS, "read")
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
+        files = config.files
+        self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         """Writes the choices of one completion. Closing the generator frees everything that they hold.
@@ -64,12 +69,9 @@ class LocalService:
             if whole is not completion:  # the vectors of its files are kept already, until the files are deleted
                 request = replace(request, retrieval=replace(request.retrieval, keep=False))
             salt = self._config.salt_of(tenant)
-            request = replace(
-                request,
-                salt=salt,
-                retrieval=TenantOptions(**asdict(request.retrieval), tenant=salt),
-                datastore=await asyncio.to_thread(self._datastores.of, salt),
-            )
+            options = TenantOptions(**asdict(request.retrieval), tenant=salt, client=tenant)
+            datastore = await asyncio.to_thread(self._datastores.of, salt)
+            request = replace(request, salt=salt, retrieval=options, datastore=datastore)
             num_tokens = len(request.prompt.tokens)
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:
@@ -93,20 +95,23 @@ class LocalService:
                 await asyncio.to_thread(self._datastores.add_answer, salt, answer, texts)
 
     async def health(self) -> Health:
-        """What each running engine holds, and which part is not well that requests can do without.
+        """What the running engines hold, and which part is not well that requests can do without.
+
+        One of several targets that hangs is such a part: the others answer.
 
         Raises:
-            EngineLost: the target is not well.
+            EngineLost: no target is well.
         """
-        engines, problems = await self._backend.vitals()
-        if problem := problems.get("target"):
-            raise EngineLost(f"the target is not well: {problem}")
+        vitals = await self._backend.vitals()
+        engines, problems = vitals
+        if not vitals.serves("target"):
+            raise EngineLost(f"the target is not well: {problems.get('target', 'there is none')}")
         return Health(
             status="degraded" if problems else "ok",
             models={role: self._backend.info(role).name for role in engines},
-            sequences={role: held.num_sequences for role, held in engines.items()},
-            kv_bytes={role: held.kv_bytes for role, held in engines.items()},
-            pass_age_s={role: round(held.pulse.pass_age_s, 3) for role, held in engines.items()},
+            sequences={role: sum(each.num_sequences for each in held) for role, held in engines.items()},
+            kv_bytes={role: sum(each.kv_bytes for each in held) for role, held in engines.items()},
+            pass_age_s={role: round(max(each.pulse.pass_age_s for each in held), 3) for role, held in engines.items()},
             problems=problems,
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+import math
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
@@ -21,31 +23,33 @@ R = TypeVar("R")
 
 @dataclass
 class _Line:
-    """One client's: how many it has under way, and those that wait, the first come first."""
+    """One client's: how many turns it has, and the requests that wait, the first come first, with the turns of each."""
 
     num_running: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    waiting: deque[tuple[asyncio.Future[None], int]] = field(default_factory=deque)
 
 
 class Turns:
-    """At most ``per_client`` of one client at once (None: any number). ``max_waiting`` more wait for their turn."""
+    """At most ``per_client`` turns of one client at once, and ``in_all`` of all clients (None: any number).
 
-    def __init__(self, per_client: int | None, max_waiting: int) -> None:
-        self._per_client, self._max_waiting = per_client, max_waiting
-        self._lines: defaultdict[str, _Line] = defaultdict(_Line)
+    ``max_waiting`` requests of a client wait for theirs. Clients are served in rotation, so that one's hundred requests
+    stand before no other's one. Who asks for more turns than there can be gets as many as there can be.
+    """
 
-    async def take(self, client: str) -> None:
-        """Waits for a turn of ``client``; `give_back` ends it.
+    def __init__(self, per_client: int | None, max_waiting: int, *, in_all: int | None = None) -> None:
+        self._per_client, self._in_all = per_client or math.inf, in_all or math.inf
+        self._max_waiting, self._num_running = max_waiting, 0
+        self._lines: OrderedDict[str, _Line] = OrderedDict()  # who was served least recently first
+
+    async def take(self, client: str, num: int = 1) -> None:
+        """Waits for ``num`` turns of ``client``; `give_back` of as many ends them.
 
         Raises:
             Overloaded: too many of this client's wait already, or no turn came in `LONGEST_WAIT_S` (429).
         """
-        if self._per_client is None:
-            return
-        line = self._lines[client]
-        if line.num_running < self._per_client:
-            line.num_running += 1
-            return
+        line, num = self._lines.setdefault(client, _Line()), self._counted(num)
+        if not line.waiting and self._has_room(line, num):
+            return self._start(client, line, num)
         if len(line.waiting) >= self._max_waiting:
             raise Overloaded(
                 f"{line.num_running} requests of yours are under way and {len(line.waiting)} wait for them: send fewer "
@@ -53,56 +57,74 @@ class Turns:
                 status=429,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.waiting.append(turn)
+        line.waiting.append((turn, num))
         try:
             async with asyncio.timeout(LONGEST_WAIT_S):
-                await self._until(turn, line, client)
+                await self._until(turn, num, client)
         except TimeoutError as error:
-            message = f"no place came free in {LONGEST_WAIT_S:g} s among your own requests: send fewer at once"
+            message = f"no place came free in {LONGEST_WAIT_S:g} s: send fewer requests at once"
             raise Overloaded(message, status=429) from error
 
-    async def _until(self, turn: asyncio.Future[None], line: _Line, client: str) -> None:
+    async def _until(self, turn: asyncio.Future[None], num: int, client: str) -> None:
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                line.waiting.remove(turn)
+                self._lines[client].waiting.remove((turn, num))
+                self._serve()  # who stood behind it may need less
             else:  # the turn came at the moment in which the client left
-                self.give_back(client)
+                self.give_back(client, num)
             raise
 
-    def give_back(self, client: str) -> None:
-        """Ends a turn: the next of ``client`` has it."""
-        if self._per_client is None:
-            return
-        line = self._lines[client]
-        while line.waiting:
-            turn = line.waiting.popleft()
-            if not turn.done():
-                return turn.set_result(None)
-        line.num_running -= 1
-        if not line.num_running:
-            del self._lines[client]
+    def give_back(self, client: str, num: int = 1) -> None:
+        """Ends ``num`` turns; whoever is next has them."""
+        self._lines[client].num_running -= self._counted(num)
+        self._num_running -= self._counted(num)
+        self._serve()
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[None]:
-        """Holds a turn of ``client`` for the block."""
-        await self.take(client)
+    async def turn(self, client: str, num: int = 1) -> AsyncIterator[None]:
+        """Holds ``num`` turns of ``client`` for the block."""
+        await self.take(client, num)
         try:
             yield
         finally:
-            self.give_back(client)
+            self.give_back(client, num)
+
+    def _serve(self) -> None:
+        """Starts what waits, as far as there is room. Who needs more than there is does not hold up the others."""
+        for client in list(self._lines):
+            line = self._lines[client]
+            first = next((wait for wait in line.waiting if not wait[0].done()), None)  # one that is done has given up
+            if first and self._has_room(line, first[1]):
+                line.waiting.remove(first)
+                self._start(client, line, first[1])
+                first[0].set_result(None)
+                return self._serve()
+            if not line.waiting and not line.num_running:
+                del self._lines[client]
+
+    def _start(self, client: str, line: _Line, num: int) -> None:
+        line.num_running += num
+        self._num_running += num
+        self._lines.move_to_end(client)
+
+    def _has_room(self, line: _Line, num: int) -> bool:
+        return line.num_running + num <= self._per_client and self._num_running + num <= self._in_all
+
+    def _counted(self, num: int) -> int:
+        return int(min(num, self._per_client, self._in_all))
 
 
 class FairPool:
-    """``num_threads`` threads that one client cannot fill: of each client one thing is under way at a time.
+    """``num_threads`` threads that one client cannot fill: ``per_client`` things of each are under way at a time.
 
     So the queue before the threads is as long as there are clients, whatever each of them asks for.
     """
 
-    def __init__(self, num_threads: int, name: str, *, max_waiting: int = 256) -> None:
+    def __init__(self, num_threads: int, name: str, *, per_client: int = 1, max_waiting: int = 256) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
-        self._turns = Turns(1, max_waiting)
+        self._turns = Turns(per_client, max_waiting)
 
     async def run(self, client: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """``call`` in a thread. A call that began goes on when its client leaves, and so does that client's turn.
@@ -120,3 +142,14 @@ class FairPool:
         future = self._threads.submit(partial(call, *args, **kwargs))
         future.add_done_callback(ended)
         return await asyncio.wrap_future(future)
+
+    async def steps(self, client: str, items: Iterator[R]) -> AsyncGenerator[R, None]:
+        """The ``items``, each computed as a call of its own, so that long work of one client stands before nobody.
+
+        Who stops asking ends the work behind the item under way.
+
+        Raises:
+            Overloaded: as `run`.
+        """
+        while item := await self.run(client, lambda: list(islice(items, 1))):
+            yield item[0]

@@ -24,7 +24,7 @@ The package deployments adds subclasses of RapidError:
         HostRefused                  host_not_allowed         403   deployments.http.access
         TimedOut                     request_timeout          504   deployments.http.access
         RateLimited                  rate_limit_exceeded      429   deployments.http.rate_limits
-        FileNotStored                file_not_found           404   deployments.files.store
+        FileNotStored                file_not_found           404   deployments.files.records
 
 Where an error is raised it may set another code or status. `retrieval.errors.RetrievalError` is no RapidError: the
 package retrieval works without this one, and the backends turn its error into RetrievalFailed.
@@ -89,8 +89,9 @@ class ContextLengthExceeded(InvalidRequest):
     ) -> None:
         few = "at least " if is_at_least else ""
         super().__init__(
-            f"This model's context is {window} tokens, but {few}{prompt_tokens + max_tokens} were requested: "
-            f"{few}{prompt_tokens} in the prompt and {max_tokens} to generate.",
+            # Clients know this error by its beginning, which is OpenAI's.
+            f"This model's maximum context length is {window} tokens, but {few}{prompt_tokens + max_tokens} were "
+            f"requested: {few}{prompt_tokens} in the prompt and {max_tokens} to generate.",
             param=param,
         )
         self.prompt_tokens = prompt_tokens

@@ -50,6 +50,7 @@ class Transfer:
 class Statistics:
     """Counts and times of one request; times are in milliseconds. docs/openai_api.md defines each field.
 
+    ``confidence`` is the retrieval's, 0 to 1; None where nothing was retrieved from.
     ``queueing`` is the time until the target's engine admitted the sequence.
     ``transport`` is the part of the rounds that is neither drafting nor verification: messages and waiting.
     ``resuming`` is the time to continue on another engine after the target's engine was lost, ``resumed`` times.
@@ -69,6 +70,7 @@ class Statistics:
     cached_tokens: int = 0
     context_tokens: int = 0
     retrieved_tokens: int = 0
+    confidence: float | None = None
     draft_prompt_tokens: int = 0
     chunks: list[dict[str, float]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -171,10 +173,14 @@ class Delta(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a choice. ``reason`` is "stop" (end of sequence or stop string) or "length"."""
+    """The end of a choice. ``reason`` is "stop" (end of sequence or stop string) or "length".
+
+    ``stop`` is the stop string that ended it, or the stop token; None at an end of sequence.
+    """
 
     text: str
     reason: str
     statistics: Statistics
     logprobs: list[TokenLogprobs] = []  # noqa: RUF012 (never changed)
     choice: int = 0
+    stop: str | int | None = None

@@ -99,7 +99,7 @@ async def generate(
         backend.costs = costs
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
-    yield Finish(rest, writer.reason, stats, logprobs)
+    yield Finish(rest, writer.reason, stats, logprobs, stop=writer.stop)
 
 
 def _given_out(session: Session, chosen: ChosenAnswer, total_ms: float) -> Iterator[Delta | Finish]:
@@ -127,11 +127,12 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     if strategy.reads == "retrieved":
         reader = spec.rag_model
         try:
-            prompt = await session.retrieved_prompt() or prompt
+            fits = len(prompt) + (request.max_tokens or 1) <= backend.info(_role(reader)).window
+            prompt = await session.retrieved_prompt(at_any_score=not fits) or prompt
         except RetrievalFailed as error:
             logger.warning("reading the whole context: %s", error.message)
             stats.fallback = error.code
-    role: Role = "drafter" if reader == "drafter" else "target"
+    role = _role(reader)
     max_tokens = _fit(request, prompt, backend.info(role).window)
     session.logits = request.logits.on(request.prompt.tokens, backend.info("target"))
     session.max_new_tokens = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
@@ -155,6 +156,10 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
         at_once = session.by_the_clock and spec.num_draft_tokens == "auto" and not session.transfers_greedily
         await drafter.start(wait=not at_once)
     return target, {drafter.label: drafter for drafter in drafters}, max_tokens
+
+
+def _role(reader: str) -> Role:
+    return "drafter" if reader == "drafter" else "target"
 
 
 def _fit(request: GenerationRequest, prompt: list[int], window: int) -> int:

@@ -21,12 +21,15 @@ class Written(NamedTuple):
 class OutputWriter:
     """Writes one completion of up to ``max_tokens``. ``reason`` says why the output ended; it is None before.
 
+    ``stop`` is the stop string or the stop token that ended it.
+
     The writer cuts the text at a stop string, and discards the tokens behind the one that completes it. It holds back
     the log-probabilities of a token as long as the token's text.
     """
 
     def __init__(self, request: GenerationRequest, eos: frozenset[int], max_tokens: int) -> None:
         self.reason: str | None = None
+        self.stop: str | int | None = None
         self._tokenizer, self._room = request.prompt.tokenizer, max_tokens
         self._stop_tokens = frozenset(request.stop_token_ids)
         self._ends = eos | self._stop_tokens
@@ -41,6 +44,7 @@ class OutputWriter:
             pieces.append("" if token in self._stop_tokens else self._text.push(token))
             if token in self._ends or self._text.stopped:
                 self.reason = "stop"
+                self.stop = token if token in self._stop_tokens else self._text.stopped
                 break
         self._room -= len(pieces)
         if not self._room and self.reason is None:

@@ -14,11 +14,16 @@ process that only names options needs neither.
 
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.errors import RetrievalError
-from retrieval.retriever import IndexProgress, Retrieval, RetrievalOptions, RetrievedChunk, Retriever, TenantOptions
+from retrieval.options import METHODS, Method, RetrievalOptions, TenantOptions
+from retrieval.retriever import IndexProgress, Retrieval, RetrievedChunk, Retriever
+from retrieval.vectors import VECTORS
 
 __all__ = [
+    "METHODS",
+    "VECTORS",
     "Chunk",
     "IndexProgress",
+    "Method",
     "Retrieval",
     "RetrievalError",
     "RetrievalOptions",

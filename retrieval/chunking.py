@@ -1,16 +1,16 @@
 """Cut a document into pieces of a bounded number of tokens, losing nothing.
 
 Pieces end at the best separator within reach: paragraph, line, sentence, clause, word, in that order, in English and in
-Chinese or Japanese punctuation (the order of the code released with arXiv 2502.20330). The document is tokenised once
-to find the offsets of its tokens. Every piece is then tokenised alone, because the model reads it alone, and is cut
-again if it has more tokens alone than inside the document.
+Chinese or Japanese punctuation (the order of the code released with arXiv 2502.20330). The document is tokenised window
+by window to find the offsets of its tokens: those of a whole book would take much memory. Every piece is then tokenised
+alone, because the model reads it alone, and is cut again if it has more tokens alone than inside the document.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 # A cut is made after a match. Runs are matched through a lookbehind rather than as `[.!?]+\s`, which would be quadratic
@@ -25,6 +25,8 @@ _SEPARATORS = tuple(
         r"\s+",
     )
 )
+
+_WINDOW = 65_536  # characters
 
 
 class Tokenizer(Protocol):
@@ -44,28 +46,40 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
-def split(text: str, *, max_tokens: int, tokenizer: Tokenizer) -> list[Chunk]:
+def split(text: str, *, max_tokens: int, tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Cut `text` into chunks of at most `max_tokens` tokens each (no special tokens, no overlap).
 
     The joined chunk texts equal the text, for any string; "" has no chunks. A chunk is longer than `max_tokens` only
-    when it is a single character of that many tokens (an emoji can have four). Time is near linear in the text.
+    when it is a single character of that many tokens (an emoji can have four). Time is near linear in the text, and
+    passes as the chunks are taken.
 
     Raises ValueError when `max_tokens` is less than 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    start, length = 0, _WINDOW
+    while start < len(text):
+        window = text[start : start + length]
+        # The last chunk of a window may end where only the window does, so the next window begins with it.
+        chunks = list(_split_window(window, max_tokens, tokenizer))
+        whole = chunks if start + length >= len(text) else chunks[:-1]
+        for chunk in whole:
+            yield Chunk(start + chunk.start, start + chunk.end, chunk.text, chunk.num_tokens)
+        start += whole[-1].end if whole else 0
+        length = _WINDOW if whole else 2 * length
+
+
+def _split_window(text: str, max_tokens: int, tokenizer: Tokenizer) -> Iterator[Chunk]:
     # Tokenizers refuse lone surrogates, which JSON can contain. For counting, "?" replaces each of them.
     readable = text.encode("utf-8", "replace").decode("utf-8")
     spans = _token_spans(readable, tokenizer)
-    chunks: list[Chunk] = []
     start = first = 0  # `first` is the first token that reaches beyond `start`
     while start < len(text):
         while first < len(spans) and spans[first][1] <= start:
             first += 1
         end, num_tokens = _next_cut(readable, start, spans, first, max_tokens, tokenizer)
-        chunks.append(Chunk(start, end, text[start:end], num_tokens))
+        yield Chunk(start, end, text[start:end], num_tokens)
         start = end
-    return chunks
 
 
 def _next_cut(

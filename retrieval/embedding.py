@@ -10,10 +10,10 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from retrieval.errors import RetrievalError
+from retrieval.sparse import SparseVector, sparse, weighs_words
+from retrieval.vector_cache import VectorCache
 
+Row = TypeVar("Row")
 # Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 _USUAL_TOKENS = 512
 _REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
-_BGE_M3_FILES = ("colbert_linear.pt", "sparse_linear.pt")
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
 
 
@@ -37,10 +39,12 @@ class Embedder:
         name: the model's folder or hub id.
         dimension: length of a vector.
         max_tokens: tokens read of each text, special tokens included; later tokens are ignored.
+        has_sparse: whether the model weighs words itself; else BM25 does.
         run: calls its argument, a forward pass, on the thread where passes must run.
     """
 
-    run: Callable[[Callable[[], NDArray[np.float32]]], NDArray[np.float32]]
+    has_sparse = False
+    run: Callable[[Callable[[], Any]], Any]
 
     def __init__(
         self, name: str, *, tokenizer: Any, forward: Callable[[Any], torch.Tensor], max_tokens: int, device: str
@@ -53,7 +57,7 @@ class Embedder:
         # pass and not for a call, so that a query does not wait for another request's whole document.
         self._lock = threading.Lock()
         self.dimension = self._embed(["dimension"]).shape[1]
-        self._memory = _Memory(self.dimension)
+        self._memory = VectorCache(_REMEMBERED, self.dimension)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one unit vector for each text: [len(texts), dimension].
@@ -61,7 +65,7 @@ class Embedder:
         The vectors of the latest texts are cached by digest, so the next question about a document, and the next turn
         of a chat, embed only new texts.
         """
-        digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts]
+        digests = [_digest(text) for text in texts]
         vectors = self._memory.recall(digests)
         new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in vectors}
         if new:
@@ -75,54 +79,98 @@ class Embedder:
         vector: NDArray[np.float32] = self._embed([query])[0]
         return vector
 
-    @torch.inference_mode()
-    def _pass(self, inputs: Any) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = (
-            torch.nn.functional.normalize(self._forward(inputs).float(), dim=-1).cpu().numpy()
-        )
-        return vectors
+    def sparse(self, texts: Sequence[str]) -> list[SparseVector]:
+        """Return the model's own weight of each token of each text, where it `has_sparse`."""
+        raise NotImplementedError
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = self._each(texts, self._pass)
+        return np.stack(rows)
+
+    def _pass(self, inputs: Any) -> list[NDArray[np.float32]]:
+        return list(torch.nn.functional.normalize(self._forward(inputs).float(), dim=-1).cpu().numpy())
+
+    def _each(self, texts: Sequence[str], compute: Callable[[Any], list[Row]]) -> list[Row]:
+        """Return what `compute` makes of each text; it is given the padded inputs of a few texts at a time."""
         # Tokenizers refuse lone surrogates, which JSON can contain.
         readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         tokens = self._tokenizer(readable, truncation=True, max_length=self.max_tokens)
-        order, vectors = [], []
+        rows: dict[int, Row] = {}
         batch_tokens = _BATCH_TOKENS["cpu" if self._device == "cpu" else "cuda"]
         for batch in _batches([len(ids) for ids in tokens["input_ids"]], batch_tokens):
-            rows = {name: [values[i] for i in batch] for name, values in tokens.items()}
-            inputs = self._tokenizer.pad(rows, padding=True, return_tensors="pt").to(self._device)
+            unpadded = {name: [values[i] for i in batch] for name, values in tokens.items()}
+            inputs = self._tokenizer.pad(unpadded, padding=True, return_tensors="pt").to(self._device)
             with self._lock:
-                vectors.append(self.run(partial(self._pass, inputs)))
-            order += batch
-        embedded: NDArray[np.float32] = np.concatenate(vectors)[np.argsort(order)]
-        return embedded
+                computed = self.run(partial(torch.inference_mode()(compute), inputs))
+            rows.update(zip(batch, computed, strict=True))
+        return [rows[i] for i in range(len(texts))]
 
 
-class _Memory:
-    """The vectors of the most recently used texts, by the texts' digests.
+class BgeM3Embedder(Embedder):
+    """BGE-M3 (arXiv 2402.03216): dense vectors, a weight for each token, and a vector for each token."""
 
-    They lie in one array. As separate small arrays between the large ones of each pass they would fragment the heap:
-    the allocator could neither reuse nor return more and more memory.
-    """
+    has_sparse = True
 
-    def __init__(self, dimension: int) -> None:
-        self._vectors = np.empty((_REMEMBERED, dimension), dtype=np.float32)  # uses memory as it is written
-        self._rows: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
-        self._lock = threading.Lock()
+    def __init__(self, name: str, *, model: Any, **how: Any) -> None:
+        """`model` is FlagEmbedding's, with the heads."""
+        self._model = model
+        self._weights: OrderedDict[bytes, SparseVector] = OrderedDict()  # the least recently used first
+        super().__init__(name, forward=self._dense, **how)
 
-    def recall(self, digests: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Return copies of the cached vectors."""
-        with self._lock:
-            return {digest: self._vectors[self._rows[digest]].copy() for digest in digests if digest in self._rows}
+    def sparse(self, texts: Sequence[str]) -> list[SparseVector]:
+        """Return each text's token weights. Those of texts that were embedded lately are cached."""
+        digests = [_digest(text) for text in texts]
+        found = {digest: weights for digest in digests if (weights := self._weights.get(digest)) is not None}
+        new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in found}
+        if new:
+            found.update(zip(new, self._each(list(new.values()), self._token_weights), strict=True))
+        return [found[digest] for digest in digests]
 
-    def remember(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
-        with self._lock:
-            for digest, vector in vectors.items():
-                if digest not in self._rows:
-                    is_full = len(self._rows) == len(self._vectors)
-                    self._rows[digest] = self._rows.popitem(last=False)[1] if is_full else len(self._rows)
-                    self._vectors[self._rows[digest]] = vector
-                self._rows.move_to_end(digest)
+    def late_interaction(self, query: str, texts: Sequence[str]) -> list[float]:
+        """Return ColBERT's score of each text: for each token of the query the best cosine, on average."""
+        [asked] = self._each([query], self._token_vectors)
+        return [
+            float((asked @ vectors.T).max(dim=1).values.mean()) for vectors in self._each(texts, self._token_vectors)
+        ]
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        both = self._each(texts, self._dense_and_weights)
+        for text, (_, weights) in zip(texts, both, strict=True):
+            self._weights.pop(_digest(text), None)
+            self._weights[_digest(text)] = weights
+        while len(self._weights) > _REMEMBERED:
+            self._weights.popitem(last=False)
+        return np.stack([vector for vector, _ in both])
+
+    def _dense(self, inputs: Any) -> torch.Tensor:
+        dense: torch.Tensor = self._model(inputs, return_dense=True)["dense_vecs"]
+        return dense
+
+    def _dense_and_weights(self, inputs: Any) -> list[tuple[NDArray[np.float32], SparseVector]]:
+        output = self._model(inputs, return_dense=True, return_sparse=True)
+        dense = torch.nn.functional.normalize(output["dense_vecs"].float(), dim=-1).cpu().numpy()
+        return list(zip(dense, self._read_weights(inputs, output), strict=True))
+
+    def _token_weights(self, inputs: Any) -> list[SparseVector]:
+        return self._read_weights(inputs, self._model(inputs, return_dense=False, return_sparse=True))
+
+    def _read_weights(self, inputs: Any, output: Any) -> list[SparseVector]:
+        unused = set(self._tokenizer.all_special_ids)
+        rows = []
+        for ids, weights in zip(inputs["input_ids"].tolist(), output["sparse_vecs"][..., 0].tolist(), strict=True):
+            most: dict[int, float] = {}
+            for token, weight in zip(ids, weights, strict=True):
+                if weight > 0 and token not in unused:
+                    most[token] = max(weight, most.get(token, 0.0))
+            rows.append(sparse(most))
+        return rows
+
+    def _token_vectors(self, inputs: Any) -> list[torch.Tensor]:
+        vectors = self._model(inputs, return_dense=False, return_colbert_vecs=True)["colbert_vecs"].float()
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        return [
+            row[: length - 1] for row, length in zip(vectors.cpu(), lengths, strict=True)
+        ]  # none of the first token
 
 
 def load_embedder(
@@ -135,7 +183,7 @@ def load_embedder(
     """Load an embedding model from a folder or by hub id.
 
     Args:
-        kind: "bge-m3" for BGE-M3 and its fine-tuned copies (the paper's choice; only its dense vectors are used),
+        kind: "bge-m3" for BGE-M3 and its fine-tuned copies (the paper's choice), whose own token weights replace BM25,
             "dense" for any other encoder; "auto" looks for BGE-M3's own files.
         max_tokens: tokens to read of each text; by default the number in the model's files.
         device: "cpu", "cuda" or "cuda:0"; half precision on CUDA.
@@ -149,10 +197,10 @@ def load_embedder(
     # This import takes seconds (it includes training code), and processes that only name options do not need it.
     from FlagEmbedding import BGEM3FlagModel, FlagModel  # type: ignore[import-untyped]
 
-    folder = _folder(str(model))
+    folder = model_folder(str(model))
     settings = {"devices": device, "use_fp16": device.startswith("cuda")}
     if kind == "auto":
-        kind = "bge-m3" if all((folder / name).is_file() for name in _BGE_M3_FILES) else "dense"
+        kind = "bge-m3" if weighs_words(folder) else "dense"
     try:
         if kind == "bge-m3":
             flag = BGEM3FlagModel(str(folder), **settings)
@@ -172,19 +220,36 @@ def load_embedder(
     if max_tokens is not None and not 1 <= max_tokens <= longest:
         raise ValueError(f"max_tokens must be between 1 and {longest} for the model {model}, got {max_tokens}")
 
+    how = {"tokenizer": flag.tokenizer, "max_tokens": max_tokens or length, "device": device}
+    if kind == "bge-m3":
+        return BgeM3Embedder(str(model), model=flag.model, **how)
+
     def forward(inputs: Any) -> torch.Tensor:
-        if kind == "bge-m3":
-            dense: torch.Tensor = flag.model(inputs, return_dense=True)["dense_vecs"]
-            return dense
         pooled: torch.Tensor = flag.pooling(flag.model(**inputs).last_hidden_state, inputs["attention_mask"])
         return pooled
 
-    return Embedder(
-        str(model), tokenizer=flag.tokenizer, forward=forward, max_tokens=max_tokens or length, device=device
-    )
+    return Embedder(str(model), forward=forward, **how)
 
 
-def _folder(model: str) -> Path:
+def load_cross_encoder(name: str) -> tuple[Any, Any]:
+    """Load a cross-encoder from a folder or by hub id: (model, tokenizer). Raises RetrievalError when it is none."""
+    from FlagEmbedding import FlagReranker  # as slow as above
+
+    folder = model_folder(name)
+    try:
+        flag = FlagReranker(str(folder), devices="cpu", use_fp16=False)
+    except Exception as error:  # each file format has its own errors
+        raise RetrievalError(
+            f"the reranker in {folder} cannot be loaded ({type(error).__name__}: {error}). It needs config.json, the "
+            "weights and the tokenizer's files of a sequence classifier with one output."
+        ) from error
+    if flag.model.config.num_labels != 1:
+        raise RetrievalError(f"the model in {folder} has {flag.model.config.num_labels} outputs; a reranker has one")
+    return flag.model, flag.tokenizer
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder of a model, which may be named by its hub id. Raises RetrievalError if it cannot be had."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -194,6 +259,10 @@ def _folder(model: str) -> Path:
             f"no embedding model {model!r}: it is not a folder here, and it cannot be fetched from the hub ({error}). "
             "Give the path of a model folder, or a hub id that this machine can reach or has in its cache."
         ) from error
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def _pooling(folder: Path) -> str:

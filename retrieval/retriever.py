@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.calibration import UNCALIBRATED, Calibration
 from retrieval.chunking import Tokenizer, split
+from retrieval.deadline import TimeLeft
+from retrieval.kept import KeptVectors
+from retrieval.options import RetrievalOptions, TenantOptions
+from retrieval.vectors import VECTORS, ChunkVectors, embed_chunks, embed_query
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
@@ -24,62 +29,18 @@ if TYPE_CHECKING:
 
 _STORE_TIME_S = 10.0  # for all calls of a store's server in one retrieval
 _BATCH = 8  # chunks between two progress reports of `keep`
+_STEP = 32  # chunks that are cut, embedded or reranked in one step of a retrieval
+_LOCKS = 64
 
-
-@dataclass(frozen=True)
-class RetrievalOptions:
-    """How much to keep of a context.
-
-    The budget in tokens for a context of L tokens is max(min(min_tokens, L), L * fraction), rounded up to whole chunks
-    of `chunk_tokens` (paper, section 4.1, where min_tokens is 4096: too much of an 8K window). Chunks that end at a
-    separator are shorter than `chunk_tokens`, and a short message is a chunk by itself. So the budget holds more chunks
-    than the paper counts; it holds exactly as many full chunks.
-
-    Attributes:
-        chunk_tokens: longest chunk, in the target's tokens.
-        threshold: least cosine similarity to the query.
-        min_tokens: budget for any context longer than it.
-        fraction: share of the context that is kept where that is more.
-        max_tokens: a budget that replaces the rule, never exceeded.
-        keep: leave the vectors in the store, so that the same contents need no embedding the next time. Only
-        `Retriever.delete` removes them.
-
-    Raises ValueError naming the field that is out of range.
-    """
-
-    chunk_tokens: int = 512
-    threshold: float = 0.3
-    min_tokens: int = 1024
-    fraction: float = 1 / 24
-    max_tokens: int | None = None
-    keep: bool = False
-
-    def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be between -1 and 1, got {self.threshold}")
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction must be between 0 and 1, got {self.fraction}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, or None, got {self.max_tokens}")
-
-    def budget(self, context_tokens: int) -> int:
-        """Return how many tokens of a context of `context_tokens` may be kept."""
-        if self.max_tokens is not None:
-            return self.max_tokens
-        tokens = max(min(self.min_tokens, context_tokens), context_tokens * self.fraction)
-        return math.ceil(tokens / self.chunk_tokens) * self.chunk_tokens
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RetrievedChunk:
     """A kept chunk: `text` is `contents[content][start:end]`, of `num_tokens` tokens when tokenised alone.
 
-    `position` counts the chunks of all contents in order, from 0 up to `Retrieval.num_chunks`; `score` is the cosine
-    similarity to the query.
+    `position` counts the chunks of all contents in order, from 0 up to `Retrieval.num_chunks`. `score` is the cosine
+    similarity to the query; of a sparse search, its sparse score.
     """
 
     content: int
@@ -95,7 +56,10 @@ class RetrievedChunk:
 class Retrieval:
     """The kept chunks in document order, out of `num_chunks` that were not blank.
 
-    `context_tokens` is the length of the whole context, `retrieved_tokens` that of the kept chunks.
+    `context_tokens` is the length of the whole context, `retrieved_tokens` that of the kept chunks. If no chunk reaches
+    the threshold, `reaches_threshold` is False, and the chunks are the best there are. `confidence`, 0 to 1, is how
+    probable it is that what the query needs is among them (`retrieval.calibration`), if half of all queries are about
+    something else than the context.
     """
 
     chunks: tuple[RetrievedChunk, ...]
@@ -103,6 +67,15 @@ class Retrieval:
     retrieved_tokens: int
     num_chunks: int
     elapsed_ms: float
+    reaches_threshold: bool
+    confidence: float
+
+
+class Search(NamedTuple):
+    """A ranking of chunks by position, best first, and the scores that it and its confidence rest on."""
+
+    order: list[int]
+    scores: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -114,60 +87,195 @@ class IndexProgress:
     num_chunks: int
 
 
-@dataclass(frozen=True)
-class TenantOptions(RetrievalOptions):
-    """The options of one tenant's request: it finds kept vectors of this tenant alone."""
-
-    tenant: str = ""
-
-
 class Retriever:
     """Chunks, embeds, stores, searches and deletes, in one call. Several threads may call it.
 
-    `tokenizer` is the target's: budgets are counted in its tokens.
+    Args:
+        tokenizer: the target's; budgets are counted in its tokens.
+        kept: bounds what requests leave in the store (`RetrievalOptions.keep`); by default it does not outlive this
+            process.
+        calibration: the embedder's.
+        rerank: orders the best chunks anew: (query, texts) → scores (`retrieval.reranking`).
     """
 
-    def __init__(self, embedder: Embedder, store: ChunkStore, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        store: ChunkStore,
+        tokenizer: Tokenizer,
+        kept: KeptVectors | None = None,
+        *,
+        calibration: Calibration = UNCALIBRATED,
+        rerank: Callable[[str, Sequence[str]], list[float]] | None = None,
+    ) -> None:
         self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self._kept = kept or KeptVectors()
+        self._calibration, self._rerank = calibration, rerank
         self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless deleted since
-        self._storing = threading.Lock()
+        # By namespace: who stores or deletes one must not wait for another's whole document.
+        self._storing = [threading.Lock() for _ in range(_LOCKS)]
 
     def retrieve(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Retrieval:
         """Return the chunks of `contents` nearest to `query`, in document order.
 
         The best chunks are taken first, until the budget is spent. If a chunk does not fit any more, the next best one
-        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank or no chunk reaches the
-        threshold.
+        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank.
 
         Raises RetrievalError when the store fails.
         """
+        for step in self.steps(contents, query, options):
+            if step is not None:
+                return step
+        raise AssertionError("the last step is the result")
+
+    def steps(self, contents: Sequence[str], query: str, options: RetrievalOptions) -> Iterator[Retrieval | None]:
+        """`retrieve` in small steps, the last of which is the result. Closing the iterator ends the work."""
         began = time.perf_counter()
-        # A chunk longer than the whole budget could never be kept.
-        chunk_tokens = min(options.chunk_tokens, options.max_tokens or options.chunk_tokens)
+        chunks, context_tokens = yield from self._cut(contents, options)
+        found = yield from self._choose(chunks, context_tokens, query, options)
+        yield replace(found, elapsed_ms=(time.perf_counter() - began) * 1000)
+
+    def retrieve_from(
+        self, chunks: Sequence[RetrievedChunk], context_tokens: int, query: str, options: RetrievalOptions
+    ) -> Retrieval:
+        """`retrieve`, for a context that was cut already: what `chunks` returned."""
+        return _result(self._choose(chunks, context_tokens, query, options))
+
+    def chunks(self, contents: Sequence[str], options: RetrievalOptions) -> tuple[list[RetrievedChunk], int]:
+        """Return the chunks of `contents` that are not blank, and the tokens of all chunks."""
+        return _result(self._cut(contents, options))
+
+    def search(self, chunks: Sequence[RetrievedChunk], query: str, options: RetrievalOptions) -> Search:
+        """Rank `chunks` (from the method `chunks`) by the method of `options`.
+
+        A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
+        share a namespace, which is deleted afterwards.
+
+        Raises RetrievalError when the store fails.
+        """
+        return _result(self._search(chunks, query, options))
+
+    def _cut(
+        self, contents: Sequence[str], options: RetrievalOptions
+    ) -> Generator[None, None, tuple[list[RetrievedChunk], int]]:
         chunks: list[RetrievedChunk] = []
         context_tokens = 0
         for content, text in enumerate(contents):
-            for chunk in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer):
+            for number, chunk in enumerate(split(text, max_tokens=options.longest_chunk, tokenizer=self._tokenizer), 1):
                 context_tokens += chunk.num_tokens
                 if chunk.text.strip():
                     chunks.append(RetrievedChunk(content, len(chunks), *chunk, score=0.0))
+                if number % _STEP == 0:
+                    yield
+        return chunks, context_tokens
+
+    def _choose(
+        self, chunks: Sequence[RetrievedChunk], context_tokens: int, query: str, options: RetrievalOptions
+    ) -> Generator[None, None, Retrieval]:
+        began = time.perf_counter()
+        asks = bool(chunks and query.strip())
+        search = (yield from self._search(chunks, query, options)) if asks else Search([], {})
+        is_sparse = options.method == "sparse"
+        threshold = self._calibration.threshold if options.threshold is None else options.threshold
+        reaching = [i for i in search.order if is_sparse or search.scores.get(i, -1.0) >= threshold]
+        order = reaching if reaching and options.method == "dense" else search.order
+        if asks and not order:  # no chunk has a word of the query
+            order = list(range(len(chunks)))
+        if self._rerank:
+            best, rest = order[: options.rerank_candidates], order[options.rerank_candidates :]
+            scores: dict[int, float] = {}
+            for first in range(0, len(best), _STEP):
+                read = best[first : first + _STEP]
+                scores.update(zip(read, self._rerank(query, [chunks[i].text for i in read]), strict=True))
+                yield
+            order = sorted(best, key=lambda i: -scores[i]) + rest
 
         kept: list[RetrievedChunk] = []
         left = options.budget(context_tokens)
-        if chunks and query.strip():
-            with self._store.within(_STORE_TIME_S):
-                found = self._search(chunks, query, options)
-            for position, score in found:
-                if chunks[position].num_tokens <= left:
-                    left -= chunks[position].num_tokens
-                    kept.append(replace(chunks[position], score=score))
+        for i in order:
+            if chunks[i].num_tokens <= left:
+                left -= chunks[i].num_tokens
+                kept.append(replace(chunks[i], score=search.scores.get(i, 0.0)))
+        confidence = self._calibration.by_words if is_sparse else self._calibration.by_cosine
         return Retrieval(
             chunks=tuple(sorted(kept, key=lambda chunk: chunk.position)),
             context_tokens=context_tokens,
             retrieved_tokens=sum(chunk.num_tokens for chunk in kept),
             num_chunks=len(chunks),
             elapsed_ms=(time.perf_counter() - began) * 1000,
+            reaches_threshold=bool(reaching),
+            confidence=confidence.of([search.scores.get(i, 0.0) for i in range(len(chunks))]) if kept else 0.0,
         )
+
+    def _search(
+        self, chunks: Sequence[RetrievedChunk], query: str, options: RetrievalOptions
+    ) -> Generator[None, None, Search]:
+        tenant, client = (options.tenant, options.client) if isinstance(options, TenantOptions) else ("", "")
+        left = TimeLeft(_STORE_TIME_S)
+        asked = embed_query(self.embedder, query, options.method)
+        passing: list[list[RetrievedChunk]] = []
+        positions: dict[tuple[str, int], list[int]] = defaultdict(list)  # by place: equal contents are kept once
+        temporary = uuid.uuid4().hex
+        done_with = []  # namespaces that are deleted after the search, which may need one that made room for another
+        try:
+            for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
+                group = list(of_content)
+                texts = [chunk.text for chunk in group]
+                namespace = self._kept_namespace(texts, tenant)
+                # An interrupted write leaves fewer points than texts, and is repeated.
+                with self._store.within(left):
+                    is_kept = self._store.count(namespace) == len(group)
+                if not is_kept and options.keep:
+                    removed = self._kept.reserve(namespace, client, self._num_numbers(group))
+                    if removed is not None:
+                        done_with += removed
+                        vectors = yield from self._embed([texts])
+                        with self._changing(namespace), self._store.within(left):
+                            self._store.add(namespace, vectors, keep=True)
+                        is_kept = True
+                if is_kept:
+                    if options.keep:
+                        self._kept.use(namespace)
+                    for i, chunk in enumerate(group):
+                        positions[namespace, i].append(chunk.position)
+                else:
+                    passing.append(group)
+            if passing:
+                words_only = options.method == "sparse"
+                texts_by_content = [[chunk.text for chunk in group] for group in passing]
+                vectors = yield from self._embed(texts_by_content, words_only=words_only)
+                with self._store.within(left):
+                    self._store.add(temporary, vectors)
+                for i, chunk in enumerate(chunk for group in passing for chunk in group):
+                    positions[temporary, i].append(chunk.position)
+            namespaces = list(dict.fromkeys(namespace for namespace, _ in positions))
+            with self._store.within(left):
+                hits = self._store.search(namespaces, asked, limit=len(positions))
+        finally:
+            if passing:
+                self._store.delete(temporary)
+            for old in done_with:
+                self.delete(old)
+        ranked = [(-score, i) for place, score in hits.ranking.items() for i in positions[place]]
+        scores = {i: score for place, score in hits.scores.items() for i in positions[place]}
+        return Search([i for _, i in sorted(ranked)], scores)
+
+    def _embed(self, contents: list[list[str]], *, words_only: bool = False) -> Generator[None, None, ChunkVectors]:
+        """`embed_chunks` in steps."""
+        if words_only and not self.embedder.has_sparse:
+            yield
+            return embed_chunks(self.embedder, contents, words_only=True)
+        texts = [text for content in contents for text in content]
+        vectors = []
+        for first in range(0, len(texts), _STEP):
+            vectors.append(self.embedder.embed(texts[first : first + _STEP]))
+            yield
+        return embed_chunks(self.embedder, contents, dense=np.concatenate(vectors))
+
+    def _num_numbers(self, chunks: Sequence[RetrievedChunk]) -> int:
+        """About how many numbers the vectors of `chunks` have: two dense ones each, and a weight of each token."""
+        num_dense: int = len(chunks) * self.embedder.dimension
+        return 2 * (num_dense + sum(chunk.num_tokens for chunk in chunks))
 
     def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> Iterator[IndexProgress]:
         """Embed `text` and leave its vectors in the store, for every later `retrieve` of `tenant` with that content.
@@ -189,58 +297,39 @@ class Retriever:
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield IndexProgress(namespace, done, len(texts))
-            with self._storing:
+            whole = embed_chunks(self.embedder, [texts], dense=np.concatenate(vectors))
+            with self._changing(namespace):
                 if self._keeping.get(namespace) is not this:
                     return
-                self._store.add(namespace, np.concatenate(vectors), keep=True)
+                self._store.add(namespace, whole, keep=True)
                 del self._keeping[namespace]
             yield IndexProgress(namespace, done, len(texts))
+        self._kept.release(namespace)  # no request's any more: only `delete` removes them
 
     def delete(self, namespace: str) -> None:
         """Delete the kept vectors of `namespace`. Raises RetrievalError when the store fails."""
-        with self._storing:
+        with self._changing(namespace):
             self._keeping.pop(namespace, None)
             self._store.delete(namespace)
+            self._kept.release(namespace)
 
-    def _search(self, chunks: list[RetrievedChunk], query: str, options: RetrievalOptions) -> list[tuple[int, float]]:
-        """Return (position, score) of all `chunks` that reach the threshold, best first.
-
-        A content whose vectors are kept (by `keep`, or by this call) has a namespace of its own. The other contents
-        share a namespace, which is deleted afterwards.
-        """
-        vector = self.embedder.embed_query(query)
-        found: list[tuple[int, float]] = []
-
-        def search(namespace: str, among: list[RetrievedChunk]) -> None:
-            hits = self._store.search(namespace, vector, limit=len(among), threshold=options.threshold)
-            found.extend((among[i].position, score) for i, score in hits)
-
-        tenant = options.tenant if isinstance(options, TenantOptions) else ""
-        passing: list[RetrievedChunk] = []
-        for _, of_content in groupby(chunks, key=lambda chunk: chunk.content):
-            group = list(of_content)
-            texts = [chunk.text for chunk in group]
-            namespace = self._kept_namespace(texts, tenant)
-            # An interrupted write leaves fewer points than texts, and is repeated.
-            is_kept = self._store.count(namespace) == len(group)
-            if options.keep and not is_kept:
-                self._store.add(namespace, self.embedder.embed(texts), keep=True)
-            if options.keep or is_kept:
-                search(namespace, group)
-            else:
-                passing += group
-        if passing:
-            namespace = uuid.uuid4().hex
-            try:
-                self._store.add(namespace, self.embedder.embed([chunk.text for chunk in passing]))
-                search(namespace, passing)
-            finally:
-                self._store.delete(namespace)
-        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
+    def _changing(self, namespace: str) -> threading.Lock:
+        return self._storing[hash(namespace) % _LOCKS]
 
     def _kept_namespace(self, texts: list[str], tenant: str) -> str:
         # The name depends on everything that determines the vectors. So after a change of contents, chunk size,
         # tokenizer or embedder no old vectors are found.
-        identity = json.dumps([self.embedder.name, self.embedder.dimension, self.embedder.max_tokens, texts])
+        made_by = [VECTORS, self.embedder.name, self.embedder.dimension, self.embedder.max_tokens]
+        identity = json.dumps([*made_by, texts])
         identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _result(steps: Generator[None, None, Result]) -> Result:
+    """Take all `steps`, and return what they end with."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result

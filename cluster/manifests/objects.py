@@ -30,8 +30,8 @@ _UPGRADE_PERCENT, _UPGRADE_INTERVAL_S = 25, 60
 def manifests(service: Service) -> list[Json]:
     """All objects of ``service``, in an order in which references point backwards. kubectl chooses their namespace.
 
-    The objects refer to four Secrets that are not among them: ``<name>-redis`` (password), ``huggingface`` (token), and
-    two optional ones, ``<name>-api-keys`` (keys) and ``registry``.
+    The objects refer to five Secrets that are not among them: ``<name>-redis`` (password), ``<name>-qdrant`` (key),
+    ``huggingface`` (token), and two optional ones, ``<name>-api-keys`` (keys) and ``registry``.
     """
     return [
         _model_cache(service),

@@ -81,6 +81,8 @@ def worker_template(service: Service, group: Group) -> Json:
         # Without that Secret the service needs no key.
         {"name": "RAPID_API_KEYS", "valueFrom": secret(f"{service.name}-api-keys", "keys", optional=True)},
     ]
+    if group.name == service.group_of("Retriever"):
+        container["env"].append({"name": "QDRANT_API_KEY", "valueFrom": secret(f"{service.name}-qdrant", "key")})
     if service.needs_hub_token:
         container["env"].append({"name": "HF_TOKEN", "valueFrom": secret("huggingface", "token")})
     container["volumeMounts"].append({"name": "models", "mountPath": MODELS})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.manifests.pods import CONTAINER_SECURITY, Json, labels, pod_security, secret
 
 QDRANT_IMAGE = "qdrant/qdrant:v1.20.0"
-REDIS_IMAGE = "redis:7.4.6-bookworm"
+REDIS_IMAGE = "redis:8.2.10-bookworm"
 QDRANT, REDIS = "qdrant", "redis"
 QDRANT_PORT, REDIS_PORT = 6333, 6379
 
@@ -21,6 +21,7 @@ def qdrant(service: str) -> list[Json]:
         "env": [
             {"name": "QDRANT_INIT_FILE_PATH", "value": "/qdrant/init/.qdrant-initialized"},
             {"name": "QDRANT__TELEMETRY_DISABLED", "value": "true"},
+            {"name": "QDRANT__SERVICE__API_KEY", "valueFrom": secret(f"{service}-qdrant", "key")},
         ],
         "ports": [{"name": "http", "containerPort": QDRANT_PORT}],
         "resources": {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}},
@@ -43,8 +44,10 @@ def redis(service: str) -> list[Json]:
         "image": REDIS_IMAGE,
         "securityContext": dict(CONTAINER_SECURITY),
         "command": ["/bin/sh", "-c"],
+        # Every process of the pod's machine may read arguments, so the password comes on standard input.
         "args": [
-            'exec redis-server --dir /data --appendonly yes --appendfsync always --requirepass "$REDIS_PASSWORD"',
+            "exec redis-server --dir /data --appendonly yes --appendfsync always - <<END\n"
+            'requirepass "$REDIS_PASSWORD"\nEND\n'
         ],
         # redis-cli reads the second variable.
         "env": [{"name": "REDIS_PASSWORD", **password}, {"name": "REDISCLI_AUTH", **password}],

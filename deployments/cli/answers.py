@@ -47,7 +47,7 @@ class Answer(NamedTuple):
         return {
             "text": self.text,
             "finish_reason": self.reason,
-            "usage": usage(self.statistics),
+            "usage": usage([self.statistics]),
             "rapid": rapid_object(self.statistics),
         }
 

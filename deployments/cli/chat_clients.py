@@ -48,7 +48,7 @@ class LocalChatClient:
             async for event in events:
                 yield "" if isinstance(event, Started) else event.text
                 if isinstance(event, Finish):
-                    yield {"usage": usage(event.statistics), "rapid": rapid_object(event.statistics)}
+                    yield {"usage": usage([event.statistics]), "rapid": rapid_object(event.statistics)}
 
 
 class RemoteChatClient:

@@ -27,6 +27,7 @@ from rapid.models.loader import default_device, default_dtype
 from rapid.text.tokenizer import check_same_tokenizer, load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import RetrievalError
+from retrieval.sparse import weighs_words
 from retrieval.store import ChunkStore
 
 PACKAGES = ("torch", "transformers", "ray", "qdrant-client", "llvmlite")
@@ -269,9 +270,11 @@ def _qdrant(config: RetrieverConfig) -> Finding:
     dimension = _dimension(config.embedder)
     if dimension is None:
         return Finding("Qdrant", "warning", f"{config.qdrant_url} was not asked", f"Get {config.embedder} first.")
+    folder = _folder(config.embedder)
+    own = folder is not None and weighs_words(folder)
     key = config.qdrant_api_key.get_secret_value() if config.qdrant_api_key else os.environ.get("QDRANT_API_KEY")
     try:
-        ChunkStore(config.qdrant_url, api_key=key, dimension=dimension).close()
+        ChunkStore(config.qdrant_url, api_key=key, dimension=dimension, idf=not own).close()
     except RetrievalError as error:
         return Finding("Qdrant", "problem", str(error))
     return Finding("Qdrant", "ok", f"{config.qdrant_url} takes vectors of {dimension}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from deployments.cli.calibrate import retrieval
 from deployments.cli.inputs import read_content, read_document
 from deployments.cli.shell_completion import CONFIG, auto, configs, model_names, one_of, rules, strategies
 from deployments.cli.tools import tools
@@ -137,6 +138,9 @@ def generate(
     retrieval_max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to keep, at most.", rich_help_panel="Retrieval")
     ] = None,
+    retrieval_method: Annotated[
+        str | None, typer.Option(help="dense, sparse or hybrid.", rich_help_panel="Retrieval")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Least similarity of a chunk.", rich_help_panel="Retrieval")
     ] = None,
@@ -183,7 +187,11 @@ def generate(
             "draft_cache_tokens": draft_cache_tokens,
             "refresh": refresh,
             "query": query or question,
-            "retrieval": {"max_tokens": retrieval_max_tokens, "threshold": threshold},
+            "retrieval": {
+                "method": retrieval_method,
+                "max_tokens": retrieval_max_tokens,
+                "threshold": threshold,
+            },
         },
     )
     from deployments.cli.terminal import Terminal
@@ -279,3 +287,4 @@ def serve(
 
 
 app.add_typer(tools)
+app.add_typer(retrieval, name="retrieval")

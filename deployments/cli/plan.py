@@ -83,7 +83,7 @@ def shape_of(model: str) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        return ModelShape.from_config(AutoConfig.from_pretrained(model).to_dict())
+        return ModelShape.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model}: its config.json is of no use: {error}") from error
 

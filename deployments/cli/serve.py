@@ -38,6 +38,8 @@ BOUNDED = {
 }
 # What the proxy calls when it starts, so that clients cannot speak to Serve as its own parts do.
 EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.serve.edge:middlewares"}
+# Ray's name for: the processes of a cluster that starts here talk to each other over 127.0.0.1, and listen there alone.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 SERVE = """
 from deployments.serve.worker import without_pandas
 
@@ -120,7 +122,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     """
     console = Console(stderr=True, highlight=False)
     # `serve run` protects a new cluster with Ray's own token; Ray's client reads it when it loads in this mode.
-    environment = BOUNDED | EDGE | health.ENVIRONMENT | os.environ
+    environment = BOUNDED | EDGE | LOOPBACK | health.ENVIRONMENT | os.environ
     without_pandas()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)

@@ -153,6 +153,8 @@ def _prompt_parts(stats: Statistics) -> list[str]:
     parts = [_count(stats.prompt_tokens, "token")]
     if stats.context_tokens:
         parts.append(f"context {stats.context_tokens:,} → {stats.retrieved_tokens:,} retrieved")
+    if stats.confidence is not None:
+        parts.append(f"confidence {stats.confidence:.2f}")
     if stats.draft_prompt_tokens:
         parts.append(f"drafter read {stats.draft_prompt_tokens:,}")
     return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,15 +12,19 @@ from deployments.config import AppConfig
 from deployments.datastores import Datastores
 from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
-from deployments.files.store import PURPOSES, Content, FileNotStored, FileStore, Upload, name_of
+from deployments.files.records import PURPOSES, Content, FileNotStored, Upload, name_of
+from deployments.files.store import FileStore
 from deployments.turns import FairPool
 from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
 from rapid.text.encoding import count
 from rapid.text.prompts import Message, check_length, read_chat
+from retrieval import VECTORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Files(Protocol):
@@ -28,7 +33,9 @@ class Files(Protocol):
     A tenant sees its own files alone: a file that is absent, or another tenant's, raises FileNotStored.
     """
 
-    async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]: ...
+    async def upload(
+        self, tenant: str, filename: str, purpose: str, data: bytes, expires_after_s: int | None = None
+    ) -> dict[str, Any]: ...
     async def list_files(self, tenant: str) -> list[dict[str, Any]]: ...
     async def get(self, tenant: str, file_id: str) -> dict[str, Any]: ...
     async def content(self, tenant: str, file_id: str) -> tuple[str, bytes]: ...
@@ -52,18 +59,24 @@ class LocalFiles:
         datastores: Datastores,
     ) -> None:
         self._config, self._backend, self._tokenizer, self._readers = config, backend, tokenizer, readers
-        self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6)
+        self._store = FileStore(config.files.path, config.files.max_stored_mb * 1e6, config.files.max_files)
+        self._removing: asyncio.Task[None] | None = None
         chunk_tokens = config.retriever.options.chunk_tokens
-        made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}"
+        made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}, {VECTORS}"
         self._indexer = FileIndexer(backend, self._store, datastores, chunk_tokens=chunk_tokens, made_with=made_with)
         self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers, datastores)
 
-    async def upload(self, tenant: str, filename: str, purpose: str, data: bytes) -> dict[str, Any]:
+    async def upload(
+        self, tenant: str, filename: str, purpose: str, data: bytes, expires_after_s: int | None = None
+    ) -> dict[str, Any]:
         """Reads a file and starts to embed it. Bytes that were read before are not read again.
+
+        ``expires_after_s`` later nobody can read it any more; the configuration may say that this is sooner.
 
         Raises:
             InvalidRequest: the file has no readable text, or the tenant has no room for it.
         """
+        self._remove_expired()
         if purpose not in PURPOSES:
             raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
         await asyncio.to_thread(self._store.check_room, tenant, len(data))
@@ -76,16 +89,20 @@ class LocalFiles:
             timeout_s = self._config.files.read_timeout_s
             text, media_type = await extract_text(data, filename, tenant, timeout_s=timeout_s, param="file")
             content = await self._readers.run(tenant, self._describe, text, media_type, salt)
-        upload = await asyncio.to_thread(self._store.put, tenant, filename, purpose, data, text, content)
+        expires_after_s = min(filter(None, (expires_after_s, self._config.files.expire_after_s)), default=None)
+        how = (tenant, filename, purpose, data, text, content, expires_after_s)
+        upload = await asyncio.to_thread(self._store.put, *how)
         self._indexer.retry(name)
         return self._object(upload, self._store.content(name))
 
     async def list_files(self, tenant: str) -> list[dict[str, Any]]:
         """OpenAI's file objects, the oldest first."""
+        self._remove_expired()
         return [self._object(*stored) for stored in await asyncio.to_thread(self._stored, tenant)]
 
     async def get(self, tenant: str, file_id: str) -> dict[str, Any]:
         """OpenAI's file object."""
+        self._remove_expired()
         upload = self._store.upload(tenant, file_id)
         return self._object(upload, self._store.content(upload.content))
 
@@ -143,6 +160,18 @@ class LocalFiles:
             "elapsed_ms": round(prefilled.elapsed_ms, 2),
         }
 
+    def _remove_expired(self) -> None:
+        """Starts to delete what has expired, whoever's it is. What fails is tried again by a later request."""
+        if self._removing is None or self._removing.done():
+            self._removing = asyncio.create_task(self._delete_expired())
+
+    async def _delete_expired(self) -> None:
+        for tenant, file_id in await asyncio.to_thread(self._store.expired):
+            try:
+                await self.delete(tenant, file_id)
+            except Exception as error:
+                logger.warning("an expired file was not deleted", exc_info=error)
+
     def _stored(self, tenant: str) -> list[tuple[Upload, Content]]:
         """The tenant's files, without those that are deleted meanwhile."""
         stored = []
@@ -179,7 +208,7 @@ class LocalFiles:
             "object": "file",
             "bytes": upload.bytes,
             "created_at": upload.created_at,
-            "expires_at": None,
+            "expires_at": upload.expires_at,
             "filename": upload.filename,
             "purpose": upload.purpose,
             "status": "error" if error else "processed" if is_done else "processing",

@@ -14,7 +14,8 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from deployments.datastores import Datastores
-from deployments.files.store import Content, FileNotStored, FileStore
+from deployments.files.records import Content, FileNotStored
+from deployments.files.store import FileStore
 from rapid.backend.protocol import Backend
 from rapid.errors import ModelFileError, RetrievalFailed
 from retrieval import IndexProgress

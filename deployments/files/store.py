@@ -3,6 +3,7 @@
     tenants/<tenant>/<file id>.json  one upload: its name, purpose, and which content it has
     contents/<SHA-256>/original      the bytes as they came; `text` is what was read from them, `state.json` a `Content`
     claims/<SHA-256 of a text>       locked by the process that writes or deletes that text's vectors
+    uses, texts, ending              who has what (`deployments.files.index`)
     lock                             held while a file is added or removed
 
 Every file is written beside its place and renamed, so that no process reads half of it. An upload's record is removed
@@ -10,7 +11,6 @@ last, so that a deletion which broke off can be repeated.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -19,106 +19,81 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from rapid.errors import InvalidRequest, RapidError
+from deployments.files.index import Index
+from deployments.files.records import Content, FileNotStored, Upload, name_of
+from rapid.errors import InvalidRequest
 
-PURPOSES = ("user_data", "assistants")
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
-
-
-class FileNotStored(RapidError):
-    """The file is absent, or belongs to another tenant."""
-
-    _code = "file_not_found"
-    _status = 404
-
-
-@dataclass(frozen=True)
-class Upload:
-    """One tenant's file; ``content`` is the name of its bytes. A file that ``is_going`` can only be deleted.
-
-    ``bytes`` came, and ``stored`` count against the tenant's room: these, and the text that was read from them.
-    """
-
-    id: str
-    filename: str
-    purpose: str
-    bytes: int
-    created_at: int
-    content: str
-    is_going: bool = False
-    stored: int = 0
-
-
-@dataclass(frozen=True)
-class Content:
-    """One content: its text, and how many of its ``chunks`` are ``embedded``.
-
-    ``made_with`` names what the chunks depend on; ``vectors`` is their namespace in the vector store. A content
-    ``is_going`` when every file that has it is. Contents with another ``salt`` are other contents.
-    """
-
-    media_type: str
-    text_sha256: str
-    tokens: int
-    made_with: str = ""
-    vectors: str = ""
-    chunks: int = 0
-    embedded: int = 0
-    is_going: bool = False
-    salt: str = ""
-
-    def is_embedded(self, made_with: str) -> bool:
-        return self.made_with == made_with and self.embedded == self.chunks
-
-
-def name_of(data: bytes, salt: str) -> str:
-    """The name of a content: the same bytes have the same name where they have the same salt."""
-    return hashlib.sha256(salt.encode() + data).hexdigest()
 
 
 class FileStore:
     """The files under ``folder``, which the first upload creates. An absent file raises FileNotStored.
 
-    One tenant's may take ``max_bytes``.
+    One tenant may have ``max_files``, which may take ``max_bytes``.
     """
 
-    def __init__(self, folder: Path, max_bytes: float) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: float, max_files: int) -> None:
+        self._folder, self._max_bytes, self._max_files = folder, max_bytes, max_files
+        self._index = Index(folder)
 
-    def put(self, tenant: str, filename: str, purpose: str, data: bytes, text: str, content: Content) -> Upload:
+    def put(
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        data: bytes,
+        text: str,
+        content: Content,
+        expires_after_s: int | None = None,
+    ) -> Upload:
         """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is.
 
         Raises:
             InvalidRequest: the tenant has no room for it.
         """
-        name = name_of(data, content.salt)
+        name, now = name_of(data, content.salt), int(time.time())
         file_id, stored = f"file-{uuid.uuid4().hex}", len(data) + len(text.encode())
-        upload = Upload(file_id, filename, purpose, len(data), int(time.time()), name, stored=stored)
+        expires_at = None if expires_after_s is None else now + expires_after_s
+        upload = Upload(file_id, filename, purpose, len(data), now, name, stored=stored, expires_at=expires_at)
         with self._locked():  # also while the room is looked at: uploads at once must not have the same room
             self.check_room(tenant, stored)
-            place = self._content(name)
+            self._index.add(name, content.text_sha256, file_id)
             try:
-                self._set(name, replace(self.content(name), is_going=False))
-            except FileNotStored:
-                made = place.with_name(f".{uuid.uuid4().hex}")
-                made.mkdir(parents=True)
-                (made / "original").write_bytes(data)
-                (made / "text").write_text(text, encoding="utf-8", newline="")
-                _write(made / "state.json", asdict(content))
-                shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
-                made.rename(place)
-            _write(self._record(tenant, upload.id), asdict(upload))
+                self._put_content(name, data, text, content)
+                if expires_at is not None:
+                    self._index.ends(expires_at, tenant, file_id)
+                _write(self._record(tenant, file_id), asdict(upload))
+            except OSError:
+                self._index.remove(name, file_id)
+                raise
         return upload
+
+    def _put_content(self, name: str, data: bytes, text: str, content: Content) -> None:
+        place = self._content(name)
+        try:
+            self._set(name, replace(self.content(name), is_going=False))
+        except FileNotStored:
+            made = place.with_name(f".{uuid.uuid4().hex}")
+            made.mkdir(parents=True)
+            (made / "original").write_bytes(data)
+            (made / "text").write_text(text, encoding="utf-8", newline="")
+            _write(made / "state.json", asdict(content))
+            shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
+            made.rename(place)
 
     def check_room(self, tenant: str, num_bytes: int) -> None:
         """
         Raises:
-            InvalidRequest: the tenant's files and ``num_bytes`` more would be above the limit.
+            InvalidRequest: the tenant's files and one of ``num_bytes`` more would be above a limit.
         """
-        stored = sum(max(upload.bytes, upload.stored) for upload in self._uploads(tenant))
+        uploads = self._uploads(tenant)
+        if len(uploads) >= self._max_files:
+            message = f"you may have {self._max_files} files: delete some first (DELETE /v1/files/{{id}})"
+            raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
+        stored = sum(max(upload.bytes, upload.stored) for upload in uploads)
         if stored + num_bytes > self._max_bytes:
             limit = f"{self._max_bytes / 1e6:g} MB"
             message = f"your files and their text may take {limit}: delete some first (DELETE /v1/files/{{id}})"
@@ -138,18 +113,23 @@ class FileStore:
         return found
 
     def readable(self, tenant: str, file_id: str) -> Upload:
-        """One of the tenant's files. Raises FileNotStored also while the file is being deleted."""
+        """One of the tenant's files. Raises FileNotStored also for one that is being deleted, or has expired."""
         upload = self.upload(tenant, file_id)
-        if upload.is_going:
-            raise FileNotStored(f"the file {file_id!r} is being deleted", param="file_id")
+        if upload.is_going or (upload.expires_at is not None and upload.expires_at <= time.time()):
+            raise FileNotStored(f"the file {file_id!r} is being deleted, or has expired", param="file_id")
         return upload
+
+    def expired(self) -> list[tuple[str, str]]:
+        """(tenant, file id) of all expired files that are still there."""
+        return self._index.ended(time.time())
 
     def retire(self, tenant: str, file_id: str) -> str:
         """Begins the deletion of a file, or repeats it. Returns the file's content; no request reads the file now."""
         with self._locked():
             upload = replace(self.upload(tenant, file_id), is_going=True)
             _write(self._record(tenant, file_id), asdict(upload))
-            if upload.content not in self._staying():
+            self._index.retire(upload.content, file_id)
+            if not self._index.is_staying(upload.content):
                 with suppress(FileNotStored):
                     self._set(upload.content, replace(self.content(upload.content), is_going=True))
         return upload.content
@@ -162,8 +142,8 @@ class FileStore:
         """
         with self._locked():
             content = self.content(name)
-            alike = {other for other in self._names() if self.content(other).text_sha256 == content.text_sha256}
-            for other in (staying := alike & self._staying()):
+            alike = [other for other in self._index.contents_with(content.text_sha256) if self._is_stored(other)]
+            for other in (staying := [other for other in alike if self._index.is_staying(other)]):
                 if not self.content(other).vectors:  # it shares them, and has not asked for them yet
                     self._set(other, replace(self.content(other), vectors=content.vectors))
             if staying:
@@ -175,12 +155,18 @@ class FileStore:
     def remove(self, tenant: str, file_id: str) -> None:
         """Ends the deletion of a file. The last file of a content, going or not, takes the bytes and the text along."""
         with self._locked():
-            name = self.upload(tenant, file_id).content
-            if sum(upload.content == name for upload in self._uploads("*")) == 1:
+            upload = self.upload(tenant, file_id)
+            name = upload.content
+            if self._index.is_the_last(name, file_id):
+                with suppress(FileNotStored):
+                    self._index.remove_text(self.content(name).text_sha256, name)
                 # Without its state a content counts as absent, wherever this removal breaks off.
                 (self._content(name) / "state.json").unlink(missing_ok=True)
                 with suppress(FileNotFoundError):
                     shutil.rmtree(self._content(name))
+            self._index.remove(name, file_id)
+            if upload.expires_at is not None:
+                self._index.remove_end(upload.expires_at, tenant, file_id)
             self._record(tenant, file_id).unlink()
 
     def has(self, content: str) -> bool:
@@ -233,6 +219,11 @@ class FileStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            if self._index.is_missing:
+                self._index.build(
+                    ((upload.content, upload.id, upload.is_going) for upload in self._uploads("*")),
+                    ((self.content(name).text_sha256, name) for name in self._names()),
+                )
             yield
 
     def _content(self, name: str) -> Path:
@@ -248,9 +239,8 @@ class FileStore:
     def _names(self) -> list[str]:
         return [path.parent.name for path in self._folder.glob("contents/[0-9a-f]*/state.json")]
 
-    def _staying(self) -> set[str]:
-        """The contents of all files that are not going."""
-        return {upload.content for upload in self._uploads("*") if not upload.is_going}
+    def _is_stored(self, name: str) -> bool:
+        return (self._content(name) / "state.json").is_file()
 
     def _set(self, name: str, content: Content) -> None:
         _write(self._content(name) / "state.json", asdict(content))

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import PUBLIC, AppConfig
 from deployments.http.errors import error_response, is_json, server_sent_error
 from deployments.http.internal_headers import check_headers
+from deployments.http.multipart import is_form
 from deployments.http.rate_limits import HEADERS, Charge, Client, Clients
 from deployments.turns import Turns
 from rapid.errors import InvalidRequest, RapidError
@@ -84,8 +85,7 @@ class _Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        is_form = headers.get("content-type", "").startswith("multipart/form-data")
-        most_mb = self._config.max_body_mb if is_form else self._config.max_json_mb
+        most_mb = self._config.max_body_mb if is_form(headers) else self._config.max_json_mb
         exchange = _Exchange(scope, receive, send, int(most_mb * 1e6))
         scope["rapid.charge"] = charge = Charge(Client())
         try:
@@ -133,13 +133,20 @@ class _Guard:
         address = scope["client"][0] if scope.get("client") else ""
         if not self._keys:
             return self._clients.get(address, PUBLIC)
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not key:  # Anthropic's clients
+            scheme, key = "bearer", headers.get("x-api-key", "")
         digest = hashlib.sha256(key.strip().encode()).digest()
         # Always all keys: the time that this takes must not tell which key is nearly right.
         is_known = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(is_known):
             self._strangers.get(address, PUBLIC).admit()
-            how = "send it as `Authorization: Bearer <key>`" if not key else "it is not one of this server's"
+            how = (
+                "send it as `Authorization: Bearer <key>`, or as `x-api-key`"
+                if not key
+                else "it is not one of this server's"
+            )
             raise InvalidKey(f"an API key is needed: {how}")
         tenant = digest.hex()[:32]
         return self._clients.get(tenant, tenant)
@@ -216,7 +223,7 @@ class _Exchange:
         """Answers with ``error``. An event stream that has begun ends with it; another answer is cut off."""
         self._scope.setdefault("state", {})["error"] = error  # for the log
         if self.started is None:
-            return await error_response(error, headers)(self._scope, self._receive, self.send)
+            return await error_response(error, self._scope["path"], headers)(self._scope, self._receive, self.send)
         if not Headers(raw=self.started["headers"]).get("content-type", "").startswith("text/event-stream"):
             raise error
         end = f"{server_sent_error(error)}data: [DONE]\n\n"

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments.config import AppConfig
 from deployments.http.access import guard
-from deployments.http.errors import handle_errors, read
+from deployments.http.anthropic import MessageWriter, server_sent_message
+from deployments.http.errors import as_chat, handle_errors, read
 from deployments.http.files import add_file_routes
-from deployments.http.openapi import ERRORS, complete, describe_body
+from deployments.http.openapi import ERRORS, Message, TokenCount, complete, describe_body
 from deployments.http.playground import page
-from deployments.http.rate_limits import Charge, charge_of, client_of
+from deployments.http.rate_limits import charge_of, client_of
 from deployments.http.request_log import Middleware, Observer
 from deployments.http.responses import ResponseFormatter, server_sent
+from deployments.http.responses_api import add_response_routes
+from deployments.http.several import answered_together
+from deployments.http.streaming import begun, streamed
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
+from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
-from deployments.schemas.events import Events, Started, usage
+from deployments.schemas.events import Events, usage
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.turns import Turns
 from rapid.errors import ModelNotFound
-from rapid.events import Delta, Finish
 
 if TYPE_CHECKING:
     from deployments.service import Service
@@ -49,26 +54,54 @@ def make_api(
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
     model_name, started = config.model_name, int(time.time())
+    places = Turns(config.max_in_flight, config.target.max_queued, in_all=config.max_admitted)
 
     def check_model(asked: str) -> None:
         if asked != model_name:
             raise ModelNotFound(f"the model {asked!r} is not served here; {model_name!r} is", param="model")
 
-    async def answer(completion: Completion, charge: Charge) -> Response:
+    def events_of(completion: Completion, request: Request) -> Events:
         check_model(completion.model)
-        most_new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
-        events = charge.counted(service.generate(completion, charge.client.tenant), most_new_tokens)
-        return await _answer(completion, observer.generation(completion, events))
+        charge = charge_of(request)
+        new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
+
+        def answer(one: Completion) -> Events:
+            return _admitted(service.generate(one, charge.client.tenant), places, charge.client.name, one.n)
+
+        answers = [partial(answer, one) for one in completion.each()]
+        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.n)
+        events = charge.counted(events, new_tokens * len(answers))
+        return observer.generation(completion, events)
 
     @app.post("/v1/chat/completions", **describe_body(ChatRequest, streams=True))
     async def chat_completions(request: Request) -> Response:
         completion = await read(ChatRequest, request)
-        return await answer(completion, charge_of(request))
+        return await _answer(completion, events_of(completion, request))
 
     @app.post("/v1/completions", **describe_body(TextRequest, streams=True))
     async def completions(request: Request) -> Response:
         completion = await read(TextRequest, request)
-        return await answer(completion, charge_of(request))
+        return await _answer(completion, events_of(completion, request))
+
+    @app.post("/v1/messages", **describe_body(MessagesRequest, streams=True, answer=Message))
+    async def messages(request: Request) -> Response:
+        body = await read(MessagesRequest, request)
+        completion = as_chat(body.chat)
+        events = events_of(completion, request)
+        writer = MessageWriter(completion, body.ignored)
+        if body.stream:
+            return streamed(server_sent_message(writer, await begun(events)))
+        async with aclosing(events):
+            return JSONResponse(writer.whole([event async for event in events]))
+
+    @app.post("/v1/messages/count_tokens", **describe_body(CountTokens, answer=TokenCount))
+    async def count_tokens(request: Request) -> TokenCount:
+        chat = as_chat((await read(CountTokens, request)).chat)
+        check_model(chat.model)
+        counted = TokenizeRequest(messages=chat.messages, tools=chat.tools)
+        return TokenCount(input_tokens=(await service.tokenize(counted, client_of(request).tenant)).count)
+
+    add_response_routes(app, config, service, events_of)
 
     async def model() -> dict[str, Any]:
         return {
@@ -85,6 +118,8 @@ def make_api(
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def one_model(name: str) -> dict[str, Any]:
+        if not name:  # of a client that ends addresses with a slash
+            return await models()
         check_model(name)
         return await model()
 
@@ -117,24 +152,17 @@ def make_api(
     return app
 
 
-async def _answer(completion: Completion, events: Events) -> Response:
-    # The first tokens come before the headers, so that an error in the request gets its own status.
-    started, first = await anext(events), await anext(events)
-    assert isinstance(started, Started) and not isinstance(first, Started)
-    formatter = ResponseFormatter(completion, started)
-    written = _written(first, events)
-    if completion.stream:
-        stream = server_sent(formatter, written)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    async with aclosing(written):
-        body = formatter.whole([event async for event in written])
-    return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
-
-
-async def _written(first: Delta | Finish, rest: Events) -> AsyncGenerator[Delta | Finish, None]:
-    """``first`` and the ``rest`` of the events after `Started`. Closing the generator closes ``rest``."""
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            assert not isinstance(event, Started)
+async def _admitted(events: Events, places: Turns, client: str, num_choices: int) -> Events:
+    """``events``, which begin when ``client`` has a place for each choice."""
+    async with places.turn(client, num_choices), aclosing(events):
+        async for event in events:
             yield event
+
+
+async def _answer(completion: Completion, events: Events) -> Response:
+    formatter = ResponseFormatter(completion)
+    if completion.stream:
+        return streamed(server_sent(formatter, await begun(events)))
+    async with aclosing(events):
+        body = formatter.whole([event async for event in events])
+    return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})

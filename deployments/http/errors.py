@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,11 +21,13 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from deployments.schemas.body import BELONGS
+from deployments.schemas.completions import ChatRequest
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
 
 LONGEST_RETRY_S = 5
+_MOST_UNPACKED = 10  # times as large as it was packed, which text hardly is
 _SMALL_BODY = 2**16  # bytes that are parsed sooner than a thread has begun
 _parsers = ThreadPoolExecutor(2, thread_name_prefix="parse")
 
@@ -43,6 +47,14 @@ def error_object(error: RapidError) -> dict[str, Any]:
     }
 
 
+def anthropic_error(error: RapidError) -> dict[str, Any]:
+    """The same in Anthropic's form."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+             429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
 def as_rapid_error(error: Exception) -> RapidError:
     """``error`` where it is a RapidError; else an internal error, which tells a client no details."""
     if isinstance(error, RapidError):
@@ -50,13 +62,17 @@ def as_rapid_error(error: Exception) -> RapidError:
     return RapidError("internal error; the server's log has the details")
 
 
-def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The whole answer to a request that failed."""
+def error_response(error: Exception, path: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The whole answer to a request of ``path`` that failed."""
     shown = as_rapid_error(error)
     # Clients that were refused together must not come back together.
     after_s = getattr(shown, "retry_after", None) or random.randint(1, LONGEST_RETRY_S)
     retry = {"Retry-After": str(after_s)} if shown.status in (429, 503) else {}
-    return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
+    return JSONResponse(_object_of(path, shown), status_code=shown.status, headers=retry | (headers or {}))
+
+
+def _object_of(path: str, error: RapidError) -> dict[str, Any]:
+    return anthropic_error(error) if path.startswith("/v1/messages") else error_object(error)
 
 
 def server_sent_error(error: Exception) -> str:
@@ -66,7 +82,7 @@ def server_sent_error(error: Exception) -> str:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     request.state.error = error  # for the log
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -74,7 +90,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
     shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
     headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
-    return JSONResponse(error_object(shown), status_code=error.status_code, headers=headers)
+    return JSONResponse(_object_of(request.url.path, shown), status_code=error.status_code, headers=headers)
 
 
 def _methods(request: Request) -> str:
@@ -112,10 +128,34 @@ async def read(kind: type[T], request: Request) -> T:
     if not is_json(request.headers):
         message = "the body must be JSON: send the header `Content-Type: application/json`"
         raise InvalidRequest(message, code="unsupported_media_type", status=415)
-    body = await request.body()
+    body = _unpacked(await request.body(), request.headers.get("content-encoding", "identity").strip().lower())
     if len(body) <= _SMALL_BODY:
         return parse(kind, body)
     return await asyncio.get_running_loop().run_in_executor(_parsers, parse, kind, body)
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """``body`` as it was before the client compressed it.
+
+    Raises:
+        InvalidRequest: the encoding is neither gzip nor none (415), the body is not what it says, or it grows beyond
+            `_MOST_UNPACKED` times its size and a small body (413).
+    """
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip"):
+        message = f"Content-Encoding {encoding[:64]} is not read here; gzip is"
+        raise InvalidRequest(message, code="unsupported_media_type", status=415)
+    unpacker, most = zlib.decompressobj(wbits=31), max(_SMALL_BODY, _MOST_UNPACKED * len(body))
+    try:
+        unpacked = unpacker.decompress(body, most)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is not gzip: {error}", code="invalid_json") from error
+    if unpacker.unconsumed_tail:
+        raise InvalidRequest(f"the body unpacks to more than {most} bytes", code="request_too_large", status=413)
+    if not unpacker.eof:
+        raise InvalidRequest("the gzip body ends before its end", code="invalid_json")
+    return unpacked
 
 
 def is_json(headers: Headers) -> bool:
@@ -144,6 +184,19 @@ def parse(kind: type[T], body: bytes) -> T:
     said = " or ".join(dict.fromkeys(_in_words(wrong) for field, wrong in of_it if field == path))
     name = ".".join(path) or None
     raise InvalidRequest(f"{name}: {said}" if name else said, param=name)
+
+
+def as_chat(make: Callable[[], ChatRequest]) -> ChatRequest:
+    """The chat that ``make`` makes of another body.
+
+    Raises:
+        InvalidRequest: its fields do not go together.
+    """
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def _field(wrong: Any, sent: Any) -> list[str]:

@@ -7,9 +7,10 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
-from deployments.files.store import PURPOSES
+from deployments.files.records import PURPOSES
+from deployments.http.multipart import form, is_form
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import charge_of, client_of
 from rapid.errors import InvalidRequest
@@ -17,17 +18,20 @@ from rapid.errors import InvalidRequest
 if TYPE_CHECKING:
     from deployments.files.files import Files
 
+_LEAST_S, _MOST_S = 3_600, 2_592_000  # until a file expires, as OpenAI has it
 # The route reads the form itself: a file may be large, and errors have OpenAI's shape.
-_FORM = {
+_FORM: dict[str, Any] = {
     "type": "object",
     "properties": {
         "file": {"type": "string", "format": "binary"},
         "purpose": {"type": "string", "enum": list(PURPOSES), "default": PURPOSES[0]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": _LEAST_S, "maximum": _MOST_S},
     },
     "required": ["file"],
     "additionalProperties": False,
 }
-_TAKES_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+_TAKES_FORM: dict[str, Any] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
 
 def add_file_routes(app: FastAPI, files: Files) -> None:
@@ -35,17 +39,17 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
 
     @app.post("/v1/files", responses=ERRORS, openapi_extra=_TAKES_FORM)
     async def upload(request: Request) -> dict[str, Any]:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not is_form(request.headers):
             message = "a file comes as multipart/form-data with the fields `file` and `purpose`"
             raise InvalidRequest(message, code="unsupported_media_type", status=415)
-        async with request.form(max_files=1, max_fields=8) as form:
-            if unknown := form.keys() - {"file", "purpose"}:
+        async with form(request, max_fields=8) as fields:
+            if unknown := fields.keys() - _FORM["properties"].keys():
                 raise InvalidRequest(f"{min(unknown)}: unknown field", param=min(unknown))
-            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
+            file, purpose = fields.get("file"), fields.get("purpose", PURPOSES[0])
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a field `file` with a file in it", param="file")
             stored = await files.upload(
-                client_of(request).tenant, file.filename or "file", str(purpose), await file.read()
+                client_of(request).tenant, file.filename or "file", str(purpose), await file.read(), _expiry(fields)
             )
             charge_of(request).settle(stored["rapid"]["tokens"])
             return stored
@@ -95,3 +99,20 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
         warmed = await files.warm(client_of(request).tenant, file_id)
         charge_of(request).settle(warmed["prompt_tokens"])
         return warmed
+
+
+def _expiry(fields: FormData) -> int | None:
+    """After how many seconds the upload is to expire, if it says so.
+
+    Raises:
+        InvalidRequest: only one of the two fields is there, or it is wrong.
+    """
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidRequest('a file expires after its "created_at"', param="expires_after[anchor]")
+    if not str(seconds).isdecimal() or not _LEAST_S <= int(str(seconds)[:9]) <= _MOST_S:
+        limits = f"give {_LEAST_S} to {_MOST_S} seconds"
+        raise InvalidRequest(limits, param="expires_after[seconds]")
+    return int(str(seconds))

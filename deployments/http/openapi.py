@@ -59,6 +59,39 @@ class Answer(BaseModel):
     rapid: Statistics
 
 
+class Message(BaseModel):
+    """An answer of `/v1/messages`, Anthropic's with a `rapid` object more."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    type: str
+    role: str
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, int]
+    rapid: Statistics
+
+
+class ResponseObject(BaseModel):
+    """An answer of `/v1/responses`, OpenAI's with a `rapid` object more."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    rapid: Statistics
+
+
+class TokenCount(BaseModel):
+    """What a message would have as its prompt."""
+
+    input_tokens: int
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many (429)"},
     503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},

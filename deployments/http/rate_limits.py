@@ -120,9 +120,9 @@ class Charge:
         self.num_tokens = num_tokens
 
     async def counted(self, events: Events, most_new_tokens: int) -> Events:
-        """``events``, for which the prompt and ``most_new_tokens`` are reserved when the prompt is known.
+        """``events``, for which the prompts and ``most_new_tokens`` are reserved when a prompt is known.
 
-        In the end the prompt and what was written count. A request that the service had no place for costs nothing;
+        In the end the prompts and what was written count. A request that the service had no place for costs nothing;
         one that was refused for what it is costs what had been read of it.
 
         Raises:
@@ -134,8 +134,8 @@ class Charge:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Started):
-                        self.reserve(event.prompt_tokens + most_new_tokens)
-                        prompt_tokens = event.prompt_tokens
+                        prompt_tokens = (prompt_tokens or 0) + event.prompt_tokens
+                        self.reserve(prompt_tokens + most_new_tokens)
                     elif isinstance(event, Delta):
                         num_written += len(event.tokens)
                     yield event

@@ -145,7 +145,13 @@ class Middleware:
         observed = _Observed(request_id)
         _observed.set(observed)
 
+        is_head = scope["method"] == "HEAD"
+        if is_head:  # what GET answers, without the body; FastAPI's routes know no HEAD
+            scope = {**scope, "method": "GET"}
+
         async def watch(message: Message) -> None:
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 observed.status = message["status"]
                 if self._returns_id:
@@ -163,7 +169,7 @@ class Middleware:
             observed.error = error
             if observed.status is not None:
                 raise
-            await error_response(error)(scope, receive, watch)
+            await error_response(error, scope["path"])(scope, receive, watch)
         finally:
             observed.error = observed.error or scope.get("state", {}).get("error")
             self._ended(scope, observed)

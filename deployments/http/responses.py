@@ -26,6 +26,7 @@ class Choice:
         self.has_logprobs = completion.num_logprobs is not None
         self._calls = CallReader(completion.tools_in_use, started.calls) if started.calls else None
         self._called: list[dict[str, Any]] = []
+        self._is_legacy = isinstance(completion, ChatRequest) and bool(completion.functions)
         self._offset, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("ignore")
         self._traced: list[dict[str, float]] = []  # the chunks that the trace has named
         self.statistics: Statistics | None = None  # at the end
@@ -45,12 +46,17 @@ class Choice:
         changed, self._traced = delta.chunks if delta.chunks != self._traced else None, delta.chunks
         return {"rapid_round": round_object(delta, changed)}
 
-    def calls(self) -> list[dict[str, Any]]:
-        """The calls; empty before the end of the choice."""
-        return self._called
+    def calls(self, *, in_stream: bool = False) -> dict[str, Any]:
+        """The calls as fields of a message, or of a stream's delta; empty before the end of the choice."""
+        if not self._called:
+            return {}
+        if self._is_legacy:
+            return {"function_call": self._called[0]["function"]}
+        return {"tool_calls": [{"index": i, **call} if in_stream else call for i, call in enumerate(self._called)]}
 
     def reason(self, finish: Finish) -> str:
-        return "tool_calls" if self._called and finish.reason == "stop" else finish.reason
+        called = "function_call" if self._is_legacy else "tool_calls"
+        return called if self._called and finish.reason == "stop" else finish.reason
 
     def logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         """``entries`` in the endpoint's form; None where the request asks for none."""
@@ -89,61 +95,79 @@ class ResponseFormatter:
     With n = 1 the `rapid` object belongs to the answer, on the last chunk of a stream; else each choice has its own.
     """
 
-    def __init__(self, completion: Completion, started: Started) -> None:
-        self.completion, self._echoed = completion, started.echoed
+    def __init__(self, completion: Completion) -> None:
+        self.completion = completion
         self.is_chat = isinstance(completion, ChatRequest)
-        self.choices = [Choice(completion, started) for _ in range(completion.n)]
+        self.choices: dict[int, Choice] = {}  # of the prompts that are known to be read
+        self._num_choices = completion.n * completion.num_prompts
+        self._echoed: dict[int, str] = {}
+        self._num_read = self._num_written = 0
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
 
     @property
-    def statistics(self) -> list[Statistics]:
-        return [choice.statistics for choice in self.choices if choice.statistics is not None]
+    def statistics(self) -> list[list[Statistics]]:
+        """Of the choices that have ended, by prompt."""
+        n = self.completion.n
+        ended = {i: choice.statistics for i, choice in sorted(self.choices.items()) if choice.statistics is not None}
+        return [
+            own for p in range(self.completion.num_prompts) if (own := [s for i, s in ended.items() if i // n == p])
+        ]
 
     @property
     def is_finished(self) -> bool:
         """Whether every choice has ended."""
-        return len(self.statistics) == len(self.choices)
+        return sum(map(len, self.statistics)) == self._num_choices
 
-    def first_chunks(self) -> list[dict[str, Any]]:
-        """The chunks before any text: the role of a chat, the echoed prompt of a completion."""
-        indices = range(len(self.choices))
+    def begin(self, started: Started) -> list[dict[str, Any]]:
+        """The chunks before any text of a prompt's choices: the role of a chat, the echoed prompt of a completion."""
+        n = self.completion.n
+        indices = range(started.prompt * n, (started.prompt + 1) * n)
+        self.choices |= {i: Choice(self.completion, started) for i in indices}
+        self._echoed |= dict.fromkeys(indices, started.echoed)
+        self._num_read += started.prompt_tokens
         if self.is_chat:
             return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}) for i in indices]
-        return [self._chunk(i, {"text": self._echoed, "logprobs": None}) for i in indices if self._echoed]
+        return [self._chunk(i, {"text": started.echoed, "logprobs": None}) for i in indices if started.echoed]
 
-    def chunks(self, event: Delta | Finish) -> list[dict[str, Any]]:
+    def chunks(self, event: Started | Delta | Finish) -> list[dict[str, Any]]:
         """The chunks of a stream for ``event``."""
+        if isinstance(event, Started):
+            return self.begin(event)
         index, choice = event.choice, self.choices[event.choice]
+        self._num_written += len(event.tokens) if isinstance(event, Delta) else 0
         text, logprobs = choice.text_of(event), choice.logprobs(event.logprobs)
         sent = []
         traced = choice.round(event) if isinstance(event, Delta) and self.completion.rapid.trace else {}
         if text or event.logprobs or traced:
             sent.append(self._part(index, text, logprobs) | traced)
         if isinstance(event, Finish):
-            if calls := choice.calls():
-                delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
-                sent.append(self._chunk(index, {"delta": delta, "logprobs": None}))
+            if calls := choice.calls(in_stream=True):
+                sent.append(self._chunk(index, {"delta": calls, "logprobs": None}))
             sent.append(self._part(index, "", None, choice.reason(event), event.statistics))
         return sent
 
-    def whole(self, events: list[Delta | Finish]) -> dict[str, Any]:
+    def whole(self, events: list[Started | Delta | Finish]) -> dict[str, Any]:
         """The whole answer. The ``events`` of each choice are in order."""
-        return self._body("chat.completion" if self.is_chat else "text_completion", *map(self._whole, self._by(events)))
-
-    def _by(self, events: list[Delta | Finish]) -> list[list[Delta | Finish]]:
-        return [[event for event in events if event.choice == i] for i in range(len(self.choices))]
+        by_choice: dict[int, list[Delta | Finish]] = {i: [] for i in range(self._num_choices)}
+        for event in events:
+            if isinstance(event, Started):
+                self.begin(event)
+            else:
+                by_choice[event.choice].append(event)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._body(kind, *map(self._whole, by_choice.values()))
 
     def _whole(self, events: list[Delta | Finish]) -> dict[str, Any]:
         finish = events[-1]
         assert isinstance(finish, Finish)
         choice = self.choices[finish.choice]
         text = "".join(choice.text_of(event) for event in events)
-        shown: dict[str, Any] = {"text": self._echoed + text}
+        shown: dict[str, Any] = {"text": self._echoed[finish.choice] + text}
         if self.is_chat:
             calls = choice.calls()
             message = {"role": "assistant", "content": text if text or not calls else None}
-            shown = {"message": message | ({"tool_calls": calls} if calls else {})}
+            shown = {"message": message | calls}
         shown["logprobs"] = choice.logprobs([entry for event in events for entry in event.logprobs])
         return self._choice(finish.choice, shown, choice.reason(finish), finish.statistics)
 
@@ -158,7 +182,7 @@ class ResponseFormatter:
         self, index: int, shown: dict[str, Any], reason: str | None, own: Statistics | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, **shown, "finish_reason": reason}
-        return choice | ({"rapid": rapid_object(own)} if own and len(self.choices) > 1 else {})
+        return choice | ({"rapid": self._rapid(own)} if own and self._num_choices > 1 else {})
 
     def _body(self, kind: str, *choices: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -173,36 +197,47 @@ class ResponseFormatter:
     def _kind_of_chunk(self) -> str:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
+    def usage_so_far(self) -> dict[str, int]:
+        """The usage while the answer is written."""
+        read, written = self._num_read, self._num_written
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream whose `stream_options` ask for the usage."""
         return self._body(self._kind_of_chunk) | {"usage": usage(*self.statistics)} | self.summary()
 
     def summary(self) -> dict[str, Any]:
         """The `rapid` object of an answer with one choice."""
-        return {"rapid": rapid_object(self.statistics[0])} if len(self.choices) == 1 else {}
+        return {"rapid": self._rapid(self.statistics[0][0])} if self._num_choices == 1 else {}
+
+    def _rapid(self, own: Statistics) -> dict[str, Any]:
+        return rapid_object(own) | {"ignored": self.completion.ignored}
 
 
 async def server_sent(
-    formatter: ResponseFormatter, events: AsyncGenerator[Delta | Finish, None]
+    formatter: ResponseFormatter, events: AsyncGenerator[Started | Delta | Finish | None, None]
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events. The `rapid` object is on the last chunk."""
-    include_usage = formatter.completion.stream_options.include_usage
+    """The answer as server-sent events, with a comment for each None. The `rapid` object is on the last chunk."""
+    options = formatter.completion.stream_options
 
     def sent(body: dict[str, Any]) -> str:
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        more = {}
+        if options.include_usage and "usage" not in body:
+            more = {"usage": formatter.usage_so_far() if options.continuous_usage_stats else None}
+        return f"data: {json.dumps(body | more, ensure_ascii=False)}\n\n"
 
-    more = {"usage": None} if include_usage else {}
     try:
-        for chunk in formatter.first_chunks():
-            yield sent(chunk | more)
         async with aclosing(events):
             async for event in events:
+                if event is None:
+                    yield ": keep-alive\n\n"
+                    continue
                 chunks = formatter.chunks(event)
-                if formatter.is_finished and not include_usage:
+                if formatter.is_finished and not options.include_usage:
                     chunks[-1] |= formatter.summary()
                 for chunk in chunks:
-                    yield sent(chunk | more)
-        if include_usage:
+                    yield sent(chunk)
+        if options.include_usage:
             yield sent(formatter.usage_chunk())
     except asyncio.CancelledError:
         raise

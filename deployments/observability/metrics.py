@@ -43,7 +43,8 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[str], list[float]]] = {
     "prefill_seconds": ("Reading the prompt", ("role",), _SECONDS),
     "retrieval_seconds": ("Retrieving: chunk, embed, store, search", (), _SECONDS),
     "answer_score": ("Score of each answer that speculative_rag drafted", (), _SCORES),
-    "retrieval_score": ("Cosine similarity to the query of each chunk that was kept", (), _SCORES),
+    "retrieval_score": ("Score of each chunk that was kept: its cosine similarity to the query", (), _SCORES),
+    "retrieval_confidence": ("How probably what was retrieved holds what the query needs", (), _SCORES),
 }
 GAUGES = {"num_requests_running": "HTTP requests that are being answered"}
 
@@ -122,6 +123,8 @@ class RequestMetrics:
             self._observe("prefill_seconds", seconds["draft_prefill"], "drafter")
         if seconds["retrieval"]:
             self._observe("retrieval_seconds", seconds["retrieval"])
+        if stats.confidence is not None:
+            self._observe("retrieval_confidence", stats.confidence)
         for chunk in stats.chunks:
             self._observe("retrieval_score", chunk["score"])
         for answer in stats.answers:

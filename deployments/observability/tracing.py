@@ -110,6 +110,7 @@ class TracedBackend:
             attributes: dict[str, Any] = {
                 "rapid.context_tokens": retrieval.context_tokens,
                 "rapid.retrieved_tokens": retrieval.retrieved_tokens,
+                "rapid.confidence": retrieval.confidence,
                 "rapid.scores": [chunk.score for chunk in retrieval.chunks],
             }
             span.set_attributes(attributes)

@@ -1,10 +1,19 @@
 """The base of all bodies that clients send: it is strict, bounded in what it says of its errors, and null is absent."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from deployments.schemas.ignored import NOTHING, Ignorable, fault
 
 BELONGS = "belongs"
 MAX_NAME = 256  # characters of a name
@@ -25,19 +34,50 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    ignores: ClassVar[Ignorable] = NOTHING  # fields that have no effect (`deployments.schemas.ignored`)
+    limits: ClassVar[frozenset[str]] = frozenset()  # fields in which -1 means that there is no limit
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
+    def _null_is_absent(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict):
-            return data
+            return handler(data)
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        if unknown := next((name for name in data if name not in known), None):
-            raise wrong(unknown[:MAX_NAME], "unknown field")
-        return {k: v for k, v in data.items() if v is not None}
+        kept, ignored = {}, []
+        for name, value in data.items():
+            if name in known:
+                if value is not None and not (name in cls.limits and value == -1):
+                    kept[name] = value
+            elif name not in cls.ignores:
+                raise wrong(name[:MAX_NAME], "unknown field")
+            elif value is not None:
+                if why := fault(name, value, cls.ignores[name]):
+                    raise wrong(name, why)
+                ignored.append(name)
+        body = handler(kept)
+        body._ignored = ignored
+        return body
+
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that the client sent and that have no effect, here and in what this body holds."""
+        inner = {
+            f"{name}.{field}": None
+            for name in self.model_fields_set
+            for item in _listed(getattr(self, name))
+            if isinstance(item, Body)
+            for field in item.ignored
+        }
+        return sorted([*self._ignored, *inner])
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named fields that the client sent."""
         return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)

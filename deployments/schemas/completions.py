@@ -1,35 +1,48 @@
 """The bodies of completions, OpenAI's with a `rapid` object more, and the request that they make for the decode loop.
 
 Every field is strict: a field that is unknown, or of the wrong type, is refused by name. Null counts as absent, since
-clients send it for fields that they leave out.
+clients send it for fields that they leave out, and so does -1 where other servers mean "without a limit" by it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.config import AppConfig
+from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, MAX_TOKENS, AtMost, Body, wrong
 from deployments.schemas.messages import ChatMessage, FilePart, read_messages
-from deployments.schemas.response_format import ResponseFormat
+from deployments.schemas.response_format import ResponseFormat, StructuredOutputs
 from deployments.schemas.tokenize import MAX_WINDOWS
-from deployments.schemas.tools import Tool, ToolChoice, call_format, call_grammar
+from deployments.schemas.tools import (
+    Function,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    call_format,
+    call_grammar,
+)
 from rapid.errors import InvalidRequest
 from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
 from rapid.speculation.params import NUM_ANSWER_CHUNKS, SpeculationParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 from rapid.text.prompts import Prompt, read_text
+from retrieval import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOGPROBS, MAX_STOPS = 20, 64
+MAX_CHUNKS = 8192  # of a context, about: each costs a forward pass of the embedder
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's until 0.11
+_FORMS = ("response_format", "structured_outputs", *_GUIDED)
 
 
 def _listed(summaries: Mapping[str, str]) -> str:
@@ -39,9 +52,11 @@ def _listed(summaries: Mapping[str, str]) -> str:
 class RetrievalFields(Body):
     """`rapid.retrieval`: overrides of the configured retrieval options."""
 
-    max_tokens: int | None = Field(None, ge=1)
+    method: Method | None = None
+    max_tokens: int | None = Field(None, ge=16, description="no chunk is longer")
     threshold: float | None = Field(None, ge=-1, le=1)
     chunk_tokens: int | None = Field(None, ge=16, description="each is embedded: small ones cost as much as large ones")
+    rerank_candidates: int | None = Field(None, ge=1, le=256)
     keep: bool | None = None
 
 
@@ -67,11 +82,23 @@ class RapidFields(Body):
 
 
 class StreamOptions(Body):
+    ignores = ignored.STREAM_OPTIONS
+
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="with include_usage: the usage so far on every chunk")
+
+    @model_validator(mode="after")
+    def _usage_of_what(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise wrong("continuous_usage_stats", "needs include_usage to be true")
+        return self
 
 
 class Completion(Body):
     """The fields that both endpoints take."""
+
+    ignores = ignored.COMPLETION
+    limits = frozenset(("max_tokens", "max_completion_tokens", "top_k"))
 
     model: str = Field(max_length=MAX_NAME)
     stream: bool = False
@@ -93,6 +120,14 @@ class Completion(Body):
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's; or one of the guided_… fields")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], AtMost(1024)] | None = None
+    guided_grammar: str | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=1, description="the target reads the prompt's last tokens, and no more of them"
+    )
     user: str | None = None
     rapid: RapidFields = RapidFields()
 
@@ -101,6 +136,13 @@ class Completion(Body):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > MAX_STOPS or not all(stop):
             raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Completion:
+        forms = [name for name in _FORMS if name in self.model_fields_set]
+        if len(forms) > 1:
+            raise wrong(forms[1], f"goes without {forms[0]}")
         return self
 
     @model_validator(mode="after")
@@ -120,6 +162,14 @@ class Completion(Body):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens come with each token; None where no log-probabilities are asked for."""
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    def each(self) -> Sequence[Completion]:
+        """For each prompt a completion of its own."""
+        return [self]
 
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The part of the prompt that is repeated before the answer."""
@@ -151,7 +201,7 @@ class Completion(Body):
         stop_token_ids = tuple(self.stop_token_ids)
         adjustments = self.given("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
         rapid = self.rapid.given(*(field.name for field in fields(SpeculationParams)))
-        retrieval = self.rapid.retrieval.given("max_tokens", "threshold", "chunk_tokens", "keep")
+        retrieval = self.rapid.retrieval.given(*RetrievalFields.model_fields)
         speculation = replace(config.speculation, **rapid)
         options = replace(config.retriever.options, **retrieval)
         if STRATEGIES[speculation.strategy].chooses:
@@ -161,18 +211,26 @@ class Completion(Body):
             if options.max_tokens is None:  # room for as many chunks as the answers are drafted from
                 options = replace(options, max_tokens=NUM_ANSWER_CHUNKS * options.chunk_tokens)
         most_tokens = window
-        if window is not None and STRATEGIES[speculation.strategy].reads == "retrieved":
+        cut = self.truncate_prompt_tokens is not None
+        if window is not None and (cut or STRATEGIES[speculation.strategy].reads == "retrieved"):
             most_tokens = MAX_WINDOWS * window
+        prompt = self._prompt(
+            tokenizer,
+            long_content_tokens=config.retriever.long_content_tokens,
+            special_tokens=config.special_tokens_in_text,
+            most_tokens=most_tokens,
+        )
+        options = replace(config.retriever.options, **retrieval)
+        if prompt.contents and len(prompt.tokens) > MAX_CHUNKS * options.longest_chunk:
+            needed = (
+                f"{len(prompt.tokens)} tokens are read in chunks of at least {len(prompt.tokens) // MAX_CHUNKS + 1}"
+            )
+            raise InvalidRequest(f"{needed}, got {options.longest_chunk}", param="rapid.retrieval.chunk_tokens")
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
             speculation=speculation,
             retrieval=options,
-            prompt=self._prompt(
-                tokenizer,
-                long_content_tokens=config.retriever.long_content_tokens,
-                special_tokens=config.special_tokens_in_text,
-                most_tokens=most_tokens,
-            ),
+            prompt=self._truncated(prompt),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=stop_token_ids,
             min_tokens=self.min_tokens,
@@ -192,15 +250,24 @@ class Completion(Body):
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
         """The prompt; ``how`` are the options that `read_chat` and `read_text` have in common."""
 
+    def _truncated(self, prompt: Prompt) -> Prompt:
+        most = self.truncate_prompt_tokens
+        return replace(prompt, tokens=prompt.tokens[-most:]) if most else prompt
+
     def tokens_to_write(self) -> int | None:
         return self.max_tokens
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return self.response_format.grammar() if self.response_format else None
+        form = self.response_format or self.structured_outputs
+        for name, value in self.given(*_GUIDED).items():
+            form = StructuredOutputs.model_validate({name.removeprefix("guided_"): value})
+        return form.grammar() if form else None
 
 
 class ChatRequest(Completion):
     """`POST /v1/chat/completions`."""
+
+    ignores = ignored.CHAT
 
     messages: Annotated[list[ChatMessage], AtMost(4096)]
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -209,23 +276,41 @@ class ChatRequest(Completion):
     tools: Annotated[list[Tool], AtMost(256)] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
+    functions: Annotated[list[Function], AtMost(256)] = Field(default_factory=list, description="what tools were once")
+    function_call: Literal["none", "auto"] | NamedFunction = "auto"
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = Field(False, description="the answer goes on with the last message")
+
+    @model_validator(mode="after")
+    def _continues(self) -> ChatRequest:
+        if self.continue_final_message:
+            if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
+                raise wrong("continue_final_message", "needs add_generation_prompt to be false")
+            if not self.messages or self.messages[-1].role != "assistant":
+                raise wrong("continue_final_message", "needs a last message of role assistant")
+        return self
 
     @model_validator(mode="after")
     def _belong_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "needs logprobs to be true")
-        for param in ("tool_choice", "parallel_tool_calls"):
-            if param in self.model_fields_set and not self.tools:
-                raise wrong(param, "needs tools")
-        if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set:
-            raise wrong("max_completion_tokens", "means the same as max_tokens; send one")
-        if self.tools_in_use and self.response_format and self.response_format.type != "text":
-            raise wrong("response_format", "cannot be had together with tools; set tool_choice to none")
+        if self.tool_choice not in ("none", "auto") and not self.tools:
+            raise wrong("tool_choice", "needs tools")
+        if self.functions and self.tools:
+            raise wrong("functions", "are what tools were once; send one of both")
+        if isinstance(self.function_call, NamedFunction) and not self.functions:
+            raise wrong("function_call", "needs functions")
+        forms = self.given(*_FORMS)
+        if self.tools_in_use and any(getattr(form, "type", None) != "text" for form in forms.values()):
+            raise wrong(next(iter(forms)), "cannot be had together with tools; set tool_choice to none")
         return self
 
     @property
     def tools_in_use(self) -> list[Tool]:
+        if self.functions:
+            wanted = self.function_call != "none"
+            return [Tool(type="function", function=function) for function in self.functions] if wanted else []
         return [] if self.tool_choice == "none" else self.tools
 
     @property
@@ -243,6 +328,8 @@ class ChatRequest(Completion):
             self.tools_in_use,
             tokenizer,
             template_kwargs=self.chat_template_kwargs,
+            is_continued=self.continue_final_message,
+            opens_turn=self.add_generation_prompt and not self.continue_final_message,
             query=self.rapid.query,
             **how,
         )
@@ -250,7 +337,10 @@ class ChatRequest(Completion):
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         if self.tools_in_use:
             form = call_format(tokenizer)
-            return call_grammar(self.tools, self.tool_choice, form, several=self.parallel_tool_calls)
+            choice, several = self.tool_choice, self.parallel_tool_calls and not self.functions
+            if isinstance(self.function_call, NamedFunction):
+                choice = NamedTool(type="function", function=self.function_call)
+            return call_grammar(self.tools_in_use, choice, form, several=several)
         return super()._grammar(tokenizer)
 
     def tokens_to_write(self) -> int | None:
@@ -260,22 +350,23 @@ class ChatRequest(Completion):
 class TextRequest(Completion):
     """`POST /v1/completions`."""
 
+    ignores = ignored.TEXT
+
     prompt: (
         str
         | Annotated[list[str], AtMost(1024)]
         | Annotated[list[int], AtMost(MAX_TOKENS)]
         | Annotated[list[Annotated[list[int], AtMost(MAX_TOKENS)]], AtMost(1024)]
-    ) = Field(description="one prompt; a list may hold one")
+    ) = Field(description="a prompt, or several, as texts or as tokens")
     max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> TextRequest:
-        is_of_tokens = bool(self.prompt) and isinstance(self.prompt[0], int)
-        if isinstance(self.prompt, list) and len(self.prompt) != 1 and not is_of_tokens:
-            raise wrong("prompt", "must be one prompt; send several as several requests")
+    def _belong_together(self) -> TextRequest:
+        if self.prompt == []:
+            raise wrong("prompt", "must hold a prompt")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "must be greater than 0 without echo")
         if self.echo and self.logprobs is not None:
@@ -291,22 +382,30 @@ class TextRequest(Completion):
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         if not self.echo:
             return ""
-        prompt = self._one
+        prompt = self._prompts[0]
         return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
 
     @property
-    def _one(self) -> str | list[int]:
-        """The prompt, as text or as tokens."""
+    def _prompts(self) -> list[str | list[int]]:
+        """The prompts, each as text or as tokens."""
         prompt: Any = self.prompt
-        one: str | list[int] = prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
-        return one
+        several: list[str | list[int]] = prompt
+        return several if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    def each(self) -> Sequence[Completion]:
+        prompts = self._prompts
+        return [self.model_copy(update={"prompt": prompt}) for prompt in prompts] if len(prompts) > 1 else [self]
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
-        return read_text(self._one, tokenizer, query=self.rapid.query, **how)
+        return read_text(self._prompts[0], tokenizer, query=self.rapid.query, **how)
 
 
 class Health(BaseModel):
-    """`GET /health`: each engine's model, open sequences, the bytes their KV caches hold, and the age of its pass.
+    """`GET /health`: by role the model, open sequences, the bytes their KV caches hold, and the age of the oldest pass.
 
     With ``problems`` (part → what is wrong, of the parts that requests can do without) ``status`` is "degraded".
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -14,18 +14,19 @@ class Started(NamedTuple):
     """The first event of an answer: its prompt is known, and the target begins to read it.
 
     ``echoed`` is the part of the prompt that is repeated before the answer. ``calls`` is the format of calls, where the
-    model may call tools.
+    model may call tools. ``prompt`` is the number of the prompt among the request's.
     """
 
     prompt_tokens: int
     echoed: str = ""
     calls: CallFormat | None = None
+    prompt: int = 0
 
 
 # The origin of accepted tokens, by the drafter that proposed them, where it is no drafter's model.
 ORIGINS = {"lookup": "lookup", "datastore": "datastore", "self": "self", "hierarchy": "self"}
 
-# `Started`, then a `Delta` a round, and a `Finish` for each choice
+# For each prompt: `Started`, then a `Delta` a round, and a `Finish` for each choice
 Events = AsyncGenerator[Started | Delta | Finish, None]
 
 
@@ -59,12 +60,13 @@ def round_object(delta: Delta, chunks: list[dict[str, float]] | None) -> dict[st
     } | ({} if chunks is None else {"chunks": chunks})
 
 
-def usage(*choices: Statistics) -> dict[str, Any]:
-    """OpenAI's `usage`: the prompt's tokens, how many of them were cached, and the tokens written."""
-    whole = Statistics.of_all(choices)
+def usage(*prompts: Sequence[Statistics]) -> dict[str, Any]:
+    """OpenAI's `usage`: the prompts' tokens, how many of them were cached, and the tokens written in all choices."""
+    wholes = [Statistics.of_all(choices) for choices in prompts]
+    read, written = (sum(getattr(whole, count) for whole in wholes) for count in ("prompt_tokens", "emitted"))
     return {
-        "prompt_tokens": whole.prompt_tokens,
-        "completion_tokens": whole.emitted,
-        "total_tokens": whole.prompt_tokens + whole.emitted,
-        "prompt_tokens_details": {"cached_tokens": whole.cached_tokens},
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(whole.cached_tokens for whole in wholes)},
     }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from deployments.schemas import ignored
 from deployments.schemas.body import Body
 from rapid.errors import InvalidRequest
 
@@ -24,6 +26,8 @@ class Function(Body):
 
 
 class Tool(Body):
+    ignores = ignored.TOOL
+
     type: Literal["function"]
     function: Function
 
@@ -48,41 +52,53 @@ class CalledFunction(Body):
 class ToolCall(Body):
     """A call in an earlier message."""
 
+    ignores = ignored.TOOL_CALL
+
     id: str
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call with its arguments as an object, which templates write as JSON themselves."""
+        """The call with its arguments as an object, which templates write as JSON themselves.
+
+        Arguments that are no JSON stay as the model wrote them: it may learn from the tool's answer what was wrong.
+        """
         try:
             arguments = json.loads(self.function.arguments or "{}")
-        except ValueError as error:
-            raise InvalidRequest(f"messages: the arguments of {self.id} are no JSON", param="messages") from error
+        except ValueError:
+            arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 class CallFormat(NamedTuple):
-    """``before`` {"name": …, ``arguments``: {…}} ``after``."""
+    """``before`` {"name": …, ``arguments``: {…}} ``after``.
+
+    With ``is_told`` the chat template has no place for tools (`deployments.schemas.told_tools`).
+    """
 
     before: str
     arguments: str
     after: str
+    is_told: bool = False
 
 
 _HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>")  # Qwen2.5, Hermes
 _LLAMA = CallFormat("", "parameters", "")  # Llama 3.1
+_TOLD = _HERMES._replace(is_told=True)
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     """The format in which the model writes calls, as its chat template says.
 
     Raises:
-        InvalidRequest: the template takes no tools, or its format is unknown.
+        InvalidRequest: there is no template, or it has calls in a form that is unknown here.
     """
     template = template_of(tokenizer)
-    if "tools" not in template:
-        raise InvalidRequest("tools: this model's chat template takes none", param="tools")
+    if not template:
+        raise InvalidRequest("tools: this model has no chat template", param="tools")
+    if not has_place_for_tools(tokenizer):
+        return _TOLD
     if "<tool_call>" in template and "<function=" not in template:
         return _HERMES
     if '"parameters": ' in template:
@@ -90,13 +106,10 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     raise InvalidRequest("tools: this model's chat template has calls written in an unknown way", param="tools")
 
 
-def check_calls_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Raises:
-        InvalidRequest: the chat template would leave out the calls of earlier messages.
-    """
-    if "tool_calls" not in template_of(tokenizer):
-        raise InvalidRequest("messages: this model's chat template has no place for tool_calls", param="messages")
+def has_place_for_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows tools and the calls of earlier messages."""
+    template = template_of(tokenizer)
+    return "tools" in template and "tool_calls" in template
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -124,11 +137,12 @@ def call_grammar(tools: list[Tool], choice: ToolChoice, form: CallFormat, *, sev
     head = form.before + '{{"name": "{}", "' + form.arguments + '": '
     calls = []
     for function in functions:
-        schema = function.parameters if choice != "auto" or function.strict else {"type": "object"}
+        is_held = choice != "auto" or function.strict or form.is_told
+        schema = function.parameters if is_held else {"type": "object"}
         calls.append(Framed(schema, head.format(function.name), "}" + form.after))
     if choice != "auto":
         return json_grammar(*calls, param="tools")
-    if several and not any(function.strict for function in functions):
+    if several and not form.is_told and not any(function.strict for function in functions):
         return None
     if form.before:
         return json_in_text(*calls, opening=_OPENING, several=several, param="tools")
@@ -157,16 +171,15 @@ class CallReader:
         return shown
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """(the rest of the text, the calls in OpenAI's form). What only looks like a call is text."""
+        """(the rest of the text, the calls in OpenAI's form). What only looks like a call is text, also among calls."""
         rest = self._text[self._shown :]
-        try:
-            bodies = _one_after_another(rest) if self._is_bare else [json.loads(body) for body in _CALL.findall(rest)]
-        except (ValueError, RecursionError):
-            bodies = []
-        calls = [self._read(body) for body in bodies]
-        if not calls or not all(calls):
-            return rest, []
-        return "" if self._is_bare else _CALL.sub("", rest).strip(), [call for call in calls if call]
+        text, calls = "", []
+        for piece, body in _bare_bodies(rest) if self._is_bare else _tagged_bodies(rest):
+            if call := self._read(body):
+                calls.append(call)
+            else:
+                text += piece
+        return text.strip() if calls else rest, calls
 
     def _bare_call(self) -> int:
         """Where calls may begin: at the start of the text, or nowhere, which is the end of the text so far."""
@@ -191,11 +204,27 @@ class CallReader:
         return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
-def _one_after_another(text: str) -> list[Any]:
-    """The JSON values in ``text``, with semicolons or white space between them. Raises ValueError at anything else."""
-    values = []
-    while text := text.lstrip("; \t\r\n"):
-        value, end = json.JSONDecoder().raw_decode(text)
-        values.append(value)
-        text = text[end:]
-    return values
+def _tagged_bodies(text: str) -> Iterator[tuple[str, Any]]:
+    """The pieces of ``text``, each with the JSON of the call that it is, or None."""
+    end = 0
+    for match in _CALL.finditer(text):
+        yield text[end : match.start()], None
+        end = match.end()
+        try:
+            yield match.group(), json.loads(match.group(1))
+        except (ValueError, RecursionError):
+            yield match.group(), None
+    yield text[end:], None
+
+
+def _bare_bodies(text: str) -> Iterator[tuple[str, Any]]:
+    """Likewise for JSON values one after another, with semicolons or white space between them."""
+    end = 0
+    while begin := re.compile(r"[;\s]*(?=\S)").match(text, end):
+        try:
+            value, after = json.JSONDecoder().raw_decode(text, begin.end())
+        except (ValueError, RecursionError):
+            break
+        yield text[end:after], value
+        end = after
+    yield text[end:], None

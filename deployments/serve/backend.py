@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.heartbeat import heard
+from deployments.serve.avoided import avoid, trust
 from deployments.serve.channel import Channel
-from deployments.serve.engines import Ticket, document_of, engines_of
-from deployments.serve.heartbeat import heard
+from deployments.serve.engine_actors import EngineActors, asked
+from deployments.serve.engines import Doubt, Ticket, document_of
 from deployments.serve.metrics import QueueMetrics
 from deployments.serve.ray_errors import understood
 from rapid.backend.breaker import Breaker
@@ -27,13 +29,10 @@ from rapid.models.info import ModelInfo
 from rapid.speculation.controller import Costs
 from retrieval import IndexProgress, RetrievalError
 
-T = TypeVar("T")
-
 _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
 _LEASE_TIMEOUT_S = 5.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
-_OPTIONAL_TIMEOUT_S = 2.0  # for the next word of what a request can do without
+_OPTIONAL_TIMEOUT_S = 1.8  # for the next word of what a request can do without, which may cost it two seconds
 _LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket whose request is gone
-_VITALS_TIMEOUT_S = 1.5  # for one question to one part
 _DELETE_TIMEOUT_S = 20.0
 
 
@@ -58,65 +57,45 @@ class RayBackend:
         self._retrieving = Breaker()
         self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
-        self._actors: dict[Role, Any] = {}  # one that was there lately
+        self._actors = EngineActors()
         self._tasks: set[asyncio.Task[None]] = set()
         self._asking_serve: asyncio.Future[Any] | None = None
 
     async def connect(self) -> None:
         """Waits for both models to be loaded."""
-        for role in self._engines:
-            await self._find(role)
-
-    async def _find(self, role: Role) -> None:
-        self._infos[role], self._actors[role] = await self._engines[role].address.remote()
+        for role, engine in self._engines.items():
+            self._infos[role] = await engine.info.remote()
 
     def info(self, role: Role) -> ModelInfo:
         return self._infos[role]
 
     async def vitals(self) -> Vitals:
-        """Asked of the engine actors, since a call through Serve waits while all places are leased.
+        """Asked of all engine actors, since a call through Serve waits while all places are leased.
 
-        An engine that may be away is left out when it is: to ask Serve for it would bring it back.
+        An engine that may be away is no problem when it is: to ask Serve for it would bring it back.
         """
-        parts = [*self._engines, "retriever"]
-        found = await asyncio.gather(
-            *map(self._vitals_of, self._engines), self._retriever_answers(), return_exceptions=True
+        await self._actors.find()
+        names = {role: self._engines[role].deployment_name for role in self._engines}
+        *found, silent = await asyncio.gather(
+            *(self._actors.stats(name) for name in names.values()), self._retriever_is_silent()
         )
-        engines: dict[Role, EngineStats] = {}
-        problems: dict[str, str] = {}
-        for part, said in zip(parts, found, strict=True):
-            if isinstance(said, EngineStats):
-                engines[cast(Role, part)] = said
-                if stuck := said.pulse.problem(TARGET_PATIENCE_S):
-                    problems[part] = stuck
-            elif isinstance(said, RapidError):
-                problems[part] = said.message
-            elif said is not None:
-                raise said
+        engines: dict[Role, list[EngineStats]] = {}
+        problems: dict[str, str] = {"retriever": silent} if silent else {}
+        for role, (stats, problem) in zip(names, found, strict=True):
+            if stats:
+                engines[role] = stats
+            elif problem is None and role not in self._may_be_away:
+                problem = "there is no engine"
+            if problem is not None:
+                problems[role] = problem
         return Vitals(engines, problems)
 
-    async def _vitals_of(self, role: Role) -> EngineStats | None:
-        part = f"the {role}'s engine"
+    async def _retriever_is_silent(self) -> str | None:
         try:
-            return await self._ask(part, self._actors[role].stats.remote)
-        except EngineHung:
-            raise
-        except EngineLost:
-            if role in self._may_be_away:
-                return None
-        await self._ask(part, lambda: self._find(role))
-        return await self._ask(part, self._actors[role].stats.remote)
-
-    async def _retriever_answers(self) -> None:
-        await self._ask("the retriever", self._retriever.answers.remote)
-
-    async def _ask(self, part: str, question: Callable[[], Awaitable[T]]) -> T:
-        try:
-            async with asyncio.timeout(_VITALS_TIMEOUT_S):
-                with understood(part, EngineLost):
-                    return await question()
-        except TimeoutError as error:
-            raise EngineHung(f"{part} has not answered for {_VITALS_TIMEOUT_S:g} s") from error
+            await asked("the retriever", self._retriever.answers.remote)
+        except RapidError as error:
+            return error.message
+        return None
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         """Each word of the retriever is waited for, not the whole answer: a long document takes its time."""
@@ -168,16 +147,7 @@ class RayBackend:
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         """Every engine of the application, whoever has asked it for something."""
-        mine = engines_of(serve.get_replica_context().app_name)
-        async with asyncio.timeout(_DELETE_TIMEOUT_S):
-            names = await asyncio.to_thread(ray.util.list_named_actors)
-        for name in names:
-            if name.startswith(mine):
-                # Gone since, or hung and about to be killed, and what it held with it.
-                with suppress(ValueError, EngineLost), understood(f"the engine {name}", EngineLost):
-                    async with asyncio.timeout(_DELETE_TIMEOUT_S):
-                        engine = await asyncio.to_thread(ray.get_actor, name)
-                        await engine.forget.remote(tokens, salt)
+        await self._actors.forget(tokens, salt)
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
@@ -186,20 +156,34 @@ class RayBackend:
             raise refusal
         try:
             stream, ticket = await self._ticket(role, request)
+            self._actors.has_leased(ticket.name)
             try:
-                channel = await Channel.connect(ticket.address, ticket.lease_id)
+                within_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
+                channel = await Channel.connect(ticket.address, ticket.lease_id, within_s)
             except OSError as error:
                 ticket.engine.close.remote(ticket.lease_id)
+                avoid(ticket.replica)
                 raise EngineHung(f"the {role}'s engine cannot be reached: {error or 'no answer'}") from error
         except (EngineHung, Overloaded) as error:
             breaker.failed(error)
             raise
-        self._actors[role] = ticket.engine
+
+        def hung(error: EngineHung) -> None:
+            avoid(ticket.replica)
+            breaker.failed(error)
+
+        def answered() -> None:
+            trust(ticket.replica)
+            breaker.succeeded()
+
         try:
             self._keep(_close_with(stream, channel))
             patience_s = TARGET_PATIENCE_S if request.may_wait else DRAFTER_PATIENCE_S
+            lease = lease_over(channel)
             try:
-                yield lease_over(channel, ticket.lease_id, len(request.prompt), patience_s, breaker)
+                yield replace(
+                    lease, prompt_tokens=len(request.prompt), patience_s=patience_s, hung=hung, answered=answered
+                )
             finally:
                 channel.close()
         finally:
@@ -225,7 +209,10 @@ class RayBackend:
                     if time.monotonic() - started > QUEUE_LIMIT_S:
                         raise Overloaded(f"no {role} had a place within {QUEUE_LIMIT_S:g} s", status=429)
             with understood(f"the {role}", EngineLost):
-                ticket: Ticket | RapidError = first.result()
+                ticket: Ticket | Doubt | RapidError = first.result()
+            if isinstance(ticket, Doubt):
+                avoid(ticket.replica)
+                raise EngineHung(f"an engine of the {role} is not well: {ticket.reason}")
         except (asyncio.CancelledError, RapidError):
             self._abandon(stream, first)
             raise
@@ -290,19 +277,13 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
         channel.close()
 
 
-def lease_over(
-    channel: Channel,
-    lease_id: str,
-    prompt_tokens: int = 0,
-    patience_s: float = TARGET_PATIENCE_S,
-    breaker: Breaker | None = None,
-) -> Lease:
+def lease_over(channel: Channel) -> Lease:
     """A lease whose calls go over ``channel``, each sent when it is made."""
 
     def call(method: str, *message: Any) -> Awaitable[Any]:
-        return _or_lost(channel.call("call", lease_id, method, *message))
+        return _or_lost(channel.call("call", method, *message))
 
-    return Lease(call, prompt_tokens, patience_s, breaker)
+    return Lease(call)
 
 
 async def _or_lost(answer: Awaitable[Any]) -> Any:

@@ -9,10 +9,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
+from deployments.heartbeat import beating
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Started
 from deployments.serve.backend import RayBackend
-from deployments.serve.heartbeat import beating
 from deployments.service import LocalService
 from rapid.backend.protocol import Role
 from rapid.errors import RapidError
@@ -56,7 +56,7 @@ class Coordinator:
             yield error
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Any other method of `LocalService`, or, as "files.<method>", of its files."""
+        """Any other method of `LocalService`, or, as "files.<method>" and "responses.<method>", of these."""
         try:
             return await attrgetter(method)(self._service)(*args)
         except RapidError as error:

@@ -33,7 +33,7 @@ from deployments.serve.channel import Address, Listener
 from deployments.serve.metrics import EngineMetrics
 from rapid.backend.waiting import TARGET_PATIENCE_S
 from rapid.engine.messages import EngineStats, SequenceRequest
-from rapid.errors import EngineHung, RapidError
+from rapid.errors import RapidError
 from rapid.models.info import ModelInfo, RankPlacement
 
 if TYPE_CHECKING:  # the replica holds no model: only the actor's process loads torch
@@ -58,18 +58,28 @@ def document_of(prompt: list[int]) -> str:
     return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
 
 
-def engines_of(application: str) -> str:
-    """What the names of an application's engine actors begin with, by which all of them can be found."""
-    return f"rapid-engine-{application}-"
+def engines_of(application: str, deployment: str = "") -> str:
+    """What the names of the engine actors of an application begin with, or of one of its deployments."""
+    return f"rapid-engine-{application}-{deployment and deployment + '-'}"
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lease: sequence ``lease_id`` of the actor ``engine``, which answers at ``address``."""
+    """A lease: sequence ``lease_id`` of the actor ``engine`` of ``replica``, which answers at ``address``."""
 
     lease_id: str
     engine: Any
+    name: str  # the actor's
     address: Address
+    replica: str
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Instead of a lease: the engine of ``replica`` seems to hang, and why."""
+
+    replica: str
+    reason: str
 
 
 class RankActor:
@@ -123,8 +133,9 @@ class EngineActor(RankActor):
         self._engine.ended.add_done_callback(lambda _: os._exit(1))
         return self._engine.model.info, self._listener.address
 
-    async def stats(self) -> EngineStats:
-        return self._engine.stats()
+    async def stats(self) -> EngineStats | None:
+        """None until the model is loaded."""
+        return self._engine.stats() if hasattr(self, "_engine") else None
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         await asyncio.wrap_future(self._engine.forget(tokens, salt))
@@ -181,13 +192,14 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig) -> None:
         group = ray.util.get_current_placement_group()
         self._metrics = EngineMetrics()
-
-        name = f"{engines_of(serve.get_replica_context().app_name)}{uuid.uuid4().hex}"
+        context = serve.get_replica_context()
+        self._replica = context.replica_id.unique_id
+        self._name = engines_of(context.app_name, context.deployment) + uuid.uuid4().hex
 
         def start(kind: type[RankActor], rank: int) -> Any:
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1 + rank)
             options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_concurrency": 1000}
-            options["name"] = name if rank == 0 else None
+            options["name"] = self._name if rank == 0 else None
             return ray.remote(kind).options(**options, scheduling_strategy=bundle).remote(config)
 
         self._engine = start(EngineActor, 0)
@@ -247,7 +259,7 @@ class EngineReplica:
         """Tells Serve's router that this replica has read ``document``; it forgets the least recently used."""
         return document
 
-    async def lease(self, request: SequenceRequest) -> AsyncIterator[Ticket | RapidError]:
+    async def lease(self, request: SequenceRequest) -> AsyncIterator[Ticket | Doubt | RapidError]:
         """Opens a sequence; closing this stream, for whatever reason, frees it.
 
         Where there is no room for it the first item is the error: raised, Serve would log it as this replica's failure.
@@ -255,24 +267,30 @@ class EngineReplica:
         # The id is made here and not by the engine: a lease cancelled while it opens can still be closed by name.
         lease_id = uuid.uuid4().hex
         if hang := self._hang():
-            yield EngineHung(f"this engine is not well: {hang}")
+            yield Doubt(self._replica, hang)
             return
         try:
             try:
-                await self._engine.open.remote(lease_id, request)
+                opened = asyncio.ensure_future(self._engine.open.remote(lease_id, request))
+                while not (await asyncio.wait([opened], timeout=_LISTEN_EVERY_S))[0]:  # for room, or in vain
+                    if hang := self._hang():
+                        yield Doubt(self._replica, hang)
+                        return
+                opened.result()
                 if document := serve.get_multiplexed_model_id():
                     await self._remember(document)
             except RapidError as error:
                 yield error
                 return
-            yield Ticket(lease_id, self._engine, self._address)
+            address = self._address.for_channel(lease_id)
+            yield Ticket(lease_id, self._engine, self._name, address, self._replica)
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)
 
-    async def address(self) -> tuple[ModelInfo, Any]:
-        """The loaded model and the engine actor's handle, for calls that must not wait behind leases."""
-        return self._info, self._engine
+    async def info(self) -> ModelInfo:
+        """The loaded model."""
+        return self._info
 
     async def check_health(self) -> None:
         """Fails when nothing watches the engine any more; what is wrong with the engine itself ends this process."""

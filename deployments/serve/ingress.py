@@ -11,11 +11,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
+from deployments.heartbeat import heard
 from deployments.http.api import make_api
 from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import RayExporter
 from deployments.serve.ray_errors import understood
 from rapid.errors import RapidError
@@ -36,6 +36,13 @@ class RemoteFiles:
         )
 
 
+class RemoteResponses:
+    """`deployments.files.responses.Responses` of the Coordinator, over ``call``."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self.get, self.put, self.delete = (partial(call, f"responses.{name}") for name in ("get", "put", "delete"))
+
+
 class RemoteService:
     """The Coordinator's `LocalService`, from another process. Every error that it raises is a RapidError.
 
@@ -44,7 +51,7 @@ class RemoteService:
 
     def __init__(self, coordinator: DeploymentHandle) -> None:
         self._coordinator = coordinator
-        self.files = RemoteFiles(self._call)
+        self.files, self.responses = RemoteFiles(self._call), RemoteResponses(self._call)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         events = self._coordinator.options(stream=True).generate.remote(completion, tenant)

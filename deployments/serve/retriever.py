@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
-from deployments.files.indexing import in_threads
-from deployments.serve.heartbeat import beating
-from retrieval import IndexProgress, Retrieval, RetrievalOptions
+from deployments.heartbeat import beating
+from deployments.turns import FairPool
+from retrieval import IndexProgress, Retrieval, TenantOptions
+
+_NUM_QUERIES, _QUERIES_OF_A_CLIENT = 4, 2  # in threads at the same time
+_NUM_INDEXED = 2
 
 
 @serve.deployment
 class RetrieverReplica:
-    """Retrieves in threads, so that a long document does not hold up the queries of other requests."""
+    """Retrieves in threads, step by step: one client's long documents do not hold up another's query, and nothing goes
+    on for a client that has left."""
 
     def __init__(self, config: RetrieverConfig, files: FilesConfig, target_model: str) -> None:
         from deployments.builders import build_retriever  # here: the process that builds the application needs no torch
@@ -25,14 +29,20 @@ class RetrieverReplica:
         # Engines on the same cores go first: every running request waits for each of their steps.
         os.nice(19)
         self._retriever = build_retriever(config, files, target_model)
+        self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT)
+        self._indexing = FairPool(_NUM_INDEXED, "index")
 
     async def retrieve(
-        self, contents: list[str], query: str, options: RetrievalOptions
+        self, contents: list[str], query: str, options: TenantOptions
     ) -> AsyncIterator[Retrieval | None]:
         """The answer, after as many None as it takes: so a caller can tell a long document from an absent retriever."""
 
         async def answer() -> AsyncGenerator[Retrieval, None]:
-            yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
+            work = self._retriever.steps(contents, query, options)
+            async with aclosing(self._queries.steps(options.client, work)) as steps:
+                async for step in steps:
+                    if step is not None:
+                        yield step
 
         async with aclosing(beating(answer())) as words:
             async for word in words:
@@ -40,7 +50,8 @@ class RetrieverReplica:
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress | None]:
         """The progress of `Retriever.keep`, batch by batch."""
-        async with aclosing(beating(in_threads(self._retriever.keep(text, chunk_tokens, tenant)))) as steps:
+        work = self._indexing.steps(tenant, self._retriever.keep(text, chunk_tokens, tenant))
+        async with aclosing(beating(work)) as steps:
             async for kept in steps:
                 yield kept
 

@@ -71,8 +71,8 @@ class LocalBackend:
         return self._engines[role].model.info
 
     async def vitals(self) -> Vitals:
-        engines = {role: engine.stats() for role, engine in self._engines.items()}
-        stuck = {role: stats.pulse.problem(TARGET_PATIENCE_S) for role, stats in engines.items()}
+        engines = {role: [engine.stats()] for role, engine in self._engines.items()}
+        stuck = {role: engine.pulse().problem(TARGET_PATIENCE_S) for role, engine in self._engines.items()}
         return Vitals(engines, {role: problem for role, problem in stuck.items() if problem})
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
@@ -130,8 +130,9 @@ class LocalBackend:
             answer = leased.call(method, *message)
             return self._report(role, sequence, answer) if method == "prefill" else answer
 
+        outcomes = (breaker.failed, breaker.succeeded) if breaker else ()
         try:
-            yield Lease(call, len(request.prompt), patience_s, breaker)
+            yield Lease(call, len(request.prompt), patience_s, *outcomes)
         finally:
             engine.close(sequence)
 

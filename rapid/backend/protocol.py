@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rapid.backend.breaker import Breaker
 from rapid.backend.quarantine import Quarantine
 from rapid.backend.waiting import ROUND_LIMIT_S, TARGET_PATIENCE_S, prefill_limit_s, while_it_goes_on
 from rapid.engine.messages import (
@@ -36,7 +35,7 @@ Call = Callable[..., Awaitable[Any]]  # (method, message) → result
 
 
 class RetrievedChunk(RetrievedText, Protocol):
-    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` is the cosine similarity.
+    """A chunk of the context: ``position`` counts all chunks in document order, ``score`` says how near it is.
 
     Its text is ``contents[content][start:end]``, in code points.
     """
@@ -52,7 +51,11 @@ class RetrievedChunk(RetrievedText, Protocol):
 
 
 class Retrieval(Protocol):
-    """A retriever's answer: the retrieved chunks, in document order, and token counts."""
+    """A retriever's answer: the retrieved chunks, in document order, and token counts.
+
+    Without ``reaches_threshold`` no chunk is similar enough to the query, and the chunks are the best there are.
+    ``confidence``, 0 to 1, is how probable it is that they hold what the query needs.
+    """
 
     @property
     def chunks(self) -> Sequence[RetrievedChunk]: ...
@@ -60,13 +63,21 @@ class Retrieval(Protocol):
     def context_tokens(self) -> int: ...
     @property
     def retrieved_tokens(self) -> int: ...
+    @property
+    def reaches_threshold(self) -> bool: ...
+    @property
+    def confidence(self) -> float: ...
 
 
 class Vitals(NamedTuple):
     """The statistics of the ``engines`` that answer, and what is wrong (``problems``) with which part, in words."""
 
-    engines: dict[Role, EngineStats]
+    engines: dict[Role, list[EngineStats]]
     problems: dict[str, str]
+
+    def serves(self, role: Role) -> bool:
+        """Whether at least one engine in this role is well."""
+        return any(not engine.pulse.is_stuck(TARGET_PATIENCE_S) for engine in self.engines.get(role, ()))
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,15 @@ class Lease:
     this process or in another, and returns the result. Calls are sent at once, and the engine starts them in order.
     Every call raises EngineLost if the engine is gone, and EngineHung if it does not go on (`rapid.backend.waiting`).
 
-    ``prompt_tokens`` are to be prefilled, at most. ``patience_s`` is for a pulse, and at least for a pass. ``breaker``
-    learns what comes of the calls, where a request can do without this engine.
+    ``prompt_tokens`` are to be prefilled, at most. ``patience_s`` is for a pulse, and at least for a pass. ``hung`` and
+    ``answered`` are called with what comes of the calls, so that other requests need not find out for themselves.
     """
 
     call: Call
     prompt_tokens: int = 0
     patience_s: float = TARGET_PATIENCE_S
-    breaker: Breaker | None = None
+    hung: Callable[[EngineHung], None] = lambda _: None
+    answered: Callable[[], None] = lambda: None
 
     def over(self, call: Call) -> Lease:
         """The same lease over another transport, which wraps this one's."""
@@ -127,11 +139,9 @@ class Lease:
         try:
             answer = await while_it_goes_on(sent, self.pulse, patience_s=self.patience_s, limit_s=limit_s)
         except EngineHung as error:
-            if self.breaker is not None:
-                self.breaker.failed(error)
+            self.hung(error)
             raise
-        if self.breaker is not None:
-            self.breaker.succeeded()
+        self.answered()
         return answer
 
 

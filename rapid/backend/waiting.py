@@ -19,9 +19,9 @@ from rapid.errors import EngineHung
 
 T = TypeVar("T")
 
-LATE_S = 1.0  # an answer that is not there by then is late
 TARGET_PATIENCE_S = 4.0  # for a pulse, and at least for a pass, of an engine that a request needs
-DRAFTER_PATIENCE_S = 1.0  # and of one that it can do without
+DRAFTER_PATIENCE_S = 1.4  # and of one that it can do without: with `LATE`, a hang costs less than two seconds
+LATE = 0.25  # of the patience: an answer that is not there by then is late
 ROUND_LIMIT_S = 120.0
 QUEUE_LIMIT_S = 1800.0  # for a place, behind requests that have one
 PREFILL_FLOOR = 20.0  # tokens per second, of the slowest prefill that is waited for
@@ -41,7 +41,7 @@ async def while_it_goes_on(
     waiting = asyncio.ensure_future(answer)
     started = time.monotonic()
     try:
-        while not (await asyncio.wait([waiting], timeout=LATE_S))[0]:
+        while not (await asyncio.wait([waiting], timeout=LATE * patience_s))[0]:
             await _check(pulse, patience_s)
             if time.monotonic() - started > limit_s:
                 raise EngineHung(f"the engine works, but has not answered for {limit_s:.0f} s")
@@ -55,7 +55,7 @@ async def _check(pulse: Callable[[], Awaitable[Pulse]], patience_s: float) -> No
         async with asyncio.timeout(patience_s):
             now = await pulse()
     except TimeoutError as error:
-        raise EngineHung(f"the engine's process has not answered for {LATE_S + patience_s:g} s") from error
+        raise EngineHung(f"the engine's process has not answered for {(1 + LATE) * patience_s:g} s") from error
     if problem := now.problem(patience_s):
         raise EngineHung(f"the engine is {problem}")
 

@@ -203,7 +203,11 @@ class RetrievalDrafter(SamplingDrafter):
         try:
             retrieval = await self._session.retrieve(sentence)
             request = self._request_for(self._session.request.prompt.shortened(retrieval.chunks))
-            if not retrieval.chunks or request == self._request or not self._fits(request):
+            if (
+                not (retrieval.chunks and retrieval.reaches_threshold)
+                or request == self._request
+                or not self._fits(request)
+            ):
                 return None
             return _Reading(request, retrieval, stack, *await self._leased(request, stack))
         except Exception as error:  # the passages that are there go on to serve

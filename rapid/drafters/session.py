@@ -13,8 +13,6 @@ from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
 from rapid.speculation.draft import Trust, VerifyResult
 
-_UNRELATED, _SURE = 0.3, 0.7  # cosine similarities of the best passage: the paper's threshold, and certainty
-
 Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
 
 
@@ -41,7 +39,7 @@ class Session:
         self.transfers_greedily = request.speculation.transfers_greedily(request.sampling)
         self.trust = Trust(confidence=0.0)
         self._retrieve = retrieve
-        self._retrieved: Sequence[RetrievedChunk] | None = None
+        self._retrieved: Retrieval | None = None
 
     def learn(self, verdict: VerifyResult) -> None:
         """Takes up what the target's engine found out about the transfer in a round."""
@@ -50,36 +48,37 @@ class Session:
             self.trust = self.trust._replace(agreement=found.agreement)
             self.statistics.transfer.add(found, self.trust.confidence)
 
-    async def retrieved_prompt(self) -> list[int] | None:
-        """The prompt with the retrieved passages in the place of its context; None as `retrieved` says.
+    async def retrieved_prompt(self, *, at_any_score: bool = False) -> list[int] | None:
+        """The prompt with the retrieved passages in the place of its context; None where `retrieved` gives none.
 
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
         """
-        chunks = await self.retrieved()
+        chunks = await self.retrieved(at_any_score=at_any_score)
         return self.request.prompt.shortened(chunks) if chunks else None
 
-    async def retrieved(self) -> Sequence[RetrievedChunk]:
+    async def retrieved(self, *, at_any_score: bool = False) -> Sequence[RetrievedChunk]:
         """The retrieved passages, in document order; they are retrieved once.
 
-        None are there, with the reason in ``statistics.fallback``, if there is no context or no passage reached the
-        threshold.
+        None are there, with the reason in ``statistics.fallback``, if there is no context, or no passage reached the
+        threshold; ``at_any_score`` takes the best passages all the same.
 
         Raises:
             RetrievalFailed: the retriever or its store is gone or failed.
         """
-        prompt = self.request.prompt
-        if self._retrieved is not None:
-            return self._retrieved
+        prompt, statistics = self.request.prompt, self.statistics
         if not prompt.contents:
-            self.statistics.fallback = "no_long_context"
+            statistics.fallback = "no_long_context"
             return ()
-        retrieval = await self.retrieve(prompt.query)
+        if self._retrieved is None:
+            self._retrieved = await self.retrieve(prompt.query)
+        retrieval = self._retrieved
+        statistics.context_tokens, statistics.confidence = retrieval.context_tokens, round(retrieval.confidence, 4)
+        if not retrieval.chunks or not (retrieval.reaches_threshold or at_any_score):
+            statistics.fallback = "nothing_above_threshold"
+            return ()
         self.rely_on(retrieval)
-        if not retrieval.chunks:
-            self.statistics.fallback = "nothing_above_threshold"
-        self._retrieved = retrieval.chunks
-        return self._retrieved
+        return retrieval.chunks
 
     async def retrieve(self, query: str) -> Retrieval:
         """What of the prompt's contents is relevant to ``query``.
@@ -95,15 +94,10 @@ class Session:
     def rely_on(self, retrieval: Retrieval) -> None:
         """From now on the passages of ``retrieval`` are those that count."""
         statistics = self.statistics
-        self.trust = self.trust._replace(confidence=_confidence(retrieval))
+        self.trust = self.trust._replace(confidence=retrieval.confidence)
+        statistics.confidence = round(retrieval.confidence, 4)
         statistics.context_tokens, statistics.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
         statistics.chunks = [
             {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
             for c in retrieval.chunks
         ]
-
-
-def _confidence(retrieval: Retrieval) -> float:
-    """How sure retrieval is that its passages answer the query, from 0 to 1: by the best passage's similarity."""
-    best = max((chunk.score for chunk in retrieval.chunks), default=0.0)
-    return min(1.0, max(0.0, (best - _UNRELATED) / (_SURE - _UNRELATED)))

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from rapid.engine.admission import Admission
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
-from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
+from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Pacer
 from rapid.engine.pass_clock import PassClock
 from rapid.engine.readout import Download, Draw, Readout
 from rapid.engine.refine import Refine
-from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
+from rapid.engine.scheduler import RunningTask, chunks, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.torch_thread import compute
 from rapid.engine.verdicts import Verify
@@ -230,14 +230,14 @@ class Engine:
         scheduled = schedule(self._running, self._budget())
         if not scheduled:
             return
-        chunks = [Chunk(n, r.request.sequence.cache.length) for r, n in scheduled if r.request.tokens is None]
+        reading, _ = chunks(scheduled)
         started, passes = time.monotonic(), self._forward_passes
         self._run(scheduled)
-        if chunks and self._pool.keys[0].is_cuda:
+        if reading and self._pool.keys[0].is_cuda:
             # Nobody waits for a prefill's results, so the host would run ahead, past all requests that come meanwhile.
             torch.cuda.synchronize()
-        if self._forward_passes == passes + 1:
-            self._pacer.observe((time.monotonic() - started) * 1e3, chunks)
+        if self._forward_passes == passes + 1 and not self._clock.has_compiled:
+            self._pacer.observe((time.monotonic() - started) * 1e3, reading)
 
     def _budget(self) -> int:
         """How many tokens the next pass may have."""
@@ -252,6 +252,7 @@ class Engine:
         ]
         watchers = [r.request.watch for r, _ in scheduled]
         parts: list[list[tuple[RunningTask, int]]] = []
+        self._clock.begin_pass(self._pacer.expected_s(*chunks(scheduled)))
         try:
             rows = self.model.forward(
                 entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers

@@ -15,8 +15,8 @@ from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import NO_DOUBT, Draft, DraftLimits, Trust
 from rapid.speculation.params import SpeculationParams
 
-_PASS_FACTOR = 5.0
-_FIRST_PASSES_S = 60.0
+_PASS_FACTOR = 10.0  # above what is expected: other processes may take the cores
+_UNKNOWN_PASS_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -156,21 +156,23 @@ class ScoreResult:
 
 
 class Pulse(NamedTuple):
-    """How long an engine's current pass has been running, and the longest lately, in seconds.
+    """How long an engine's current pass has been running, and how long it was expected to, in seconds.
 
-    ``pass_age_s`` is 0 between passes. ``longest_pass_s`` is None for an engine that has run only a few.
+    ``pass_age_s`` is 0 between passes. ``expected_s`` follows from the tokens in the pass and what such passes took
+    lately (`rapid.engine.pacing.Pacer`). It is None for a new engine's first passes, for the first that reads a prompt,
+    and for one that compiles kernels.
     """
 
     pass_age_s: float
-    longest_pass_s: float | None
+    expected_s: float | None
 
     def is_stuck(self, patience_s: float) -> bool:
-        """Whether the pass will hardly end: it has run for more than ``patience_s``, and five times as long as any.
+        """Whether the pass will hardly end: older than ``patience_s``, and than ten times the expected.
 
-        A new engine's passes may compile kernels, so they get a minute.
+        One of which nothing is expected gets a minute.
         """
-        longest_s = _FIRST_PASSES_S if self.longest_pass_s is None else _PASS_FACTOR * self.longest_pass_s
-        return self.pass_age_s > max(patience_s, longest_s)
+        most_s = _UNKNOWN_PASS_S if self.expected_s is None else _PASS_FACTOR * self.expected_s
+        return self.pass_age_s > max(patience_s, most_s)
 
     def problem(self, patience_s: float) -> str | None:
         """`is_stuck` in words."""

@@ -52,10 +52,23 @@ class Pacer:
         if not chunks:
             self._base_ms += _NEWEST * (ms - self._base_ms) if self._base_ms else ms
             return
-        work = sum(n * (1 + (context + n / 2) / self._balanced_context) for n, context in chunks)
-        measured = max(ms - self._base_ms, _LEAST_SHARE * ms) / work
+        measured = max(ms - self._base_ms, _LEAST_SHARE * ms) / self._work(chunks)
         known = measured if self._ms_per_work is None else self._ms_per_work
         self._ms_per_work = known + _NEWEST * (measured - known)
+
+    def expected_s(self, chunks: list[Chunk], decoding: list[Chunk]) -> float | None:
+        """How long a pass takes that reads ``chunks`` and in which the tokens ``decoding`` decode; None: unknown yet.
+
+        A token that decodes counts as one that is read, beside what a pass costs with any: with longer contexts than
+        those that were measured it may take longer.
+        """
+        is_known = self._ms_per_work is not None if chunks else self._base_ms > 0
+        if not is_known:
+            return None
+        return (self._base_ms + (self._ms_per_work or 0.0) * self._work([*chunks, *decoding])) / 1e3
+
+    def _work(self, chunks: list[Chunk]) -> float:
+        return sum(n * (1 + (context + n / 2) / self._balanced_context) for n, context in chunks)
 
     def too_large(self, num_tokens: int) -> None:
         """There was no memory for a pass of ``num_tokens``: later ones have at most half as many."""

@@ -1,4 +1,4 @@
-"""How long the engine's current iteration has been running, for whoever looks from another thread."""
+"""How long the engine's current pass has been running, for whoever looks from another thread."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rapid.engine.messages import Pulse
+from rapid.kernels import compiling
 
-_WARM = 8  # iterations that may compile kernels, and say nothing about later ones
-_DECAY = 0.999  # of the longest, per iteration: decoding for long must not make the next prefill look like a hang
+_WARM = 8  # the first iterations load what they need, and say nothing about later ones
 
 
 class PassClock:
@@ -21,22 +21,32 @@ class PassClock:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._count, self._longest = 0, 0.0
+        self._expected_s: float | None = None
+        self._compiled = compiling.num_started()
+        self._count = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Times the block as one iteration."""
-        began = self._began = time.monotonic()
+        self._compiled, self._began = compiling.num_started(), time.monotonic()
         try:
             yield
         finally:
             self._began = None
             self._count += 1
-            if self._count > _WARM:
-                self._longest = max(time.monotonic() - began, _DECAY * self._longest)
+
+    def begin_pass(self, expected_s: float | None) -> None:
+        """A pass begins, in the current iteration, that is expected to take that long (None: nobody knows)."""
+        self._expected_s, self._began = expected_s, time.monotonic()
+
+    @property
+    def has_compiled(self) -> bool:
+        """Whether kernels have been compiled since the current iteration began."""
+        return self._compiled != compiling.num_started()
 
     def pulse(self) -> Pulse:
-        """The age of the current iteration, and the longest of those before it."""
+        """The age of the current pass, and its expected time unless it is among the first, or compiles kernels."""
         began = self._began
         age_s = time.monotonic() - began if began is not None else 0.0
-        return Pulse(age_s, self._longest or None)
+        is_usual = self._count >= _WARM and not self.has_compiled
+        return Pulse(age_s, self._expected_s if is_usual else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from rapid.engine.pacing import Chunk
 from rapid.engine.readout import Readout
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Task
 from rapid.kernels.interface import Tokens
@@ -73,6 +74,16 @@ def schedule(tasks: list[RunningTask], budget: int) -> list[tuple[RunningTask, i
     first = {own[0]: i for i, own in reversed(list(enumerate(pages)))}
     order = sorted(range(len(pages)), key=lambda i: (first[pages[i][0]], pages[i]))
     return [scheduled[i] for i in order]
+
+
+def chunks(scheduled: list[tuple[RunningTask, int]]) -> tuple[list[Chunk], list[Chunk]]:
+    """What a pass reads of prompts, and what decodes in it."""
+    reading: list[Chunk] = []
+    decoding: list[Chunk] = []
+    for running, num_tokens in scheduled:
+        chunk = Chunk(num_tokens, running.request.sequence.cache.length)
+        (reading if running.request.tokens is None else decoding).append(chunk)
+    return reading, decoding
 
 
 def in_parts(scheduled: list[tuple[RunningTask, int]]) -> list[list[tuple[RunningTask, int]]]:

@@ -30,7 +30,8 @@ def spread(files: str, dtype: torch.dtype, room: Mapping[int | str, int] | None 
     """
     room = room or _free()
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files), dtype=dtype)
+        config = AutoConfig.from_pretrained(files, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     network.tie_weights()
     whole = network._no_split_modules
     balanced = get_balanced_memory(network, max_memory=dict(room), no_split_module_classes=whole)

@@ -50,7 +50,7 @@ def load_model(
             where = {"distributed_config": group.plan()}
         elif device_map == "auto":
             where = {"device_map": spread(files, torch_dtype)}
-        network = AutoModelForCausalLM.from_pretrained(files, dtype=torch_dtype, **where)
+        network = AutoModelForCausalLM.from_pretrained(files, dtype=torch_dtype, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the model {ref!r} could not be loaded: {error}") from error
     model = Model(network, tokenizer, ref, quantization=quantization, kv_dtype=kv_dtype, group=group)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapid.errors import InvalidRequest
-from rapid.sampling.grammar_check import fault_of_grammar, fault_of_schema
+from rapid.sampling.grammar_check import MAX_BYTES, fault_of_grammar, fault_of_schema
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 # The white space in JSON is fixed to that of Python's json: a small model would otherwise write blank lines for ever.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# What llguidance enforces. Any other `format` only describes, as JSON Schema has it by default.
+_FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
+_UUIDS = re.compile("uuid[1-8]")  # pydantic's
+_DATA = frozenset(("const", "default", "enum", "example", "examples"))  # keywords that hold no schemas
 
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]] = WeakKeyDictionary()
 _building = threading.Lock()
@@ -84,15 +89,51 @@ def json_or_text(*alternatives: Framed, beginning: str, several: bool, param: st
     return _compiled(rules, param)
 
 
+def lark_grammar(rules: str, param: str) -> str:
+    """A grammar of ``rules`` in llguidance's dialect of Lark, whose first rule is `start`.
+
+    Raises:
+        InvalidRequest: the rules are wrong or too large; ``param`` names their field.
+    """
+    if len(rules) > MAX_BYTES:
+        raise InvalidRequest(f"{param}: a grammar may have {MAX_BYTES} characters", param=param)
+    return _compiled(rules, param)
+
+
+def regex_grammar(regex: str, param: str) -> str:
+    """A grammar of the texts that ``regex`` matches whole.
+
+    Raises:
+        InvalidRequest: as `lark_grammar`.
+    """
+    escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", regex).replace("\n", r"\n")
+    return lark_grammar(f"start: /{escaped}/", param)
+
+
 def _any_of(alternatives: Sequence[Framed], param: str) -> str:
     rules = []
     for schema, before, after in alternatives:
-        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        text = json.dumps(schema)
         if fault := fault_of_schema(schema, len(text)):
             raise InvalidRequest(f"{param}: this JSON schema is too large: {fault}", param=param)
-        body = f"%json {text}"
+        body = f"%json {json.dumps({**_with_known_formats(schema), 'x-guidance': _JSON_OPTIONS})}"
         rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
     return " | ".join(rules)
+
+
+def _with_known_formats(schema: Any) -> Any:
+    """``schema`` without a `format` that is not enforced. A property may have this name: its value is no text."""
+    if isinstance(schema, list):
+        return [_with_known_formats(inner) for inner in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = {key: value if key in _DATA else _with_known_formats(value) for key, value in schema.items()}
+    form = kept.get("format")
+    if isinstance(form, str) and form not in _FORMATS:
+        del kept["format"]
+        if _UUIDS.fullmatch(form):
+            kept["format"] = "uuid"
+    return kept
 
 
 def _compiled(rules: str, param: str) -> str:
@@ -100,7 +141,7 @@ def _compiled(rules: str, param: str) -> str:
     grammar: str = library.LLMatcher.grammar_from_lark(rules)
     if wrong := fault_of_grammar(grammar, Path(library.__file__).parents[1]):
         reason = wrong.partition("\n")[0].partition("failed to compile JSON schema: ")
-        raise InvalidRequest(f"{param}: this JSON schema cannot be enforced: {reason[2] or reason[0]}", param=param)
+        raise InvalidRequest(f"{param}: this cannot be enforced: {reason[2] or reason[0]}", param=param)
     return grammar
 
 

@@ -73,7 +73,9 @@ async def choose_answer(session: Session) -> ChosenAnswer | None:
     """
     statistics, backend = session.statistics, session.backend
     try:
-        chunks = await session.retrieved()
+        request = session.request
+        fits = len(request.prompt.tokens) + (request.max_tokens or 1) <= backend.info("target").window
+        chunks = await session.retrieved(at_any_score=not fits)
         if not chunks:
             return None
         chunks = sorted(chunks, key=lambda chunk: -chunk.score)[:NUM_ANSWER_CHUNKS]

@@ -278,8 +278,7 @@ def _rendered(
             [{"role": one.role, "content": text_of(one.content), **text_of(dict(one.more))} for one in messages],
             tools=text_of(list(tools)) or None,
             tokenize=False,
-            add_generation_prompt=True,
-            **text_of(dict(template_kwargs)),
+            **{"add_generation_prompt": True, **text_of(dict(template_kwargs))},
         )
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last three come from odd variables
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error

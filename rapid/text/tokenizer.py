@@ -28,7 +28,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """
     try:
         files = embedded_models.resolve(ref)
-        tokenizer: PreTrainedTokenizerBase = _loader_of(files).from_pretrained(files)
+        tokenizer: PreTrainedTokenizerBase = _loader_of(files).from_pretrained(files, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"the tokenizer of {ref!r} could not be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -122,6 +122,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
@@ -139,8 +140,8 @@ def spell(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 class Detokenizer:
     """Turns tokens into text as they come. It never returns half a character, or a part of a stop string.
 
-    ``push`` returns the text that the client may see now. ``stopped`` becomes True at a stop string; the text ends
-    before it. The first ``min_tokens`` tokens are not searched for stop strings.
+    ``push`` returns the text that the client may see now. ``stopped`` is the stop string that was found, or None; the
+    text ends before it. The first ``min_tokens`` tokens are not searched for stop strings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
@@ -151,7 +152,7 @@ class Detokenizer:
         self._starts: list[int] = []  # where each token's text begins
         self._decoded = ""  # all text so far
         self._shown = 0  # how many characters were returned
-        self.stopped = False
+        self.stopped: str | None = None
 
     @property
     def text(self) -> str:
@@ -176,17 +177,20 @@ class Detokenizer:
         return self._release(self._held_back())
 
     def finish(self) -> str:
-        """Returns the held-back text, incomplete characters included; no more tokens may come."""
+        """Returns the held-back text; no more tokens may come. A character that they cut off is left out."""
         whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if self._tokens and not spell(self._tokenizer, self._tokens[-1]).endswith(_REPLACEMENT.encode()):
+            whole = whole.rstrip(_REPLACEMENT)
         if not self.stopped and whole.startswith(self._decoded):
             self._decoded = whole
         return self._release(0)
 
     def _release(self, held_back: int) -> str:
         if not self.stopped:
-            found = [at for stop in self._looked_for() if (at := self._decoded.find(stop, self._shown)) >= 0]
+            found = [(at, s) for s in self._looked_for() if (at := self._decoded.find(s, self._shown)) >= 0]
             if found:
-                self._decoded, self.stopped, held_back = self._decoded[: min(found)], True, 0
+                at, self.stopped = min(found)
+                self._decoded, held_back = self._decoded[:at], 0
         end = max(self._shown, len(self._decoded) - held_back)
         piece, self._shown = self._decoded[self._shown : end], end
         return piece

@@ -253,8 +253,10 @@ def _convert(gguf: Path, folder: Path) -> Path:
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no argument turns off
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+            )
             # The weights are plain numbers now, but transformers does not save a model that is marked as quantised.
             del model.config.quantization_config
             model.hf_quantizer = None

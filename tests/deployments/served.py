@@ -23,6 +23,7 @@ from deployments.app import build
 from deployments.builders import local_backend
 from deployments.config import parse_config
 from deployments.http.api import make_api
+from deployments.serve.engines import engines_of
 from deployments.service import LocalService
 from rapid.text.tokenizer import load_tokenizer
 
@@ -123,6 +124,19 @@ def complete(
     text = "".join(text for text, _ in texts) + last
     assert len(text) == statistics["emitted"] == num_tokens
     return text, statistics
+
+
+def engines_named(deployment: str) -> list[Any]:
+    """The handles of its engines' actors."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    mine = engines_of("rapid", deployment)
+    return [ray.get_actor(**actor) for actor in actors if actor["name"].startswith(mine)]
+
+
+def engine_of(deployment: str) -> Any:
+    """The handle of the actor of its only engine."""
+    [engine] = engines_named(deployment)
+    return engine
 
 
 def health(url: str) -> dict[str, Any]:

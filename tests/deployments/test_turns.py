@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -57,6 +58,64 @@ def test_a_call_whose_client_left_keeps_its_turn_until_it_ends() -> None:
     asyncio.run(story())
 
 
+def test_steps_of_one_client_stand_before_no_step_of_another() -> None:
+    """One thread, and a long work of one client: another's single step comes between two of its steps."""
+
+    async def story() -> None:
+        pool, done, goes_on = FairPool(1, "test"), [], threading.Event()
+
+        def long() -> Iterator[int]:
+            for i in range(100):
+                if i == 3:
+                    assert goes_on.wait(30)
+                done.append("hostile")
+                yield i
+
+        async def all_of(client: str, work: Iterator[int]) -> list[int]:
+            return [item async for item in pool.steps(client, work)]
+
+        hostile = asyncio.create_task(all_of("hostile", long()))
+        while len(done) < 3:
+            await asyncio.sleep(0)
+        honest = asyncio.create_task(pool.run("honest", done.append, "honest"))
+        await asyncio.sleep(0)
+        goes_on.set()
+        await asyncio.wait_for(honest, 30)
+        assert await hostile == list(range(100))
+        assert done.index("honest") <= 5
+
+    asyncio.run(story())
+
+
+def test_steps_end_when_nobody_asks_for_them() -> None:
+    async def story() -> None:
+        pool, begun, goes_on, closed = FairPool(1, "test"), threading.Event(), threading.Event(), threading.Event()
+
+        def work() -> Iterator[int]:
+            try:
+                begun.set()
+                assert goes_on.wait(30)
+                yield 1
+                raise AssertionError("nobody waits for this")
+            finally:
+                closed.set()
+
+        async def ask() -> None:
+            async for _ in pool.steps("client", work()):
+                pass
+
+        asking = asyncio.create_task(ask())
+        await asyncio.to_thread(begun.wait, 30)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        del asking
+        goes_on.set()
+        assert await asyncio.to_thread(closed.wait, 30)
+        await asyncio.wait_for(pool.run("client", int), 30)
+
+    asyncio.run(story())
+
+
 def test_turns_come_in_order_and_none_is_lost() -> None:
     async def story() -> None:
         turns, order = Turns(1, max_waiting=3), []
@@ -76,6 +135,52 @@ def test_turns_come_in_order_and_none_is_lost() -> None:
         assert order == ["1", "3", "4"]
         await asyncio.wait_for(one("5"), 30)
         assert not turns._lines
+
+    asyncio.run(story())
+
+
+def test_clients_are_served_in_rotation() -> None:
+    """A hundred requests of one client stand before no other's one."""
+
+    async def story() -> None:
+        turns, order = Turns(2, max_waiting=100, in_all=2), []
+
+        async def one(client: str) -> None:
+            async with turns.turn(client):
+                order.append(client)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(one("hostile")) for _ in range(100)]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(one(client)) for client in ("a", "b", "a")]
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        assert len(order) == 103 and order.index("b") <= 8
+        assert [i for i, client in enumerate(order) if client == "a"][-1] <= 12
+        assert not turns._lines and turns._num_running == 0
+
+    asyncio.run(story())
+
+
+def test_a_request_takes_as_many_turns_as_it_has_choices() -> None:
+    async def story() -> None:
+        turns = Turns(3, max_waiting=9, in_all=4)
+        await turns.take("a", 2)
+        wide = asyncio.create_task(turns.take("a", 8))  # as many as one client can have: all three
+        await asyncio.sleep(0)
+        await asyncio.wait_for(turns.take("b", 2), 30)
+        turns.give_back("a", 2)
+        await asyncio.sleep(0)
+        assert not wide.done()  # two of four are another's
+        await asyncio.wait_for(turns.take("c", 2), 30)  # who stands behind it but needs less
+        turns.give_back("b", 2)
+        turns.give_back("c", 2)
+        await asyncio.wait_for(wide, 30)
+        left = asyncio.create_task(turns.take("b", 2))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        turns.give_back("a", 8)
+        assert not turns._lines and turns._num_running == 0
 
     asyncio.run(story())
 

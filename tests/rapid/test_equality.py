@@ -52,6 +52,8 @@ class Retrieval(NamedTuple):
     chunks: list[Chunk]
     context_tokens: int = 0
     retrieved_tokens: int = 0
+    reaches_threshold: bool = True
+    confidence: float = 1.0
 
 
 def middle(contents: list[str], query: str, options: Any) -> Retrieval:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from world import Retrieval, World, first_eight, greedily, run
+from world import Retrieval, World, first_eight, greedily, run, unsure
 
 from rapid.backend.local import LocalBackend
 from rapid.engine.engine import Engine
@@ -158,6 +158,31 @@ def test_rag_only_needs_room_for_the_shortened_prompt(make_world: Callable[..., 
 
 
 # Fallbacks, statistics, parameters
+
+
+def test_rag_beyond_the_window_reads_the_best_passages_however_unsure(make_world: Callable[..., World]) -> None:
+    """Below the threshold it reads the whole context where that fits, and else the passages, and does not fail."""
+    world = make_world(window=40)
+    short, long = world.prompt("ab" * 10 + "\n\nab"), world.prompt("ab" * 30 + "\n\nab")
+    for prompt, max_tokens, reads_all in (
+        (short, 16, True),
+        (short, 17, False),
+        (short, None, True),
+        (long, 28, False),
+    ):
+        completion = run(world.request(strategy="rag", prompt=prompt, max_tokens=max_tokens), world.backend(unsure))
+        stats = completion.statistics
+        assert (stats.fallback, stats.retrieved_tokens) == (("nothing_above_threshold", 0) if reads_all else (None, 8))
+        assert stats.confidence == 0.125
+        read = prompt.tokens if reads_all else prompt.shortened(unsure(prompt.contents, "", None).chunks)
+        assert completion.tokens == greedily(world.target.model, read, len(completion.tokens))
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "rapid"])
+def test_a_drafter_reads_no_passage_below_the_threshold(world: World, strategy: str) -> None:
+    stats = run(world.request(strategy=strategy), world.backend(unsure)).statistics
+    assert (stats.fallback, stats.draft_prompt_tokens, stats.chunks) == ("nothing_above_threshold", 0, [])
+    assert stats.confidence == 0.125
 
 
 def nothing(contents: list[str], query: str, options: Any) -> Retrieval:

@@ -36,6 +36,13 @@ class Retrieval(NamedTuple):
     chunks: list[Chunk]
     context_tokens: int = 0
     retrieved_tokens: int = 0
+    reaches_threshold: bool = True
+    confidence: float = 1.0
+
+
+def unsure(contents: list[str], query: str, options: Any) -> Retrieval:
+    """Keeps the same, though nothing reaches its threshold."""
+    return first_eight(contents, query, options)._replace(reaches_threshold=False, confidence=0.125)
 
 
 def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -55,10 +56,40 @@ def minilm() -> Path:
     return Path(local_path("all-minilm-l6-v2"))
 
 
+@pytest.fixture(scope="session")
+def bge_m3(tmp_path_factory):
+    """A folder laid out like BGE-M3, of random weights: 2 layers, 32 dimensions, 64 tokens."""
+    folder = tmp_path_factory.mktemp("bge-m3")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["the white whale swims", "over the wide sea"], trainer)
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        cls_token="<s>", sep_token="</s>", model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, type_vocab_size=1,
+    )  # fmt: skip
+    XLMRobertaModel(config).save_pretrained(folder)
+    torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
+    weigh = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(weigh.bias, 1.0)  # most weights are above 0
+    torch.save(weigh.state_dict(), folder / "sparse_linear.pt")
+    return folder
+
+
 class WordEmbedder:
     """Texts that share words are near each other, others are not. Remembers what it was asked to embed."""
 
-    name, dimension, max_tokens = "words", 256, 10_000
+    name, dimension, max_tokens, has_sparse = "words", 256, 10_000, False
 
     def __init__(self) -> None:
         self.embedded: list[str] = []

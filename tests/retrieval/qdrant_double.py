@@ -35,7 +35,9 @@ class FakeServer(ThreadingHTTPServer):
         if (method, rest) == ("PUT", ""):
             if self.qdrant.collection_exists(name):
                 return 409, "already exists"
-            self.qdrant.create_collection(name, models.VectorParams(**body["vectors"]))
+            dense = {name: models.VectorParams(**params) for name, params in body["vectors"].items()}
+            sparse = {name: models.SparseVectorParams(**params) for name, params in body["sparse_vectors"].items()}
+            self.qdrant.create_collection(name, dense, sparse)
             return 200, True
         if (method, rest) == ("GET", ""):
             return 200, json.loads(self.qdrant.get_collection(name).model_dump_json())
@@ -48,15 +50,10 @@ class FakeServer(ThreadingHTTPServer):
             self.qdrant.delete(name, models.FilterSelector(**body))
         elif rest == "points/count":
             return 200, {"count": self.qdrant.count(name, models.Filter(**body["filter"])).count}
-        elif rest == "points/query":
-            found = self.qdrant.query_points(
-                name,
-                body["query"]["nearest"],
-                query_filter=models.Filter(**body["filter"]),
-                limit=body["limit"],
-                score_threshold=body["score_threshold"],
-            )
-            return 200, json.loads(found.model_dump_json())
+        elif rest == "points/query/batch":
+            searches = [models.QueryRequest.model_validate(search) for search in body["searches"]]
+            found = self.qdrant.query_batch_points(name, searches)
+            return 200, [json.loads(answer.model_dump_json()) for answer in found]
         return 200, done
 
 

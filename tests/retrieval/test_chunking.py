@@ -28,7 +28,7 @@ def count(tokenizer, text: str) -> int:
 
 
 def check(text: str, max_tokens: int, tokenizer) -> None:
-    chunks = split(text, max_tokens=max_tokens, tokenizer=tokenizer)
+    chunks = list(split(text, max_tokens=max_tokens, tokenizer=tokenizer))
     assert "".join(chunk.text for chunk in chunks) == text
     for chunk in chunks:
         assert chunk.text and chunk.text == text[chunk.start : chunk.end]
@@ -59,7 +59,7 @@ def test_bounds_hold_for_a_tokenizer_with_unknown_words(minilm, prose):
 
 
 def test_empty_text_has_no_chunks_and_a_short_one_is_one_chunk(tokenizer):
-    assert split("", max_tokens=8, tokenizer=tokenizer) == []
+    assert list(split("", max_tokens=8, tokenizer=tokenizer)) == []
     assert [chunk.text for chunk in split("One line.\n\nTwo.", max_tokens=100, tokenizer=tokenizer)] == [
         "One line.\n\nTwo."
     ]
@@ -68,7 +68,7 @@ def test_empty_text_has_no_chunks_and_a_short_one_is_one_chunk(tokenizer):
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_a_chunk_has_at_least_one_token(max_tokens, tokenizer):
     with pytest.raises(ValueError, match="max_tokens"):
-        split("text", max_tokens=max_tokens, tokenizer=tokenizer)
+        list(split("text", max_tokens=max_tokens, tokenizer=tokenizer))
 
 
 class CharacterTokenizer:
@@ -93,21 +93,37 @@ class CharacterTokenizer:
     ids=["paragraph", "line", "sentence", "clause", "word", "chinese sentence", "chinese clause", "hard"],
 )
 def test_a_cut_is_made_at_the_best_separator_in_reach(text, first):
-    assert split(text, max_tokens=28, tokenizer=CharacterTokenizer())[0].text == first
+    assert next(split(text, max_tokens=28, tokenizer=CharacterTokenizer())).text == first
 
 
 def test_an_early_separator_does_not_make_a_tiny_chunk():
-    chunks = split("a\n\n" + "b" * 60, max_tokens=28, tokenizer=CharacterTokenizer())
+    chunks = list(split("a\n\n" + "b" * 60, max_tokens=28, tokenizer=CharacterTokenizer()))
     assert [len(chunk.text) for chunk in chunks] == [28, 28, 7]
 
 
 def test_chunks_of_prose_are_mostly_full(prose, tokenizer):
-    chunks = split(prose, max_tokens=256, tokenizer=tokenizer)
+    chunks = list(split(prose, max_tokens=256, tokenizer=tokenizer))
     assert sum(chunk.num_tokens for chunk in chunks[:-1]) > 0.6 * 256 * (len(chunks) - 1)
 
 
+@pytest.mark.parametrize("window", [200, 1000, 5000])
+def test_windows_change_nothing_and_bound_what_is_tokenised_at_once(prose, tokenizer, monkeypatch, window):
+    """A chunk of 256 tokens is longer than the smallest window here, which then grows."""
+    longest = 0
+
+    def watched(text: str, **how):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return tokenizer(text, **how)
+
+    whole = list(split(prose[:20_000], max_tokens=256, tokenizer=tokenizer))
+    monkeypatch.setattr("retrieval.chunking._WINDOW", window)
+    assert list(split(prose[:20_000], max_tokens=256, tokenizer=watched)) == whole
+    assert longest <= max(window, 3200)
+
+
 def test_a_character_longer_than_a_chunk_stays_whole(tokenizer):
-    chunks = split("🦑🦑", max_tokens=1, tokenizer=tokenizer)
+    chunks = list(split("🦑🦑", max_tokens=1, tokenizer=tokenizer))
     assert [chunk.text for chunk in chunks] == ["🦑", "🦑"]
     assert all(chunk.num_tokens > 1 for chunk in chunks)
 
@@ -120,7 +136,7 @@ def test_time_is_near_linear(unit, tokenizer):
         text, took = (unit * length)[:length], []
         for _ in range(3):
             began = time.process_time()
-            split(text, max_tokens=200, tokenizer=tokenizer)
+            list(split(text, max_tokens=200, tokenizer=tokenizer))
             took.append(time.process_time() - began)
         return min(took)
 

@@ -4,45 +4,21 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
-from retrieval import RetrievalError
+from retrieval import RetrievalError, RetrievalOptions, Retriever
 from retrieval.embedding import Embedder, load_embedder
+from retrieval.reranking import load_reranker
+from retrieval.store import ChunkStore
 
 
 @pytest.fixture(scope="module")
 def dense(minilm):
     return load_embedder(minilm)
-
-
-@pytest.fixture(scope="module")
-def bge_m3(tmp_path_factory):
-    """A folder laid out like BGE-M3, of random weights: 2 layers, 32 dimensions, 64 tokens."""
-    folder = tmp_path_factory.mktemp("bge-m3")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(["the white whale swims", "over the wide sea"], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        cls_token="<s>", sep_token="</s>", model_max_length=64,
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=66, type_vocab_size=1,
-    )  # fmt: skip
-    XLMRobertaModel(config).save_pretrained(folder)
-    torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
-    return folder
 
 
 TEXTS = ["the white whale", "over the wide sea " * 30, "sea", "whale whale whale swims over the sea"]
@@ -185,3 +161,63 @@ def test_a_pooling_that_is_not_known_is_refused(bge_m3, tmp_path):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(RetrievalError, match="pooling_mode_max_tokens"):
         load_embedder(folder, kind="dense")
+
+
+def test_bge_m3s_token_weights_are_flag_embeddings(bge_m3):
+    from FlagEmbedding import BGEM3FlagModel
+
+    embedder = load_embedder(bge_m3)
+    reference = BGEM3FlagModel(str(bge_m3), devices="cpu", use_fp16=False)
+    expected = reference.encode(TEXTS, max_length=64, return_sparse=True)["lexical_weights"]
+    assert embedder.has_sparse
+    embedder.embed(TEXTS[:2])  # their weights are known from this pass
+    for vector, weights in zip(embedder.sparse(TEXTS), expected, strict=True):
+        assert vector.indices.tolist() == sorted(int(token) for token in weights) and len(weights)
+        np.testing.assert_allclose(vector.values, [weights[str(i)] for i in vector.indices], rtol=1e-4)
+
+
+def test_weights_that_are_known_need_no_pass(bge_m3, monkeypatch):
+    embedder = load_embedder(bge_m3)
+    embedder.embed(TEXTS)
+    passes = []
+    monkeypatch.setattr(embedder, "run", lambda forward: passes.append(1) or forward())
+    embedder.sparse(TEXTS)
+    assert passes == []
+    embedder.sparse(["sea whale"])
+    assert passes == [1]
+
+
+def test_late_interaction_is_flag_embeddings_colbert_score(bge_m3):
+    from FlagEmbedding import BGEM3FlagModel
+
+    embedder = load_embedder(bge_m3)
+    reference = BGEM3FlagModel(str(bge_m3), devices="cpu", use_fp16=False)
+    asked, *passages = reference.encode(["white whale", *TEXTS], max_length=64, return_colbert_vecs=True)[
+        "colbert_vecs"
+    ]
+    expected = [float(reference.colbert_score(asked, passage)) for passage in passages]
+    np.testing.assert_allclose(embedder.late_interaction("white whale", TEXTS), expected, atol=1e-5)
+
+
+def test_bge_m3_retrieves_by_its_own_weights(bge_m3, tokenizer):
+    """All three methods and ColBERT, end to end, on random weights: as the embedder's own numbers order the chunks."""
+    embedder = load_embedder(bge_m3)
+    store = ChunkStore(dimension=32, idf=False)
+    rerank = load_reranker("colbert", embedder)
+    contents, query = ["the white whale", "over the wide sea", "whale whale swims", "sea sea the"], "white whale"
+    [asked], passages = embedder.sparse([query]), embedder.sparse(contents)
+    dots = []
+    for each in passages:
+        weights = dict(zip(each.indices.tolist(), each.values.tolist(), strict=True))
+        dots.append(
+            sum(w * weights.get(i, 0) for i, w in zip(asked.indices.tolist(), asked.values.tolist(), strict=True))
+        )
+    options = RetrievalOptions(method="sparse", max_tokens=1000, chunk_tokens=64)
+    plain, late = Retriever(embedder, store, tokenizer), Retriever(embedder, store, tokenizer, rerank=rerank)
+    found = plain.retrieve(contents, query, options)
+    assert {chunk.position: chunk.score for chunk in found.chunks} == pytest.approx(
+        {i: dot for i, dot in enumerate(dots) if dot}, rel=1e-3
+    )
+    scores = embedder.late_interaction(query, contents)
+    best = late.retrieve(contents, query, replace(options, method="hybrid", threshold=-1, max_tokens=9))
+    assert int(np.argmax(scores)) in [chunk.position for chunk in best.chunks]

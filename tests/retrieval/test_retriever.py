@@ -6,15 +6,19 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from qdrant_double import FakeServer
 
-from retrieval import RetrievalError, RetrievalOptions, Retriever
+from retrieval import RetrievalError, RetrievalOptions, Retriever, TenantOptions
+from retrieval.calibration import Calibration, Confidence
 from retrieval.embedding import load_embedder
 from retrieval.errors import StoreTimeout
+from retrieval.kept import KeptVectors
 from retrieval.store import ChunkStore
+from retrieval.vectors import ChunkVectors, embed_chunks
 
-SMALL = RetrievalOptions(chunk_tokens=32, min_tokens=64, threshold=0.2)
+SMALL = RetrievalOptions(chunk_tokens=32, min_tokens=64, threshold=0.2, method="dense")
 NEEDLE = "The password of the lighthouse is heliotrope. "
 
 
@@ -105,9 +109,11 @@ def test_short_messages_fill_the_budget_though_they_are_short(retriever):
     assert len(result.chunks) > 4 and result.retrieved_tokens <= 64
 
 
-def test_nothing_above_the_threshold_keeps_nothing(retriever, prose):
-    result = retriever.retrieve([prose[:3000]], "xylophone quartz", replace(SMALL, threshold=0.9))
-    assert result.chunks == () and result.retrieved_tokens == 0 and result.num_chunks > 0
+def test_nothing_above_the_threshold_keeps_the_best_and_says_so(retriever, prose):
+    result = retriever.retrieve([prose[:3000]], "whale xylophone quartz", replace(SMALL, threshold=0.9))
+    assert not result.reaches_threshold and result.num_chunks > 0
+    best = retriever.retrieve([prose[:3000]], "whale xylophone quartz", replace(SMALL, threshold=-1))
+    assert result.chunks == best.chunks != () and best.reaches_threshold
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_nothing_stays_after_a_request_that_failed(retriever, store, prose, monk
 
     def fail(namespace, *args, **kwargs):
         if step == "add":
-            add(namespace, args[0][:2])  # a write that breaks off
+            add(namespace, ChunkVectors(*(part[:2] for part in args[0])))  # a write that breaks off
         assert in_store(store) > 0
         raise RetrievalError("broken")
 
@@ -216,7 +222,7 @@ def test_a_broken_write_does_not_poison_kept_contents(retriever, store, prose, m
     add = store.add
 
     def break_off(namespace, vectors, **how):
-        add(namespace, vectors[:2], **how)
+        add(namespace, ChunkVectors(vectors.dense[:2], vectors.context[:2], vectors.sparse[:2]), **how)
         raise RetrievalError("broken")
 
     with monkeypatch.context() as patch, pytest.raises(RetrievalError, match="broken"):
@@ -262,6 +268,8 @@ def test_results_and_options_travel_between_processes(retriever, prose):
     ("field", "value"),
     [
         ("chunk_tokens", 0),
+        ("method", "magic"),
+        ("rerank_candidates", 0),
         ("threshold", 1.5),
         ("threshold", float("nan")),
         ("min_tokens", -1),
@@ -296,6 +304,88 @@ def test_what_is_dropped_while_it_is_embedded_is_not_stored(retriever, store, pr
     assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(namespace) > 0
 
 
+def test_a_retrieval_that_nobody_waits_for_ends_between_two_batches(retriever, embedder, store, prose):
+    """Closing the steps, as their caller does when its client leaves, ends the work and leaves nothing."""
+    contents = [prose[:20_000]]
+    in_all = retriever.retrieve(contents, "the whale", SMALL).num_chunks
+    steps = retriever.steps(contents, "the whale", SMALL)
+    embedder.embedded.clear()
+    while not embedder.embedded:
+        assert next(steps) is None
+    steps.close()
+    assert len(embedder.embedded) < in_all / 4 and in_store(store) == 0
+
+
+def test_chunks_are_cut_step_by_step(retriever, embedder, prose):
+    steps = retriever.steps([prose[:20_000]], "the whale", SMALL)
+    assert [next(steps) for _ in range(3)] == [None] * 3 and embedder.embedded == []
+    assert [step for step in steps if step] != []
+
+
+def test_what_requests_keep_is_bounded_for_each_client(embedder, store, tokenizer, prose):
+    """The least recently used goes first, and another client's stays."""
+    texts = [prose[i * 1000 : (i + 1) * 1000] for i in range(6)]
+    retriever = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.1))
+
+    def keep(text: str, client: str = "hostile") -> bool:
+        """Whether it had to be embedded."""
+        embedder.embedded.clear()
+        retriever.retrieve([text], "the whale", TenantOptions(**vars(SMALL) | {"keep": True}, client=client))
+        return bool(embedder.embedded)
+
+    assert keep(texts[5], "honest")
+    a_text = in_store(store) * 2 * 256 * 4 + 4096  # and its words
+    assert 2 * a_text < 0.1e6 < 4 * a_text  # so two or three fit
+    assert keep(texts[0]) and keep(texts[1]) and not keep(texts[0])
+    for text in texts[2:5]:
+        assert keep(text)
+    assert in_store(store) * 2 * 256 * 4 < 0.1e6 + a_text
+    assert keep(texts[1]) and not keep(texts[5], "honest")
+
+
+def test_what_makes_room_for_the_same_request_is_still_found(embedder, store, tokenizer, prose):
+    contents = [prose[i * 1000 : (i + 1) * 1000] for i in range(6)]
+    options = replace(SMALL, threshold=-1)
+    expected = Retriever(embedder, store, tokenizer).retrieve(contents, "the whale", options).chunks
+    few = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.1))
+    assert few.retrieve(contents, "the whale", replace(options, keep=True)).chunks == expected
+    assert 0 < in_store(store) * 2 * 256 * 4 < 0.1e6
+
+
+def test_what_is_larger_than_all_room_is_not_kept(embedder, store, tokenizer, prose):
+    retriever = Retriever(embedder, store, tokenizer, KeptVectors(max_mb=0.02))
+    assert retriever.retrieve([prose[:3000]], "the whale", replace(SMALL, keep=True)).chunks
+    assert in_store(store) == 0
+
+
+def test_what_requests_keep_expires_also_after_a_restart(embedder, tokenizer, prose, tmp_path):
+    def made(max_age_s: float = 1000) -> Retriever:
+        store = ChunkStore(dimension=embedder.dimension, folder=tmp_path / "vectors")
+        return Retriever(embedder, store, tokenizer, KeptVectors(tmp_path, max_age_s=max_age_s))
+
+    keep = replace(SMALL, keep=True)
+    made().retrieve([prose[:1000]], "the whale", keep)
+    *_, of_a_file = made().keep(prose[1000:2000], SMALL.chunk_tokens)
+    made().retrieve([prose[1000:2000]], "the whale", keep)
+    made().retrieve([prose[2000:3000]], "the whale", keep)
+    assert len(list((tmp_path / "vectors").iterdir())) == 3
+    later = made(max_age_s=0)
+    later.retrieve([prose[3000:4000]], "the whale", keep)
+    assert len(list((tmp_path / "vectors").iterdir())) == 2  # the file's, and the latest
+    assert (tmp_path / "vectors" / f"{of_a_file.namespace}.npz").exists()
+
+
+def test_what_a_file_needs_is_no_requests_any_more(retriever, embedder, store, prose):
+    """A file whose text a request has kept before: its vectors go with the file alone."""
+    retriever.retrieve([prose[:1000]], "the whale", replace(SMALL, keep=True))
+    embedder.embedded.clear()
+    *_, done = retriever.keep(prose[:1000], SMALL.chunk_tokens)
+    assert embedder.embedded == [] and done.num_embedded == done.num_chunks
+    retriever._kept._max_age_s = 0
+    retriever.retrieve([prose[1000:2000]], "the whale", replace(SMALL, keep=True))
+    assert store.count(done.namespace) == done.num_chunks
+
+
 def test_a_retrieval_that_runs_out_of_the_stores_time_fails(embedder, tokenizer, monkeypatch):
     monkeypatch.setattr("retrieval.retriever._STORE_TIME_S", 0.0)
     question = (["a whale in the ocean"], "whale", RetrievalOptions())
@@ -306,3 +396,94 @@ def test_a_retrieval_that_runs_out_of_the_stores_time_fails(embedder, tokenizer,
     server.shutdown()
     server.server_close()
     assert Retriever(embedder, ChunkStore(dimension=embedder.dimension), tokenizer).retrieve(*question).chunks
+
+
+def filler(i: int) -> str:
+    return f"Line {i} tells of the sea and of a ship and of nothing else. " * 2
+
+
+@pytest.fixture
+def rare(retriever):
+    """A text in which the rare word stands once; the common words of the query are everywhere."""
+    lines = [filler(i) for i in range(40)]
+    lines[23] = "Of the sea and of a ship there is a quillwort. "
+    return "\n\n".join(lines), "the sea and of a ship quillwort"
+
+
+@pytest.mark.parametrize("method", ["sparse", "hybrid"])
+def test_a_rare_word_outweighs_common_ones(retriever, rare, method):
+    text, query = rare
+    options = replace(SMALL, method=method, max_tokens=40, threshold=-1)
+    assert any("quillwort" in chunk.text for chunk in retriever.retrieve([text], query, options).chunks)
+
+
+def test_words_alone_need_no_embedder(retriever, embedder, rare):
+    text, query = rare
+    result = retriever.retrieve([text], query, replace(SMALL, method="sparse", threshold=0.99))
+    assert embedder.embedded == [] and result.chunks and result.reaches_threshold
+    nothing = retriever.retrieve([text], "xylophone", replace(SMALL, method="sparse"))
+    assert nothing.chunks and not nothing.reaches_threshold and nothing.chunks[0].position == 0
+
+
+def test_a_hybrid_search_is_gated_by_the_cosine(retriever, rare):
+    """Its own scores are ranks, which say nothing about how near the best chunk is."""
+    text, query = rare
+    options = replace(SMALL, method="hybrid")
+    found = retriever.retrieve([text], query, replace(options, threshold=-1))
+    best = max(chunk.score for chunk in retriever.retrieve([text], query, replace(options, max_tokens=10**6)).chunks)
+    for above in (-0.01, 0.01):
+        result = retriever.retrieve([text], query, replace(options, threshold=best + above))
+        assert result.reaches_threshold == (above < 0) and result.chunks == found.chunks
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse", "hybrid"])
+def test_kept_and_passing_contents_are_ranked_together(retriever, embedder, store, prose, tokenizer, method):
+    """As if all were sent at once, in process and on a server."""
+    contents, query = [prose[:3000], prose[3000:6000], prose[6000:8000]], "the whale and the captain"
+    options = replace(SMALL, method=method)
+    expected = retriever.search(retriever.chunks(contents, options)[0], query, options)
+    server = FakeServer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    served = ChunkStore(server.url, dimension=embedder.dimension)
+    served.add("anothers", embed_chunks(embedder, [["whale"] * 9]))  # no part of the IDF
+    try:
+        for where in (store, served):
+            mixed = Retriever(embedder, where, tokenizer)
+            list(mixed.keep(contents[1], SMALL.chunk_tokens))
+            found = mixed.search(mixed.chunks(contents, options)[0], query, options)
+            assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+            # Equal scores have ranks in whatever order, so that neighbours may change places.
+            assert all(abs(found.order.index(i) - place) <= 2 for place, i in enumerate(expected.order[:10]))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_reranker_orders_the_best_chunks_anew(embedder, store, tokenizer, rare):
+    text, query = rare
+    read: list[str] = []
+
+    def rerank(asked: str, texts: list[str]) -> list[float]:
+        assert asked == query
+        read.extend(texts)
+        return [float("Line 31 " in each) for each in texts]
+
+    retriever = Retriever(embedder, store, tokenizer, rerank=rerank)
+    options = replace(SMALL, method="hybrid", threshold=-1, max_tokens=40, rerank_candidates=40)
+    assert any("Line 31 " in chunk.text for chunk in retriever.retrieve([text], query, options).chunks)
+    read.clear()
+    retriever.retrieve([text], query, replace(options, rerank_candidates=3))
+    assert len(read) == 3
+
+
+def test_the_threshold_and_the_confidence_are_the_embedders(embedder, store, tokenizer, prose):
+    """sigmoid(top·s + margin·z + bias), held to its closed form."""
+    calibration = Calibration(0.95, Confidence(2.0, 0.5, -1.5), Confidence(0.1, 0.0, 0.0))
+    retriever = Retriever(embedder, store, tokenizer, calibration=calibration)
+    options = replace(SMALL, threshold=None, method="hybrid", max_tokens=10**6)
+    result = retriever.retrieve([prose[:3000]], "the whale", options)
+    scores = np.array([chunk.score for chunk in result.chunks])
+    assert len(scores) == result.num_chunks and not result.reaches_threshold
+    x = 2.0 * scores.max() + 0.5 * (scores.max() - scores.mean()) / scores.std() - 1.5
+    assert result.confidence == pytest.approx(1 / (1 + np.exp(-x)), abs=1e-4)
+    assert retriever.retrieve([prose[:3000]], " ", options).confidence == 0

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qdrant_client import models
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
+from retrieval.deadline import TimeLeft
 from retrieval.errors import StoreTimeout
+from retrieval.sparse import bm25_passages, bm25_query
 from retrieval.store import ChunkStore
+from retrieval.vectors import ChunkVectors, Query
 
 
 @pytest.fixture
@@ -51,37 +55,41 @@ def store(request):
     store.close()
 
 
-def rows(*angles: float) -> np.ndarray:
-    return np.array([[np.cos(a), np.sin(a), 0, 0] for a in angles], dtype=np.float32)
+def rows(*angles: float, texts: list[str] | None = None) -> ChunkVectors:
+    dense = np.array([[np.cos(a), np.sin(a), 0, 0] for a in angles], dtype=np.float32)
+    return ChunkVectors(dense, dense, bm25_passages(texts or ["word"] * len(angles)))
 
 
-EAST = rows(0)[0]
+EAST = np.array([1, 0, 0, 0], dtype=np.float32)
+
+
+def search(store: ChunkStore, *namespaces: str, vector: np.ndarray = EAST) -> list[tuple[int, float]]:
+    """(position, cosine), best first."""
+    hits = store.search(namespaces, Query(vector, None), limit=1000)
+    return [(place[1], hits.scores[place]) for place in hits.ranking]
 
 
 def test_a_search_returns_positions_and_cosines_best_first(store):
     store.add("me", rows(1.0, 0.1, 0.5))
-    found = store.search("me", 3 * EAST, limit=10, threshold=-1)
+    found = search(store, "me", vector=3 * EAST)
     assert [position for position, _ in found] == [1, 2, 0]
     np.testing.assert_allclose([score for _, score in found], np.cos([0.1, 0.5, 1.0]), atol=1e-5)
-    assert [position for position, _ in store.search("me", EAST, limit=2, threshold=-1)] == [1, 2]
-    assert [position for position, _ in store.search("me", EAST, limit=10, threshold=0.8)] == [1, 2]
-    assert store.search("me", EAST, limit=10, threshold=0.999) == []
 
 
 def test_equal_scores_come_in_document_order(store):
     store.add("me", rows(*[0.3] * 20))
-    assert [position for position, _ in store.search("me", EAST, limit=20, threshold=0)] == list(range(20))
+    assert [position for position, _ in search(store, "me")] == list(range(20))
 
 
 def test_no_owner_sees_or_deletes_what_is_anothers(store):
     store.add("me", rows(0.1, 0.2))
     store.add("you", rows(0.0, 0.3, 0.4))
-    assert [position for position, _ in store.search("me", EAST, limit=10, threshold=-1)] == [0, 1]
+    assert [position for position, _ in search(store, "me")] == [0, 1]
     assert (store.count("me"), store.count("you"), store.count("nobody")) == (2, 3, 0)
     store.delete("me")
     assert (store.count("me"), store.count("you")) == (0, 3)
-    assert store.search("me", EAST, limit=10, threshold=-1) == []
-    assert store.search("nobody", EAST, limit=10, threshold=-1) == []
+    assert search(store, "me") == []
+    assert search(store, "nobody") == []
     store.delete("nobody")
 
 
@@ -94,7 +102,7 @@ def test_adding_again_replaces(store):
 def test_many_vectors_go_in_several_messages(store):
     store.add("me", rows(*np.linspace(0.1, 1, 600)))
     assert store.count("me") == 600
-    assert store.search("me", EAST, limit=1, threshold=0)[0][0] == 0
+    assert search(store, "me")[0][0] == 0
 
 
 def test_threads_do_not_disturb_each_other(store):
@@ -105,7 +113,7 @@ def test_threads_do_not_disturb_each_other(store):
         try:
             for _ in range(5):
                 store.add(namespace, rows(*[0.1 * i] * n))
-                found = store.search(namespace, EAST, limit=50, threshold=-1)
+                found = search(store, namespace)
                 if [position for position, _ in found] != list(range(n)) or store.count(namespace) != n:
                     wrong.append(found)
                 store.delete(namespace)
@@ -126,7 +134,7 @@ def test_threads_may_write_and_search_the_same_owner(store):
         try:
             for _ in range(3):
                 store.add("me", vectors)
-                found = store.search("me", EAST, limit=200, threshold=-1)
+                found = search(store, "me")
                 if [position for position, _ in found] != list(range(150)):
                     wrong.append(found)
         except Exception as error:
@@ -165,7 +173,7 @@ def test_losing_the_race_to_create_the_collection_is_no_error(server):
 
 def test_a_collection_of_another_dimension_is_refused(server):
     ChunkStore(server.url, collection="chunks", dimension=4).close()
-    with pytest.raises(RetrievalError, match=r"'chunks'.*length 4.*have 8"):
+    with pytest.raises(RetrievalError, match=r"'chunks'.*'dense': 4.*have length 8"):
         ChunkStore(server.url, collection="chunks", dimension=8)
 
 
@@ -184,7 +192,7 @@ def test_a_server_that_goes_away_is_named(server):
     stop(server)
     for call in (
         lambda: store.add("me", rows(0.1)),
-        lambda: store.search("me", EAST, limit=1, threshold=0),
+        lambda: search(store, "me"),
         lambda: store.count("me"),
         lambda: store.delete("me"),
     ):
@@ -200,7 +208,7 @@ def test_a_server_that_comes_back_empty_is_filled_again(serving):
     server.qdrant.delete_collection("rapid_chunks")  # as a server without a volume does when it starts again
     assert store.count("kept") == 0
     store.add("kept", rows(0.1, 0.2))
-    assert [position for position, _ in store.search("kept", EAST, limit=2, threshold=0)] == [0, 1]
+    assert [position for position, _ in search(store, "kept")] == [0, 1]
     assert len(server.indexes) == 2
     store.close()
 
@@ -224,6 +232,64 @@ def test_a_url_that_is_none_is_refused():
         ChunkStore("ftp://qdrant", dimension=4)
 
 
+def test_a_long_add_lets_others_in_between():
+    """In this process: another namespace is searched while a thousand vectors are stored."""
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    found = []
+
+    class Watched(ChunkVectors):
+        def rows(self, begin, end):
+            if begin:
+                found.append(in_another_thread(lambda: search(store, "mine")))
+            return super().rows(begin, end)
+
+    store.add("yours", Watched(*rows(*[0.2] * 1000)))
+    assert store.count("yours") == 1000 and len(found) == 3
+
+
+def in_another_thread(call):
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert answers
+    return answers[0]
+
+
+def test_a_search_of_long_namespaces_lets_others_in_between(monkeypatch):
+    """In this process what is searched together is copied together first, batch by batch."""
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    angles = np.linspace(0.2, 1.2, 600)
+    store.add("first", rows(*angles[::2]))
+    store.add("second", rows(*angles[1::2]))
+    copy, found = store._copy, []
+
+    def watched(collection, to):
+        copy(collection, to)
+        found.append(in_another_thread(lambda: store.search(["mine"], Query(EAST, None), limit=1)))
+
+    monkeypatch.setattr(store, "_copy", watched)
+    hits = store.search(["first", "second"], Query(EAST, None), limit=600)
+    assert len(found) == 2 and len(hits.ranking) == 600
+    assert list(hits.ranking) == [(("first", "second")[i % 2], i // 2) for i in range(600)]
+
+
+def test_a_deletion_ends_a_long_add(monkeypatch):
+    store = ChunkStore(dimension=4)
+    upsert = store._client.upsert
+
+    def deleted_meanwhile(collection: str, points: Any, **how: Any) -> None:
+        upsert(collection, points, **how)
+        if points[0].payload["position"] == 256:
+            store._client.delete_collection(collection)
+
+    monkeypatch.setattr(store._client, "upsert", deleted_meanwhile)
+    store.add("me", rows(*[0.2] * 1000))
+    assert store.count("me") == 0
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr("retrieval.store._TIMEOUT_S", 0.2)  # of a client that is made from here on
@@ -234,21 +300,57 @@ def test_a_server_that_accepts_and_does_not_answer_costs_one_timeout(server, imp
     store.add("mine", rows(0, 1))
     with server.lock:  # no handler goes on meanwhile
         with pytest.raises(StoreTimeout, match="has not answered"):
-            store.search("mine", EAST, limit=9, threshold=-1)
+            search(store, "mine")
         for _ in range(3):
             with pytest.raises(StoreTimeout, match="did not answer a moment ago"):  # and costs no time
                 store.delete("mine")
     store._silent_until = 0.0
-    assert len(store.search("mine", EAST, limit=9, threshold=-1)) == 2
+    assert len(search(store, "mine")) == 2
 
 
 def test_a_slow_server_has_one_budget_for_all_calls_of_a_block(server):
     store = ChunkStore(server.url, dimension=4)
     store.add("mine", rows(0, 1))
-    with store.within(1e-6):
+    with store.within(TimeLeft(1e-6)):
         store.count("mine")  # which takes more than that
         with pytest.raises(StoreTimeout, match="too slow"):
             store.count("mine")
     assert store.count("mine") == 2
-    with store.within(60):
+    with store.within(TimeLeft(60)):
         assert store.count("mine") == 2
+
+
+def test_a_hybrid_search_fuses_the_ranks_in_context_and_of_words(store):
+    """Held to 1 / (k + rank), ranks from 0 and k = 10; the scores are the plain cosines."""
+    texts = ["a ship", "a whale", "whale whale ship", "nothing"]
+    dense, context = rows(0.1, 0.2, 0.3, 0.4).dense, rows(0.9, 0.1, 0.5, 0.3).dense
+    store.add("me", ChunkVectors(dense, context, bm25_passages(texts)))
+    hits = store.search(["me"], Query(EAST, bm25_query("whale")), limit=10)
+    in_context, words = [1, 3, 2, 0], [2, 1]
+    expected = {
+        ("me", i): 1 / (10 + in_context.index(i)) + (1 / (10 + words.index(i)) if i in words else 0) for i in range(4)
+    }
+    assert hits.ranking == pytest.approx(expected) and list(hits.ranking) == [("me", i) for i in (1, 2, 3, 0)]
+    assert hits.scores == pytest.approx({("me", i): np.cos(0.1 * (i + 1)) for i in range(4)}, abs=1e-5)
+    without_words = store.search(["me"], Query(EAST, bm25_query("?!")), limit=10)
+    assert [place[1] for place in without_words.ranking] == in_context
+
+
+def test_rarity_is_counted_in_what_is_searched_alone(store):
+    mine = rows(0.1, 0.2, texts=["a rare thing", "a thing"])
+    store.add("me", mine)
+    before = store.search(["me"], Query(None, bm25_query("rare thing")), limit=10)
+    store.add("you", rows(*[0.1] * 30, texts=["rare rare rare"] * 30))
+    assert store.search(["me"], Query(None, bm25_query("rare thing")), limit=10) == before
+    both = store.search(["me", "you"], Query(None, bm25_query("rare thing")), limit=50)
+    assert len(both.ranking) == 32 and both.scores["me", 0] != before.scores["me", 0]
+
+
+def test_a_collection_of_an_earlier_version_is_refused(server):
+    """It had one dense vector and no words."""
+    server.qdrant.create_collection("chunks", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    with pytest.raises(RetrievalError, match=r"'chunks'.*lengths unnamed.*Delete that collection"):
+        ChunkStore(server.url, collection="chunks", dimension=4)
+    ChunkStore(server.url, collection="others", dimension=4, idf=False).close()
+    with pytest.raises(RetrievalError, match="modifier none"):
+        ChunkStore(server.url, collection="others", dimension=4)

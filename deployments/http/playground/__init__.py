@@ -11,6 +11,7 @@ from fastapi import Response
 
 from rapid.speculation.params import SpeculationParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
+from retrieval import METHODS
 
 _SCRIPTS = ("server.js", "document.js", "answer.js", "page.js")
 
@@ -38,7 +39,8 @@ def page() -> Response:
         "X-Content-Type-Options": "nosniff",
     }
     rules = "".join(f"<option>{name}</option>" for name in VERIFICATION_RULES)
-    content = html.substitute(style=style, script=script, example=example, rules=rules)
+    methods = "".join(f"<option>{name}</option>" for name in METHODS)
+    content = html.substitute(style=style, script=script, example=example, rules=rules, methods=methods)
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 

@@ -113,11 +113,12 @@ class Answer {
   finish(statistics) {
     this.end();
     this.statistics = statistics;
-    const { timings_ms: times, fallback, prompt_tokens, cached_tokens } = statistics;
+    const { timings_ms: times, fallback, prompt_tokens, cached_tokens, confidence } = statistics;
     this.part(".fallback").textContent = fallback ? (FALLBACKS[fallback] ?? "No drafter took part: " + fallback + ".") : "";
     const entries = Object.entries(times).filter(([, ms]) => ms > 0);
     const rows = entries.map(([name, ms]) => [name.replace("_", " "), seconds(ms / 1e3)]);
     rows.push(["prompt", count(prompt_tokens) + " tokens, " + count(cached_tokens) + " of them known already"]);
+    if (confidence !== null) rows.push(["confidence of the passages", Math.round(100 * confidence) + "%"]);
     this.part(".times dl").replaceChildren(...rows.map(([name, value]) => {
       const row = element("div");
       row.append(element("dt", { textContent: name }), element("dd", { textContent: value }));

@@ -18,7 +18,11 @@ function options() {
       transfer_strength: numberOrWord("strength"),
       transfer_temperature: number("transfer"),
       verification: byId("verification").value || undefined,
-      retrieval: { max_tokens: number("budget"), chunk_tokens: number("chunk") },
+      retrieval: {
+        method: byId("method").value || undefined,
+        max_tokens: number("budget"),
+        chunk_tokens: number("chunk"),
+      },
     },
   };
 }

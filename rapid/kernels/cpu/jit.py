@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rapid.kernels import compiling
 from rapid.weights.embedded_models import cache_dir
 
 try:
@@ -121,6 +122,7 @@ def _memory(arguments: tuple[int, ...]) -> Any:
 
 
 def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
+    compiling.begins()
     module = ir.Module("rapid")
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     write(module)

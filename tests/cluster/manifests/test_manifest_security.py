@@ -121,6 +121,35 @@ def test_redis_is_ready_when_it_answers_and_not_when_it_complains(tmp_path: Path
         assert (asked.returncode == 0) == is_ready, answer
 
 
+def test_the_password_of_redis_is_no_argument(tmp_path: Path) -> None:
+    """Who may list processes would read it. Redis reads a configuration from standard input where "-" comes last."""
+    container = pod_templates("cpu-demo")["rapid-cpu-demo-redis"]["spec"]["containers"][0]
+    server = tmp_path / "redis-server"
+    server.write_text('#!/bin/sh\necho "arguments: $@"\ncat\n')
+    server.chmod(0o755)
+    password = "0123456789abcdef"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": password}
+    command = [*container["command"], *container["args"]]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
+    arguments, *read = said.splitlines()
+    assert arguments.endswith(" -") and password not in arguments and read == [f'requirepass "{password}"']
+
+
+@every
+def test_only_who_retrieves_has_the_key_that_qdrant_asks_for(name: str) -> None:
+    templates = pod_templates(name)
+    key = {"secretKeyRef": {"name": f"rapid-{name}-qdrant", "key": "key"}}
+    has = {
+        (pod, it["name"])
+        for pod, template in templates.items()
+        for container in template["spec"]["containers"]
+        for it in container.get("env", ())
+        if it.get("valueFrom") == key
+    }
+    assert len(has) == 2 and (f"rapid-{name}-qdrant", "QDRANT__SERVICE__API_KEY") in has
+    assert {variable for _, variable in has} == {"QDRANT__SERVICE__API_KEY", "QDRANT_API_KEY"}
+
+
 # The image
 
 

@@ -106,7 +106,7 @@ def test_a_conversation_that_outgrows_the_window_can_be_cleared(run: Run, smollm
     )
     code, _, err = run("chat", "--url", f"{smollm_url}/v1", *BRIEF, stdin=script.encode())
     assert code == 1
-    assert re.search(r"error: 400 .*context is 8192 tokens.*/clear forgets it all", err)
+    assert re.search(r"error: 400 .*maximum context length is 8192 tokens.*/clear forgets it all", err)
     assert [message["role"] for message in json.loads(Path("chat.json").read_text())] == ["user", "assistant"]
     assert json.loads(Path("empty.json").read_text()) == []
     assert [prompt < 64 for prompt, _ in cached(err)] == [True, True]

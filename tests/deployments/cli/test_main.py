@@ -113,7 +113,7 @@ def test_without_documents_a_question_alone_will_do(run: Run) -> None:
 def test_a_prompt_longer_than_the_window_is_told_both_numbers(run: Run) -> None:
     code, out, err = run("generate", "-q", QUESTION, stdin=(DOCUMENT * 20).encode())
     assert (code, out) == (2, "")
-    assert re.search(r"rapid: error: .*context is 8192 tokens, but \d{5} were requested", err)
+    assert re.search(r"rapid: error: .*maximum context length is 8192 tokens, but \d{5} were requested", err)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,7 @@ def test_an_unreadable_document_is_told_apart(run: Run, content: bytes, message:
         ([], "--question is needed; see rapid generate --help"),
         (["-q", " "], "--question is empty"),
         (["-q", "Why?", "--strategy", "fast"], f"strategy must be one of {', '.join(STRATEGIES)}, got 'fast'"),
+        (["-q", "Why?", "--retrieval-method", "magic"], "method: Input should be 'dense', 'sparse' or 'hybrid'"),
         (["-q", "Why?", "--temperature", "-1"], "temperature must be between 0 and 10, got -1.0"),
         (["-q", "Why?", "--config", "no.yaml"], "no.yaml: cannot be read: [Errno 2] No such file"),
     ],

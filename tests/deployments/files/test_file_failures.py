@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +20,13 @@ from deployments.config import parse_config
 from deployments.datastores import Datastores
 from deployments.files import store as file_store
 from deployments.files.files import LocalFiles
-from deployments.files.store import Content, FileNotStored, FileStore
+from deployments.files.records import Content, FileNotStored
+from deployments.files.store import FileStore
 from deployments.schemas.messages import FilePart, FileReference
 from deployments.serve import backend as ray_backend
+from deployments.serve import engine_actors
 from deployments.serve.backend import RayBackend
+from deployments.serve.engines import engines_of
 from deployments.turns import FairPool
 from rapid.errors import InvalidRequest, RapidError, RetrievalFailed
 from retrieval import IndexProgress
@@ -284,12 +289,11 @@ def test_engines_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 
     def list_named_actors() -> list[str]:
         threads.append(threading.current_thread())
-        return ["x Target", "y"]
+        return [engines_of("x", "Target") + "1", engines_of("y", "Target") + "1"]
 
-    monkeypatch.setattr(ray_backend, "engines_of", lambda _: "x")
-    monkeypatch.setattr(ray_backend.serve, "get_replica_context", lambda: SimpleNamespace(app_name="x"))
-    monkeypatch.setattr(ray_backend.ray.util, "list_named_actors", list_named_actors)
-    monkeypatch.setattr(ray_backend.ray, "get_actor", get_actor)
+    monkeypatch.setattr(engine_actors.serve, "get_replica_context", lambda: SimpleNamespace(app_name="x"))
+    monkeypatch.setattr(engine_actors.ray.util, "list_named_actors", list_named_actors)
+    monkeypatch.setattr(engine_actors.ray, "get_actor", get_actor)
     asyncio.run(RayBackend({}, None, overlap=False).forget([1, 2]))  # type: ignore[arg-type]
     assert forgotten == [[1, 2]] and threading.main_thread() not in threads and len(threads) == 2
 
@@ -298,18 +302,18 @@ def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: p
     async def story() -> None:
         answer = asyncio.get_running_loop().create_future()
         retriever = SimpleNamespace(delete=SimpleNamespace(remote=lambda _: answer))
-        with pytest.raises(RetrievalFailed, match="no retriever answered"):
+        with pytest.raises(RetrievalFailed, match="did not answer in time"):
             await RayBackend({}, retriever, overlap=False).delete("x")  # type: ignore[arg-type]
         assert answer.cancelled()
 
-    monkeypatch.setattr(ray_backend, "_LEASE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.01)
     asyncio.run(story())
 
 
 def test_uploads_at_once_have_no_more_room_than_one_after_another(world: World) -> None:
     """What is read from a file counts, too: a small PDF may stand for megabytes of text."""
     room = 3 * 2 * 1000
-    world.files._store = store = FileStore(world.folder, room)
+    world.files._store = store = FileStore(world.folder, room, 100)
 
     async def story() -> None:
         uploads = (world.upload(b"%d" % i * 1000) for i in range(8))
@@ -322,3 +326,69 @@ def test_uploads_at_once_have_no_more_room_than_one_after_another(world: World) 
     with pytest.raises(InvalidRequest):
         store.put("another", "a.pdf", "user_data", b"small", "long" * room, Content("application/pdf", "", 1))
     assert not store.uploads("another")
+
+
+def test_what_has_expired_is_read_by_nobody_and_then_deleted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any request about files starts the deletion, whoever's file it is; a deletion that fails is tried again."""
+
+    async def story() -> None:
+        stays = await world.upload(MARKED)
+        ends = await world.files.upload("theirs", "a.txt", "user_data", b"xyz", 3600)
+        await world.status(stays)
+        while world.backend.vectors != {TEXT_SHA256, hashlib.sha256(b"xyz").hexdigest()}:
+            await asyncio.sleep(0)
+        now = time.time() + 3600
+        monkeypatch.setattr(file_store, "time", SimpleNamespace(time=lambda: now))
+        with pytest.raises(FileNotStored, match="expired"):
+            await world.files.content("theirs", ends["id"])
+        world.backend.on["forget"] = fails
+        for left in ([("theirs", ends["id"])], []):
+            await world.files.list_files(OURS)
+            assert world.files._removing is not None
+            await world.files._removing
+            assert world.files._store.expired() == left
+            world.backend.on = {}
+        assert world.backend.vectors == {TEXT_SHA256}
+        assert await world.files.list_files("theirs") == []
+        assert [file["id"] for file in await world.files.list_files(OURS)] == [stays]
+
+    asyncio.run(story())
+
+
+def test_an_upload_reads_no_record_of_another_key(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a deletion: what one key stores must not make another's requests slow."""
+
+    async def story() -> None:
+        for i in range(3):
+            await world.status(await world.upload(b"%d" % i))
+        read: list[Path] = []
+        read_bytes = Path.read_bytes
+
+        def watched(path: Path) -> bytes:
+            read.append(path)
+            return read_bytes(path)
+
+        monkeypatch.setattr(Path, "read_bytes", watched)
+        theirs = await world.files.upload("theirs", "a.txt", "user_data", b"xyz")
+        while (await world.files.get("theirs", theirs["id"]))["status"] == "processing":
+            await asyncio.sleep(0)
+        await world.files.delete("theirs", theirs["id"])
+        assert read and not [path for path in read if OURS in path.parts]
+        assert len({path.parent.name for path in read if "contents" in path.parts}) == 1
+
+    asyncio.run(story())
+
+
+def test_files_of_a_version_without_an_index_are_found_and_deleted(world: World) -> None:
+    async def story() -> None:
+        first, second = await world.upload(), await world.upload(MARKED)
+        await world.status(first)
+        await world.status(second)
+        for name in ("uses", "texts"):
+            shutil.rmtree(world.folder / name)
+        await world.files.delete(OURS, first)
+        assert world.backend.vectors == {TEXT_SHA256}  # the second has the same text
+        await world.files.delete(OURS, second)
+        assert world.backend.vectors == set() and world.left() == set()
+
+    asyncio.run(story())

@@ -240,7 +240,8 @@ def test_a_file_that_takes_too_long_to_read_is_given_up(tmp_path: Path) -> None:
         upload(client, HTML)
 
 
-EXPIRES = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+SOON = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3599"}
+NEVER = {"expires_after[seconds]": "3600"}
 
 
 def test_requests_that_make_no_sense_name_the_field(client: OpenAI) -> None:
@@ -250,7 +251,8 @@ def test_requests_that_make_no_sense_name_the_field(client: OpenAI) -> None:
         (httpx.post(f"{url}files", json={}, headers=headers), 415, None),
         (httpx.post(f"{url}files", files={"other": b"x"}, headers=headers), 400, "other"),
         (httpx.post(f"{url}files", files={"purpose": (None, "user_data")}, headers=headers), 400, "file"),
-        (httpx.post(f"{url}files", files=file, data=EXPIRES, headers=headers), 400, "expires_after[anchor]"),
+        (httpx.post(f"{url}files", files=file, data=SOON, headers=headers), 400, "expires_after[seconds]"),
+        (httpx.post(f"{url}files", files=file, data=NEVER, headers=headers), 400, "expires_after[anchor]"),
         (httpx.post(f"{url}files", files=file, data={"purpose": "fine-tune"}, headers=headers), 400, "purpose"),
         (httpx.post(f"{url}files", files=file, data={"expires": "1"}, headers=headers), 400, "expires"),
         (httpx.get(f"{url}files?limit=0", headers=headers), 400, "limit"),
@@ -291,3 +293,26 @@ def test_a_key_has_only_so_much_room(tmp_path: Path) -> None:
             upload(client, TEXT + "x" * len(TEXT))
         assert (caught.value.status_code, caught.value.code) == (413, "storage_limit_exceeded")
         upload(client.with_options(api_key="theirs"), TEXT)
+
+
+def test_an_upload_says_when_it_expires_unless_the_configuration_is_stricter(tmp_path: Path) -> None:
+    with local_api(config_in(tmp_path, expire_after_s=7200)) as url, client_at(url) as client:
+        for seconds, expected in ((3600, 3600), (36_000, 7200)):
+            after = {"anchor": "created_at", "seconds": seconds}
+            file = client.files.create(
+                file=("a.txt", b"text"),
+                purpose="user_data",
+                expires_after=after,  # type: ignore[arg-type]
+            )
+            assert file.expires_at == file.created_at + expected
+            assert client.files.retrieve(file.id).expires_at == file.expires_at
+
+
+def test_a_key_has_only_so_many_files(tmp_path: Path) -> None:
+    with local_api(config_in(tmp_path, max_files=2)) as url, client_at(url) as client:
+        first, _ = upload(client, b"one"), upload(client, b"two")
+        with pytest.raises(openai.APIStatusError, match="2 files") as caught:
+            upload(client, b"three")
+        assert caught.value.status_code == 413
+        client.files.delete(first)
+        upload(client, b"three")

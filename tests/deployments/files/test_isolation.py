@@ -66,12 +66,12 @@ def test_cached_tokens_do_not_tell_who_has_read_a_text(tenants: tuple[Tenant, Te
 def test_a_deletion_reaches_only_the_key_that_deletes(tenants: tuple[Tenant, Tenant], folder: Path) -> None:
     alice, bob = tenants
     ours, theirs = alice.upload(), bob.upload()
-    assert len(list(folder.glob("contents/*/original"))) == 2 == len(list(folder.glob("vectors/*.npy")))
+    assert len(list(folder.glob("contents/*/original"))) == 2 == len(list(folder.glob("vectors/*.npz")))
     for tenant in tenants:
         tenant.cached()
     bob.delete(theirs)
     assert bob.cached() < 48 and alice.cached() > 1000
-    assert len(list(folder.glob("contents/*/original"))) == 1 == len(list(folder.glob("vectors/*.npy")))
+    assert len(list(folder.glob("contents/*/original"))) == 1 == len(list(folder.glob("vectors/*.npz")))
     assert alice.http.get(f"/v1/files/{ours}").json()["status"] == "processed"
     alice.delete(ours)
-    assert alice.cached() < 48 and not list(folder.glob("vectors/*.npy"))
+    assert alice.cached() < 48 and not list(folder.glob("vectors/*.npz"))

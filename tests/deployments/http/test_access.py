@@ -260,6 +260,62 @@ def test_the_edge_takes_them_away_and_names_that_are_too_long() -> None:
     assert seen[b"x-request-id"] == b"n" * 128
 
 
+@pytest.mark.parametrize("trickles", [False, True])
+def test_a_body_that_does_not_come_counts_as_a_client_that_left(
+    trickles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.serve.edge._SILENT_S", 0.02)
+    monkeypatch.setattr("deployments.serve.edge._BODY_S", 0.1)
+
+    async def story() -> None:
+        received: list[str] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            while not received or received[-1] == "http.request":
+                received.append((await receive())["type"])
+
+        async def receive() -> dict[str, Any]:
+            if received and not trickles:
+                await asyncio.Event().wait()
+            await asyncio.sleep(0.001)
+            return {"type": "http.request", "body": b"{", "more_body": True}
+
+        edge = Edge(app)({"type": "http", "headers": []}, receive, None)  # type: ignore[arg-type]
+        await asyncio.wait_for(edge, 30)
+        assert received[0] == "http.request" and received[-1] == "http.disconnect"
+
+    asyncio.run(story())
+
+
+def test_behind_its_body_a_client_may_wait_as_long_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may take longer than a body."""
+    monkeypatch.setattr("deployments.serve.edge._SILENT_S", 0.01)
+
+    async def story() -> None:
+        left, waits = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            assert await receive() == whole
+            waits.set()
+            assert await receive() == {"type": "http.disconnect"} and left.is_set()
+
+        async def receive() -> dict[str, Any]:
+            if waits.is_set():
+                await left.wait()
+                return {"type": "http.disconnect"}
+            return whole
+
+        whole = {"type": "http.request", "body": b"{}"}
+        edge = asyncio.create_task(Edge(app)({"type": "http", "headers": []}, receive, None))  # type: ignore[arg-type]
+        await waits.wait()
+        await asyncio.sleep(0.03)
+        assert not edge.done()
+        left.set()
+        await asyncio.wait_for(edge, 30)
+
+    asyncio.run(story())
+
+
 def test_a_configuration_names_where_keys_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keys").write_text("of-a-file\n\n of-its-third-line \n")
     monkeypatch.setenv("OUR_KEYS", "of-a-variable, another")

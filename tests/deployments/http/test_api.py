@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import httpx
@@ -108,6 +109,26 @@ def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
     assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
 
 
+@pytest.mark.parametrize("method", ["dense", "sparse", "hybrid"])
+def test_each_way_to_retrieve_says_how_sure_it_is(client: OpenAI, method: str) -> None:
+    rapid = {"strategy": "rag", "retrieval": {"method": method, "threshold": -1}}
+    answer = client.chat.completions.create(model=MODEL, messages=chat(), max_tokens=1, extra_body={"rapid": rapid})
+    statistics = answer.model_extra["rapid"]  # type: ignore[index]
+    assert 0 < statistics["confidence"] < 1 and statistics["chunks"]
+
+
+def test_a_context_has_only_so_many_chunks(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is embedded, so small ones of a long context are dear."""
+    monkeypatch.setattr("deployments.schemas.completions.MAX_CHUNKS", 3)
+    ask = partial(client.chat.completions.create, model=MODEL, messages=chat(), max_tokens=1)
+    with pytest.raises(BadRequestError, match="in chunks of at least") as caught:
+        ask(extra_body={"rapid": {"retrieval": {"chunk_tokens": 16}}})
+    assert caught.value.param == "rapid.retrieval.chunk_tokens"
+    with pytest.raises(BadRequestError):
+        ask(extra_body={"rapid": {"retrieval": {"max_tokens": 16}}})
+    ask(extra_body={"rapid": {"retrieval": {"chunk_tokens": 4096}}})
+
+
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -127,6 +148,10 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         ({"rapid": {"transfer_divergence": -1}}, "rapid.transfer_divergence", "nats"),
         ({"rapid": {"refresh": "always"}}, "rapid.refresh", "auto"),
         ({"rapid": {"retrieval": {"threshold": 2}}}, "rapid.retrieval.threshold", "1"),
+        ({"rapid": {"retrieval": {"method": "magic"}}}, "rapid.retrieval.method", "hybrid"),
+        ({"rapid": {"retrieval": {"rerank_candidates": 0}}}, "rapid.retrieval.rerank_candidates", "1"),
+        ({"rapid": {"retrieval": {"chunk_tokens": 15}}}, "rapid.retrieval.chunk_tokens", "16"),
+        ({"rapid": {"retrieval": {"max_tokens": 15}}}, "rapid.retrieval.max_tokens", "16"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": -1}, "temperature", "between"),
         ({"top_p": 0}, "top_p", "above 0"),

@@ -238,7 +238,7 @@ def test_a_file_that_nobody_can_read_is_refused_in_words(page: Page) -> None:
 def test_a_request_that_is_refused_is_explained(page: Page) -> None:
     prepare(page, tokens=100_000)
     ask(page)
-    expect(page.get_by_role("alert")).to_contain_text("This model's context is 8192 tokens")
+    expect(page.get_by_role("alert")).to_contain_text("This model's maximum context length is 8192 tokens")
     expect(page.get_by_role("alert")).to_contain_text("Shorten the document, or ask for a shorter answer")
     page.get_by_label("Longest answer").fill("4")
     ask(page)

@@ -136,7 +136,7 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome", "days": 1}}'
         (LLAMA, "", ["weather"]),
         (LLAMA + "; " + LLAMA.replace("weather", "now"), "", ["weather", "now"]),
         (LLAMA + "\n" + LLAMA.replace("weather", "now"), "", ["weather", "now"]),
-        (LLAMA + "; and more", LLAMA + "; and more", []),
+        (LLAMA + "; and more", "; and more", ["weather"]),
         ("a < b <tool", "a < b <tool", []),
         ('{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
         ('{"name": ["weather"], "parameters": {}}', '{"name": ["weather"], "parameters": {}}', []),

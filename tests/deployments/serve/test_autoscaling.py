@@ -60,7 +60,7 @@ def leases() -> list[int]:
     """How many each engine holds."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     engines = [ray.get_actor(**actor) for actor in actors if actor["name"].startswith(engines_of("rapid"))]
-    return [stats.num_sequences for stats in ray.get([engine.stats.remote() for engine in engines])]
+    return [stats.num_sequences for stats in ray.get([engine.stats.remote() for engine in engines]) if stats]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

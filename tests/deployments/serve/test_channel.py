@@ -1,11 +1,13 @@
-"""Calls between processes: every one is answered or fails, and nothing is unpickled that a stranger sent."""
+"""Calls between processes: every one is answered or fails, and nothing is done that a stranger sent."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ import pytest
 
 from deployments.serve.backend import _close_with
 from deployments.serve.channel import Address, Channel, Listener
-from rapid.errors import EngineLost, Overloaded, SequenceClosed
+from rapid.errors import EngineLost, Overloaded, RapidError, SequenceClosed
 
 HOST = "127.0.0.1"
 
@@ -29,21 +31,28 @@ class Engine:
         self.entered = asyncio.Event()
         self.ended: asyncio.Queue[str] = asyncio.Queue()
 
-    async def echo(self, *args: Any) -> Any:
+    async def echo(self, channel: str, *args: Any) -> Any:
         return args
 
-    async def wait(self) -> str:
+    async def who(self, channel: str) -> str:
+        return channel
+
+    async def wait(self, channel: str) -> str:
         self.entered.set()
         await self.may_go_on.wait()
         return "went on"
 
-    async def fail(self, error: Exception) -> None:
-        raise error
+    async def fail(self, channel: str, error: RapidError | str) -> None:
+        raise error if isinstance(error, RapidError) else ValueError(error)
+
+    async def answer_what_does_not_travel(self, channel: str) -> Any:
+        return object()
 
 
 @asynccontextmanager
 async def listening(engine: Engine) -> AsyncIterator[Address]:
-    methods = {"echo": engine.echo, "wait": engine.wait, "fail": engine.fail}
+    names = ("echo", "who", "wait", "fail", "answer_what_does_not_travel")
+    methods = {name: getattr(engine, name) for name in names}
     listener = await Listener.start(HOST, methods, ended=engine.ended.put)
     try:
         yield listener.address
@@ -57,7 +66,7 @@ def conversation(body: Callable[[Channel, Engine], Coroutine[Any, Any, None]]) -
     async def main() -> None:
         engine = Engine()
         async with listening(engine) as address:
-            channel = await Channel.connect(address, "a")
+            channel = await Channel.connect(address.for_channel("a"), "a")
             await body(channel, engine)
             channel.close()
             engine.may_go_on.set()
@@ -84,9 +93,13 @@ def test_errors_arrive_as_they_are_raised() -> None:
         with pytest.raises(EngineLost):
             await channel.call("fail", SequenceClosed("cancelled"))
         with pytest.raises(RuntimeError, match="ValueError: met a sequence at 3"):
-            await channel.call("fail", ValueError("met a sequence at 3"))
+            await channel.call("fail", "met a sequence at 3")
         with pytest.raises(RuntimeError, match="no_such"):
             await channel.call("no_such")
+        with pytest.raises(RuntimeError, match="object does not travel"):
+            await channel.call("answer_what_does_not_travel")
+        with pytest.raises(TypeError, match="object does not travel"):
+            channel.call("echo", object())
         assert await channel.call("echo") == ()
 
     conversation(body)
@@ -122,11 +135,11 @@ def test_whoever_listens_is_told_which_channel_ended() -> None:
     async def main() -> None:
         engine = Engine()
         async with listening(engine) as address:
-            lost, closed = [await Channel.connect(address, name) for name in ("lost", "closed")]
+            lost, closed = [await Channel.connect(address.for_channel(name), name) for name in ("lost", "closed")]
             waiting = lost.call("wait")
             await engine.entered.wait()
             assert engine.ended.empty()
-            lost._writer.transport.abort()  # as when its process dies
+            lost._connection.writer.transport.abort()  # as when its process dies
             assert await asyncio.wait_for(engine.ended.get(), 10) == "lost"
             with pytest.raises(ConnectionError):
                 await waiting
@@ -177,6 +190,7 @@ def test_a_process_that_is_killed_fails_every_call() -> None:
 
     async def main() -> None:
         address = await asyncio.to_thread(ours.recv)
+        address = address.for_channel("a")
         channel = await Channel.connect(address, "a")
         assert await channel.call("echo", 1) == (1,)
         waiting = [channel.call("wait") for _ in range(3)]
@@ -197,6 +211,115 @@ def test_a_process_that_is_killed_fails_every_call() -> None:
     theirs.close()
 
 
+class Tapped:
+    """A wire between a caller and a listener: it keeps what goes to the listener, and may change it."""
+
+    def __init__(self, address: Address, change: Callable[[bytes], bytes] = bytes) -> None:
+        self._address, self._change, self.sent = address, change, b""
+        self._carrying: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def between(self) -> AsyncIterator[Address]:
+        server = await asyncio.start_server(self._join, HOST, 0)
+        yield replace(self._address, port=server.sockets[0].getsockname()[1])
+        server.close()
+        for task in self._carrying:
+            task.cancel()
+        await asyncio.gather(*self._carrying, return_exceptions=True)
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        listener_reader, listener_writer = await asyncio.open_connection(self._address.host, self._address.port)
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_call: bool) -> None:
+            try:
+                while data := await reader.read(2**20):
+                    if is_call:
+                        self.sent += data
+                    writer.write(self._change(data) if is_call else data)
+            finally:
+                writer.close()
+
+        ways = ((reader, listener_writer, True), (listener_reader, writer, False))
+        self._carrying += [asyncio.create_task(carry(*way)) for way in ways]
+
+
+def test_no_secret_travels_and_what_was_seen_once_opens_nothing() -> None:
+    async def main() -> None:
+        async with listening(Engine()) as address:
+            mine = address.for_channel("a")
+            assert repr(mine.secret) not in repr(mine) and mine.secret != address.secret
+            async with (tap := Tapped(mine)).between() as tapped:
+                channel = await Channel.connect(tapped, "a")
+                assert await channel.call("echo", "hello") == ("hello",)
+                channel.close()
+            assert b"hello" in tap.sent  # it is not encrypted
+            for secret in (address.secret, mine.secret):
+                assert secret not in tap.sent and secret[:8] not in tap.sent
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(tap.sent)  # all of it again
+            answer = await asyncio.wait_for(reader.read(), 10)
+            assert len(answer) == 64  # a greeting, and no answer
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_changed_on_the_way_is_not_done() -> None:
+    async def main() -> None:
+        engine = Engine()
+        async with listening(engine) as address:
+            tap = Tapped(address.for_channel("a"), lambda data: data.replace(b"echo", b"wait"))
+            async with tap.between() as tapped:
+                channel = await Channel.connect(tapped, "a")
+                with pytest.raises(ConnectionError):
+                    await asyncio.wait_for(channel.call("echo"), 10)
+                channel.close()
+            assert not engine.entered.is_set()
+
+    asyncio.run(main())
+
+
+def test_the_key_of_one_channel_opens_no_other() -> None:
+    async def main() -> None:
+        async with listening(Engine()) as address:
+            mine = address.for_channel("mine")
+            with pytest.raises(ConnectionError):
+                await Channel.connect(mine, "another's")
+            with pytest.raises(ConnectionError):
+                await Channel.connect(replace(address, secret=bytes(32)), "mine")
+            channel = await Channel.connect(mine, "mine")
+            assert await channel.call("who") == "mine"  # whatever it says
+            channel.close()
+
+    asyncio.run(main())
+
+
+def test_who_does_not_know_the_key_is_not_called() -> None:
+    """A process that listens where an engine was learns nothing, and is told nothing."""
+
+    async def main() -> None:
+        heard, ended = bytearray(), asyncio.Event()
+
+        async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                heard.extend(await reader.readexactly(34))
+                writer.write(bytes(64))
+                heard.extend(await reader.read())
+            finally:
+                ended.set()
+                writer.close()
+
+        server = await asyncio.start_server(pretend, HOST, 0)
+        address = Address(HOST, server.sockets[0].getsockname()[1], bytes(32))
+        with pytest.raises(ConnectionRefusedError):
+            await Channel.connect(address, "a")
+        await asyncio.wait_for(ended.wait(), 10)
+        server.close()
+        assert len(heard) == 34
+
+    asyncio.run(main())
+
+
 class Bomb:
     """Makes a file where it is unpickled."""
 
@@ -207,22 +330,39 @@ class Bomb:
         return os.mknod, (str(self._file),)
 
 
-@pytest.mark.parametrize("knows_the_secret", [True, False])
-def test_only_who_knows_the_secret_is_read(tmp_path: Path, knows_the_secret: bool) -> None:
+def test_even_who_knows_the_key_sends_no_code(tmp_path: Path) -> None:
     exploded = tmp_path / "exploded"
 
     async def main() -> None:
         async with listening(Engine()) as address:
-            assert repr(address.secret) not in repr(address)
-            if not knows_the_secret:
-                address = replace(address, secret=bytes(len(address.secret)))
+            address = address.for_channel("a")
             channel = await Channel.connect(address, "a")
-            if knows_the_secret:
-                await channel.call("echo", Bomb(exploded))
-            else:
-                with pytest.raises(ConnectionError):
-                    await asyncio.wait_for(channel.call("echo", Bomb(exploded)), 10)
+            with pytest.raises(TypeError):
+                channel.call("echo", Bomb(exploded))
+            seal, bomb = channel._connection._seal, pickle.dumps(Bomb(exploded))
+            channel._connection.writer.write(len(bomb).to_bytes(4) + seal(b"caller", 0, bomb) + bomb)
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(channel.call("echo"), 10)
             channel.close()
 
     asyncio.run(main())
-    assert exploded.exists() == knows_the_secret
+    assert not exploded.exists()
+
+
+def test_where_ray_uses_tls_the_channel_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=rapid"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
+    places = {"RAY_TLS_SERVER_CERT": certificate, "RAY_TLS_SERVER_KEY": key, "RAY_TLS_CA_CERT": certificate}
+    for name, value in {"RAY_USE_TLS": "1", **places}.items():
+        monkeypatch.setenv(name, str(value))
+
+    async def main() -> None:
+        async with listening(Engine()) as address:
+            async with (tap := Tapped(address.for_channel("a"))).between() as tapped:
+                channel = await Channel.connect(tapped, "a")
+                assert await channel.call("echo", "hello") == ("hello",)
+                channel.close()
+            assert b"hello" not in tap.sent
+
+    asyncio.run(main())

@@ -55,8 +55,8 @@ def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -
         for lease_id in ("mine", "another's"):
             await actor.open(lease_id, REQUEST)
         ended = asyncio.create_task(actor.ended("mine"))
-        channel = await Channel.connect(address, "mine")
-        await channel.call("call", "mine", "prefill")
+        channel = await Channel.connect(address.for_channel("mine"), "mine")
+        await channel.call("call", "prefill")
         channel.close()
         await asyncio.wait_for(ended, 10)
         assert (running.stats().num_sequences, list(actor._leases)) == (1, ["another's"])
@@ -122,9 +122,11 @@ def test_a_replica_ends_with_any_of_its_ranks(
             return actors[-1]
 
         kind = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+        replica_id = SimpleNamespace(unique_id="one")
+        context = SimpleNamespace(app_name="rapid", deployment="Target", replica_id=replica_id)
         monkeypatch.setattr(engines.ray, "remote", lambda _: kind)
         monkeypatch.setattr(engines.ray.util, "get_current_placement_group", lambda: None)
-        monkeypatch.setattr(engines.serve, "get_replica_context", lambda: SimpleNamespace(app_name="rapid"))
+        monkeypatch.setattr(engines.serve, "get_replica_context", lambda: context)
         monkeypatch.setattr(engines, "EngineMetrics", object)
         monkeypatch.setattr(engines, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
         replica = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
@@ -138,3 +140,7 @@ def test_a_replica_ends_with_any_of_its_ranks(
         starting.cancel()
 
     asyncio.run(main())
+
+
+def test_an_engine_that_is_being_loaded_has_nothing_to_say() -> None:
+    assert asyncio.run(EngineActor(EngineConfig()).stats()) is None

@@ -24,7 +24,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from served import JSON_TYPE, LETTERS, ON_RAY, complete, free_port, health, pieces, seconds_until_free, served
+from served import (
+    JSON_TYPE,
+    LETTERS,
+    ON_RAY,
+    complete,
+    engine_of,
+    free_port,
+    health,
+    pieces,
+    seconds_until_free,
+    served,
+)
 
 from rapid.engine.messages import SequenceRequest
 from rapid.sampling.params import SamplingParams
@@ -268,8 +279,7 @@ def lose_a_drafter(cluster: Cluster) -> None:
     """Kills it under an answer, and waits for another."""
     answer = pieces(cluster.url, {"strategy": "speculative", "num_draft_tokens": 3}, num_tokens=200)
     next(answer)
-    _, engine = serve.get_deployment_handle("Drafter", "rapid").address.remote().result(timeout_s=30)
-    ray.kill(engine)
+    ray.kill(engine_of("Drafter"))
     assert [rapid for _, rapid in answer][-1]["drafters_lost"] == 1
     until(lambda: set(health(cluster.url).get("sequences", ())) == {"target", "drafter"})
 

@@ -15,8 +15,19 @@ import httpx
 import pytest
 import ray
 from openai import OpenAI
-from ray import serve
-from served import JSON_TYPE, MODEL, ON_RAY, QUESTION, chat, document, embedded, health, seconds_until_free, served
+from served import (
+    JSON_TYPE,
+    MODEL,
+    ON_RAY,
+    QUESTION,
+    chat,
+    document,
+    embedded,
+    engine_of,
+    health,
+    seconds_until_free,
+    served,
+)
 
 pytestmark = ON_RAY
 
@@ -155,7 +166,7 @@ def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None
         return client.post(f"/files/{file_id}/warm", cast_to=dict)
 
     file_id = uploaded()
-    assert list(folder.glob("vectors/*.npy")) and client.files.content(file_id).read() == text
+    assert list(folder.glob("vectors/*.npz")) and client.files.content(file_id).read() == text
     num_warmed = warmed(file_id)["prompt_tokens"]
     parts: list[Any] = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": QUESTION}]
     answer = client.chat.completions.create(
@@ -189,8 +200,7 @@ def streamed(client: OpenAI, kill: str | None = None) -> tuple[str, dict[str, An
         pieces += [choice.delta.content or "" for choice in chunk.choices]
         rapid = (chunk.model_extra or {}).get("rapid", rapid)
         if kill and len(pieces) == 3:
-            _, engine = serve.get_deployment_handle(kill, "rapid").address.remote().result(timeout_s=30)
-            ray.kill(engine)
+            ray.kill(engine_of(kill))
     return "".join(pieces), rapid
 
 

@@ -8,8 +8,11 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,20 +26,23 @@ from ray.exceptions import (
     RayError,
     WorkerCrashedError,
 )
+from ray.serve._private import constants as ray_constants
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from cluster.health import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
+from deployments.heartbeat import beating, heard
 from deployments.serve import backend as ray_backend
 from deployments.serve import channel as channels
-from deployments.serve import engines, ingress
+from deployments.serve import engine_actors, engines, ingress
 from deployments.serve.backend import RayBackend
 from deployments.serve.channel import Address, Channel, Listener
-from deployments.serve.engines import EngineReplica
-from deployments.serve.heartbeat import beating, heard
+from deployments.serve.engines import Doubt, EngineReplica, Ticket
 from deployments.serve.ray_errors import understood
 from deployments.service import LocalService
+from rapid.backend import waiting
 from rapid.backend.protocol import Vitals
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, Overloaded, RapidError, RetrievalFailed
@@ -125,14 +131,14 @@ def test_who_says_no_hello_is_not_listened_to_for_long(monkeypatch: pytest.Monke
 
         listener = await Listener.start("127.0.0.1", {}, ended=ended)
         reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-        writer.write(listener.address.secret)  # and no name
+        writer.write(bytes(32))  # and no name
         assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
         writer.close()
         await writer.wait_closed()
         listener.close()
         monkeypatch.setattr(asyncio, "open_connection", never)
         with pytest.raises(OSError):
-            await Channel.connect(Address("127.0.0.1", 9, b""), "a")
+            await Channel.connect(Address("127.0.0.1", 9, b""), "a", 0.1)
 
     asyncio.run(main())
 
@@ -140,8 +146,8 @@ def test_who_says_no_hello_is_not_listened_to_for_long(monkeypatch: pytest.Monke
 class Handle:
     """A deployment's handle, or an actor's, whose methods give what ``answers`` makes, by name."""
 
-    def __init__(self, **answers: Callable[..., Any]) -> None:
-        self._answers = answers
+    def __init__(self, *, deployment_name: str = "", **answers: Callable[..., Any]) -> None:
+        self._answers, self.deployment_name = answers, deployment_name
 
     def options(self, **_: Any) -> Handle:
         return self
@@ -150,7 +156,7 @@ class Handle:
         return SimpleNamespace(remote=self._answers[name])
 
 
-async def never(*_: Any) -> Any:
+async def never(*_: Any, **__: Any) -> Any:
     await asyncio.Event().wait()
 
 
@@ -170,26 +176,96 @@ def answering(value: Any) -> Callable[..., Any]:
 
 def backend(target: Handle, drafter: Handle, retriever: Handle) -> RayBackend:
     parts: Any = {"target": target, "drafter": drafter}
-    made = RayBackend(parts, retriever, overlap=False)  # type: ignore[arg-type]
-    made._actors = dict(parts)
-    return made
+    return RayBackend(parts, retriever, overlap=False)  # type: ignore[arg-type]
 
 
-def test_vitals_name_what_does_not_answer_and_find_what_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that Ray's memory monitor has killed raises another error than one that died, for ever."""
-    monkeypatch.setattr(ray_backend, "_VITALS_TIMEOUT_S", 0.1)
-    replaced = Handle(stats=answering(stats()))
-    target = Handle(stats=failing(OutOfMemoryError("killed")), address=answering((None, replaced)))
-    drafter, retriever = Handle(stats=never), Handle(answers=never)
+@pytest.fixture
+def engine_handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
+    """What Ray knows of the engines of this application, by deployment and number."""
+    handles: dict[str, Handle] = {}
+    beginning = engines.engines_of("app")
+    monkeypatch.setattr(engine_actors.serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
+    monkeypatch.setattr(engine_actors.ray.util, "list_named_actors", lambda: [beginning + name for name in handles])
+    monkeypatch.setattr(engine_actors.ray, "get_actor", lambda name: handles[name.removeprefix(beginning)])
+    monkeypatch.setattr(engine_actors, "_ANSWER_WITHIN_S", 0.1)
+    monkeypatch.setattr(engine_actors.asked, "__defaults__", (0.1,))
+    return handles
+
+
+def test_vitals_tell_of_every_engine(engine_handles: dict[str, Handle]) -> None:
+    """The engine that hangs need not be the one that was leased last."""
+    parts = {role: Handle(deployment_name=role.title()) for role in ("target", "drafter")}
+    whole = backend(parts["target"], parts["drafter"], Handle(answers=answering(None)))
+
+    async def vitals() -> Vitals:
+        return await asyncio.wait_for(whole.vitals(), LIMIT_S)
 
     async def main() -> None:
-        found = await asyncio.wait_for(backend(target, drafter, retriever).vitals(), LIMIT_S)
-        assert set(found.engines) == {"target"}
-        assert found.problems["drafter"] == "the drafter's engine has not answered for 0.1 s"
-        assert found.problems["retriever"] == "the retriever has not answered for 0.1 s"
-        stuck = Handle(stats=answering(stats(Pulse(9.0, 0.01))))
-        found = await backend(stuck, Handle(stats=answering(stats())), Handle(answers=answering(None))).vitals()
-        assert found.problems == {"target": "stuck in one pass for 9.0 s"}
+        engine_handles.update({f"Target-{i}": Handle(stats=answering(stats())) for i in (1, 2)})
+        engine_handles["Drafter-1"] = Handle(stats=answering(stats()))
+        found = await vitals()
+        assert {role: len(each) for role, each in found.engines.items()} == {"target": 2, "drafter": 1}
+        assert not found.problems
+
+        engine_handles["Target-2"]._answers["stats"] = answering(stats(Pulse(9.0, 0.01)))
+        engine_handles["Drafter-1"]._answers["stats"] = never
+        whole._retriever = Handle(answers=never)  # type: ignore[assignment]
+        found = await vitals()
+        assert found.problems == {
+            "target": "1 of 2 engines: stuck in one pass for 9.0 s",
+            "drafter": "the engine has not answered for 0.1 s",
+            "retriever": "the retriever has not answered for 0.1 s",
+        }
+        assert found.serves("target") and not found.serves("drafter")
+
+        del engine_handles["Target-1"]
+        found = await vitals()
+        assert found.problems["target"] == "stuck in one pass for 9.0 s" and not found.serves("target")
+
+    asyncio.run(main())
+
+
+def test_vitals_forget_engines_that_are_gone_and_do_not_count_those_that_start(
+    engine_handles: dict[str, Handle],
+) -> None:
+    """One that Ray's memory monitor has killed raises another error than one that died."""
+    parts = {role: Handle(deployment_name=role.title()) for role in ("target", "drafter")}
+    whole = backend(parts["target"], parts["drafter"], Handle(answers=answering(None)))
+    engine_handles["Target-1"] = Handle(stats=failing(OutOfMemoryError("killed")))
+    engine_handles["Target-2"] = Handle(stats=answering(stats()))
+    engine_handles["Target-3"] = Handle(stats=never)  # its process starts
+    engine_handles["Target-4"] = Handle(stats=answering(None))  # its model is being loaded
+    starting = engines.engines_of("app") + "Target-3"
+
+    async def main() -> None:
+        found = await asyncio.wait_for(whole.vitals(), LIMIT_S)
+        assert len(found.engines["target"]) == 1 and found.problems == {"drafter": "there is no engine"}
+        whole._may_be_away = ["drafter"]
+        assert not (await whole.vitals()).problems
+        whole._actors.has_leased(starting)  # so it was there, and is silent now
+        assert list((await whole.vitals()).problems) == ["target"]
+
+    asyncio.run(main())
+
+
+def test_what_hangs_is_told_although_ray_does_not_answer(
+    engine_handles: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on = threading.Event()
+    parts = {role: Handle(deployment_name=role.title()) for role in ("target", "drafter")}
+    whole = backend(parts["target"], parts["drafter"], Handle(answers=answering(None)))
+    engine_handles.update({name: Handle(stats=answering(stats())) for name in ("Target-1", "Drafter-1")})
+
+    async def main() -> None:
+        assert not (await whole.vitals()).problems
+        monkeypatch.setattr(engine_actors.ray.util, "list_named_actors", lambda: going_on.wait(LIMIT_S) and [])
+        monkeypatch.setattr(engine_actors.EngineActors.find, "__defaults__", (0.1,))
+        engine_handles["Target-1"]._answers["stats"] = never
+        try:
+            found = await asyncio.wait_for(whole.vitals(), LIMIT_S / 2)
+        finally:
+            going_on.set()
+        assert found.problems == {"target": "the engine has not answered for 0.1 s"}
 
     asyncio.run(main())
 
@@ -272,7 +348,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
 def replica(engine: Handle, *pids: int) -> Any:
     made = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
     made._engine, made._pids, made._stats, made._heard = engine, pids, stats(), time.monotonic()
-    made._metrics = SimpleNamespace(update=lambda _: None)
+    made._metrics, made._replica = SimpleNamespace(update=lambda _: None), "one"
     return made
 
 
@@ -316,10 +392,79 @@ def test_a_replica_in_doubt_gives_no_leases(trouble: str) -> None:
         doubtful._stats = stats(Pulse(4.5, 0.01))
 
     async def main() -> None:
-        [error] = [item async for item in doubtful.lease(REQUEST)]
-        assert isinstance(error, EngineHung) and "not well" in error.message
+        [doubt] = [item async for item in doubtful.lease(REQUEST)]
+        assert isinstance(doubt, Doubt) and doubt.replica == "one" and doubt.reason
 
     asyncio.run(main())
+
+
+def test_a_replica_whose_engine_stops_while_a_lease_waits_for_room_gives_it_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the request would wait, where another engine has room."""
+    monkeypatch.setattr(engines, "_LISTEN_EVERY_S", 0.01)
+    closed: list[str] = []
+
+    def open_(*_: Any) -> Any:
+        stops._heard = time.monotonic() - 3.0
+        return never()
+
+    stops = replica(Handle(open=open_, close=lambda lease_id: closed.append(lease_id)))
+
+    async def main() -> None:
+        [doubt] = [item async for item in stops.lease(REQUEST)]
+        assert isinstance(doubt, Doubt) and len(closed) == 1
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+class Leases:
+    """The streams of leases of a deployment whose replicas answer in turn with ``firsts``."""
+
+    def __init__(self, *firsts: Any) -> None:
+        self._firsts = iter(firsts)
+
+    def __call__(self, _: SequenceRequest) -> Words:
+        return Words(next(self._firsts))
+
+
+def test_a_replica_in_doubt_and_one_that_hangs_are_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    avoided: set[str] = set()
+    monkeypatch.setattr(ray_backend, "avoid", avoided.add)
+    monkeypatch.setattr(ray_backend, "trust", avoided.discard)
+
+    async def main() -> None:
+        async def ended(_: str) -> None: ...
+
+        async def call(_: str, method: str, *message: Any) -> Any:
+            return Pulse(9.0, 0.01) if method == "pulse" else await answer()
+
+        answer: Callable[[], Any] = never
+        listener = await Listener.start("127.0.0.1", {"call": call}, ended=ended)
+        engine = Handle(close=lambda _: None)
+        ticket = Ticket("a", engine, "an engine's name", listener.address, "two")
+        target = Handle(lease=Leases(Doubt("one", "silent for 3 s"), ticket))
+        whole = backend(target, Handle(), Handle())
+        with pytest.raises(EngineHung, match="an engine of the target is not well: silent for 3 s"):
+            async with whole.lease("target", REQUEST):
+                pass
+        assert avoided == {"one"}
+        async with whole.lease("target", REQUEST) as lease:
+            hasty = replace(lease, patience_s=0.1)
+            with pytest.raises(EngineHung, match="stuck in one pass"):
+                await asyncio.wait_for(hasty.verify(None), LIMIT_S)  # type: ignore[arg-type]
+            assert avoided == {"one", "two"} and whole._hanging["target"].is_open
+            answer = answering("a verdict")
+            assert await hasty.verify(None) == "a verdict"  # type: ignore[arg-type, comparison-overlap]
+            assert avoided == {"one"} and not whole._hanging["target"].is_open
+        listener.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+def test_what_one_can_do_without_costs_less_than_two_seconds() -> None:
+    assert (1 + waiting.LATE) * waiting.DRAFTER_PATIENCE_S < 2
+    assert ray_backend._OPTIONAL_TIMEOUT_S < 2
 
 
 def test_every_deployment_is_checked_often() -> None:
@@ -330,6 +475,10 @@ def test_every_deployment_is_checked_often() -> None:
     for part in parts:
         checks = part._deployment_config
         assert 3 * (checks.health_check_period_s + checks.health_check_timeout_s) <= 12
+    kind = "RAY_SERVE_PROXY_HEALTH_CHECK_"
+    assert 3 * sum(float(ENVIRONMENT[kind + name]) for name in ("PERIOD_S", "TIMEOUT_S")) <= 12
+    for name, value in ENVIRONMENT.items():  # this release of Ray knows them
+        assert name in Path(ray_constants.__file__).read_text(encoding="utf-8"), value
 
 
 def test_an_ingress_does_not_wait_for_a_coordinator_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +501,7 @@ def test_an_ingress_does_not_wait_for_a_coordinator_that_hangs(monkeypatch: pyte
 
 
 def test_health_is_refused_without_a_target_and_degraded_without_what_requests_can_do_without() -> None:
-    found = Vitals({"target": stats()}, {"drafter": "it hangs"})
+    found = Vitals({"target": [stats(), stats()]}, {"drafter": "it hangs"})
 
     async def vitals() -> Vitals:
         return found
@@ -368,7 +517,10 @@ def test_health_is_refused_without_a_target_and_degraded_without_what_requests_c
             {"drafter": "it hangs"},
             {"target": 0.0},
         )
-        found = Vitals({}, {"target": "stuck in one pass for 9.0 s"})
+        found = Vitals({"target": [stats(), stats(Pulse(9.0, 0.01))]}, {"target": "1 of 2 engines: stuck"})
+        health = await service.health()
+        assert (health.status, health.pass_age_s) == ("degraded", {"target": 9.0})
+        found = Vitals({"target": [stats(Pulse(9.0, 0.01))]}, {"target": "stuck in one pass for 9.0 s"})
         with pytest.raises(EngineLost, match="the target is not well: stuck in one pass for"):
             await service.health()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,14 +20,16 @@ from rapid.backend.quarantine import QUARANTINE_S, Quarantine
 from rapid.engine import messages
 from rapid.engine.messages import Pulse, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, RequestQuarantined
+from rapid.kernels import compiling
 from rapid.sampling.params import SamplingParams
 
+SLOW_PASS_S, COMPILING_S = 0.1, 2.5
 LIMIT_S = 30.0  # of a test: a wait without an end would take for ever
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "LATE_S", 0.02)
+    monkeypatch.setattr(waiting, "LATE", 0.04)
     for name in ("TARGET_PATIENCE_S", "DRAFTER_PATIENCE_S"):
         monkeypatch.setattr(local, name, 0.5)
     monkeypatch.setattr(leases, "FIRST_PAUSE_S", 0.001)
@@ -106,7 +109,7 @@ def hung(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Ev
         assert going_on.wait(LIMIT_S)
         return forward(*args, **options)
 
-    monkeypatch.setattr(messages, "_FIRST_PASSES_S", 0.5)
+    monkeypatch.setattr(messages, "_UNKNOWN_PASS_S", 0.5)
     monkeypatch.setattr(world.target.model, "forward", hangs)
     yield going_on
     going_on.set()
@@ -125,17 +128,55 @@ def test_a_pass_that_never_returns_ends_the_request_and_not_the_wait(world: Worl
     asyncio.run(main())
 
 
-def test_a_pass_is_stuck_when_it_is_older_than_the_longest_by_far() -> None:
+def test_a_pass_is_stuck_when_it_is_older_than_expected_by_far() -> None:
     assert Pulse(3.9, 0.01).is_stuck(4.0) is False
     assert Pulse(4.1, 0.01).is_stuck(4.0) is True
-    assert Pulse(9.0, 2.0).is_stuck(4.0) is False  # a pass of this engine may take 2 s
-    assert Pulse(0.0, None).is_stuck(0.0) is False
+    assert Pulse(9.0, 1.0).is_stuck(4.0) is False  # such passes of this engine take a second
+    assert Pulse(59.0, None).is_stuck(4.0) is False and Pulse(61.0, None).is_stuck(4.0) is True
 
 
-def test_an_engine_tells_how_long_its_passes_take(world: World) -> None:
+def test_an_engine_tells_how_long_its_passes_should_take(world: World) -> None:
     answered(world, world.backend(), max_tokens=30)
     pulse = world.target.pulse()
-    assert pulse.pass_age_s == 0 and pulse.longest_pass_s is not None and 0 < pulse.longest_pass_s < LIMIT_S
+    assert pulse.pass_age_s == 0 and pulse.expected_s is not None and 0 < pulse.expected_s < LIMIT_S
+
+
+@pytest.fixture
+def slow(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """An engine whose passes take far longer than its requests have patience; says what happens in the next one."""
+    forward, happening, going_on = world.target.model.forward, "nothing", threading.Event()
+
+    def passes(*args: Any, **options: Any) -> Any:
+        nonlocal happening
+        what, happening = happening, "nothing"
+        time.sleep(SLOW_PASS_S)
+        if what == "a kernel is compiled":
+            compiling.begins()
+        if what != "nothing":
+            going_on.wait(COMPILING_S)
+        return forward(*args, **options)
+
+    def happens(what: str) -> None:
+        nonlocal happening
+        happening = what
+
+    monkeypatch.setattr(local, "TARGET_PATIENCE_S", SLOW_PASS_S / 4)
+    monkeypatch.setattr(world.target.model, "forward", passes)
+    yield happens
+    going_on.set()
+
+
+def test_passes_that_are_always_slow_and_a_kernel_that_is_compiled_are_waited_for(
+    world: World, slow: Callable[[str], None]
+) -> None:
+    """The pass that compiles takes many times as long as expected; so does one that hangs, which is noticed."""
+    how = {"strategy": "autoregressive", "max_tokens": 10}
+    assert answered(world, world.backend(), **how).tokens  # among its passes are all that read the prompt
+    slow("a kernel is compiled")
+    assert answered(world, world.backend(), **how).tokens
+    slow("a hang")
+    with pytest.raises(EngineHung, match="stuck in one pass"):
+        answered(world, world.backend(), **how)
 
 
 def test_an_answer_that_never_comes_from_an_engine_that_works_has_a_limit() -> None:

@@ -72,6 +72,18 @@ def test_a_slow_pass_is_soon_forgotten_and_a_slow_device_is_learned(pacer: Pacer
     assert times[0] < 40 and times[6] > 90
 
 
+def test_it_is_known_what_a_pass_should_take_once_such_passes_were_measured(pacer: Pacer) -> None:
+    """Also one behind a longer context, or with more sequences, than any before."""
+    assert Pacer(8192, 100.0, BALANCED).expected_s([], [Chunk(1, 100)]) is None
+    assert pacer.expected_s([Chunk(1000, 0)], []) is None  # no prompt has been read
+    assert pacer.expected_s([], [Chunk(1, 100)]) == pytest.approx(BASE_MS / 1e3)
+    read(pacer, 32_000, streaming=True)
+    for reading in ([Chunk(1000, 0)], [Chunk(16, 32_000)], [Chunk(8192, 100_000)]):
+        assert pacer.expected_s(reading, []) == pytest.approx(cost_ms(reading) / 1e3, rel=0.01)
+    many = [Chunk(1, 100_000)] * 50
+    assert pacer.expected_s([], many) == pytest.approx(cost_ms(many) / 1e3, rel=0.01)
+
+
 def test_prompts_are_read_even_if_decoding_takes_the_whole_budget() -> None:
     pacer = Pacer(8192, 100.0, BALANCED)
     pacer.observe(130.0, [])

@@ -1,0 +1,167 @@
+"""The load mix, while processes hang and are killed at random, bodies are hostile and clients leave.
+
+Every accepted answer must end: whole, or with an error that says why. An answer that differs from the one a client
+alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout. The command
+stops and ends only processes of its own cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.chaos import MODEL, URL, processes
+from benchmarks.common.clients import KNOWN, Asked, Crowd, new_client
+from benchmarks.common.malformed import Attacker, strike
+from benchmarks.common.memory import Memory
+from benchmarks.common.replay import Checker, Replay
+from benchmarks.common.results import write
+from benchmarks.hangs import health, service
+from deployments.config import EngineConfig
+
+# Of the coordinator, answers end with an error; of the others, they go on elsewhere or do without.
+KINDS = {
+    "engine": "EngineActor",
+    "target replica": "ServeReplica:rapid:Target",
+    "drafter replica": "ServeReplica:rapid:Drafter",
+    "retriever": "ServeReplica:rapid:Retriever",
+    "coordinator": "ServeReplica:rapid:Coordinator",
+    "controller": "ServeController",
+}
+TARGETS, NUM_ENGINES = 2, 3
+STOPPED_S = 20.0  # then it is continued, if it is still there
+RECOVERY_LIMIT_S = 180.0
+ATTACKS_AT_ONCE, ATTACKS_EVERY_S = 16, 10.0
+
+
+@dataclass
+class Faults:
+    """What was done to which kind of process, and how long the application took to be whole again."""
+
+    chance: random.Random
+    done: Counter[str] = field(default_factory=Counter)
+    recovered_s: list[float] = field(default_factory=list)
+
+    async def run(self, until: float, every_s: float) -> None:
+        async with httpx.AsyncClient() as client:
+            while time.monotonic() < until:
+                await asyncio.sleep(self.chance.uniform(0.5, 1.5) * every_s)
+                await self._one(client)
+
+    async def _one(self, client: httpx.AsyncClient) -> None:
+        kind, sent = self.chance.choice(list(KINDS)), self.chance.choice((signal.SIGSTOP, signal.SIGKILL))
+        if not (candidates := processes(KINDS[kind])):
+            return
+        process = self.chance.choice(candidates)
+        process.send_signal(sent)
+        began = time.monotonic()
+        name = f"{kind} {'stopped' if sent == signal.SIGSTOP else 'killed'}"
+        self.done[name] += 1
+        is_continued = sent == signal.SIGKILL
+        while time.monotonic() < began + RECOVERY_LIMIT_S:
+            await asyncio.sleep(0.5)
+            if not is_continued and time.monotonic() > began + STOPPED_S:
+                is_continued = True
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+            is_over = is_continued or not process.is_running()
+            if is_over and len(processes("EngineActor")) == NUM_ENGINES and await health(client) == "ok":
+                break
+        self.recovered_s.append(round(time.monotonic() - began, 1))
+        print(f"  {name}; whole after {self.recovered_s[-1]} s", flush=True)
+
+
+async def hostile(until: float, seed: int) -> Counter[str]:
+    """Sends malformed bodies, and returns how often each status came."""
+    answers: Counter[str] = Counter()
+    async with new_client() as http:
+        openapi = (await http.get(f"{URL}/openapi.json")).json()
+    attacks = Attacker(openapi, MODEL, seed).attacks(10**9)
+    while time.monotonic() < until:
+        outcome = await strike(URL, (next(attacks) for _ in range(ATTACKS_AT_ONCE)))
+        for statuses in outcome.statuses.values():
+            answers.update(statuses)
+        await asyncio.sleep(ATTACKS_EVERY_S)
+    return answers
+
+
+def growth(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """MiB from the median of the second third to that of the last, of the processes in all of them."""
+    second, last = (samples[i * len(samples) // 3 : (i + 1) * len(samples) // 3] for i in (1, 2))
+    sizes = [sample["rss_mib_by_process"] for sample in (*second, *last)]
+    throughout = set(sizes[0]).intersection(*sizes)
+
+    def median(part: list[dict[str, Any]], name: str) -> float:
+        return statistics.median(sample["rss_mib_by_process"][name] for sample in part)
+
+    return {name: round(median(last, name) - median(second, name), 1) for name in sorted(throughout)}
+
+
+def row(asked: list[Asked]) -> dict[str, Any]:
+    errors = Counter(one.error for one in asked if one.error and one.status == 200)
+    return {
+        "requests": len(asked),
+        "statuses": dict(Counter(str(one.status) for one in asked)),
+        "complete": sum(one.is_complete for one in asked),
+        "left": sum(one.kind == "cancelled" and not one.is_complete for one in asked),
+        "ended_with_an_error": errors.total(),
+        "lost": sum(one.is_lost and one.error is None for one in asked),
+        "errors": dict(errors.most_common(8)),
+    }
+
+
+async def storm(options: argparse.Namespace, checker: Checker, crowd: Crowd) -> dict[str, Any]:
+    await checker.learn(KNOWN)
+    memory, faults = Memory(URL, psutil.Process()), Faults(random.Random(options.seed))
+    watching = asyncio.create_task(memory.watch())
+    until = time.monotonic() + 60 * options.minutes
+    asked, _, answers = await asyncio.gather(
+        crowd.run(options.clients, 60 * options.minutes),
+        faults.run(until, options.every_s),
+        hostile(until, options.seed),
+    )
+    watching.cancel()
+    return {
+        "faults": dict(faults.done),
+        "whole_again_s": {"median": statistics.median(faults.recovered_s), "worst": max(faults.recovered_s)},
+        "streams": row(asked),
+        "hostile_bodies": dict(answers),
+        "rss_mib_growth": growth(memory.samples),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--every-s", type=float, default=20, help="between two faults, on average")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="", help="the results' file is storm_PART.json")
+    options = parser.parse_args()
+    about = {"minutes": options.minutes, "clients": options.clients}
+    about["load_average_before"] = round(os.getloadavg()[0], 1)  # of a machine that others may use, too
+    with service(targets=TARGETS, ranks=1):
+        checker, crowd = Checker(URL), Crowd(URL, options.seed)
+        results = asyncio.run(storm(options, checker, crowd))
+    print(json.dumps(results), flush=True)
+    with Replay.of(EngineConfig(model=MODEL, dtype="float32", kv_memory_gib=0.25)) as replay:
+        results["answers"] = checker.judge(crowd.asked, replay, 0)
+    print(json.dumps(results["answers"]))
+    write("storm", about | results, part=options.part)
+
+
+if __name__ == "__main__":
+    main()

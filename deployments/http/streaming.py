@@ -1,0 +1,52 @@
+"""The beginning of a stream: when its headers are sent, and what is said while nothing is written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TypeVar
+
+from fastapi.responses import StreamingResponse
+
+from deployments.heartbeat import beating
+from deployments.schemas.events import Events, Started
+from rapid.events import Delta, Finish
+
+T = TypeVar("T")
+
+_STATUS_WITHIN_S = 0.5
+_BEAT_S = 5.0  # proxies close a connection on which nothing came for 15 s and more
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
+
+
+def streamed(sent: AsyncGenerator[str, None]) -> StreamingResponse:
+    """``sent`` as server-sent events."""
+    return StreamingResponse(sent, media_type="text/event-stream", headers=_HEADERS)
+
+
+async def begun(events: Events) -> AsyncGenerator[Started | Delta | Finish | None, None]:
+    """``events``, with None whenever there was none for a while; returned when the headers may be sent.
+
+    An error that comes at once, as when there is no room, is raised, and gets its own status. Later errors come with
+    the events.
+    """
+    told = beating(events, _BEAT_S)
+    await anext(told)  # its first beat
+    started = await anext(told)
+    while started is None:
+        started = await anext(told)
+    second = asyncio.ensure_future(anext(told))
+    await asyncio.wait([second], timeout=_STATUS_WITHIN_S)
+    if second.done():
+        second.result()
+    return _chained(started, second, told)
+
+
+async def _chained(first: T, second: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """All items in one generator. Closing it closes ``rest``."""
+    async with aclosing(rest):
+        yield first
+        yield await second
+        async for item in rest:
+            yield item

@@ -1,0 +1,42 @@
+"""What the benchmark of a storm counts: answers that never ended, and memory that grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common.clients import KNOWN, Asked
+from benchmarks.storm import growth, row
+
+
+def answer(**how: Any) -> Asked:
+    asked = Asked(0, "short", KNOWN[0], 0.0, status=200)
+    for name, value in how.items():
+        setattr(asked, name, value)
+    return asked
+
+
+def test_an_answer_that_ends_with_a_reason_is_not_lost_and_one_that_just_ends_is() -> None:
+    counted = row(
+        [
+            answer(is_complete=True),
+            answer(error="a part of the service stopped"),
+            answer(),
+            answer(kind="cancelled"),
+            answer(status=503, error="busy"),
+        ]
+    )
+    assert {name: counted[name] for name in ("complete", "ended_with_an_error", "lost", "left")} == {
+        "complete": 1,
+        "ended_with_an_error": 1,
+        "lost": 1,
+        "left": 1,
+    }
+    assert counted["errors"] == {"a part of the service stopped": 1}
+
+
+def test_growth_is_of_the_processes_that_lived_throughout() -> None:
+    def sample(minute: int) -> dict[str, Any]:
+        young = {"engine 2": 500.0} if minute > 20 else {"engine 1": 400.0}
+        return {"rss_mib_by_process": {"coordinator": 100.0 + minute, "proxy": 50.0} | young}
+
+    assert growth([sample(minute) for minute in range(30)]) == {"coordinator": 10.0, "proxy": 0.0}
