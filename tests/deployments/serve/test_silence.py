@@ -442,7 +442,7 @@ def test_a_replica_in_doubt_and_one_that_hangs_are_avoided(monkeypatch: pytest.M
         answer: Callable[[], Any] = never
         listener = await Listener.start("127.0.0.1", {"call": call}, ended=ended)
         engine = Handle(close=lambda _: None)
-        ticket = Ticket("a", engine, "an engine's name", listener.address, "two")
+        ticket = Ticket("a", engine, "an engine's name", listener.address.for_channel("a"), "two")
         target = Handle(lease=Leases(Doubt("one", "silent for 3 s"), ticket))
         whole = backend(target, Handle(), Handle())
         with pytest.raises(EngineHung, match="an engine of the target is not well: silent for 3 s"):
