@@ -11,7 +11,8 @@ from deployments.config import AppConfig
 from deployments.datastores import Datastores
 from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
-from deployments.files.store import FileStore, name_of
+from deployments.files.records import name_of
+from deployments.files.store import FileStore
 from deployments.schemas.completions import ChatRequest, Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
 from deployments.turns import FairPool, Turns
