@@ -47,7 +47,7 @@ def unsure(contents: list[str], query: str, options: Any) -> Retrieval:
 
 def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:
     """A retriever that keeps the first 8 letters of the first content."""
-    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8)
+    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8, confidence=0.5)
 
 
 class Completion(NamedTuple):
