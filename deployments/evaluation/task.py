@@ -7,6 +7,7 @@ A task reads its data, truncates as its benchmark does, and scores. It knows not
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,36 +107,35 @@ class Judge(Protocol):
         """
 
 
-class Task(Protocol):
+class Task(ABC):
     """One benchmark, or one of its parts.
 
     Attributes:
-        name: unique among tasks.
+        name: unique among the tasks of a run.
         metric: the main one, a key of what ``score`` or the judge's ``scores`` return.
         best: the main metric's best value: 1, of which tables show percents, or 10.
         judge: who gives the main metric, where ``score`` cannot. Then ``score`` has only lesser ones, or none.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def best(self) -> float: ...
-    @property
-    def judge(self) -> Judge | None: ...
+    name: str
+    metric: str
+    best: float = 1.0
+    judge: Judge | None = None
 
+    @abstractmethod
     def questions(self, settings: TaskSettings) -> Iterable[Question]:
         """
         Raises:
             EvaluationError: there is no data, or it is not in the benchmark's format.
         """
 
+    @abstractmethod
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """Each metric's value for ``answer``, the last call's."""
 
     def combine(self, scores: Sequence[float]) -> float:
         """One value of the main metric for the questions of one item."""
+        return sum(scores) / len(scores)
 
 
 T = TypeVar("T")
