@@ -54,6 +54,8 @@ class Row(Strict):
     baseline: str = LC
     limit: int | None = Field(None, ge=1)
     note: str = Field("", description="what a reader of the table must know of it")
+    line: str | None = Field(None, description="in a plot over `at`, the line that it is a point of")
+    at: float | None = None
 
     @field_validator("rapid")
     @classmethod
@@ -85,6 +87,7 @@ class TaskChoice(Strict):
     limit: int | None = Field(None, ge=1)
     context_tokens: int | None = Field(None, ge=64)
     data: Path | None = None
+    at: float | None = Field(None, description="its place on the axis of a plot")
 
     @property
     def label(self) -> str:
@@ -103,7 +106,9 @@ class Evaluation(Strict):
     seed: int = 0
     data: Path | None = None
     from_hub: bool = False
+    tokenizer: str | None = Field(None, description="whose tokens prompts are cut in; else the first target's")
     concurrency: int = Field(1, ge=1, le=64)
+    axis: str | None = Field(None, description="what the places `at` of rows or tasks are: a plot has a line over them")
     judge_url: str | None = None
     judge_model: str | None = None
     unread: int = Field(
@@ -123,6 +128,12 @@ class Evaluation(Strict):
             raise ValueError("temperatures lie between 0 and 2")
         return self
 
+    @property
+    def cuts_with(self) -> str:
+        """The model whose tokenizer truncates prompts."""
+        local = [system.args for system in self.systems.values() if not system.url]
+        return self.tokenizer or (local[0] if local else AppConfig()).target.model
+
     def baseline_of(self, row: Row) -> Row | None:
         """The row that ``row`` is compared with; None for a baseline itself."""
         return next((other for other in self.rows if other.name == row.baseline and other != row), None)
@@ -130,8 +141,8 @@ class Evaluation(Strict):
     def identity(self, row: Row, task: TaskChoice) -> str:
         """Names all that an answer depends on besides the question: answers with another one are of another run."""
         system = self.systems[row.system].model_dump(mode="json", exclude_defaults=True)
-        said = row.model_dump(mode="json", exclude={"limit", "note", "baseline"}, exclude_defaults=True)
-        asked = task.model_dump(mode="json", exclude={"limit", "data"}) | {"all": self.context_tokens}
+        said = row.model_dump(mode="json", exclude={"limit", "note", "baseline", "line", "at"}, exclude_defaults=True)
+        asked = task.model_dump(mode="json", exclude={"limit", "data", "at"}) | {"all": self.context_tokens}
         return hashlib.sha256(json.dumps([system, said, asked, self.seed], sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -182,8 +182,8 @@ class Run:
             async with asyncio.TaskGroup() as workers:
                 for _ in range(self._evaluation.concurrency):
                     workers.create_task(worker())
-        except* RapidError as failures:
-            raise failures.exceptions[0] from None
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
 
     async def _answer(self, runner: Runner, work: Work) -> Answer:
         asked, question, row = work.asked, work.question, work.row
