@@ -43,14 +43,15 @@ class System(Strict):
 class Row(Strict):
     """One row of the tables. It is compared with the row ``baseline``, question by question.
 
-    ``retrieve_from`` is what the passages are retrieved from: what the target reads, or the whole document of which a
-    benchmark's truncation leaves the target a part. ``limit`` is how many questions of each task the row is asked.
+    ``retrieve_from`` is what the passages are retrieved from: what the target reads; the whole document, where a
+    benchmark's truncation leaves the target a part of it, and only such questions are asked; or another question's
+    document. ``limit`` is how many questions of each task the row is asked.
     """
 
     name: str = Field(min_length=1)
     system: str = HERE
     rapid: RapidFields = RapidFields(strategy="autoregressive")
-    retrieve_from: Literal["read", "whole"] = "read"
+    retrieve_from: Literal["read", "whole", "unrelated"] = "read"
     baseline: str = LC
     limit: int | None = Field(None, ge=1)
     note: str = Field("", description="what a reader of the table must know of it")
@@ -86,6 +87,7 @@ class TaskChoice(Strict):
     as_name: str | None = None
     limit: int | None = Field(None, ge=1)
     context_tokens: int | None = Field(None, ge=64)
+    max_tokens: int | None = Field(None, ge=1, description="of an answer, where the benchmark allows more")
     data: Path | None = None
     at: float | None = Field(None, description="its place on the axis of a plot")
 

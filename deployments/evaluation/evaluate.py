@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,8 @@ def prepare(evaluation: Evaluation) -> list[Asked]:
         questions = list(task.questions(settings))
         if not questions:
             raise EvaluationError(f"task {choice.label}: it has no questions")
+        if (most := choice.max_tokens) is not None:
+            questions = [replace(question, max_tokens=min(question.max_tokens, most)) for question in questions]
         asked.append(Asked(choice, task, questions))
     return asked
 

@@ -111,8 +111,8 @@ class LocalRunner:
         }
         read = ChatRequest.model_validate(body).read(self._tokenizer, self._config, self._backend.info("target").window)
         prompt = read.prompt
-        if ask.whole and ask.row.retrieve_from == "whole" and len(prompt.contents) == 1:
-            prompt = replace(prompt, contents=[ask.whole])
+        if ask.source and prompt.contents:  # chunks take the place of the first content, which is the document
+            prompt = replace(prompt, contents=[ask.source])
         self._unread += ask.unread
         salt = f"unread {self._unread}" if ask.unread else ""
         options = TenantOptions(**asdict(replace(read.retrieval, keep=not ask.unread)), tenant=salt, client=salt)

@@ -33,10 +33,28 @@ class Asked:
     questions: Sequence[Question]
 
     def of(self, row: Row) -> Sequence[Question]:
-        """The questions that ``row`` is asked: all, or some that lie evenly among them."""
-        if row.limit is None or row.limit >= len(self.questions):
-            return self.questions
-        return [self.questions[i * len(self.questions) // row.limit] for i in range(row.limit)]
+        """The questions that ``row`` is asked: all that it can be, or some that lie evenly among them."""
+        questions = self.questions
+        if row.retrieve_from != "read":
+            questions = [question for question in questions if self.source(question, row)]
+        if row.limit is None or row.limit >= len(questions):
+            return questions
+        return [questions[i * len(questions) // row.limit] for i in range(row.limit)]
+
+    def source(self, question: Question, row: Row) -> str:
+        """What ``row`` retrieves from beside what the target reads; "" if there is nothing else."""
+        if row.retrieve_from == "read":
+            return ""
+        if row.retrieve_from == "whole":
+            return question.whole
+        at, number = self.questions.index(question), len(self.questions)
+        after = (self.questions[(at + number // 2 + i) % number] for i in range(number))
+        other = next((one for one in after if _document(one) != _document(question)), None)
+        return max((message["content"] for message in other.messages), key=len) if other else ""
+
+
+def _document(question: Question) -> str:
+    return question.document or question.id
 
 
 class Work(NamedTuple):
@@ -88,7 +106,7 @@ def plan(evaluation: Evaluation, asked: Sequence[Asked], system: str) -> tuple[l
 
     def work(each: Asked, question: Question) -> Iterator[Work]:
         label = each.choice.label
-        document = (label, question.document or question.id)
+        document = (label, _document(question))
         for row in rows:
             for temperature in evaluation.temperatures if question.id in wanted[label, row.name] else ():
                 kind: Kind = "known" if document in read else "new"
@@ -198,7 +216,7 @@ class Run:
             work.temperature,
             seed,
             query=question.query,
-            whole=question.whole,
+            source=asked.source(question, row),
             unread=work.kind == "unread",
         )
         try:

@@ -12,7 +12,7 @@ from deployments.evaluation.task import ChatMessage
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. ``whole`` is the document of which the messages may hold a part, "" where they hold all.
+    """One request. ``source`` is the text that passages are retrieved from; "": from what the messages hold.
 
     With ``unread`` the system must not know the prompt from earlier requests, so that its reading can be timed.
     """
@@ -23,7 +23,7 @@ class Ask:
     temperature: float
     seed: int
     query: str = ""
-    whole: str = ""
+    source: str = ""
     unread: bool = False
 
 

@@ -26,8 +26,8 @@ class ServerRunner:
         self._model = system.model or str(first["id"])
 
     def refusal(self, row: Row) -> str | None:
-        if row.retrieve_from == "whole":
-            return "a server retrieves from what it is sent: retrieve_from whole runs in process alone"
+        if row.retrieve_from != "read":
+            return f"a server retrieves from what it is sent: retrieve_from {row.retrieve_from} runs in process alone"
         if self.is_rapid or (row.strategy == "autoregressive" and set(row.options()) == {"strategy"}):
             return None
         return f"{self._url} is another project's server, which has no strategy {row.strategy}"
@@ -36,7 +36,7 @@ class ServerRunner:
         return {"name": self._model, "url": self._url, "server": "RAPID" if self.is_rapid else "another one"}
 
     async def answer(self, ask: Ask) -> Reply:
-        """As `Runner.answer`; ``unread`` cannot be had here, and ``whole`` is refused before."""
+        """As `Runner.answer`; ``unread`` cannot be had here, and rows with a ``source`` are refused before."""
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [dict(message) for message in ask.messages],
