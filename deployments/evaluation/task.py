@@ -14,7 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from pydantic import ConfigDict
+
 ChatMessage = Mapping[str, str]  # role and content, as in OpenAI's API
+
+# Tasks are pydantic's dataclasses, whose fields are the task's options: they come as text, and one that is unknown is
+# refused.
+OPTIONS = ConfigDict(extra="forbid")
 
 
 class EvaluationError(Exception):
