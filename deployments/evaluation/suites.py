@@ -8,6 +8,7 @@ smaller model of a family, so that a drafter that knows better is really there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deployments.config import AppConfig
@@ -18,6 +19,7 @@ from rapid.weights import embedded_models
 Fields = dict[str, Any]
 UPWARD = "upward"
 _WEAK_BITS = 4
+_SMALL_RETRIEVAL = 512  # tokens, of contexts that are a twentieth of the paper's
 _SAMPLED = (0.0, 0.3)
 # At temperature 0 the transfer needs a temperature of its own; else the output would be the target's greedy text.
 _TRANSFER: Fields = {"strategy": "rapid", "transfer_temperature": 1.0}
@@ -45,6 +47,8 @@ def suite_of(name: str, args: AppConfig) -> Fields:
 
 def _models(args: AppConfig) -> _Models:
     if embedded_models.is_embedded(args.target.model):
+        options = replace(args.retriever.options, min_tokens=_SMALL_RETRIEVAL)
+        args = args.model_copy(update={"retriever": args.retriever.model_copy(update={"options": options})})
         whole = args.model_copy(update={"drafter": args.target})
         return _Models(True, {"args": args}, {"args": whole, "target_bits": _WEAK_BITS})
     if args.drafting_engine.model == args.target.model:
@@ -61,7 +65,7 @@ def _row(name: str, strategy: str | None = None, **more: Any) -> Fields:
 
 
 def _paper_main(models: _Models) -> Fields:
-    few = {"limit": 10} if models.is_small else {}
+    few = {"limit": 6} if models.is_small else {}
     exact = few | {"note": "exact: its output is distributed as LC's"} if models.is_small else few
     rows = [
         _row(LC, "autoregressive"),
@@ -72,7 +76,7 @@ def _paper_main(models: _Models) -> Fields:
         _row("REST", "rest", **exact),
         _row("Speculative RAG", "speculative_rag", **few),
         _row("RAPID", **_TRANSFER, transfer_strength=_SELF),
-        _row("RAPID, η auto", **_TRANSFER, transfer_strength="auto"),
+        _row("RAPID, η auto", **_TRANSFER, transfer_strength="auto", **few),
         _row(
             "RAPID, whole document",
             **_TRANSFER,
@@ -101,13 +105,13 @@ def _main_tasks(is_small: bool) -> list[Fields]:
         books = [{"name": f"infinitebench_{kind}", "context_tokens": 127_000} for kind in ("qa", "mc", "sum")]
         return [*books, *({"name": name} for name in ("longbench_v2", "longbench_v2_cot"))]
     return [
-        {"name": "nq:depth=shared", "as_name": "nq", "limit": 200, "context_tokens": 6000, "max_tokens": 24},
-        {"name": "qmsum:keep=evidence", "as_name": "qmsum", "limit": 60, "context_tokens": 3000, "max_tokens": 48},
+        {"name": "nq:depth=shared", "as_name": "nq", "limit": 200, "context_tokens": 6000, "max_tokens": 16},
+        {"name": "qmsum:keep=evidence", "as_name": "qmsum", "limit": 60, "context_tokens": 3000, "max_tokens": 40},
         {"name": "loogle_short:keep=evidence", "as_name": "loogle", "limit": 60, "context_tokens": 3000,
-         "max_tokens": 32},
-        {"name": "xquad_en", "limit": 100, "context_tokens": 6000, "max_tokens": 16},
+         "max_tokens": 24},
+        {"name": "xquad_en", "limit": 100, "context_tokens": 6000, "max_tokens": 12},
         {"name": "xquad_zh", "limit": 100, "context_tokens": 6000, "max_tokens": 24},
-        *({"name": f"ruler_{kind}", "limit": 5, "context_tokens": 2000, "max_tokens": 48} for kind in _RULER),
+        *({"name": f"ruler_{kind}", "limit": 5, "context_tokens": 2000, "max_tokens": 40} for kind in _RULER),
     ]  # fmt: skip
 
 
@@ -118,7 +122,7 @@ def _document_task(models: _Models, context_tokens: int | None = None, **more: A
     """The questions of an ablation: about shared documents of Wikipedia, or ∞Bench's books."""
     if not models.is_small:
         return {"name": "infinitebench_qa", "context_tokens": context_tokens or 127_000, **more}
-    size = {"context_tokens": context_tokens or 6000, "limit": 60, "max_tokens": 24}
+    size = {"context_tokens": context_tokens or 6000, "limit": 60, "max_tokens": 16}
     return {"name": "nq:depth=shared", "as_name": "nq", **size, **more}
 
 
