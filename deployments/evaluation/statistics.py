@@ -75,7 +75,7 @@ def permutation_test(ours: Sequence[float], theirs: Sequence[float], *, seed: in
     """
     differences = _differences(ours, theirs)
     differences = differences[differences != 0]
-    seen = abs(differences.sum()) * (1 - 1e-12)  # the same sum in another order counts as equal
+    seen = abs(float(differences.sum())) * (1 - 1e-12)  # the same sum in another order counts as equal
     if not len(differences):
         return 1.0
     if len(differences) <= _EXACT:
@@ -100,7 +100,7 @@ def mcnemar_test(ours: Sequence[float], theirs: Sequence[float]) -> float:
         raise ValueError("McNemar's test needs values that are 0 or 1")
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2 ** (better + worse))
+    return min(1.0, 2 * tail / (1 << (better + worse)))
 
 
 def questions_needed(

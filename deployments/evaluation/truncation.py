@@ -35,8 +35,12 @@ def without_middle(text: str, tokenizer: Tokenizer, limit: int) -> str:
 def most(fits: Callable[[int], bool], low: int, high: int) -> int:
     """The largest number in ``low``..``high`` that ``fits``, of numbers of which all below one that fits do too.
 
-    It is ``low`` where none fits.
+    It is ``low`` where none fits. Only numbers up to about twice the result are tried, because trying may take long.
     """
+    step = 1
+    while low + step <= high and fits(low + step):
+        low, step = low + step, 2 * step
+    high = min(high, low + step - 1)
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

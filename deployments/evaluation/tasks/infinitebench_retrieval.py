@@ -102,7 +102,7 @@ class Retrieval(Task):
             tokens = settings.tokenizer.encode(before + document + behind)
             return len(tokens) <= limit - 16  # keys of other questions have other tokens
 
-        number = most(fits, 1, limit // 16)
+        number = most(fits, 1, limit)
         for i in range(QUESTIONS if settings.limit is None else settings.limit):
             yield self._question(f"made-{i}", self._make(i, number, settings.seed), settings)
 

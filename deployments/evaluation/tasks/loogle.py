@@ -55,7 +55,7 @@ class LooGLE(Task):
 
     def questions(self, settings: TaskSettings) -> Iterator[Question]:
         names = (f"loogle_{self.dependency}dep_qa.jsonl", f"{self.dependency}dep_qa.jsonl")
-        path = find(Source(names, ("bigai-nlco/LooGLE", f"data/{self.dependency}dep_qa.jsonl")), self.name, settings)
+        path = find(Source(names), self.name, settings)
         rows = records(path, ("input", "title", "qa_pairs"))
         asked = [one for i, row in enumerate(rows) for one in _asked(i, row, f"{path}, record {i + 1}")]
         documents: dict[int, Document] = {}

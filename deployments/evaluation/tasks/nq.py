@@ -26,7 +26,7 @@ _BEFORE = (
     "Write a high-quality answer for the given question using only the provided search results (some of which might be "
     "irrelevant).\n\n"
 )
-_LABEL_TOKENS = 12  # of "Document [123](Title: )" around a passage
+_SLACK_TOKENS = 8  # a prompt may have more tokens than its pieces have together
 
 
 class _Asked(NamedTuple):
@@ -53,7 +53,7 @@ class NaturalQuestions(Task):
     def questions(self, settings: TaskSettings) -> Iterator[Question]:
         asked = _read(find(SOURCE, self.name, settings))
         size = _Sizes(settings.tokenizer)
-        room = (settings.context_tokens or CONTEXT_TOKENS) - len(settings.tokenizer.encode(_BEFORE))
+        room = (settings.context_tokens or CONTEXT_TOKENS) - len(settings.tokenizer.encode(_BEFORE)) - _SLACK_TOKENS
         if self.depth == "shared":
             yield from self._shared(asked, size, room, settings)
             return
@@ -90,8 +90,7 @@ class NaturalQuestions(Task):
         left = len(drawn) if settings.limit is None else min(settings.limit, len(drawn))
         start = 0
         while left > 0:
-            end, filled = start, 0
-            frame = 0
+            end, filled, frame = start, 0, 0
             while end < len(drawn):
                 filled += size.of_passage(drawn[end])
                 frame = max(frame, size.of_question(drawn[end]))
@@ -107,9 +106,8 @@ class NaturalQuestions(Task):
     def _question(
         self, one: _Asked, passages: list[_Asked], group: str, settings: TaskSettings, document: str = ""
     ) -> Question:
-        shown = [f"Document [{i}](Title: {other.title}) {other.text}" for i, other in enumerate(passages, start=1)]
-        behind = f"\n\nQuestion: {one.question}\nAnswer:"
-        made = prompt(_BEFORE, "\n".join(shown), behind, settings.tokenizer, settings.context_tokens or CONTEXT_TOKENS)
+        shown = "\n".join(_shown(i, other) for i, other in enumerate(passages, start=1))
+        made = prompt(_BEFORE, shown, _behind(one), settings.tokenizer, settings.context_tokens or CONTEXT_TOKENS)
         return Question(
             id=one.id,
             messages=made.messages,
@@ -131,15 +129,23 @@ class _Sizes:
         self._known: dict[str, int] = {}
 
     def of_passage(self, one: _Asked) -> int:
-        return self._of(one.title + " " + one.text) + _LABEL_TOKENS
+        return self._of(_shown(100, one) + "\n")
 
     def of_question(self, one: _Asked) -> int:
-        return self._of(one.question) + _LABEL_TOKENS
+        return self._of(_behind(one))
 
     def _of(self, text: str) -> int:
         if text not in self._known:
             self._known[text] = len(self._tokenizer.encode(text))
         return self._known[text]
+
+
+def _shown(number: int, one: _Asked) -> str:
+    return f"Document [{number}](Title: {one.title}) {one.text}"
+
+
+def _behind(one: _Asked) -> str:
+    return f"\n\nQuestion: {one.question}\nAnswer:"
 
 
 def _read(path: Path) -> list[_Asked]:

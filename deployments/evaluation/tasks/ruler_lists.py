@@ -22,7 +22,7 @@ _SHORT = 4_096  # tokens, below which common words are repeated less often
 
 @dataclass(config=OPTIONS)
 class VariableTracking(Ruler):
-    """Variable tracking, "vt": which variables get a value through ``hops`` assignments among noise, after an example."""
+    """Variable tracking, "vt": which variables get a value by ``hops`` assignments among noise, after an example."""
 
     name: str = "ruler_vt"
     hops: int = 4
@@ -69,7 +69,7 @@ class CommonWords(Ruler):
     max_tokens: int = 120
 
     def sizes(self, limit: int) -> tuple[int, int]:
-        return 11, min(len(pairs()), limit // 6)  # a word of the list and its number have six tokens or more
+        return 11, len(pairs())
 
     def prepare(self, settings: TaskSettings) -> None:
         self._words, self._more = single(), pairs()

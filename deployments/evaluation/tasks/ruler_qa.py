@@ -49,7 +49,7 @@ class DocumentQA(Ruler):
         random.Random(settings.seed).shuffle(self._asked)
 
     def sizes(self, limit: int) -> tuple[int, int]:
-        return max(len(one.needed) for one in self._asked), min(len(self._documents), limit // 16)
+        return max(len(one.needed) for one in self._asked), len(self._documents)
 
     def make(self, i: int, generator: random.Random, size: int) -> Sample:
         asked = self._asked[i % len(self._asked)]
