@@ -78,7 +78,7 @@ class Row(Strict):
 
 
 class TaskChoice(Strict):
-    """A task by name, and what of it is asked; what is not said here, the evaluation says for all tasks.
+    """A task by name, and what of it is asked; the evaluation's limits hold too.
 
     ``as_name`` tells variants of a task apart, which differ in ``context_tokens``.
     """
@@ -103,8 +103,8 @@ class Evaluation(Strict):
     rows: tuple[Row, ...] = Field(min_length=1)
     systems: dict[str, System] = Field(default_factory=lambda: {HERE: System()})
     temperatures: tuple[float, ...] = Field((0.0,), min_length=1)
-    limit: int | None = Field(None, ge=1)
-    context_tokens: int | None = Field(None, ge=64)
+    limit: int | None = Field(None, ge=1, description="the most questions of any task")
+    context_tokens: int | None = Field(None, ge=64, description="the most tokens of any prompt")
     seed: int = 0
     data: Path | None = None
     from_hub: bool = False

@@ -54,8 +54,8 @@ def prepare(evaluation: Evaluation) -> list[Asked]:
             tokenizer=tokenizer,
             data=choice.data or evaluation.data,
             from_hub=evaluation.from_hub,
-            context_tokens=choice.context_tokens or evaluation.context_tokens,
-            limit=choice.limit or evaluation.limit,
+            context_tokens=_least(choice.context_tokens, evaluation.context_tokens),
+            limit=_least(choice.limit, evaluation.limit),
             seed=evaluation.seed,
         )
         questions = list(task.questions(settings))
@@ -65,6 +65,10 @@ def prepare(evaluation: Evaluation) -> list[Asked]:
             questions = [replace(question, max_tokens=min(question.max_tokens, most)) for question in questions]
         asked.append(Asked(choice, task, questions))
     return asked
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @contextmanager
