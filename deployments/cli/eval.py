@@ -97,13 +97,14 @@ def evaluate(
         elif recommend is not None:
             from deployments.evaluation.recommend import candidates
 
-            asked = parse_evaluation(candidates(recommend, _args(serve_config)) | _given(said), source="--recommend")
+            fields = candidates(recommend, _args(serve_config), is_judged=judge_url is not None)
+            asked = parse_evaluation(fields | _given(said), source="--recommend")
         else:
-            fields = _given(said) | {"tasks": [{"name": name} for name in _specs(tasks or [])]}
+            fields = {"tasks": [{"name": name} for name in _specs(tasks or [])]}
             fields |= _systems_and_rows(
                 url or [], model, serve_config, _split(strategies or ["autoregressive,rag,rapid"])
             )
-            asked = parse_evaluation(fields, source="rapid eval")
+            asked = parse_evaluation(fields | _given(said), source="rapid eval")
         _run(asked, output, as_json=as_json, advises=recommend is not None)
     except EvaluationError as error:
         raise InvalidRequest(str(error)) from error
@@ -123,7 +124,7 @@ def _run(asked: Any, output: Path, *, as_json: bool, advises: bool) -> None:
     if advises:
         from deployments.evaluation.recommend import advice
 
-        terminal.advise(advice(summary, output))
+        print(advice(summary))
 
 
 def _args(serve_config: Path | None) -> AppConfig:

@@ -85,11 +85,6 @@ class EvalTerminal:
             self._stdout.print(f"[dim]{escape(line)}[/dim]")
         self._say(f"{output / 'report.html'} shows single questions")
 
-    def advise(self, lines: list[str]) -> None:
-        """A configuration fragment, as it is to be copied."""
-        for line in lines:
-            print(line)
-
     def _say(self, text: str) -> None:
         self._stderr.print(f"rapid: {escape(text)}")
 

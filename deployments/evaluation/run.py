@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from deployments.evaluation.task import EvaluationError, Question, Task
 from rapid.errors import RapidError
 
 OpenRunner = Callable[[str], AbstractContextManager[Runner]]  # by the system's name
-_PROBED = 2  # questions of each task that are asked before all others, to know how long these will take
+_PROBED = 2  # usual questions of each task that are asked before all others, to know how long these will take
 _BUSY = (429, 502, 503, 504)
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 
@@ -98,7 +99,7 @@ class Ran:
 def plan(evaluation: Evaluation, asked: Sequence[Asked], system: str) -> tuple[list[Work], list[Work]]:
     """The work of ``system`` in its order: probes, and all else, task by task. A question's rows stand together."""
     rows = [row for row in evaluation.rows if row.system == system]
-    timed = {asked[i * len(asked) // evaluation.unread].choice.label for i in range(evaluation.unread)}
+    unread = Counter(asked[i * len(asked) // evaluation.unread].choice.label for i in range(evaluation.unread))
     wanted = {
         (each.choice.label, row.name): {question.id for question in each.of(row)} for each in asked for row in rows
     }
@@ -110,15 +111,15 @@ def plan(evaluation: Evaluation, asked: Sequence[Asked], system: str) -> tuple[l
         for row in rows:
             for temperature in evaluation.temperatures if question.id in wanted[label, row.name] else ():
                 kind: Kind = "known" if document in read else "new"
-                is_first = question is each.questions[0] and temperature == evaluation.temperatures[0]
-                if is_first and label in timed:
+                if question in each.questions[: unread[label]] and temperature == evaluation.temperatures[0]:
                     kind = "unread"
                 else:
                     read.add(document)
                 yield Work(each, question, row, temperature, kind)
 
-    probes = [one for each in asked for question in each.questions[:_PROBED] for one in work(each, question)]
-    others = [one for each in asked for question in each.questions[_PROBED:] for one in work(each, question)]
+    probed = [(each, unread[each.choice.label] + _PROBED) for each in asked]
+    probes = [one for each, number in probed for question in each.questions[:number] for one in work(each, question)]
+    others = [one for each, number in probed for question in each.questions[number:] for one in work(each, question)]
     return probes, others
 
 

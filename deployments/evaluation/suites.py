@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deployments.config import AppConfig
-from deployments.evaluation.config import HERE, LC
+from deployments.evaluation.config import HERE, LC, Row
 from deployments.evaluation.task import EvaluationError
 from rapid.weights import embedded_models
 
@@ -58,15 +58,14 @@ def _models(args: AppConfig) -> _Models:
 
 
 def _row(name: str, strategy: str | None = None, **more: Any) -> Fields:
-    fields = {key: more.pop(key) for key in ("system", "baseline", "limit", "note", "line", "at") if key in more}
-    if "retrieve_from" in more:
-        fields["retrieve_from"] = more.pop("retrieve_from")
-    return {"name": name, **fields, "rapid": ({"strategy": strategy} if strategy else {}) | more}
+    """A row; what of ``more`` is no field of `Row` goes into its `rapid` object."""
+    own = {key: more.pop(key) for key in [*more] if key in Row.model_fields}
+    return {"name": name, **own, "rapid": ({"strategy": strategy} if strategy else {}) | more}
 
 
 def _paper_main(models: _Models) -> Fields:
-    few = {"limit": 6} if models.is_small else {}
-    exact = few | {"note": "exact: its output is distributed as LC's"} if models.is_small else few
+    few: Fields = {"limit": 6} if models.is_small else {}
+    exact: Fields = few | {"note": "exact: its output is distributed as LC's"} if models.is_small else few
     rows = [
         _row(LC, "autoregressive"),
         _row("RAG", "rag"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deployments.evaluation.answers import Answer, Key
 from deployments.evaluation.config import Evaluation, Row
+from deployments.evaluation.metrics.answers import f1, words
 from deployments.evaluation.run import Asked, Ran
 from deployments.evaluation.statistics import (
     Interval,
@@ -65,8 +66,9 @@ class Speed:
     """How fast a row is in a task, or over all tasks where ``task`` is "".
 
     ``reading_s`` is the mean time before the first round, retrieval included, where both this row and its baseline read
-    the prompt; ``tokens_per_second`` of decoding alone. ``speedup`` is the geometric mean of the questions' ratios to
-    the baseline, with its interval. ``clock`` says who measured: the engine's rounds, or the client.
+    the prompt. An answer has ``tokens`` in the mean, and ``tokens_per_second`` is that of decoding alone. ``speedup`` is
+    the geometric mean of the questions' ratios to the baseline, with its interval. ``clock`` says who measured: the
+    engine's rounds, or the client.
     """
 
     task: str
@@ -78,9 +80,15 @@ class Speed:
     tokens_per_second: float | None
     speedup: Interval | None
     acceptance: float | None
+    tokens: float
     origins: dict[str, int]
     fallbacks: dict[str, int]
     clock: str
+
+    @property
+    def seconds(self) -> float:
+        """For an answer of ``tokens`` about a document that is not read yet."""
+        return (self.reading_s or 0.0) + (self.tokens / self.tokens_per_second if self.tokens_per_second else 0.0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Summary:
 
 def summarize(evaluation: Evaluation, asked: Sequence[Asked], answers: Iterable[Answer], ran: Ran) -> Summary:
     """The summary of the answers to what ``evaluation`` asks; others are left aside."""
-    found = {answer.key: answer for answer in answers}
+    found = _with_agreement(evaluation, {answer.key: answer for answer in answers})
     rows = [row for row in evaluation.rows if row.name not in ran.left_out]
     quality, speed = [], []
     for temperature in evaluation.temperatures:
@@ -112,6 +120,19 @@ def summarize(evaluation: Evaluation, asked: Sequence[Asked], answers: Iterable[
         for task, part in {"": asked, **{each.choice.label: [each] for each in asked}}.items():
             speed += [_speed(task, part, row, temperature, evaluation.baseline_of(row), found) for row in rows]
     return Summary(evaluation, ran, quality, speed)
+
+
+def _with_agreement(evaluation: Evaluation, found: dict[Key, Answer]) -> dict[Key, Answer]:
+    """Each answer with the score `agreement`: the F1 of its words with those of its baseline's answer."""
+    baselines = {row.name: (evaluation.baseline_of(row) or row).name for row in evaluation.rows}
+    agreeing = {}
+    for key, answer in found.items():
+        other = found.get(key._replace(row=baselines.get(key.row, "")))
+        if other is not None and answer.error is None and other.error is None:
+            same = f1(answer.text, [other.text]) if words(other.text) else float(not words(answer.text))
+            answer = replace(answer, scores=answer.scores | {"agreement": same})
+        agreeing[key] = answer
+    return agreeing
 
 
 def _values(asked: Asked, row: Row, temperature: float, found: dict[Key, Answer]) -> dict[str, float]:
@@ -213,6 +234,7 @@ def _speed(
         tokens_per_second=sum(answer.decoded for answer in answers) / seconds if seconds else None,
         speedup=paired_ratio([own for own, _ in rates], [other for _, other in rates]) if rates else None,
         acceptance=sum(answer.accepted for answer in answers) / drafted if drafted else None,
+        tokens=sum(answer.decoded for answer in answers) / len(answers) if answers else 0.0,
         origins=dict(sum((Counter(answer.origins) for answer in answers), Counter())),
         fallbacks=dict(Counter(answer.fallback for answer in answers if answer.fallback)),
         clock="client" if any(answer.is_clocked_here for answer in answers) else "engine",

@@ -14,6 +14,7 @@ from deployments.evaluation.tasks.longbench_v2 import LongBenchV2
 from deployments.evaluation.tasks.loogle import LooGLE
 from deployments.evaluation.tasks.mtbench101 import MTBench101
 from deployments.evaluation.tasks.nq import NaturalQuestions
+from deployments.evaluation.tasks.own import OwnQuestions
 from deployments.evaluation.tasks.qmsum import QMSum
 from deployments.evaluation.tasks.ruler import Needles
 from deployments.evaluation.tasks.ruler_lists import CommonWords, FrequentWords, VariableTracking
@@ -50,6 +51,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "xquad_en": partial(XQuAD, language="en"),
     "xquad_zh": partial(XQuAD, language="zh"),
     "nq": NaturalQuestions,
+    "own": OwnQuestions,
 }
 
 
