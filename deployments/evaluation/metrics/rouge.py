@@ -21,7 +21,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 def rouge_lsum(answer: str, references: Sequence[str]) -> float:
     """The best F of ``answer`` against a reference, in 0..1, by the union of each reference line's subsequences.
 
-    A line is a sentence. A word counts at most as often as it stands in either text.
+    A line is a sentence. A word counts at most as often as it stands in the answer.
     """
     return max((_rouge_lsum(_lines(answer), _lines(reference)) for reference in references), default=0.0)
 
@@ -45,15 +45,13 @@ def _rouge_lsum(answer: list[list[str]], reference: list[list[str]]) -> float:
     if not num_answer or not num_reference:
         return 0.0
     in_answer = Counter(word for line in answer for word in line)
-    in_reference = Counter(word for line in reference for word in line)
     hits = 0
     for line in reference:
         union = sorted({i for other in answer for i in _common(line, other)})
         for word in (line[i] for i in union):
-            if in_answer[word] > 0 and in_reference[word] > 0:
+            if in_answer[word] > 0:
                 hits += 1
                 in_answer[word] -= 1
-                in_reference[word] -= 1
     return _f_measure(hits, num_answer, num_reference)
 
 

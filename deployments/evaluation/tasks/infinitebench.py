@@ -35,7 +35,7 @@ class _Book(Task):
         return (self._question(row, settings) for row in chosen(rows, lambda row: str(row["id"]), settings))
 
     def _question(self, row: dict[str, Any], settings: TaskSettings) -> Question:
-        query = str(row.get("input") or "").strip()
+        query = self._query(row)
         made = prompt(
             self.before,
             row["context"],
@@ -52,6 +52,9 @@ class _Book(Task):
             whole=made.whole,
             choices=tuple(row.get("options") or ()),
         )
+
+    def _query(self, row: dict[str, Any]) -> str:
+        return str(row.get("input") or "").strip()
 
     def _behind(self, row: dict[str, Any], query: str) -> str:
         return f"\n\nQuestion: {query}\nAnswer:"
@@ -122,6 +125,9 @@ class BookSummary(_Book):
             "rouge_lsum": rouge_lsum(answer, question.references),
             "rouge_l": rouge_l(answer, question.references),
         }
+
+    def _query(self, row: dict[str, Any]) -> str:
+        return "Summarize the book."
 
     def _behind(self, row: dict[str, Any], query: str) -> str:
         return "\n\nSummary:"

@@ -53,8 +53,9 @@ class LongBenchV2(Task):
     def _question(self, row: dict[str, Any], settings: TaskSettings) -> Question:
         choices = tuple(row[f"choice_{letter}"].strip() for letter in LETTERS)
         listed = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
-        query = row["question"].strip()
-        asked = f"\n\nWhat is the correct answer to this question: {query}\nChoices:\n{listed}"
+        # The RAPID paper's scripts retrieve with the choices too.
+        query = f"{row['question'].strip()}\nChoices:\n{listed}"
+        asked = f"\n\nWhat is the correct answer to this question: {query}"
         made = prompt(
             _THOUGHT if self.cot else _PLAIN,
             row["context"].strip(),

@@ -45,6 +45,7 @@ def test_longbench_v2(tmp_path):
         "hard, short",
         None,
     )
+    assert question.query == "Who?\nChoices:\n(A) Ann\n(B) Ben\n(C) Cy\n(D) Di"
     task = make_task("longbench_v2")
     assert task.score(question, "The correct answer is (B).") == {"accuracy": 1, "answered": 1}
     assert task.score(question, "The correct answer is (C).") == {"accuracy": 0, "answered": 1}
@@ -80,6 +81,7 @@ def test_infinitebench_books(tmp_path):
     write(tmp_path / "longbook_sum_eng.jsonl", [{**row, "answer": "Ben dies.\nThe end."}])
     (question,) = asked("infinitebench_sum", tmp_path)
     assert text(question) == "Summarize the book below.\n\nA book.\n\nSummary:"
+    assert question.query == "Summarize the book."
     assert question.max_tokens == 1200
     assert make_task("infinitebench_sum").score(question, "the end\nBen dies") == {"rouge_lsum": 1, "rouge_l": 0.5}
 

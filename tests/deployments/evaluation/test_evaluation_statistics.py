@@ -79,8 +79,8 @@ def test_the_interval_of_a_ratio_is_the_log_normal_one():
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (6, 1), (8, 8), (2, 9)])
 def test_a_permutation_test_of_equal_steps_is_the_sign_test(better, worse):
-    ours = [1.0] * better + [0.0] * worse + [1.0, 0.0, 0.5]
-    theirs = [0.0] * better + [1.0] * worse + [1.0, 0.0, 0.5]
+    ours = [1.0] * better + [0.0] * worse + [1.0, 0.0, 0.5] * 9
+    theirs = [0.0] * better + [1.0] * worse + [1.0, 0.0, 0.5] * 9
     assert permutation_test(ours, theirs) == pytest.approx(binomial_two_sided(better, worse), abs=1e-12)
 
 
@@ -108,6 +108,7 @@ def test_questions_needed_is_the_textbook_formula():
     """Differences 0 and 1 in turns: mean 1/2 and s² = 1/4 · n/(n-1). (1.959964 + 0.841621)² is 7.84888."""
     ours, theirs = [0.0, 1.0] * 500, [0.0, 0.0] * 500
     assert questions_needed(ours, theirs) == math.ceil(7.848879734 * 1000 / 999) == 8
+    assert questions_needed([1.0, 0.0, 1.0, 0.0], [0.0] * 4) == math.ceil(7.848879734 * 4 / 3) == 11
     small = [0.05, -0.03] * 500  # mean 0.01, deviation 0.04
     assert questions_needed(small, [0.0] * 1000) == math.ceil(7.848879734 * 16 * 1000 / 999) == 126
     assert questions_needed(small, [0.0] * 1000, power=0.9) == math.ceil(10.507416 * 16 * 1000 / 999)
