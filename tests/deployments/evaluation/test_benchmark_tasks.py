@@ -1,6 +1,7 @@
 """Tasks that read a benchmark's file: prompts letter by letter, references, scores, and what wrong files say."""
 
 import json
+from collections import Counter
 
 import pytest
 from words import Words, asked, num_tokens, text
@@ -142,16 +143,20 @@ def test_mtbench101(tmp_path):
     path = write(tmp_path / "mtbench101.jsonl", rows)
     questions = asked("mtbench101:turns=3", path, context_tokens=700)
     assert [question.id for question in questions][:3] == ["MR-2", "MR-3", "MR-6"]
+    for question in questions:
+        said = [message["content"] for message in question.messages]
+        history = rows[int(question.id.removeprefix("MR-"))]["history"]
+        own = [said.index(turn[role]) for turn in history[:-1] for role in ("user", "bot")]
+        assert own == sorted(own)  # its own turns are there, in order, each answer behind its message
+        assert all(answer == message + 1 for message, answer in zip(own[::2], own[1::2], strict=True))
+        assert len(set(said)) == len(said)  # no turn stands there twice
+        assert said[-1] == history[-1]["user"] and question.messages[-1]["role"] == "user"
+        roles = [message["role"] for message in question.messages]
+        assert roles == ["user", "assistant"] * (len(said) // 2) + ["user"]
+        assert 700 - 64 < num_tokens(question) + 10 * (len(said) + 1) // 2 <= 700
+    starts = [question.messages[0]["content"] for question in questions]
+    assert Counter(starts).most_common(1)[0][1] > 10  # the dialogues between are the same
     question = questions[1]
-    said = [message["content"] for message in question.messages]
-    own = [said.index(turn[role]) for turn in rows[3]["history"][:-1] for role in ("user", "bot")]
-    assert own == sorted(own) and len(own) == 6  # its own turns are there, in order, each answer behind its message
-    assert all(answer == message + 1 for message, answer in zip(own[::2], own[1::2], strict=True))
-    assert own != list(range(6))  # among others
-    assert said[-1] == rows[3]["history"][-1]["user"] and question.messages[-1]["role"] == "user"
-    assert [message["role"] for message in question.messages] == ["user", "assistant"] * (len(said) // 2) + ["user"]
-    assert 700 - 150 < num_tokens(question) + 10 * len(said) // 2 <= 700
-    assert len(set(said)) == len(said)  # no turn stands there twice
     assert question.references == ("b3 3",)
 
     task = make_task("mtbench101")
@@ -325,7 +330,7 @@ def test_nq_puts_the_gold_passage_at_its_depth(tmp_path):
             at, number = position(question)
             assert number == question.facts["passages"] and number > 8
             assert at == round(depth * (number - 1))
-            assert 500 - 60 < num_tokens(question) <= 500
+            assert 500 - 60 < num_tokens(question) <= 500 and question.whole == ""
     groups = {question.group for question in asked("nq", path, context_tokens=500)}
     assert groups == {f"depth {depth:g}" for depth in (0, 0.25, 0.5, 0.75, 1)}
 
