@@ -52,7 +52,7 @@ def pictures(summary: Summary) -> dict[str, str]:
         if summary.evaluation.axis:
             for name, lines in _over_axis(summary, temperature).items():
                 title = f"{name}, temperature {temperature:g}"
-                made[f"{name.replace(' ', '-')}{suffix}"] = chart(title, summary.evaluation.axis, lines)
+                made[f"{name.lower().replace(' ', '-')}{suffix}"] = chart(title, summary.evaluation.axis, lines)
     return made
 
 
@@ -91,8 +91,8 @@ def _over_axis(summary: Summary, temperature: float) -> dict[str, list[Line]]:
 
     quality = [(q, (q.mean[0] * q.scale, q.mean[1] * q.scale, q.mean[2] * q.scale)) for q in summary.quality if q.mean]
     speed = [(s, (s.tokens_per_second,) * 3) for s in summary.speed if s.tokens_per_second]
-    acceptance = [(s, (s.acceptance * 100,) * 3) for s in summary.speed if s.acceptance is not None]
-    named = {"Quality": lines([*quality]), "Tokens a second": lines([*speed]), "Acceptance in %": lines([*acceptance])}
+    acceptance = [(s, (s.acceptance,) * 3) for s in summary.speed if s.acceptance is not None]
+    named = {"Quality": lines([*quality]), "Tokens a second": lines([*speed]), "Acceptance": lines([*acceptance])}
     return {name: found for name, found in named.items() if found}
 
 

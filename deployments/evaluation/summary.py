@@ -66,7 +66,7 @@ class Speed:
     """How fast a row is in a task, or over all tasks where ``task`` is "".
 
     ``reading_s`` is the mean time before the first round, retrieval included, where both this row and its baseline read
-    the prompt. An answer has ``tokens`` in the mean, and ``tokens_per_second`` is that of decoding alone. ``speedup`` is
+    the prompt. An answer has ``tokens`` in the mean; ``tokens_per_second`` is that of decoding alone. ``speedup`` is
     the geometric mean of the questions' ratios to the baseline, with its interval. ``clock`` says who measured: the
     engine's rounds, or the client.
     """

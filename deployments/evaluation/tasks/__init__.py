@@ -56,7 +56,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
 
 
 def make_task(spec: str) -> Task:
-    """The task of a name, or of a name with options: "nq", "nq:depth=0.5", "qmsum:keep=evidence,max_tokens=64".
+    """The task of a name, or of a name with options: "nq", "nq:depth=0.5", "qmsum:keep=evidence,queries=all".
 
     Raises:
         EvaluationError: there is no such task, option or value.

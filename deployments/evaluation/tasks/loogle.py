@@ -47,7 +47,6 @@ class LooGLE(Task):
     dependency: Literal["short", "long"]
     keep: Literal["ends", "evidence"] = "ends"
     judged: bool = False
-    max_tokens: int | None = None  # None: the benchmark's 300 and 500
 
     def __post_init__(self) -> None:
         self.metric = "correct" if self.judged else "rouge_l"
@@ -90,7 +89,7 @@ class LooGLE(Task):
             id=one.id,
             messages=made.messages,
             references=(one.answer,),
-            max_tokens=self.max_tokens or MAX_TOKENS[self.dependency],
+            max_tokens=MAX_TOKENS[self.dependency],
             query=one.question,
             whole=document.text if made.whole or len(part) < len(document.pieces) else "",
             document=f"{one.document}/{part.start}",

@@ -22,6 +22,7 @@ from deployments.evaluation.task import OPTIONS, ChatMessage, Question, Task, Ta
 SOURCE = Source(("mtbench101.jsonl",))
 FIELDS = ("task", "id", "history")
 CONTEXT_TOKENS = 122_000
+MAX_TOKENS = 512
 _TURN_TOKENS = 10  # of a chat template around two messages
 _ROOM_LEFT = 64  # tokens, for which no dialogue is looked for
 
@@ -52,7 +53,6 @@ class MTBench101(Task):
 
     name: str = "mtbench101"
     turns: int = 2
-    max_tokens: int = 512
     metric = "rating"
     best = 10.0
 
@@ -93,7 +93,7 @@ class MTBench101(Task):
             id=_identity(row),
             messages=(*said, {"role": "user", "content": last["user"]}),
             references=(last["bot"],),
-            max_tokens=self.max_tokens,
+            max_tokens=MAX_TOKENS,
             query=last["user"],
             group=row["task"],
             facts={"ability": row["task"], "dialogue": earlier, "turns": len(history) + 1},

@@ -20,6 +20,7 @@ from deployments.evaluation.truncation import Document, evidence_kept, prompt
 SOURCE = Source(("qmsum_test.jsonl", "test.jsonl"))
 FIELDS = ("meeting_transcripts", "general_query_list", "specific_query_list")
 CONTEXT_TOKENS = 31_500
+MAX_TOKENS = 512
 _BEFORE = (
     "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one or "
     "more sentences.\n\nTranscript:\n"
@@ -48,7 +49,6 @@ class QMSum(Task):
     name: str = "qmsum"
     queries: Literal["specific", "general", "all"] = "specific"
     keep: Literal["ends", "evidence"] = "ends"
-    max_tokens: int = 512
     metric = "rouge_l"
 
     def questions(self, settings: TaskSettings) -> Iterator[Question]:
@@ -82,7 +82,7 @@ class QMSum(Task):
             id=one.id,
             messages=made.messages,
             references=(one.answer,),
-            max_tokens=self.max_tokens,
+            max_tokens=MAX_TOKENS,
             query=one.query,
             whole=document.text if made.whole or len(part) < len(document.pieces) else "",
             document=f"{one.meeting}/{part.start}",

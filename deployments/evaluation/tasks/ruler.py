@@ -106,7 +106,7 @@ class Needles(Ruler):
     keys: int = 1
     values: int = 1
     queries: int = 1
-    max_tokens: int = 128
+    max_tokens = 128
 
     def sizes(self, limit: int) -> tuple[int, int]:
         return self.keys * self.values, limit

@@ -26,7 +26,7 @@ class VariableTracking(Ruler):
 
     name: str = "ruler_vt"
     hops: int = 4
-    max_tokens: int = 30
+    max_tokens = 30
 
     def sizes(self, limit: int) -> tuple[int, int]:
         return self.hops + 1, limit
@@ -66,7 +66,7 @@ class CommonWords(Ruler):
     """
 
     name: str = "ruler_cwe"
-    max_tokens: int = 120
+    max_tokens = 120
 
     def sizes(self, limit: int) -> tuple[int, int]:
         return 11, len(pairs())
@@ -105,7 +105,7 @@ class FrequentWords(Ruler):
     """
 
     name: str = "ruler_fwe"
-    max_tokens: int = 50
+    max_tokens = 50
 
     def sizes(self, limit: int) -> tuple[int, int]:
         return 40, limit  # of 40 the fourth most frequent stands there once

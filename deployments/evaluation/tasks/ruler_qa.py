@@ -40,7 +40,7 @@ class DocumentQA(Ruler):
 
     name: str
     dataset: Literal["squad", "hotpotqa"]
-    max_tokens: int = 32
+    max_tokens = 32
 
     def prepare(self, settings: TaskSettings) -> None:
         path = find(SOURCES[self.dataset], self.name, settings)
