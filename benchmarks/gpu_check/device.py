@@ -75,17 +75,16 @@ def _attended(backend: PagedAttention, layout: KVLayout, heads: int, context: in
             rows[slots] = torch.randn(length, *rows.shape[1:], device=device, dtype=rows.dtype)
         cache.advance(length)
         entries.append(BatchEntry(cache, [0] * new, 0))
-    query = torch.randn(sum(counts), heads, layout.head_dim, device=device, dtype=layout.dtype)
-    key, value = (
-        torch.randn(sum(counts), layout.num_kv_heads, layout.head_dim, device=device, dtype=layout.dtype)
-        for _ in range(2)
-    )
+    new = (sum(counts), heads + 2 * layout.num_kv_heads, layout.head_dim)
+    projected = torch.randn(new, device=device, dtype=layout.dtype)
+    query = projected[:, :heads]
+    unturned = torch.ones_like(projected[:, 0]), torch.zeros_like(projected[:, 0])
     batch, scaling = backend.batch(entries), layout.head_dim**-0.5
-    output = batch.attend(0, query, key, value, scaling).view_as(query)
+    output = batch.attend(0, projected, unturned, scaling).view_as(query)
     error = max(
         (output[rows] - expected).abs().max().item() for rows, expected in _in_float64(pool, entries, query, scaling)
     )
-    ms = median_ms(lambda: batch.attend(0, query, key, value, scaling), device, 15)
+    ms = median_ms(lambda: batch.attend(0, projected, unturned, scaling), device, 15)
     read = sum(cache.length + len(tokens) for cache, tokens, _ in entries) * layout.bytes_per_token
     return {"max_error": error, "ms": ms, "tb_per_s": read / ms / 1e9}
 

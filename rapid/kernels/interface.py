@@ -10,6 +10,7 @@ from torch import Tensor
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 
 Tokens = Sequence[int] | Tensor
+Rotation = tuple[Tensor, Tensor]  # the cosines and sines, [total, d] each, by which queries and keys are turned
 
 
 class BatchEntry(NamedTuple):
@@ -23,10 +24,11 @@ class BatchEntry(NamedTuple):
 class Batch(Protocol):
     """One forward pass's view of the pool: writes a layer's new keys and values, and attends over all of them."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """``query`` [total, heads, d], ``key``, ``value`` [total, KV heads, d] to [total, heads·d].
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
+        """``heads`` [total, heads + 2 · KV heads, d], queries, keys and values side by side, to [total, heads·d].
 
-        Query head h reads KV head h // (heads / KV heads).
+        Queries and keys are rotated first; the function may overwrite ``heads``. Query head h reads KV head
+        h // (heads / KV heads).
         """
         ...
 

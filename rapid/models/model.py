@@ -13,6 +13,7 @@ from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
+from rapid.kernels.cuda.fused import choose_writer
 from rapid.kernels.interface import AttentionBackend, BatchEntry, Tokens
 from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
@@ -71,7 +72,10 @@ class Model:
         self.attention: AttentionBackend = attention or (
             RunAttention()
             if network.device.type == "cpu"
-            else PagedAttention(choose_kernel(self.layout, self._decoder.num_heads))
+            else PagedAttention(
+                choose_kernel(self.layout, self._decoder.num_heads),
+                writer=choose_writer(self.layout, self._decoder.num_heads),
+            )
         )
         self.group = group
         self._graphs: WeakKeyDictionary[KVPool, GraphRunner] = WeakKeyDictionary()

@@ -185,6 +185,7 @@ class GraphRunner:
             starts=starts,
             max_new=shape.max_new,
             kernel=self._attention.kernel,
+            writer=self._attention.writer,
         )
 
         def run() -> None:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid.kernels.cpu.rows import rotate
 from rapid.kernels.cuda.paged_split import SharedPrefix
-from rapid.kernels.interface import Batch, BatchEntry
+from rapid.kernels.interface import Batch, BatchEntry, Rotation
 from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
 
@@ -46,13 +47,13 @@ class PagedBatch:
     starts: Tensor
     max_new: int
     kernel: PagedKernel
+    writer: Writer
     parts: tuple[tuple[Tensor, PagedBatch], ...] = ()
     prefix: SharedPrefix | None = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
-        write(key, self.slots, keys)
-        write(value, self.slots, values)
+        query = self.writer(heads, rotation, self.slots, keys, values)
         pages = (-1, self.pool.page_size, *keys.shape[1:])
         keys, values = keys.view(pages), values.view(pages)
         if not self.parts:
@@ -67,6 +68,20 @@ class PagedBatch:
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
         return replace(self, **here, parts=parts, prefix=self.prefix.to(device) if self.prefix else None)
+
+
+def rotate_and_write(heads: Tensor, rotation: Rotation, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Rotates queries and keys of ``heads``, writes keys and values, and returns the queries, by PyTorch's operators.
+
+    `rapid.kernels.cuda.fused` has the same in one kernel.
+    """
+    kv_heads = keys.shape[1]
+    num_heads = heads.shape[1] - 2 * kv_heads
+    heads = rotate(heads, *rotation, num_heads + kv_heads)
+    query, key, value = heads.split((num_heads, kv_heads, kv_heads), 1)
+    write(key, slots, keys)
+    write(value, slots, values)
+    return query
 
 
 def write(new: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -91,19 +106,24 @@ class _SpreadBatch:
         on = {device: batch.on(device) for device in set(devices)}
         self._of_layer = [on[device] for device in devices]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return self._of_layer[layer].attend(layer, query, key, value, scaling)
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
+        return self._of_layer[layer].attend(layer, heads, rotation, scaling)
 
 
 # (query [T, heads, d], key pages [pages, page size, KV heads, d], value pages, batch, scaling) to [T, heads, d]
 PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
+# (heads [T, heads + 2 · KV heads, d], rotation, slots [T], key rows [slots, KV heads, d], value rows) to [T, heads, d]
+Writer = Callable[[Tensor, Rotation, Tensor, Tensor, Tensor], Tensor]
 
 
 class PagedAttention:
-    """The attention backend over block tables. `rapid.kernels.cuda.choice` finds a device's best ``kernel``."""
+    """The attention backend over block tables.
 
-    def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE) -> None:
-        self.kernel = kernel
+    `rapid.kernels.cuda.choice` finds a device's best ``kernel``, and `rapid.kernels.cuda.fused` its ``writer``.
+    """
+
+    def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE, writer: Writer = rotate_and_write) -> None:
+        self.kernel, self.writer = kernel, writer
         self.page_size = page_size
 
     @property
@@ -167,6 +187,7 @@ class PagedAttention:
             starts=torch.tensor(starts, dtype=torch.int32).to(device),
             max_new=max(counts),
             kernel=self.kernel,
+            writer=self.writer,
             prefix=prefix.to(device) if prefix else None,
         )
 

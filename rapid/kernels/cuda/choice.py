@@ -145,11 +145,12 @@ def fault(kernel: PagedKernel, layout: KVLayout, num_heads: int, case: Case) -> 
             write(random(cached, layout.num_kv_heads, layout.head_dim), slots.to(layout.device), rows)
         cache.advance(cached)
     total = sum(new for _, new in case)
-    query = random(total, num_heads, layout.head_dim)
-    key, value = (random(total, layout.num_kv_heads, layout.head_dim) for _ in range(2))
+    heads = random(total, num_heads + 2 * layout.num_kv_heads, layout.head_dim)
+    query = heads[:, :num_heads]
+    unturned = torch.ones_like(heads[:, 0]), torch.zeros_like(heads[:, 0])
     scaling = layout.head_dim**-0.5
     try:
-        output = backend.batch(entries).attend(0, query, key, value, scaling)
+        output = backend.batch(entries).attend(0, heads, unturned, scaling)
         if output.is_cuda:
             torch.cuda.synchronize(output.device)  # an error of the kernel is raised here, not later
     except Exception as error:  # a compiler's errors are of any kind

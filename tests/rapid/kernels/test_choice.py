@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import attended
 from torch import Tensor
 
 from rapid.kernels.cuda import prefill
@@ -92,7 +93,7 @@ def attend(kernel: Any, num_new: int, sequences: int = 1) -> None:
     caches = [pool.open([], 300) for _ in range(sequences)]
     batch = backend.batch([BatchEntry(cache, [0] * num_new, 0) for cache in caches if cache is not None])
     query = torch.zeros(sequences * num_new, HEADS, 16)
-    batch.attend(0, query, query[:, :2], query[:, :2], 0.25)
+    attended(batch, query, query[:, :2], query[:, :2], 0.25)
 
 
 def test_a_block_table_goes_with_both_cumulative_lengths_and_without_splits(

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from running import ROUNDING, new_cache, random_tokens
+from running import ROUNDING, attended, new_cache, random_tokens
 
 from benchmarks.common import paged_cases
 from benchmarks.common.paged_cases import Case, error, plain
-from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa, rotate_and_write
 from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
@@ -142,11 +142,12 @@ def test_rows_of_a_query_may_lie_apart_and_rows_of_no_sequence_get_zeros(width: 
         starts=torch.tensor([0, 3, 3, 3, 3], dtype=torch.int32),
         max_new=3,
         kernel=triton_split,
+        writer=rotate_and_write,
     )
     fused = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))
-    query, key, value = fused.split((4, 2, 2), 1)
-    output = batch.attend(0, query, key, value, 0.25)
-    expected = replace(batch, kernel=gathered_sdpa).attend(0, query, key, value, 0.25)
+    unturned = torch.ones(12, 16), torch.zeros(12, 16)
+    output = batch.attend(0, fused, unturned, 0.25)
+    expected = replace(batch, kernel=gathered_sdpa).attend(0, fused, unturned, 0.25)
     assert not output[3:].any() and not expected[3:].any()
     torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
 
@@ -204,7 +205,7 @@ def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch)
                 [0, 3, 0, 0],
                 [3, 3, 3, 0],
             ]
-        outputs.append(batch.attend(0, *fused.split((4, 2, 2), 1), 0.25))
+        outputs.append(attended(batch, *fused.split((4, 2, 2), 1), 0.25))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
