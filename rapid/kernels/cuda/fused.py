@@ -121,7 +121,12 @@ def rows_fault(
 ) -> str | None:
     """What is wrong with ``rows``: an error, or how far they are from float32. None if nothing is."""
     random = _Random(device, dtype)
-    x, more, weight, gates = random(_ROWS, hidden), random(_ROWS, hidden), random(hidden), random(_ROWS, 2 * intermediate)
+    x, more, weight, gates = (
+        random(_ROWS, hidden),
+        random(_ROWS, hidden),
+        random(hidden),
+        random(_ROWS, 2 * intermediate),
+    )
 
     def pairs() -> list[tuple[Tensor, Tensor]]:
         total, normed = rows.add_norm(x, more, weight, _EPS)

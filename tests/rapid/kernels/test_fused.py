@@ -105,9 +105,7 @@ def test_rotation_and_writing(heads: tuple[int, int], d: int, dtype: torch.dtype
 def test_keys_and_values_of_8_bits_are_the_nearest() -> None:
     heads, angles = random(5, 8, 16), random(5, 16)
     rotation, slots = (angles.cos(), angles.sin()), torch.tensor([3, 1, 0, 4, 2])
-    ours, exact = (
-        [torch.zeros(5, 2, 16, dtype=dtype) for _ in range(2)] for dtype in (FP8, torch.float32)
-    )
+    ours, exact = ([torch.zeros(5, 2, 16, dtype=dtype) for _ in range(2)] for dtype in (FP8, torch.float32))
     triton_rotate_and_write(heads.clone(), rotation, slots, *ours)
     rotate_and_write(heads.clone(), rotation, slots, *exact)
     for stored, numbers in zip(ours, exact, strict=True):
