@@ -28,7 +28,7 @@ from rapid.kernels.cuda import attention, fused, fused_kernels, low_bit, low_bit
 from rapid.kernels.cuda.attention import PAGE_SIZE, PagedAttention, PagedBatch, Writer
 from rapid.kernels.cuda.choice import triton_split
 from rapid.kernels.rows import UNFUSED, RowOperations
-from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.pool import KVLayout
 from rapid.models import llama
 from rapid.models.llama import Decoder
 
