@@ -37,7 +37,7 @@ class RunningTask:
 
     @property
     def num_left(self) -> int:
-        sequence, tokens, _ = self.request
+        sequence, tokens, *_ = self.request
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
 
     @property
@@ -45,7 +45,7 @@ class RunningTask:
         return self.request.sequence.ended.done() or self.future.cancelled()
 
     def chunk(self, num_tokens: int) -> Tokens:
-        sequence, tokens, _ = self.request
+        sequence, tokens, *_ = self.request
         if tokens is None:
             return sequence.prompt[sequence.cache.length : sequence.cache.length + num_tokens]
         return tokens[self.num_done : self.num_done + num_tokens]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rapid.engine.messages import SequenceRequest
-from rapid.engine.readout import Readout
+from rapid.engine.readout import Drawing, Readout
 from rapid.kernels.interface import Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.sampling.logits_processor import LogitProcessor
@@ -102,7 +102,8 @@ def _uncancellable() -> Future[None]:
 class ForwardRequest(NamedTuple):
     """A task's request for the next pass: append ``tokens`` to ``sequence``; the answer is the last rows' logits.
 
-    These are [``num_rows``, V], on the device.
+    These are [``num_rows``, V], on the device. With ``drawing`` (and one row) the answer is what is `Drawn` from them:
+    a token, or more if the engine has a graph that goes on from token to token.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.
@@ -111,6 +112,7 @@ class ForwardRequest(NamedTuple):
     sequence: Sequence
     tokens: Tokens | None
     num_rows: int
+    drawing: Drawing | None = None
 
 
 class EarlyResult(NamedTuple):
