@@ -23,8 +23,9 @@ from torch import Tensor
 
 from rapid.engine.admission import Admission
 from rapid.engine.draft_graphs import DraftGraphs
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
+from rapid.engine.pass_clock import PassClock
 from rapid.engine.readout import Download, Draw, Drawn, Verify
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, Task
@@ -54,8 +55,8 @@ class Engine:
     decode, a pass that reads prompts takes about ``step_budget_ms``, so that a long prefill does not starve them. A
     sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
     in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
-    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for. Drafts are recorded only if
-    the engine ``drafts``.
+    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for; those of whole drafts are
+    recorded only if the engine ``drafts``.
 
     ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
     pending and every later call then fails with EngineLost.
@@ -84,6 +85,7 @@ class Engine:
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[RunningTask] = []
         self._forward_passes = self._tokens_processed = self._out_of_memory = self._host_waits = 0
+        self._clock = PassClock()
         self._wake = threading.Condition()
         self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
@@ -173,7 +175,12 @@ class Engine:
                 tokens_processed=self._tokens_processed,
                 out_of_memory=self._out_of_memory,
                 host_waits=self._host_waits,
+                pulse=self.pulse(),
             )
+
+    def pulse(self) -> Pulse:
+        """How long the current pass has been running. It waits for nothing, so it answers when the thread hangs."""
+        return self._clock.pulse()
 
     def shutdown(self) -> None:
         """Ends the thread; every open task fails with SequenceClosed."""
@@ -191,7 +198,8 @@ class Engine:
                         self._wake.wait(timeout=1.0)
                         self._update_admission()
                 if self._ending is None:
-                    compute(self._work)
+                    with self._clock.running():
+                        compute(self._work)
         except Exception as error:
             logger.exception("the engine of %s is broken", self.model.info.name)
             with self._wake:

@@ -1,8 +1,8 @@
 """What recorded passes read: their shapes, of which there are few, and the buffers on the device that a pass fills.
 
-The sequences of a pass may have different numbers of new tokens. All graphs read the same buffers, and one copy from the
-host fills them. Rows and sequences that a pass leaves over belong to nobody: such rows write to the pool's spare page,
-and attention skips such sequences.
+The sequences of a pass may have different numbers of new tokens. All graphs read the same buffers, and one copy from
+the host fills them. Rows and sequences that a pass leaves over belong to nobody: such rows write to the pool's spare
+page, and attention skips such sequences.
 """
 
 from __future__ import annotations

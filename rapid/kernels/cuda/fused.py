@@ -1,6 +1,6 @@
 """A layer's operations between its products, one Triton kernel each where PyTorch launches several.
 
-Over few rows a kernel takes as long as its launch, so each launch that a decode step does not have makes it shorter. The
+Over few rows a kernel takes as long as its launch, so each launch that a decode step lacks makes it shorter. The
 kernels depend on releases of Triton and on the device: one that fails on a small case of the model's own sizes, or is
 wrong there, is named in a warning, and PyTorch's operators take its place.
 """

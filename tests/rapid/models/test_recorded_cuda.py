@@ -21,7 +21,8 @@ from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.models import recorded_cuda
 from rapid.models.info import GraphLimits
 from rapid.models.model import Model
-from rapid.models.recorded_cuda import MAX_NEW, MAX_ROWS, MAX_SEQUENCES, GraphRunner, Shape
+from rapid.models.pass_inputs import MAX_NEW, MAX_ROWS, MAX_SEQUENCES, Shape
+from rapid.models.recorded_cuda import GraphRunner
 
 LIMITS = GraphLimits(seconds=600)
 
