@@ -13,7 +13,9 @@ from cluster.capacity.simulation import GAMMAS, Outcome, Setup, every_ratio
 from deployments.config import AppConfig, ConfigError, EngineConfig
 from rapid.errors import InvalidRequest
 
-WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4 with its scale and zero
+# Of a weight, by quantization; in four bits with the scale and offset of 64 weights on CUDA, of 32 on a CPU.
+WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5625}
+CPU_WEIGHT_BYTES = WEIGHT_BYTES | {"int4": 0.625}
 NUMBER_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 KV_BYTES = {"int8": (1, 4), "fp8": (1, 0)}  # of a stored number, and of the scale of a head's key or value
 MAX_SIMULATED_GPUS = 32
@@ -88,9 +90,10 @@ def shape_of(model: str) -> ModelShape:
         raise ConfigError(f"{model}: its config.json is of no use: {error}") from error
 
 
-def served(engine: EngineConfig) -> ServedModel:
+def served(engine: EngineConfig, *, on_cpu: bool) -> ServedModel:
     number_bytes = NUMBER_BYTES[engine.dtype]
-    weight_bytes = WEIGHT_BYTES.get(engine.quantization, float(number_bytes))
+    by_scheme = CPU_WEIGHT_BYTES if on_cpu else WEIGHT_BYTES
+    weight_bytes = by_scheme.get(engine.quantization, float(number_bytes))
     kv_bytes, scale_bytes = KV_BYTES.get(engine.kv_dtype, (number_bytes, 0))
     return ServedModel(
         shape_of(engine.model),
@@ -116,13 +119,14 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
         ConfigError: the weights have no room.
     """
     device = device_of(gpu)
-    drafter = None if config.colocated else served(config.drafter)
+    on_cpu = gpu.lower() not in GPUS  # a measured machine
+    drafter = None if config.colocated else served(config.drafter, on_cpu=on_cpu)
     retrieved = demand.retrieved or round(config.retriever.options.budget(demand.context))
     batch = demand.batch or config.target.max_sequences
     work = Workload(demand.context, retrieved, batch, demand.acceptance, demand.new_tokens)
     planner = Planner(
         device,
-        served(config.target),
+        served(config.target, on_cpu=on_cpu),
         drafter,
         work,
         chunk=config.target.batch_tokens("cuda"),

@@ -17,7 +17,8 @@ from torch import Tensor
 from rapid.kernels.cpu.rows import rotate
 from rapid.kernels.cuda.paged_split import SharedPrefix
 from rapid.kernels.interface import Batch, BatchEntry, Rotation
-from rapid.kernels.prefix import prefix_groups
+from rapid.kernels.prefix import PrefixGroup, prefix_groups
+from rapid.kernels.transfer import upload
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
@@ -149,8 +150,10 @@ class PagedAttention:
         counts = [len(tokens) for _, tokens, _ in entries]
         batch = replace(
             self._of(entries),
-            slots=torch.tensor(
-                [slot for entry, n in zip(entries, counts, strict=True) for slot in entry.cache.slots(n)], device=device
+            slots=upload(
+                [slot for entry, n in zip(entries, counts, strict=True) for slot in entry.cache.slots(n)],
+                "int64",
+                device,
             ),
             parts=self._parts(entries, counts),
         )
@@ -166,7 +169,7 @@ class PagedAttention:
         parts = []
         for group in groups:
             rows = [row for i in group for row in range(starts[i], starts[i + 1])]
-            parts.append((torch.tensor(rows, device=device), self._of([entries[i] for i in group])))
+            parts.append((upload(rows, "int64", device), self._of([entries[i] for i in group])))
         return tuple(parts)
 
     def _of(self, entries: Sequence[BatchEntry]) -> PagedBatch:
@@ -178,28 +181,26 @@ class PagedAttention:
         tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
         width = max(len(table) for table in tables)
         starts = [0, *accumulate(counts)]
-        prefix = _shared_prefix(entries, starts)
+        groups = _groups_worth_sharing(entries)
         return PagedBatch(
             pool=pool,
             slots=torch.empty(0, dtype=torch.long, device=device),
-            table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
-            lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
-            starts=torch.tensor(starts, dtype=torch.int32).to(device),
+            table=upload([table + [0] * (width - len(table)) for table in tables], "int32", device),
+            lengths=upload(lengths, "int32", device),
+            starts=upload(starts, "int32", device),
             max_new=max(counts),
             kernel=self.kernel,
             writer=self.writer,
-            prefix=prefix.to(device) if prefix else None,
+            prefix=SharedPrefix.of(groups, starts, device) if groups else None,
         )
 
 
-def _shared_prefix(entries: Sequence[BatchEntry], starts: Sequence[int]) -> SharedPrefix | None:
-    """The groups of ``entries``, if the reads that they save are worth another launch."""
+def _groups_worth_sharing(entries: Sequence[BatchEntry]) -> list[PrefixGroup]:
+    """The groups of ``entries`` that share their first pages; none if the saved reads are not worth another launch."""
     pool = entries[0].cache.pool
     groups = prefix_groups([cache.pages[: cache.length // pool.page_size] for cache, _, _ in entries])
     saved = sum((end - first - 1) * num_pages for first, end, num_pages in groups)
-    if saved * pool.page_bytes < WORTH_SHARING_BYTES * pool.layout.num_layers:
-        return None
-    return SharedPrefix.of(groups, starts)
+    return groups if saved * pool.page_bytes >= WORTH_SHARING_BYTES * pool.layout.num_layers else []
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.prefix import PrefixGroup
+from rapid.kernels.transfer import upload
 
 MAX_PARTS = 128
 NUM_STAGES = 3  # the page of the next block is read ahead; more stages change nothing, or need more shared memory
@@ -98,16 +99,14 @@ class SharedPrefix:
     skipped: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[PrefixGroup], starts: Sequence[int]) -> SharedPrefix:
-        """On the host; ``starts`` [S + 1] are where each sequence's new tokens begin."""
+    def of(cls, groups: Sequence[PrefixGroup], starts: Sequence[int], device: torch.device) -> SharedPrefix:
+        """On ``device``; ``starts`` [S + 1] are where each sequence's new tokens begin."""
         unused = len(starts) - 1 - len(groups)
         return cls(
-            starts=torch.tensor(
-                [starts[first] for first, _, _ in groups] + [starts[-1]] * (unused + 1), dtype=torch.int32
-            ),
-            pages=torch.tensor([pages for _, _, pages in groups] + [0] * unused, dtype=torch.int32),
-            table_rows=torch.tensor([first for first, _, _ in groups] + [0] * unused, dtype=torch.int32),
-            skipped=torch.tensor([pages for first, end, pages in groups for _ in range(first, end)], dtype=torch.int32),
+            starts=upload([starts[first] for first, _, _ in groups] + [starts[-1]] * (unused + 1), "int32", device),
+            pages=upload([pages for _, _, pages in groups] + [0] * unused, "int32", device),
+            table_rows=upload([first for first, _, _ in groups] + [0] * unused, "int32", device),
+            skipped=upload([pages for first, end, pages in groups for _ in range(first, end)], "int32", device),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -150,7 +150,7 @@ def test_what_is_drafted_ahead_is_replayed_too(pair: Pair) -> None:
 
 def test_penalties_are_drawn_token_by_token(pair: Pair) -> None:
     def run(engine: Engine) -> list[Draft]:
-        request = SequenceRequest(random_tokens(21, seed=2), 100, WARM, logits=LogitParams(frequency_penalty=0.5))
+        request = SequenceRequest(random_tokens(9, seed=2), 100, WARM, logits=LogitParams(frequency_penalty=0.5))
         return [drafted(engine, done(engine.open(request)), DraftLimits(4))]
 
     _, num_replays = pair.both(run)
