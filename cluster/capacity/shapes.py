@@ -74,9 +74,9 @@ class ServedModel:
     Each layer is cut over ``num_ranks`` devices that compute together, or the layers are spread over ``num_stages``
     that a pass visits one after another.
 
-    ``weight_bytes`` is the size of one weight of a layer's products. ``number_bytes`` is the size of every other number:
-    embeddings, activations, and keys and values unless ``kv_number_bytes`` says otherwise. ``kv_scale_bytes`` lie
-    beside each key and each value of a head.
+    ``weight_bytes`` is the size of one weight of a layer's products. ``number_bytes`` is the size of every other
+    number: embeddings, activations, and keys and values unless ``kv_number_bytes`` says otherwise. ``kv_scale_bytes``
+    lie beside each key and each value of a head.
     """
 
     shape: ModelShape

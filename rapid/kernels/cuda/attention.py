@@ -150,11 +150,7 @@ class PagedAttention:
         counts = [len(tokens) for _, tokens, _ in entries]
         batch = replace(
             self._of(entries),
-            slots=upload(
-                [slot for entry, n in zip(entries, counts, strict=True) for slot in entry.cache.slots(n)],
-                "int64",
-                device,
-            ),
+            slots=upload([slot for cache, tokens, _ in entries for slot in cache.slots(len(tokens))], "int64", device),
             parts=self._parts(entries, counts),
         )
         return batch if set(devices) == {device} else _SpreadBatch(batch, devices)

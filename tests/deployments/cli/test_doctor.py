@@ -62,6 +62,17 @@ def test_keys_and_values_for_less_than_a_window_are_worth_a_word(doctor: Callabl
     assert "less than its window of 8,192" in finding["message"]
 
 
+def test_keys_and_values_are_counted_as_they_are_stored(doctor: Callable[..., Any]) -> None:
+    """The same memory has room for more tokens: 64 numbers and a scale are 68 bytes instead of 128."""
+
+    def tokens(kv_dtype: str) -> int:
+        target = LITTLE | {"device": "cpu", "dtype": "bfloat16", "kv_dtype": kv_dtype}
+        said: str = doctor(target=target)["target ok"]["message"]
+        return int(said.partition(" tokens")[0].rpartition(" ")[2].replace(",", ""))
+
+    assert tokens("int8") / tokens("auto") == pytest.approx(128 / 68, rel=1e-3)
+
+
 def test_models_that_are_not_there_and_tokenizers_that_differ_are_problems(
     doctor: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,14 +179,16 @@ def test_penalties_let_the_host_see_each_token(running: Engine, waits: list[Tens
     assert running.stats().host_waits == before + GAMMA == len(waits)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (5, 40, 1), (40,)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 40, 1)], ids=str)
 def test_a_batch_is_uploaded_without_waiting(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
     """Few new tokens, many beside few, and pages that are shared."""
     layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
     backend = PagedAttention(gathered_sdpa, page_size=16)
     pool = backend.pool(layout, 2**16)
     pool.layout = replace(layout, devices=(DEVICE,))
-    entries = [BatchEntry(KVCache.at(pool, [7, 3, 9 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)]
+    entries = [
+        BatchEntry(KVCache.at(pool, [7, 3, 9 + i, 12 + i, 15 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)
+    ]
     monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 0)
     monkeypatch.setattr(torch, "tensor", None)  # with a device it waits
     with _NoBlockingCopies():
