@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from benchmarks.gpu_check.models import Sizes, counting_model, median_ms, synchronize
 from benchmarks.gpu_check.progress import Progress, Result
 from rapid.errors import ModelFileError
-from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention
+from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, Writer, rotate_and_write
 from rapid.kernels.cuda.choice import choose_kernel
+from rapid.kernels.cuda.fused import choose_rows, choose_writer
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.linear import check_scheme, make_linear
+from rapid.kernels.rows import UNFUSED, RowOperations
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 from rapid.models.info import GraphLimits
 from rapid.models.model import Model
@@ -145,6 +147,52 @@ def _product(hidden: int, wide: int, scheme: str, num_rows: int, device: torch.d
     ms = median_ms(lambda: [linear(rows) for linear in linears], device, 15) / copies
     num_bytes = WEIGHT_BYTES[scheme] * hidden * wide
     return {"relative_error": error.item(), "ms": ms, "weights_tb_per_s": num_bytes / ms / 1e9}
+
+
+def fused(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """A layer's operations between its products: those chosen at load against float64 and PyTorch's operators."""
+    heads, kv_heads = sizes.shape["num_attention_heads"], sizes.shape["num_key_value_heads"]
+    hidden, intermediate = sizes.shape["hidden_size"], sizes.shape["intermediate_size"]
+    layout = KVLayout(kv_heads, hidden // heads, torch.bfloat16, (device,))
+    rows, writer = choose_rows(device, torch.bfloat16, hidden, intermediate), choose_writer(layout, heads)
+    names = {"norm and gate": rows is not UNFUSED, "rotation": writer is not rotate_and_write}
+    progress.measure("kernels", lambda: {name: "fused" if chosen else "PyTorch's" for name, chosen in names.items()})
+    for num_rows in (1, 16, 2048):
+        progress.measure(f"{num_rows} rows", lambda n=num_rows: _fused(rows, writer, layout, heads, sizes, n))
+
+
+def _fused(rows: RowOperations, writer: Writer, layout: KVLayout, heads: int, sizes: Sizes, num_rows: int) -> Result:
+    """Errors of the largest number, and milliseconds beside those of PyTorch's operators."""
+    device, d, kv_heads = layout.device, layout.head_dim, layout.num_kv_heads
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=layout.dtype)
+
+    hidden, wide = sizes.shape["hidden_size"], 2 * sizes.shape["intermediate_size"]
+    x, more, weight, gates = random(num_rows, hidden), random(num_rows, hidden), random(hidden), random(num_rows, wide)
+    projected, angles = random(num_rows, heads + 2 * kv_heads, d), random(num_rows, d)
+    rotation, slots = (angles.cos(), angles.sin()), torch.randperm(num_rows, device=device)
+
+    def each(rows: RowOperations, writer: Writer, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+        """The three operations on numbers of ``dtype``."""
+        given, angled = projected.to(dtype), (rotation[0].to(dtype), rotation[1].to(dtype))
+        keys, values = (torch.zeros(num_rows, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
+        one, other, scale, gated = x.to(dtype), more.to(dtype), weight.to(dtype), gates.to(dtype)
+        return [
+            lambda: rows.add_norm(one, other, scale, 1e-5)[1],
+            lambda: rows.gate(gated.clone()),  # PyTorch's writes over it
+            lambda: torch.cat((writer(given.clone(), angled, slots, keys, values), keys[slots], values[slots]), 1),
+        ]
+
+    result: Result = {}
+    chosen, plain = each(rows, writer, layout.dtype), each(UNFUSED, rotate_and_write, layout.dtype)
+    exact = each(UNFUSED, rotate_and_write, torch.float64)
+    for name, ours, theirs, expected in zip(("norm", "gate", "rotation"), chosen, plain, exact, strict=True):
+        right = expected()
+        result[f"{name}_error"] = ((ours().double() - right).abs().max() / right.abs().max()).item()
+        result[f"{name}_ms"] = median_ms(ours, device, 15)
+        result[f"{name}_by_operators_ms"] = median_ms(theirs, device, 15)
+    return result
 
 
 def graphs(progress: Progress, sizes: Sizes, device: torch.device) -> None:
