@@ -66,7 +66,7 @@ class DraftGraphs:
         places = [(each.seed, each.round_start, each.step, each.draft_top_k) for each in drawings]
         self._places[:n] = upload(places, "int64", self._device)
         self._columns[:n] = RowParams.of([each.sampling for each in drawings], self._device).columns
-        self._runner.replay(self._replays[kind], entries, kind.shape.first, steps - 1)
+        self._runner.replay(self._replays[kind], entries, kind.shape.first, more=steps - 1)
         for cache, tokens, _ in entries:
             cache.advance(len(tokens) + steps - 1)
         values = self._values[:steps, :n].clone()  # the next draft overwrites them

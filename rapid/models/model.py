@@ -149,9 +149,8 @@ class Model:
                 self.group.broadcast(Pass.of(entries))
                 return self.compute(entries)
         graphs = self._graphs.get(entries[0].cache.pool)
-        if graphs is not None and graphs.supports(entries):
-            return graphs.run(entries)
-        return self.compute(entries, abandoned)
+        logits = None if graphs is None else graphs.run(entries)
+        return self.compute(entries, abandoned) if logits is None else logits
 
     def warm_up(self) -> None:
         """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rapid.kernels.cuda.attention import FEW_TOKENS
+from rapid.kernels.cuda.paged_split import prefix_numbers
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.pool import KVPool
 
 MAX_SEQUENCES = 32
@@ -26,11 +28,15 @@ MAX_NEW = (1, 8, FEW_TOKENS)
 
 
 class Shape(NamedTuple):
-    """What a graph holds: up to so many rows, sequences, and new tokens of one sequence."""
+    """What a graph holds: up to so many rows, sequences, and new tokens of one sequence.
+
+    With ``shares`` it reads the pages that sequences share once.
+    """
 
     rows: int
     sequences: int
     max_new: int
+    shares: bool = False
 
     @classmethod
     def of(cls, counts: Sequence[int]) -> Shape | None:
@@ -46,7 +52,7 @@ class Shape(NamedTuple):
         """Every shape, in the order of recording.
 
         The largest comes first, and the others reuse its memory. Then the smallest come first, which most passes need,
-        so that limits leave out the rarest.
+        so that limits leave out the rarest; those of shared pages are the last.
         """
         shapes = {cls(n, n, 1) for n in _powers_of_two(1, MAX_SEQUENCES)}
         for sequences, most in itertools.product(_powers_of_two(1, MAX_SEQUENCES), range(len(MAX_NEW) - 1)):
@@ -55,13 +61,15 @@ class Shape(NamedTuple):
             for rows in _powers_of_two(max(MIN_ROWS, _power_of_two(fewest)), max(MIN_ROWS, _power_of_two(largest))):
                 shapes.add(cls(rows, sequences, MAX_NEW[most + 1]))
         *others, largest_shape = sorted(shapes, key=lambda shape: (shape.sequences, shape.rows, shape.max_new))
-        return [largest_shape, *others]
+        alone = [largest_shape, *others]
+        return alone + [shape._replace(shares=True) for shape in (*others, largest_shape) if shape.sequences > 1]
 
 
 class Views(NamedTuple):
     """Parts of one buffer: int64 [rows] each of tokens, their positions, slots, rows that get logits; int32 the rest.
 
-    ``starts`` [sequences + 1], ``lengths`` [sequences] and ``table`` [sequences, width] are as in a `PagedBatch`.
+    ``starts`` [sequences + 1], ``lengths`` [sequences] and ``table`` [sequences, width] are as in a `PagedBatch`, and
+    ``prefix`` are the tensors of a `SharedPrefix`.
     """
 
     tokens: Tensor
@@ -70,7 +78,12 @@ class Views(NamedTuple):
     wanted: Tensor
     starts: Tensor
     lengths: Tensor
+    prefix: tuple[Tensor, Tensor, Tensor, Tensor]
     table: Tensor
+
+
+# The sizes of starts, lengths, and the four tensors of a shared prefix, in the buffer.
+_OF_SEQUENCES = [MAX_SEQUENCES + 1, MAX_SEQUENCES, MAX_SEQUENCES + 1, MAX_SEQUENCES, MAX_SEQUENCES, MAX_SEQUENCES]
 
 
 class PassInputs:
@@ -83,7 +96,13 @@ class PassInputs:
         size = self._offset_of_table + -(-MAX_SEQUENCES * width // 2)  # of int64; two numbers of the table are in each
         self._host = torch.zeros(size, dtype=torch.long, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.long, device=device)
-        self._views = [part.numpy() for part in self._split(self._host, MAX_ROWS, MAX_SEQUENCES)]
+        # Writing to tensors would take longer than the pass of a small model.
+        self._views: Any = Views(
+            *(
+                part.numpy() if isinstance(part, Tensor) else tuple(each.numpy() for each in part)
+                for part in self._split(self._host, MAX_ROWS, MAX_SEQUENCES)
+            )
+        )
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def on_device(self, shape: Shape) -> Views:
@@ -91,39 +110,48 @@ class PassInputs:
 
     def clear(self, shape: Shape) -> None:
         """Fills the buffers with a pass of one sequence, which writes to the spare page alone."""
-        tokens, positions, slots, wanted, starts, lengths, table = self._views
-        for part in (tokens, positions, wanted, lengths, table):
+        views = self._views
+        for part in (views.tokens, views.positions, views.wanted, views.lengths, views.table, *views.prefix):
             part[:] = 0
-        slots[:], starts[0], starts[1:], lengths[0] = self._spare_slot, 0, 1, 1
-        table[0] = self._spare_slot // self._page_size
+        views.slots[:] = self._spare_slot
+        for starts in (views.starts, views.prefix[0]):
+            starts[0], starts[1:] = 0, 1
+        views.lengths[0], views.table[0] = 1, self._spare_slot // self._page_size
         self._upload(shape.sequences)
 
-    def fill(self, entries: Sequence[BatchEntry], shape: Shape, more: int = 0) -> int:
+    def fill(
+        self, entries: Sequence[BatchEntry], shape: Shape, groups: Sequence[PrefixGroup] = (), more: int = 0
+    ) -> int:
         """Writes a pass into the buffers; returns the number of rows that get logits.
 
-        Tokens that are on the device already are not copied to the host. The table has the pages of ``more`` tokens
-        behind the new ones.
+        Tokens that are on the device already are not copied to the host. ``groups`` are those of a shape that shares.
+        The table has the pages of ``more`` tokens behind the new ones.
         """
         if self._copied is not None:
             self._copied.synchronize()  # the last pass's copy may still read the host's buffer
-        tokens, positions, slots, wanted, starts, lengths, table = self._views
+        views = self._views
         row = num_wanted = 0
         for s, (cache, new, num_rows) in enumerate(entries):
             end = row + len(new)
             if not isinstance(new, Tensor):
-                tokens[row:end] = new
-            positions[row:end] = np.arange(cache.length, cache.length + len(new))
-            slots[row:end] = cache.slots(len(new))
-            wanted[num_wanted : num_wanted + num_rows] = np.arange(end - num_rows, end)
-            starts[s], lengths[s] = row, cache.length + len(new)
-            pages = cache.pages[: -(-(int(lengths[s]) + more) // self._page_size)]
-            table[s, : len(pages)] = pages
+                views.tokens[row:end] = new
+            views.positions[row:end] = np.arange(cache.length, cache.length + len(new))
+            views.slots[row:end] = cache.slots(len(new))
+            views.wanted[num_wanted : num_wanted + num_rows] = np.arange(end - num_rows, end)
+            views.starts[s], views.lengths[s] = row, cache.length + len(new)
+            pages = cache.pages[: -(-(cache.length + len(new) + more) // self._page_size)]
+            views.table[s, : len(pages)] = pages
             row, num_wanted = end, num_wanted + num_rows
-        tokens[row : shape.rows] = positions[row : shape.rows] = 0
-        slots[row : shape.rows] = self._spare_slot
-        wanted[num_wanted : shape.rows] = 0
-        starts[len(entries) : shape.sequences + 1] = row
-        lengths[len(entries) : shape.sequences] = 0
+        views.tokens[row : shape.rows] = views.positions[row : shape.rows] = 0
+        views.slots[row : shape.rows] = self._spare_slot
+        views.wanted[num_wanted : shape.rows] = 0
+        views.starts[len(entries) : shape.sequences + 1] = row
+        views.lengths[len(entries) : shape.sequences] = 0
+        if shape.shares:
+            for part, numbers in zip(
+                views.prefix, prefix_numbers(groups, views.starts[: shape.sequences + 1]), strict=True
+            ):
+                part[: len(numbers)] = numbers
         self._upload(shape.sequences)
         self._fill_from_device(entries)
         return num_wanted
@@ -146,14 +174,25 @@ class PassInputs:
 
     @property
     def _offset_of_table(self) -> int:
-        return 4 * MAX_ROWS + MAX_SEQUENCES + 1
+        return 4 * MAX_ROWS + -(-sum(_OF_SEQUENCES) // 2)
 
     def _split(self, buffer: Tensor, rows: int, sequences: int) -> Views:
         tokens, positions, slots, wanted = (part[:rows] for part in buffer[: 4 * MAX_ROWS].split(MAX_ROWS))
-        of_sequences = buffer[4 * MAX_ROWS : self._offset_of_table].view(torch.int32)
+        of_sequences = buffer[4 * MAX_ROWS : self._offset_of_table].view(torch.int32)[: sum(_OF_SEQUENCES)]
+        starts, lengths, group_starts, *of_groups = of_sequences.split(_OF_SEQUENCES)
+        pages, table_rows, skipped = (part[:sequences] for part in of_groups)
+        prefix = group_starts[: sequences + 1], pages, table_rows, skipped
         table = buffer[self._offset_of_table :].view(torch.int32)[: sequences * self._width]
-        starts, lengths = of_sequences[: sequences + 1], of_sequences[MAX_SEQUENCES + 1 :][:sequences]
-        return Views(tokens, positions, slots, wanted, starts, lengths, table.view(sequences, self._width))
+        return Views(
+            tokens,
+            positions,
+            slots,
+            wanted,
+            starts[: sequences + 1],
+            lengths[:sequences],
+            prefix,
+            table.view(sequences, self._width),
+        )
 
 
 def _power_of_two(number: int) -> int:

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cuda.attention import PagedAttention, PagedBatch
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, groups_worth_sharing
+from rapid.kernels.cuda.paged_split import SharedPrefix
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.memory import free_memory
 from rapid.kv_cache.pool import KVPool
 from rapid.models.info import GraphLimits
@@ -122,27 +124,39 @@ class GraphRunner:
         """The recorded shapes, a graph for each."""
         return frozenset(self._replays)
 
-    def supports(self, entries: Sequence[BatchEntry]) -> bool:
-        """Whether a graph holds a pass of these new tokens."""
-        return self._shape(entries) in self._replays and self.has_room(entries)
+    def run(self, entries: Sequence[BatchEntry]) -> Tensor | None:
+        """Logits of the requested rows, [rows, padded vocabulary]; the next run overwrites them.
+
+        None if no graph holds a pass of these new tokens, or so long sequences.
+        """
+        shape = Shape.of([len(tokens) for _, tokens, _ in entries])
+        if shape not in self._replays or not self.has_room(entries):
+            return None
+        groups = groups_worth_sharing(entries)
+        if groups and shape._replace(shares=True) in self._replays:
+            shape = shape._replace(shares=True)
+        assert self._logits is not None
+        return self._logits[: self.replay(self._replays[shape], entries, shape, groups)]
 
     def has_room(self, entries: Sequence[BatchEntry], more: int = 0) -> bool:
         """Whether the buffers hold so long sequences, with ``more`` tokens behind the new ones."""
         return max(cache.length + len(tokens) for cache, tokens, _ in entries) + more <= self._inputs.max_length
 
-    def run(self, entries: Sequence[BatchEntry]) -> Tensor:
-        """Logits of the requested rows, [rows, padded vocabulary]; the next run overwrites them."""
-        shape = self._shape(entries)
-        assert shape is not None and self._logits is not None
-        return self._logits[: self.replay(self._replays[shape], entries, shape)]
-
-    def replay(self, replay: Replay, entries: Sequence[BatchEntry], shape: Shape, more: int = 0) -> int:
+    def replay(
+        self,
+        replay: Replay,
+        entries: Sequence[BatchEntry],
+        shape: Shape,
+        groups: Sequence[PrefixGroup] = (),
+        more: int = 0,
+    ) -> int:
         """Fills the buffers and replays; returns the number of rows that get logits.
 
-        ``more`` tokens of each sequence will be written behind the new ones.
+        ``groups`` are those of a shape that shares. ``more`` tokens of each sequence will be written behind the new
+        ones.
         """
         with torch.cuda.device_of(self._pool.keys[0]):
-            num_rows = self._inputs.fill(entries, shape, more)
+            num_rows = self._inputs.fill(entries, shape, groups, more)
             replay()
         return num_rows
 
@@ -177,7 +191,7 @@ class GraphRunner:
         token.
         """
         first = shape.first
-        tokens, positions, slots, wanted, starts, lengths, table = self._inputs.on_device(first)
+        tokens, positions, slots, wanted, starts, lengths, _, table = self._inputs.on_device(first)
         batch = self._batch(slots, table, lengths, starts, first.max_new)
         own_rows = torch.arange(shape.sequences, device=tokens.device)
         page_size, spare_slot = self._pool.page_size, self._pool.spare_slot
@@ -202,12 +216,10 @@ class GraphRunner:
         """Seconds and bytes that recording has taken."""
         return time.monotonic() - self._started, self._recorder.bytes_used()
 
-    def _shape(self, entries: Sequence[BatchEntry]) -> Shape | None:
-        return Shape.of([len(tokens) for _, tokens, _ in entries])
-
     def _pass_of(self, shape: Shape) -> Callable[[], None]:
-        tokens, positions, slots, wanted, starts, lengths, table = self._inputs.on_device(shape)
+        tokens, positions, slots, wanted, starts, lengths, prefix, table = self._inputs.on_device(shape)
         batch = self._batch(slots, table, lengths, starts, shape.max_new)
+        batch.prefix = SharedPrefix(*prefix) if shape.shares else None
 
         def run() -> None:
             logits = self._decoder(tokens, positions, batch, wanted)

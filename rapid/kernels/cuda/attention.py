@@ -177,7 +177,7 @@ class PagedAttention:
         tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
         width = max(len(table) for table in tables)
         starts = [0, *accumulate(counts)]
-        groups = _groups_worth_sharing(entries)
+        groups = groups_worth_sharing(entries)
         return PagedBatch(
             pool=pool,
             slots=torch.empty(0, dtype=torch.long, device=device),
@@ -191,7 +191,7 @@ class PagedAttention:
         )
 
 
-def _groups_worth_sharing(entries: Sequence[BatchEntry]) -> list[PrefixGroup]:
+def groups_worth_sharing(entries: Sequence[BatchEntry]) -> list[PrefixGroup]:
     """The groups of ``entries`` that share their first pages; none if the saved reads are not worth another launch."""
     pool = entries[0].cache.pool
     groups = prefix_groups([cache.pages[: cache.length // pool.page_size] for cache, _, _ in entries])
