@@ -74,7 +74,7 @@ class DraftGraphs:
 
     def _kind(self, entries: Sequence[BatchEntry], drawings: Sequence[Drawing]) -> _Kind | None:
         sequences = next((n for n in NUM_SEQUENCES if n >= len(entries)), None)
-        most = min(drawing.count for drawing in drawings)
+        most = min(drawing.num_tokens for drawing in drawings)
         counts = [len(tokens) for _, tokens, _ in entries]
         if sequences is None or max(counts) > Steps.MAX_PENDING:
             return None

@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """How draft tokens are drawn, up to ``count`` of them; the answer is `Drawn`.
+    """How draft tokens are drawn, up to ``num_tokens`` of them; the answer is `Drawn`.
 
     The random numbers are those from step ``step`` on in the round that begins at output position ``round_start``.
     """
@@ -51,7 +51,7 @@ class Drawing(NamedTuple):
     seed: int
     round_start: int
     step: int
-    count: int
+    num_tokens: int
 
 
 class Draw(NamedTuple):
