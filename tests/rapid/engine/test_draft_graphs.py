@@ -5,6 +5,7 @@ The device is pretended: a replay is a call, and its results are said to come la
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import prefill
 from rapid.models.model import Model
+from rapid.models.pass_inputs import Shape
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits
 
@@ -24,6 +26,7 @@ MakeEngine = Callable[..., Engine]
 NO_EOS = frozenset[int]()
 WARM = SamplingParams(temperature=0.8, seed=3)
 NUCLEUS = SamplingParams(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, seed=9)
+SHAPES = [Shape(16, 1, 8), Shape(1, 1, 1), Shape(2, 2, 1), Shape(4, 4, 1), Shape(8, 8, 1)]  # of single passes
 EACH_CHOSEN = (1.0,) * 9  # an acceptance that never ends a draft
 
 
@@ -53,6 +56,7 @@ class Pair:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> PretendedRecorder:
     monkeypatch.setattr("rapid.engine.propose.is_asynchronous", lambda _: True)
+    monkeypatch.setattr(Shape, "all", lambda: SHAPES)
     return pretend_cuda(monkeypatch)
 
 
@@ -150,7 +154,7 @@ def test_what_is_drafted_ahead_is_replayed_too(pair: Pair) -> None:
 
 def test_penalties_are_drawn_token_by_token(pair: Pair) -> None:
     def run(engine: Engine) -> list[Draft]:
-        request = SequenceRequest(random_tokens(9, seed=2), 100, WARM, logits=LogitParams(frequency_penalty=0.5))
+        request = SequenceRequest(random_tokens(8, seed=2), 100, WARM, logits=LogitParams(frequency_penalty=0.5))
         return [drafted(engine, done(engine.open(request)), DraftLimits(4))]
 
     _, num_replays = pair.both(run)
@@ -174,7 +178,9 @@ def test_a_long_first_pass_and_a_wide_q_are_drawn_step_by_step(pair: Pair, monke
 def test_drafts_that_cannot_be_recorded_are_drawn_step_by_step_with_a_warning(
     tiny_model: MakeModel, engine: MakeEngine, recorder: PretendedRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder.fails_at = 82 + 2  # the graphs of eight and of four tokens of one sequence are there, that of two is not
+    recorder.fails_at = (
+        len(SHAPES) + 2
+    )  # the graphs of eight and of four tokens of one sequence are there, that of two is not
     model = tiny_model(VOCAB, attention=recorder.attention)
     pair = Pair(engine(model), engine(tiny_model(VOCAB)), recorder)
     assert FAILS in caplog.text and "Steps(sequences=1, steps=2)" in caplog.text
@@ -188,12 +194,12 @@ def test_a_replayed_draft_asks_the_host_for_nothing(pair: Pair, monkeypatch: pyt
     seen: list[int] = []
     replay = pair.replaying._drafts._runner.replay  # type: ignore[union-attr]
 
-    def watched(*arguments: object) -> int:
+    def watched(*arguments: Any, **options: Any) -> int:
         with pytest.MonkeyPatch.context() as within:
             for name in ("item", "tolist", "cpu", "__bool__", "numpy"):
                 within.setattr(torch.Tensor, name, None)
             seen.append(1)
-            return replay(*arguments)  # type: ignore[arg-type]
+            return replay(*arguments, **options)
 
     monkeypatch.setattr(pair.replaying._drafts._runner, "replay", watched)  # type: ignore[union-attr]
     assert len(drafted(pair.replaying, sequence, DraftLimits(8)).tokens) == 8
