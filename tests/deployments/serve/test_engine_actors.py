@@ -128,7 +128,7 @@ def test_a_replica_ends_with_any_of_its_ranks(
         monkeypatch.setattr(engines, "EngineMetrics", object)
         monkeypatch.setattr(engines, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
         replica = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
-        starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3)))
+        starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3), drafts=True))
         while len(actors) < 3 or not hasattr(replica, "_watching"):
             await asyncio.sleep(0)
         assert exits.empty()
