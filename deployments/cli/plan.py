@@ -90,9 +90,10 @@ def shape_of(model: str) -> ModelShape:
         raise ConfigError(f"{model}: its config.json is of no use: {error}") from error
 
 
-def served(engine: EngineConfig, *, on_cpu: bool) -> ServedModel:
+def served(engine: EngineConfig) -> ServedModel:
+    """What the engine holds; on a GPU, unless its device is the CPU."""
     number_bytes = NUMBER_BYTES[engine.dtype]
-    by_scheme = CPU_WEIGHT_BYTES if on_cpu else WEIGHT_BYTES
+    by_scheme = CPU_WEIGHT_BYTES if engine.device == "cpu" else WEIGHT_BYTES
     weight_bytes = by_scheme.get(engine.quantization, float(number_bytes))
     kv_bytes, scale_bytes = KV_BYTES.get(engine.kv_dtype, (number_bytes, 0))
     return ServedModel(
@@ -119,14 +120,13 @@ def make_report(config: AppConfig, gpu: str, demand: Demand) -> Report:
         ConfigError: the weights have no room.
     """
     device = device_of(gpu)
-    on_cpu = gpu.lower() not in GPUS  # a measured machine
-    drafter = None if config.colocated else served(config.drafter, on_cpu=on_cpu)
+    drafter = None if config.colocated else served(config.drafter)
     retrieved = demand.retrieved or round(config.retriever.options.budget(demand.context))
     batch = demand.batch or config.target.max_sequences
     work = Workload(demand.context, retrieved, batch, demand.acceptance, demand.new_tokens)
     planner = Planner(
         device,
-        served(config.target, on_cpu=on_cpu),
+        served(config.target),
         drafter,
         work,
         chunk=config.target.batch_tokens("cuda"),

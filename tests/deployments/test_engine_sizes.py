@@ -56,10 +56,10 @@ def test_what_a_device_reads_is_taken(fields: dict[str, Any]) -> None:
 
 def test_four_bits_weigh_what_the_kernels_read() -> None:
     """The codes, and a scale and an offset for each group; the head has eight bits."""
-    on_cuda = served(EngineConfig(model="llama-3.1-8b", quantization="int4"), on_cpu=False)
+    on_cuda = served(EngineConfig(model="llama-3.1-8b", quantization="int4"))
     packed = pack(torch.zeros(256, 4096), "int4")
     assert on_cuda.weight_bytes == packed.num_bytes / (256 * 4096) == 0.5625
-    assert served(EngineConfig(model="llama-3.1-8b", quantization="int4"), on_cpu=True).weight_bytes == 0.625
+    assert served(EngineConfig(model="llama-3.1-8b", quantization="int4", device="cpu")).weight_bytes == 0.625
     head = LLAMA.head_parameters
     assert on_cuda.bytes_held == 0.5625 * LLAMA.layer_parameters + head + 2 * head
 
