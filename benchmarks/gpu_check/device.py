@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu_check.models import Sizes, counting_model, median_ms, synchronize
 from benchmarks.gpu_check.progress import Progress, Result
 from rapid.errors import ModelFileError
-from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, Writer, rotate_and_write
+from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, Writer, groups_worth_sharing, rotate_and_write
 from rapid.kernels.cuda.choice import choose_kernel
 from rapid.kernels.cuda.fused import choose_rows, choose_writer
 from rapid.kernels.interface import BatchEntry
@@ -216,27 +216,38 @@ def _replays(model: Model, device: torch.device) -> Result:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=chance))
 
+    document, sharing = pool.open([0], 1500), 0
+    assert document is not None
     try:
-        for _ in range(100):
-            caches = []
+        for i in range(100):
+            opened = []
             entries = []
             for _ in range(draw(1, 9)):
                 length, new = draw(1, 1500), draw(1, FEW_TOKENS + 1)
-                cache = pool.open([0], length + new)
-                assert cache is not None
-                cache.advance(length)
-                caches.append(cache)
+                own = pool.open([0], length + new)
+                assert own is not None
+                opened.append(own)
+                first = length // pool.page_size if i % 2 else 0  # every other pass is over one document
+                cache = KVCache.at(pool, document.pages[:first] + own.pages[first:], length)
                 entries.append(BatchEntry(cache, [draw(0, model.vocab_size) for _ in range(new)], new))
+            entries.sort(key=lambda entry: entry.cache.pages)
+            sharing += bool(groups_worth_sharing(entries))
             eager = model.compute(entries)[:, : model.vocab_size].float()
             replayed = torch.cat(model.forward(entries))
             worst = max(worst, (eager - replayed).abs().max().item())
-            for cache in caches:
-                pool.close(cache)
+            for own in opened:
+                pool.close(own)
     finally:
         stop.set()
         beside.join()
     num_graphs = 0 if recorded is None else len(recorded.shapes)
-    return {"passes": 100, "max_difference": worst, "graphs": num_graphs, "record_s": record_s}
+    return {
+        "passes": 100,
+        "sharing": sharing,
+        "max_difference": worst,
+        "graphs": num_graphs,
+        "record_s": record_s,
+    }
 
 
 def _allocate(device: torch.device, stop: threading.Event) -> None:
