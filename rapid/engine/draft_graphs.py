@@ -16,7 +16,7 @@ from torch import Tensor
 from rapid.engine.readout import Drawing, Drawn, draft_keys, drawn_values
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.transfer import upload
-from rapid.models.recorded_cuda import GraphRunner, Steps
+from rapid.models.recorded_cuda import MAX_PENDING, GraphRunner, Steps
 from rapid.sampling.row_params import RowParams, truncates
 from rapid.speculation.drawing import draw_in_graph
 
@@ -76,7 +76,7 @@ class DraftGraphs:
         sequences = next((n for n in NUM_SEQUENCES if n >= len(entries)), None)
         most = min(drawing.num_tokens for drawing in drawings)
         counts = [len(tokens) for _, tokens, _ in entries]
-        if sequences is None or max(counts) > Steps.MAX_PENDING:
+        if sequences is None or max(counts) > MAX_PENDING:
             return None
         if any(each.sampling.temperature > 0 and each.draft_top_k > MOST_TOP_K for each in drawings):
             return None

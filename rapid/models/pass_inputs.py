@@ -96,13 +96,7 @@ class PassInputs:
         size = self._offset_of_table + -(-MAX_SEQUENCES * width // 2)  # of int64; two numbers of the table are in each
         self._host = torch.zeros(size, dtype=torch.long, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.long, device=device)
-        # Writing to tensors would take longer than the pass of a small model.
-        self._views: Any = Views(
-            *(
-                part.numpy() if isinstance(part, Tensor) else tuple(each.numpy() for each in part)
-                for part in self._split(self._host, MAX_ROWS, MAX_SEQUENCES)
-            )
-        )
+        self._views: Any = Views(*map(_as_numpy, self._split(self._host, MAX_ROWS, MAX_SEQUENCES)))
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def on_device(self, shape: Shape) -> Views:
@@ -193,6 +187,11 @@ class PassInputs:
             prefix,
             table.view(sequences, self._width),
         )
+
+
+def _as_numpy(part: Any) -> Any:
+    """Writing to tensors would take longer than the pass of a small model."""
+    return part.numpy() if isinstance(part, Tensor) else tuple(map(_as_numpy, part))
 
 
 def _power_of_two(number: int) -> int:

@@ -28,6 +28,7 @@ from rapid.models.pass_inputs import MIN_ROWS, PassInputs, Shape
 
 logger = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
+MAX_PENDING = 8  # new tokens of a sequence in the first of several steps
 
 
 class Recorder(Protocol):
@@ -81,17 +82,15 @@ Choose = Callable[[int, Tensor], Tensor]
 
 
 class Steps(NamedTuple):
-    """Several steps of up to so many sequences, of which the first may have ``MAX_PENDING`` new tokens each."""
+    """Several steps of up to so many sequences, of which the first may have `MAX_PENDING` new tokens each."""
 
     sequences: int
     steps: int
 
-    MAX_PENDING = 8
-
     @property
     def first(self) -> Shape:
         """Of the first step's pass; the others have one row for each sequence."""
-        return Shape(MIN_ROWS, self.sequences, self.MAX_PENDING)
+        return Shape(MIN_ROWS, self.sequences, MAX_PENDING)
 
 
 class GraphRunner:

@@ -79,10 +79,9 @@ def rotate_and_write(heads: Tensor, rotation: Rotation, slots: Tensor, keys: Ten
     kv_heads = keys.shape[1]
     num_heads = heads.shape[1] - 2 * kv_heads
     heads = rotate(heads, *rotation, num_heads + kv_heads)
-    query, key, value = heads.split((num_heads, kv_heads, kv_heads), 1)
-    write(key, slots, keys)
-    write(value, slots, values)
-    return query
+    write(heads[:, num_heads : num_heads + kv_heads], slots, keys)
+    write(heads[:, num_heads + kv_heads :], slots, values)
+    return heads[:, :num_heads]
 
 
 def write(new: Tensor, slots: Tensor, rows: Tensor) -> None:
