@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rapid.engine.clock import Moment
 from rapid.engine.messages import DraftRequest
-from rapid.engine.readout import Download, Draw, drafted_token
+from rapid.engine.readout import Download, Draw, Drawing, drafted_token
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
 from rapid.kernels.transfer import is_asynchronous
@@ -23,17 +23,19 @@ from rapid.speculation.draft import Draft, DraftLimits
 _FEW = 4  # tokens that are read at a time, if the host may want fewer than all
 
 
-class Drawing(NamedTuple):
-    """When the first and the last of ``num_drawn`` tokens were drawn; the draft need not keep them all."""
+class DrawnDraft(NamedTuple):
+    """When ``num_first`` tokens were drawn, and when all ``num_drawn``; the draft need not keep them all."""
 
     first: Moment
     last: Moment
+    num_first: int
     num_drawn: int
 
     @property
     def step_ms(self) -> float:
-        """The time of one draft step that read no other token; 0 if there was none."""
-        return self.first.ms_until(self.last) / (self.num_drawn - 1) if self.num_drawn > 1 else 0.0
+        """The time of one draft step that read no other token; 0 if it is not known."""
+        num_after = self.num_drawn - self.num_first
+        return self.first.ms_until(self.last) / num_after if num_after else 0.0
 
 
 def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
@@ -80,9 +82,9 @@ def _propose(
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
         elapsed_ms = step_ms = 0.0
         if not ended:
-            drawing = yield from draw_on(sequence, round_start, draft, limits, eos)
-            elapsed_ms = started.ms_until(drawing.last)
-            step_ms = drawing.step_ms or (elapsed_ms if num_pending <= 2 else 0.0)
+            drawn = yield from draw_on(sequence, round_start, draft, limits, eos)
+            elapsed_ms = started.ms_until(drawn.last)
+            step_ms = drawn.step_ms or (elapsed_ms / drawn.num_drawn if num_pending <= 2 else 0.0)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
         draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
@@ -131,35 +133,46 @@ def draw_on(
     limits: DraftLimits,
     eos: frozenset[int],
     view: Callable[[int], PageTable] | None = None,
-) -> Task[Drawing]:
+) -> Task[DrawnDraft]:
     """Samples onto ``draft`` until it ends.
 
     Each token goes from one pass to the next without the host. The host reads some at a time, and discards those behind
     the draft's end. The random numbers are those of the round that begins at output position ``start``. With a ``view``
     each pass reads the pages that it gives for the number of tokens read so far, and the sequence's cache stays.
     """
-    request, device = sequence.request, sequence.device
+    request = sequence.request
     draft_top_k, warping = request.speculation.draft_top_k, request.speculation.warping(request.sampling)
     is_greedy = request.sampling.temperature == 0
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
+    num_unread = num_first = num_drawn = 0
     drawn_at: list[Moment] = []
     num_read = 0
     while True:
-        logits = yield ForwardRequest(sequence, feed, 1, view(num_read) if view else None)
+        num_wanted = min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens))
+        step = draft.offset - start + len(draft.tokens) + num_unread
+        drawing = Drawing(warping, is_greedy, draft_top_k, sequence.seed, start, step, num_wanted - num_unread)
+        table = view(num_read) if view else None
         num_read += len(feed)
-        if sequence.logits is not None:
+        if sequence.logits is None:
+            drawn = yield ForwardRequest(sequence, feed, 1, table, drawing=drawing)
+        else:
+            logits = yield ForwardRequest(sequence, feed, 1, table)
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        step = draft.offset - start + len(draft.tokens) + len(unread)
-        feed, values = yield Draw(logits, warping, is_greedy, draft_top_k, sequence.seed, start, step)
-        unread.append(values)
-        drawn_at.append(Moment(device))
-        if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):
+            drawn = yield Draw(logits, drawing)
+        feed = drawn.last
+        unread.append(drawn.values)
+        num_unread += len(drawn.values)
+        num_drawn += len(drawn.values)
+        num_first = num_first or num_drawn
+        drawn_at.append(Moment(sequence.device))
+        if num_unread < num_wanted:
             continue
-        read = yield Download(torch.cat(unread))
-        if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(len(unread), -1)):
-            return Drawing(drawn_at[0], drawn_at[-1], len(drawn_at))
+        read = yield Download(torch.cat(unread).flatten())
+        if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(num_unread, -1)):
+            return DrawnDraft(drawn_at[0], drawn_at[-1], num_first, num_drawn)
         unread.clear()
+        num_unread = 0
 
 
 def _tokens_at_a_time(sequence: Sequence, limits: DraftLimits) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rapid.engine.messages import SequenceRequest
-from rapid.engine.readout import Readout
+from rapid.engine.readout import Drawing, Readout
 from rapid.kernels.interface import QueryWatcher, Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.kv_cache.table import PageTable
@@ -105,7 +105,8 @@ def _uncancellable() -> Future[None]:
 class ForwardRequest(NamedTuple):
     """A task's request for the next pass: append ``tokens`` to ``sequence``; the answer is the last rows' logits.
 
-    These are [``num_rows``, V], on the device.
+    These are [``num_rows``, V], on the device. With ``drawing`` (and one row) the answer is what is `Drawn` from them:
+    a token, or more if the engine has a graph that goes on from token to token.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.
@@ -119,6 +120,7 @@ class ForwardRequest(NamedTuple):
     num_rows: int
     view: PageTable | None = None
     watch: QueryWatcher | None = None
+    drawing: Drawing | None = None
 
     @property
     def table(self) -> PageTable:

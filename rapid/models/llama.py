@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.errors import ModelFileError, PassAbandoned
-from rapid.kernels.cpu.rows import gated, rotate
-from rapid.kernels.interface import Batch
+from rapid.kernels.cuda.fused import choose_rows
+from rapid.kernels.interface import Batch, Rotation
 from rapid.kernels.linear import Linear, make_linear
 from rapid.models.fp8_range import fit_fp8
 from rapid.models.layers import Heads, Layer, RMSNorm
@@ -87,6 +87,9 @@ class Decoder:
         self._embedding: Tensor = local(body.embed_tokens.weight)
         self._num_embeddings: int = body.embed_tokens.weight.shape[0]
         sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
+        self._rows = choose_rows(
+            network.device, network.dtype, config.hidden_size, config.intermediate_size // num_ranks
+        )
         self._layers = []
         for i, layer in enumerate(body.layers):
             if fits_fp8:
@@ -120,6 +123,7 @@ class Decoder:
         """
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
+        more: Tensor | None = None  # what the last layer adds to x, so that one kernel adds it and computes the norm
         if self._compiled is not None and self._compiled.supports(batch, len(tokens)):
             x = self._compiled(x, cos, sin, batch, abandoned)
         else:
@@ -128,23 +132,33 @@ class Decoder:
                     raise PassAbandoned
                 if layer.device != x.device:
                     x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
-                x = self._through(layer, i, x, cos, sin, batch)
+                    more = None if more is None else more.to(layer.device)
+                x, more = self._through(layer, i, x, more, (cos, sin), batch)
+        rows = rows.to(x.device)
+        last = x[rows], None if more is None else more[rows]
         if self._group is None:
-            last = x[rows.to(x.device)].to(self._head_device)
-            return self._head(self._norm(last)).to(rows.device)
+            return self._logits(*last).to(tokens.device)
         # Every rank knows the number of rows, so all of them skip the output layer if there are none.
-        logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
+        logits = self._logits(*last) if len(rows) else x.new_empty(0, self._num_logits)
         return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
 
-    def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)
+    def _through(
+        self, layer: Layer, i: int, x: Tensor, more: Tensor | None, rotation: Rotation, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """From x and what is still to be added to it before the layer, to the same behind it."""
+        x, normed = layer.attention_norm.added(x, more)
+        heads = layer.qkv(normed).view(len(x), -1, self.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
             heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
-        heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-        x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
-        return x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
+        attended = self._summed(layer.output(batch.attend(i, heads, rotation, self._scaling)))
+        x, normed = layer.mlp_norm.added(x, attended)
+        return x, self._summed(layer.down(self._rows.gate(layer.gate_up(normed))))
+
+    def _logits(self, x: Tensor, more: Tensor | None) -> Tensor:
+        if more is not None:
+            more = more.to(self._head_device)
+        return self._head(self._norm.added(x.to(self._head_device), more)[1])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self._group is None:
@@ -184,4 +198,4 @@ class Decoder:
         )
 
     def _take_norm(self, norm: Any) -> RMSNorm:
-        return RMSNorm(local(norm.weight), norm.variance_epsilon)
+        return RMSNorm(local(norm.weight), norm.variance_epsilon, self._rows)

@@ -14,10 +14,12 @@ from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
-from rapid.kernels.interface import AttentionBackend, BatchEntry, QueryWatcher, Tokens, WatchedBatch
+from rapid.kernels.cuda.fused import choose_writer
+from rapid.kernels.interface import AttentionBackend, BatchEntry, QueryWatcher, Tokens
 from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
 from rapid.kernels.transfer import upload
+from rapid.kernels.watching import WatchedBatch
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.models.info import GraphLimits, ModelInfo
 from rapid.models.recorded_cuda import GraphRunner, recorder_of
@@ -72,7 +74,10 @@ class Model:
         self.attention: AttentionBackend = attention or (
             RunAttention()
             if network.device.type == "cpu"
-            else PagedAttention(choose_kernel(self.layout, self._decoder.num_heads))
+            else PagedAttention(
+                choose_kernel(self.layout, self._decoder.num_heads),
+                writer=choose_writer(self.layout, self._decoder.num_heads),
+            )
         )
         self.group = group
         self._graphs: WeakKeyDictionary[KVPool, GraphRunner] = WeakKeyDictionary()
@@ -155,9 +160,8 @@ class Model:
                 self.group.broadcast(Pass.of(entries))
                 return self.compute(entries, watchers=watchers)
         graphs = self._graphs.get(entries[0].cache.pool)
-        if graphs is not None and not any(watchers) and graphs.supports(entries):
-            return graphs.run(entries)
-        return self.compute(entries, abandoned, watchers)
+        logits = None if graphs is None or any(watchers) else graphs.run(entries)
+        return self.compute(entries, abandoned, watchers) if logits is None else logits
 
     def warm_up(self) -> None:
         """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""
@@ -188,7 +192,7 @@ class Model:
         return self._decoder(
             gather_tokens([tokens for _, tokens, _ in entries], device),
             upload(positions, "int64", device),
-            WatchedBatch(batch, watched) if watched else batch,
+            WatchedBatch(batch, watched, self.layout.num_kv_heads) if watched else batch,
             upload(wanted, "int64", device),
             abandoned,
         )

@@ -30,10 +30,14 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def warp(logits: Tensor, params: RowParams) -> Tensor:
     """`probabilities`, of rows [R, V] that have ``params`` of their own; no temperature may be 0."""
+    return truncate(tempered(logits, params), params)
+
+
+def tempered(logits: Tensor, params: RowParams) -> Tensor:
+    """softmax(z/T) of rows [R, V]; at temperature 0 some distribution."""
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
     temperature = params.temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    return truncate(scaled.softmax(-1), params)
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
 
 
 def sample(probs: Tensor, keys: Tensor) -> Tensor:

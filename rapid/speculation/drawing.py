@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.sampler import sample_few, warp
+from rapid.sampling.sampler import sample_few, tempered, warp
+from rapid.sampling.truncation import by_sorting
 
 
-class Drawn(NamedTuple):
+class DrawnTokens(NamedTuple):
     """B draft tokens: ``tokens`` [B], their ``confidences`` [B], and q as ``ids`` and ``weights`` [B, k].
 
     A confidence is the drafter's probability of the token at temperature 1. q of a token that was drawn greedily is
@@ -26,21 +28,39 @@ class Drawn(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None) -> Drawn:
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None) -> DrawnTokens:
     """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
 
     Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer.
     """
     ids, weights = truncated(logits, params, draft_top_k)
     tokens = ids[:, 0] if keys is None else sample_few(weights, ids, keys)
-    return Drawn(tokens, confidences(logits, tokens), ids, weights)
+    return DrawnTokens(tokens, confidences(logits, tokens), ids, weights)
 
 
-def draw_greedily(logits: Tensor) -> Drawn:
+def draw_in_graph(
+    logits: Tensor, columns: Tensor, draft_top_k: Tensor, keys: Tensor, *, most: int, truncates: bool
+) -> DrawnTokens:
+    """`draw`, or the likeliest token where the temperature is 0, of rows whose parameters only the device knows.
+
+    ``columns`` are those of `RowParams`; ``draft_top_k`` [B] is at most ``most``, which gives q its width; without
+    ``truncates`` no row has top-k, top-p or min-p. The q of a row at temperature 0 is of no meaning.
+    """
+    params = RowParams((), columns)
+    probs = tempered(logits, params)
+    top, ids = (by_sorting(probs, params) if truncates else probs).topk(min(most, logits.shape[-1]))
+    top = top * (torch.arange(top.shape[-1], device=top.device) < draft_top_k.unsqueeze(-1))
+    weights = top / top.sum(-1, keepdim=True)
+    is_greedy = params.temperature.squeeze(-1) == 0
+    tokens = torch.where(is_greedy, logits.argmax(-1), sample_few(weights, ids, keys))
+    return DrawnTokens(tokens, confidences(logits, tokens), ids, weights)
+
+
+def draw_greedily(logits: Tensor) -> DrawnTokens:
     """The likeliest token of each row of ``logits`` [B, V]."""
     tokens = logits.argmax(-1)
     none = logits[:, :0]
-    return Drawn(tokens, confidences(logits, tokens), none, none)
+    return DrawnTokens(tokens, confidences(logits, tokens), none, none)
 
 
 def truncated(logits: Tensor, params: RowParams, draft_top_k: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ elements) raises. Only `download` gives numbers. A blocking upload raises, too: 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +23,11 @@ from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
 from rapid.engine.propose import propose
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import verify_draft
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
 from rapid.models.model import Model
+from rapid.models.tensor_parallel import Pass
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 from rapid.speculation.drawing import draw_greedily
@@ -197,6 +201,40 @@ def test_penalties_let_the_host_see_each_token(running: Engine, waits: list[Tens
     before = running.stats().host_waits
     a_draft(running, done(running.open(request)), DraftLimits(GAMMA))
     assert running.stats().host_waits == before + GAMMA == len(waits)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 40, 1)], ids=str)
+def test_a_batch_is_uploaded_without_waiting(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
+    """Few new tokens, many beside few, and pages that are shared."""
+    layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
+    backend = PagedAttention(gathered_sdpa, page_size=16)
+    pool = backend.pool(layout, 2**16)
+    pool.layout = replace(layout, devices=(DEVICE,))
+    entries = [
+        BatchEntry(KVCache.at(pool, [7, 3, 9 + i, 12 + i, 15 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)
+    ]
+    monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 0)
+    monkeypatch.setattr(torch, "tensor", None)  # with a device it waits
+    with _NoBlockingCopies():
+        batch = backend.batch(entries)
+    assert isinstance(batch, PagedBatch) and batch.prefix is not None
+    assert {each.device for each in (batch.slots, batch.table, batch.lengths, *batch.prefix.tensors())} == {DEVICE}
+    assert len(batch.parts) == (2 if len(lengths) == 3 else 0)
+
+
+def test_ranks_read_tokens_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+
+    def download(values: Tensor) -> NDArray[Any]:
+        read.append(values)
+        return np.array([5, 6, 7])
+
+    monkeypatch.setattr("rapid.models.tensor_parallel.download", download)
+    tokens = [torch.empty(1, dtype=torch.long, device=DEVICE), [1, 2], torch.empty(2, dtype=torch.long, device=DEVICE)]
+    cache = SimpleNamespace(pages=[3], length=4)
+    entries = [BatchEntry(cache, each, 1) for each in tokens]  # type: ignore[arg-type]
+    assert [new for _, _, new, _ in Pass.of(entries).parts] == [[5], [1, 2], [6, 7]]
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(
