@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,13 +16,19 @@ _END = object()
 async def beating(items: AsyncGenerator[T, None], every_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
     """None at once, then ``items``, and None again whenever there was none for ``every_s``.
 
-    Closing it closes ``items``.
+    Closing it closes ``items``. All of ``items`` runs in one context: what it sets there for itself, as a span of a
+    trace does, has to be there when it goes on.
     """
-    coming: asyncio.Future[T | object] | None = None
+    coming: asyncio.Task[T | object] | None = None
+    context, loop = copy_context(), asyncio.get_running_loop()
+
+    async def following() -> T | object:
+        return await anext(items, _END)
+
     try:
         yield None
         while True:
-            coming = asyncio.ensure_future(anext(items, _END))
+            coming = loop.create_task(following(), context=context)
             while not (await asyncio.wait([coming], timeout=every_s))[0]:
                 yield None
             item = coming.result()
@@ -32,7 +39,7 @@ async def beating(items: AsyncGenerator[T, None], every_s: float = BEAT_S) -> As
         if coming is not None and not coming.done():
             coming.cancel()
             await asyncio.wait([coming])
-        await items.aclose()
+        await loop.create_task(items.aclose(), context=context)
 
 
 async def heard(stream: AsyncIterator[T | None], *, first_s: float, silent_s: float) -> AsyncGenerator[T, None]:

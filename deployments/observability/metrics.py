@@ -30,7 +30,7 @@ COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "spec_decode_num_accepted_tokens": ("Draft tokens that stood", ("strategy", "source")),
     "spec_decode_num_draft_tokens_per_pos": ("Draft tokens verified, by position in the draft", ("position",)),
     "spec_decode_num_accepted_tokens_per_pos": ("Draft tokens that stood, by position in the draft", ("position",)),
-    "transfer_positions": ("Tokens written with an η that was chosen for them", _STRATEGY),
+    "transfer_positions": ("Tokens whose transfer strength was chosen for them", _STRATEGY),
     "transfer_nats": ("KL of what they were drawn from to the target's own distribution", _STRATEGY),
     "fallbacks": ("Answers that ended without a drafter though their strategy has one", ("reason",)),
     "engines_lost": ("Engines that were lost under a running answer", ("role",)),

@@ -220,7 +220,6 @@ class Completion(Body):
             special_tokens=config.special_tokens_in_text,
             most_tokens=most_tokens,
         )
-        options = replace(config.retriever.options, **retrieval)
         if prompt.contents and len(prompt.tokens) > MAX_CHUNKS * options.longest_chunk:
             needed = (
                 f"{len(prompt.tokens)} tokens are read in chunks of at least {len(prompt.tokens) // MAX_CHUNKS + 1}"

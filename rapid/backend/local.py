@@ -14,7 +14,6 @@ from rapid.backend.breaker import Breaker
 from rapid.backend.protocol import Lease, Retrieval, Role, Vitals
 from rapid.backend.quarantine import Quarantine
 from rapid.backend.waiting import (
-    DRAFTER_PATIENCE_S,
     QUEUE_LIMIT_S,
     TARGET_PATIENCE_S,
     prefill_limit_s,
@@ -114,7 +113,8 @@ class LocalBackend:
         breaker = self._drafting if role == "drafter" and not request.may_wait else None
         if breaker and (refusal := breaker.refusal()):
             raise refusal
-        patience_s = DRAFTER_PATIENCE_S if breaker else TARGET_PATIENCE_S
+        # A drafter that shares the process shares its cores with the target: its slow pass is rarely a hang.
+        patience_s = TARGET_PATIENCE_S
         opened = engine.open(request)
         waiting = asyncio.wrap_future(opened)
         try:

@@ -130,15 +130,17 @@ def test_rapid_writes_what_its_rule_says(make_world: Callable[..., World], rule:
 
 
 def test_a_chosen_strength_writes_exactly_p_hat(make_world: Callable[..., World]) -> None:
-    """The first token, with the η that the bound allows: passages of similarity 0.5 are half as good as sure ones."""
+    """The first token, with the η that the bound allows: passages of confidence 0.5 are half as good as sure ones."""
     world, sampling, top_k = make_world(6), SamplingParams(temperature=0.9), 4
     prompt = world.prompt()
-    short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
+    retrieval = first_eight(prompt.contents, prompt.query, None)
+    assert retrieval.confidence == 0.5
+    short = prompt.shortened(retrieval.chunks)
     z = logits_after(world.target.model, prompt.tokens).double().numpy()
     q = np.zeros(6)
     weights, indices = next_probs(world.drafter.model, short, sampling).topk(top_k)
     q[indices.numpy()] = (weights / weights.sum()).numpy()
-    eta = chosen_strength("augmented", z, q, bound(z, q, 2.0 * 0.5, 0.9), 0.9)
+    eta = chosen_strength("augmented", z, q, bound(z, q, 2.0 * retrieval.confidence, 0.9), 0.9)
     expected = augmented("augmented", z, q, eta, 0.9)
     p = law("lossless", z, q, eta, 0.9)
     assert abs(expected - p).sum() / 2 > 0.1

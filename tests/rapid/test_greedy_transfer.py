@@ -108,12 +108,13 @@ def test_without_passages_the_text_is_the_target_s_own(world: World) -> None:
     assert completion.statistics.fallback == "nothing_above_threshold"
 
 
-@pytest.mark.parametrize(("score", "is_moved"), [(0.3, False), (0.1, False), (0.9, True)])
-def test_unrelated_passages_leave_the_target_s_own_text(world: World, score: float, is_moved: bool) -> None:
+@pytest.mark.parametrize(("confidence", "is_moved"), [(0.0, False), (0.9, True)])
+def test_unrelated_passages_leave_the_target_s_own_text(world: World, confidence: float, is_moved: bool) -> None:
     """With η chosen, passages that retrieval is not sure of move nothing."""
 
     def retrieve(contents: list[str], query: str, options: Any) -> Retrieval:
-        return Retrieval([Chunk(0, contents[0][:8], 0, score, 0, 8)], len(contents[0]), 8)
+        chunk = Chunk(0, contents[0][:8], 0, 0.5, 0, 8)
+        return Retrieval([chunk], len(contents[0]), 8, confidence=confidence)
 
     expected = greedily(world.target.model, world.prompt().tokens, LENGTH)
     how = {"transfer_strength": "auto", "transfer_divergence": 2.0, "transfer_temperature": 1.0}

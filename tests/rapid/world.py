@@ -47,7 +47,7 @@ def unsure(contents: list[str], query: str, options: Any) -> Retrieval:
 
 def first_eight(contents: list[str], query: str, options: Any) -> Retrieval:
     """A retriever that keeps the first 8 letters of the first content."""
-    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8)
+    return Retrieval([Chunk(0, contents[0][:8], 0, 0.5, 0, 8)], len(contents[0]), 8, confidence=0.5)
 
 
 class Completion(NamedTuple):
@@ -93,7 +93,10 @@ class PatientBackend(LocalBackend):
 
     def _call(self, lease: Lease, method: str, *message: Any) -> Awaitable[Any]:
         if method == "verify":
-            return self._verify(lease, *message)
+            # What the request sets is read here: the answer is awaited in a task of its own.
+            asked, ahead = _asked.get(None), _ahead.get(None)
+            _asked.set(None)
+            return self._verify(lease, asked, ahead, *message)
         answer = lease.call(method, *message)
         if method == "propose":
             _asked.set(asyncio.ensure_future(answer))
@@ -101,12 +104,16 @@ class PatientBackend(LocalBackend):
             _ahead.set(answer)
         return answer
 
-    async def _verify(self, lease: Lease, request: VerifyRequest) -> VerifyResult:
+    async def _verify(
+        self,
+        lease: Lease,
+        asked: asyncio.Future[Any] | None,
+        ahead: Awaitable[Draft | None] | None,
+        request: VerifyRequest,
+    ) -> VerifyResult:
         # A draft that was waited for is done by now; one that was here already was used before its answer came.
-        asked = _asked.get(None)
         self.were_here.append(asked is None or not asked.done())
-        _asked.set(None)
-        if ahead := _ahead.get(None):
+        if ahead is not None:
             await ahead
         return await lease.verify(request)
 

@@ -361,6 +361,8 @@ def test_an_upload_reads_no_record_of_another_key(world: World, monkeypatch: pyt
     async def story() -> None:
         for i in range(3):
             await world.status(await world.upload(b"%d" % i))
+        while world.files._indexer._running:  # what is embedded is added to a datastore, if there is one
+            await asyncio.sleep(0)
         read: list[Path] = []
         read_bytes = Path.read_bytes
 

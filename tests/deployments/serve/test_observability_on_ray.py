@@ -172,7 +172,7 @@ def test_metrics_add_up_to_what_the_answers_say(cluster: Cluster, answers: list[
 
 
 def test_errors_are_counted_by_their_status(cluster: Cluster) -> None:
-    assert [cluster.post(max_tokens=-1).status_code, cluster.post(model="other").status_code] == [400, 404]
+    assert [cluster.post(max_tokens=-2).status_code, cluster.post(model="other").status_code] == [400, 404]
     assert httpx.get(f"{cluster.url}/nowhere/of-a-clients-own").status_code == 404
     samples = cluster.scrape()
     assert total(samples, "ray_rapid_requests_total", endpoint="/v1/completions", status="400") == 1

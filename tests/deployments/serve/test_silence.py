@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -525,3 +527,29 @@ def test_health_is_refused_without_a_target_and_degraded_without_what_requests_c
             await service.health()
 
     asyncio.run(main())
+
+
+def test_what_a_stream_sets_for_itself_is_there_when_it_goes_on() -> None:
+    """Spans of a trace find their parent in the context."""
+    mark: ContextVar[int] = ContextVar("mark", default=0)
+
+    async def marked() -> AsyncGenerator[int, None]:
+        token = mark.set(1)
+        try:
+            for _ in range(3):
+                yield mark.get()
+        finally:
+            mark.reset(token)  # raises in another context
+
+    async def story() -> list[int]:
+        async with aclosing(beating(marked())) as stream:
+            return [item async for item in stream if item is not None][:2]
+
+    async def left() -> None:
+        stream = beating(marked())
+        await anext(stream)
+        assert await anext(stream) == 1
+        await stream.aclose()
+
+    assert asyncio.run(story()) == [1, 1]
+    asyncio.run(left())

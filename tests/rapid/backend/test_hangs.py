@@ -30,8 +30,7 @@ LIMIT_S = 30.0  # of a test: a wait without an end would take for ever
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "LATE", 0.04)
-    for name in ("TARGET_PATIENCE_S", "DRAFTER_PATIENCE_S"):
-        monkeypatch.setattr(local, name, 0.5)
+    monkeypatch.setattr(local, "TARGET_PATIENCE_S", 0.5)
     monkeypatch.setattr(leases, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(leases, "LONGEST_APART_S", 0.0)
 

@@ -172,8 +172,7 @@ def test_sequences_that_share_pages_are_scheduled_side_by_side() -> None:
     """The others keep their places: short requests first."""
 
     def task(name: str, pages: list[int]) -> Any:
-        sequence = SimpleNamespace(cache=SimpleNamespace(pages=pages))
-        request = SimpleNamespace(sequence=sequence, num_rows=1)
+        request = SimpleNamespace(table=SimpleNamespace(pages=pages), num_rows=1)
         return SimpleNamespace(name=name, request=request, num_left=len(name))
 
     tasks = [task("a", [0, 7]), task("b", [8]), task("c", [0, 1, 2]), task("dd", [3, 4]), task("eee", [0, 1, 5])]

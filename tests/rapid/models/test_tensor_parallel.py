@@ -20,6 +20,7 @@ from rapid.engine.engine import Engine
 from rapid.engine.verify import prefill
 from rapid.errors import EngineLost, ModelFileError
 from rapid.kernels.interface import BatchEntry
+from rapid.kv_cache.table import PageTable
 from rapid.models.info import RankPlacement
 from rapid.models.loader import load_model
 from rapid.models.model import Model
@@ -194,4 +195,4 @@ def test_heads_that_cannot_be_shared_are_refused(shared: Model, tiny_network: Ca
 
 def test_a_follower_sees_the_first_rank_s_pages(whole: Model) -> None:
     cache = new_cache(whole, 20)
-    assert cache.at(cache.pool, cache.pages, 5).slots(2) == [cache.pages[0] * 16 + 5, cache.pages[0] * 16 + 6]
+    assert PageTable(cache.pool, cache.pages, 5).slots(2) == [cache.pages[0] * 16 + 5, cache.pages[0] * 16 + 6]

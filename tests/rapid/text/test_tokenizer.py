@@ -39,7 +39,7 @@ def stream(tokenizer: PreTrainedTokenizerFast, tokens: list[int], stop: tuple[st
     shown += streaming.finish()
     assert streaming.text == shown
     assert streaming.finish() == ""
-    return shown, streaming.stopped
+    return shown, streaming.stopped is not None
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -56,7 +56,8 @@ def test_any_tokens_at_all_stream_as_they_decode(chat_tokenizer: PreTrainedToken
         tokens = [rng.randrange(len(chat_tokenizer)) for _ in range(30)] + rng.choices(range(3), k=3)
         rng.shuffle(tokens)
         shown, _ = stream(chat_tokenizer, tokens)
-        assert shown == chat_tokenizer.decode(tokens, skip_special_tokens=True)
+        # A character that the end cuts off is left out.
+        assert shown == chat_tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_half_a_character_is_never_shown(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -65,7 +66,9 @@ def test_half_a_character_is_never_shown(chat_tokenizer: PreTrainedTokenizerFast
     assert not any("\ufffd" in streaming.push(token) for token in tokens)
     cut = Detokenizer(chat_tokenizer)
     assert cut.push(tokens[0]) == ""
-    assert "\ufffd" in cut.finish()  # what will not be completed is shown as it decodes
+    assert cut.finish() == ""
+    own = Detokenizer(chat_tokenizer)  # the replacement character itself is a character
+    assert "".join(own.push(token) for token in encode(chat_tokenizer, "a\ufffd")) + own.finish() == "a\ufffd"
 
 
 def test_nothing_of_a_stop_string_and_nothing_behind_it_is_shown(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -104,9 +107,16 @@ def test_a_stopped_stream_stays_stopped(letter_tokenizer: Callable[..., object])
     assert streaming.text == "aa"
 
 
-def test_a_stop_string_that_only_the_end_completes_counts(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_character_that_is_cut_off_completes_no_stop_string(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     first_byte = encode(chat_tokenizer, "👩")[0]
-    assert stream(chat_tokenizer, [*encode(chat_tokenizer, "ab"), first_byte], ("b\ufffd",)) == ("a", True)
+    assert stream(chat_tokenizer, [*encode(chat_tokenizer, "ab"), first_byte], ("b\ufffd",)) == ("ab", False)
+
+
+def test_the_stop_string_is_named(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    streaming = Detokenizer(chat_tokenizer, ("zz", "ma", "Ishmael"))
+    for token in encode(chat_tokenizer, "Call me Ishmael."):
+        streaming.push(token)
+    assert (streaming.stopped, streaming.text) == ("Ishmael", "Call me ")
 
 
 Edit = Callable[[dict[str, object]], None]
