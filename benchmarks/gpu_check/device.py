@@ -21,6 +21,7 @@ from rapid.kernels.interface import BatchEntry
 from rapid.kernels.linear import check_scheme, make_linear
 from rapid.kernels.rows import UNFUSED, RowOperations
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.info import GraphLimits
 from rapid.models.model import Model
 
@@ -228,7 +229,7 @@ def _replays(model: Model, device: torch.device) -> Result:
                 assert own is not None
                 opened.append(own)
                 first = length // pool.page_size if i % 2 else 0  # every other pass is over one document
-                cache = KVCache.at(pool, document.pages[:first] + own.pages[first:], length)
+                cache = PageTable(pool, document.pages[:first] + own.pages[first:], length)
                 entries.append(BatchEntry(cache, [draw(0, model.vocab_size) for _ in range(new)], new))
             entries.sort(key=lambda entry: entry.cache.pages)
             sharing += bool(groups_worth_sharing(entries))

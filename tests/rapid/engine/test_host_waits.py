@@ -7,7 +7,6 @@ elements) raises. Only `download` gives numbers. A blocking upload raises, too: 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,8 @@ from rapid.engine.sequence import Sequence
 from rapid.engine.verify import verify_draft
 from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
-from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.model import Model
 from rapid.models.tensor_parallel import Pass
 from rapid.sampling.params import LogitParams, SamplingParams
@@ -211,7 +211,7 @@ def test_a_batch_is_uploaded_without_waiting(monkeypatch: pytest.MonkeyPatch, le
     pool = backend.pool(layout, 2**16)
     pool.layout = replace(layout, devices=(DEVICE,))
     entries = [
-        BatchEntry(KVCache.at(pool, [7, 3, 9 + i, 12 + i, 15 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)
+        BatchEntry(PageTable(pool, [7, 3, 9 + i, 12 + i, 15 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)
     ]
     monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 0)
     monkeypatch.setattr(torch, "tensor", None)  # with a device it waits
@@ -231,8 +231,9 @@ def test_ranks_read_tokens_from_the_device_at_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("rapid.models.tensor_parallel.download", download)
     tokens = [torch.empty(1, dtype=torch.long, device=DEVICE), [1, 2], torch.empty(2, dtype=torch.long, device=DEVICE)]
-    cache = SimpleNamespace(pages=[3], length=4)
-    entries = [BatchEntry(cache, each, 1) for each in tokens]  # type: ignore[arg-type]
+    layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
+    table = PageTable(KVPool(layout, 2**12), [3], 4)
+    entries = [BatchEntry(table, each, 1) for each in tokens]
     assert [new for _, _, new, _ in Pass.of(entries).parts] == [[5], [1, 2], [6, 7]]
     assert len(read) == 1
 
