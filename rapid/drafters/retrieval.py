@@ -18,6 +18,7 @@ from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import DraftLost, RapidError
+from rapid.models.draft_vocabulary import by_frequency
 from rapid.speculation.controller import Acceptance, Offer
 from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResult
 
@@ -151,6 +152,7 @@ class RetrievalDrafter(Drafter):
             sampling,
             session.request.speculation,
             logits=session.logits,
+            known=by_frequency(session.request.prompt.tokens),
             salt=session.request.salt,
         )
         if request.capacity - 1 > self._backend.info("drafter").window:  # the last token is never read

@@ -243,7 +243,11 @@ class Engine:
         ]
         parts: list[list[tuple[RunningTask, int]]] = []
         try:
-            rows = self.model.forward(entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled))
+            rows = self.model.forward(
+                entries,
+                heads=[r.request.sequence.head for r, _ in scheduled],
+                abandoned=lambda: all(r.is_unwanted for r, _ in scheduled),
+            )
         except PassAbandoned:
             return
         except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +17,10 @@ from rapid.engine.messages import DraftRequest
 from rapid.engine.readout import Download, Draw, drafted_token
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
-from rapid.kernels.transfer import is_asynchronous
+from rapid.kernels.transfer import is_asynchronous, upload
+from rapid.models.draft_head import DraftHead
+from rapid.models.draft_vocabulary import Size
+from rapid.sampling.noise import Noise, Purpose
 from rapid.speculation.draft import Draft, DraftLimits
 
 _FEW = 4  # tokens that are read at a time, if the host may want fewer than all
@@ -34,8 +39,15 @@ class _Drawing(NamedTuple):
         return self.first.ms_until(self.last) / (self.num_drawn - 1) if self.num_drawn > 1 else 0.0
 
 
-def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
+NewHead = Callable[[Size, Iterable[int]], DraftHead | None]
+
+
+def propose(
+    sequence: Sequence, request: DraftRequest, eos: frozenset[int], new_head: NewHead | None = None
+) -> Task[Draft]:
     """Samples a draft behind the output; the output's tokens from ``request.offset`` on are ``request.tokens``.
+
+    With ``new_head`` (`rapid.models.model.Model.draft_head`) tokens are drawn from a draft vocabulary.
 
     The task rolls back earlier draft tokens that differ from these tokens. If tokens were drafted ahead and these
     tokens came as guessed, the draft begins with the rest of them. The draft ends at an end of sequence, or where the
@@ -51,13 +63,14 @@ def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> T
         if any(ours != theirs for ours, theirs in zip(drafted, tokens, strict=False)):
             before.cancel()
     sequence.drafting_ahead = rest
-    return _propose(sequence, request, eos, before, rest)
+    return _propose(sequence, request, eos, new_head, before, rest)
 
 
 def _propose(
     sequence: Sequence,
     request: DraftRequest,
     eos: frozenset[int],
+    new_head: NewHead | None,
     before: Future[Any] | None,
     rest: Future[Any] | None,
 ) -> Task[Draft]:
@@ -65,6 +78,7 @@ def _propose(
     started = Moment(sequence.device)
     offset, tokens, limits = request.offset, request.tokens, request.limits
     try:
+        _choose_vocabulary(sequence, tokens, eos, new_head)
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
         # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it.
@@ -119,6 +133,21 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
+def _choose_vocabulary(sequence: Sequence, written: list[int], eos: frozenset[int], new_head: NewHead | None) -> None:
+    """Gives ``sequence`` a draft vocabulary, or the tokens ``written`` since the last draft columns in the one it has.
+
+    Under a grammar drafts are drawn from all tokens: none of those that may follow need be in a part of them.
+    """
+    request, logits, head = sequence.request, sequence.logits, sequence.head
+    if head is None and new_head is not None and (logits is None or not logits.has_grammar):
+        needed = () if logits is None else logits.needed
+        size = request.speculation.draft_vocabulary
+        sequence.head = new_head(size, itertools.chain(eos, needed, request.known, request.prompt))
+    changed = sequence.head is not head or (head is not None and head.add(written))
+    if changed and logits is not None and sequence.head is not None:
+        sequence.logits = logits.over(sequence.head.vocabulary)
+
+
 def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, eos: frozenset[int]) -> Task[_Drawing]:
     """Samples onto ``draft`` until it ends.
 
@@ -130,12 +159,15 @@ def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, 
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
     drawn_at: list[Moment] = []
+    first = draft.offset - start + len(draft.tokens)
+    noise = Noise(upload([sequence.seed], "int64", device), start)
+    keys = noise.keys(Purpose.DRAFT, torch.arange(first, first + limits.max_tokens, device=device)).unbind(-1)
     while True:
         logits = yield ForwardRequest(sequence, feed, 1)
         if sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        step = draft.offset - start + len(draft.tokens) + len(unread)
-        feed, values = yield Draw(logits, request.sampling, draft_top_k, sequence.seed, start, step)
+        ids = None if sequence.head is None else sequence.head.ids
+        feed, values = yield Draw(logits, ids, request.sampling, draft_top_k, keys[len(drawn_at)])
         unread.append(values)
         drawn_at.append(Moment(device))
         if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):

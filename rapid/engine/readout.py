@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rapid.kernels.transfer import download, upload
-from rapid.sampling.noise import Noise, Purpose
+from rapid.sampling.noise import Noise
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.sampling.sampler import warp
@@ -38,21 +38,20 @@ class DrawnToken(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Draws a draft token from ``logits`` [1, V]; the answer is a `DrawnToken`.
+    """Draws a draft token from ``logits`` [1, V] with its ``key`` [1] (`Noise.keys`); the answer is a `DrawnToken`.
 
-    The random numbers are those of step ``step`` in the round that begins at output position ``round_start``.
+    ``ids`` [V] are the tokens of the columns; None if these are all tokens.
     """
 
     logits: Tensor
+    ids: Tensor | None
     sampling: SamplingParams
     draft_top_k: int
-    seed: int
-    round_start: int
-    step: int
+    key: Tensor
 
     @staticmethod
     def together(wishes: Sequence[Draw]) -> list[DrawnToken]:
-        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.draft_top_k, _draw)
+        return _in_groups(wishes, _kind_of_draw, _draw)
 
 
 class Verify(NamedTuple):
@@ -123,16 +122,20 @@ def _in_groups(
     return [answers[i] for i in range(len(wishes))]
 
 
+def _kind_of_draw(wish: Draw) -> Hashable:
+    return wish.sampling.temperature > 0 and wish.draft_top_k, wish.logits.shape[-1], wish.ids is None
+
+
 def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
-    """Draws for wishes with one ``draft_top_k``, or for greedy ones."""
+    """Draws for wishes with one ``draft_top_k`` and rows of one length, or for greedy ones."""
     logits = _joined([each.logits for each in wishes])
+    listed = [each.ids for each in wishes if each.ids is not None]
+    ids = torch.stack(listed) if listed else None
     if wishes[0].sampling.temperature == 0:
-        drawn = draw_greedily(logits)
+        drawn = draw_greedily(logits, ids)
     else:
-        places = upload([(each.seed, each.round_start, each.step) for each in wishes], "int64", logits.device)
-        keys = Noise(places[:, 0], places[:, 1]).keys(Purpose.DRAFT, places[:, 2:]).squeeze(-1)
         params = RowParams.of([each.sampling for each in wishes], logits.device)
-        drawn = draw(logits, params, wishes[0].draft_top_k, keys)
+        drawn = draw(logits, params, wishes[0].draft_top_k, _joined([each.key for each in wishes]), ids)
     columns = (drawn.tokens.unsqueeze(-1), drawn.confidences.unsqueeze(-1), drawn.ids, drawn.weights)
     values = torch.cat([column.double() for column in columns], -1)
     return list(map(DrawnToken, drawn.tokens.split(1), values.unbind()))

@@ -15,6 +15,7 @@ from rapid.engine.messages import SequenceRequest
 from rapid.engine.readout import Readout
 from rapid.kernels.interface import Tokens
 from rapid.kv_cache.pool import KVCache
+from rapid.models.draft_head import DraftHead
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.speculation.draft import Draft
 
@@ -33,6 +34,7 @@ class Sequence:
     cache: KVCache
     seed: int  # of its random numbers
     logits: LogitProcessor | None = None
+    head: DraftHead | None = None  # of a sequence that drafts from a draft vocabulary
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())

@@ -101,7 +101,7 @@ class Decoder:
         self._compiled = CompiledLayers(self._layers, sizes) if can_record else None
         self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
-        self._head = make_linear(
+        self.head = make_linear(
             local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
         )
 
@@ -118,6 +118,27 @@ class Decoder:
         Raises:
             PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
+        x = self._behind_layers(tokens, positions, batch, abandoned)
+        if self._group is None:
+            last = x[rows.to(x.device)].to(self._head_device)
+            return self.head(self._norm(last)).to(rows.device)
+        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
+        logits = self.head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
+        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        rows: Tensor,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
+        """What the ``head`` multiplies for these logits, [len(rows), hidden]; there is no group."""
+        return self._norm(self._behind_layers(tokens, positions, batch, abandoned)[rows].to(self._head_device))
+
+    def _behind_layers(self, tokens: Tensor, positions: Tensor, batch: Batch, abandoned: Callable[[], bool]) -> Tensor:
+        """[total, hidden]"""
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
         if self._compiled is not None and self._compiled.supports(batch, len(tokens)):
@@ -129,12 +150,7 @@ class Decoder:
                 if layer.device != x.device:
                     x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
                 x = self._through(layer, i, x, cos, sin, batch)
-        if self._group is None:
-            last = x[rows.to(x.device)].to(self._head_device)
-            return self._head(self._norm(last)).to(rows.device)
-        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
-        logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
-        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+        return x
 
     def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)

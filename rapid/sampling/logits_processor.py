@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rapid.kernels.transfer import upload
+from rapid.models.draft_vocabulary import DraftVocabulary
 from rapid.sampling.grammar import Grammar
 from rapid.sampling.params import LogitParams
 
@@ -25,7 +26,7 @@ _builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
 
 class LogitProcessor:
-    """Applies ``params`` to one sequence's logits, on ``device``."""
+    """Applies ``params`` to one sequence's logits, on ``device``; with a ``vocabulary``, to logits over that alone."""
 
     def __init__(
         self,
@@ -33,23 +34,41 @@ class LogitProcessor:
         tokenizer: PreTrainedTokenizerBase | None,
         vocab_size: int,
         device: torch.device,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
-        self._params, self._vocab_size = params, vocab_size
-        self._bias = _tensors(list(params.logit_bias), list(params.logit_bias.values()), device)
-        self._prompt = upload(params.prompt, "int64", device)
-        self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self._prompt, True)
-        self._ends = upload([*params.eos, *params.stop_token_ids], "int64", device)
+        self._params, self._device, self._vocabulary = params, device, vocabulary
+        width = vocab_size if vocabulary is None else len(vocabulary.ids)
+        biased, has_column = self._columns(list(params.logit_bias))
+        self._bias = _tensors(biased, np.array(list(params.logit_bias.values()))[has_column], device)
+        self._prompt, self._ends = (
+            upload(self._columns(tokens)[0], "int64", device)
+            for tokens in (params.prompt, [*params.eos, *params.stop_token_ids])
+        )
+        self._in_prompt = torch.zeros(width, dtype=torch.bool, device=device).index_fill_(0, self._prompt, True)
         self._grammar: Future[Grammar] | None = None
         if params.grammar is not None:
-            assert tokenizer is not None
+            assert tokenizer is not None and vocabulary is None
             self._grammar = _builder.submit(Grammar, params.grammar, tokenizer, vocab_size, params.eos)
+
+    @property
+    def has_grammar(self) -> bool:
+        return self._grammar is not None
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Tokens that a part of the vocabulary must have: the request makes them likelier, or ends with them."""
+        return (*self._params.stop_token_ids, *self._params.logit_bias)
+
+    def over(self, vocabulary: DraftVocabulary) -> LogitProcessor:
+        """The same for logits over ``vocabulary`` as it is now. There must be no grammar."""
+        return LogitProcessor(self._params, None, len(vocabulary.columns), self._device, vocabulary)
 
     def num_allowed(self, output: list[int], tokens: list[int]) -> int:
         """How many of ``tokens`` may follow ``output``: up to the first that breaks the grammar."""
         return len(tokens) if self._grammar is None else self._grammar.result().num_allowed(output, tokens)
 
     def __call__(self, logits: Tensor, output: list[int], draft: Sequence[int] = ()) -> Tensor:
-        """``logits`` [γ+1, V], adjusted: row i follows all of ``output`` and the first i of the γ tokens of ``draft``.
+        """``logits`` [γ+1, V or N], adjusted: row i follows ``output`` and the first i of the γ tokens of ``draft``.
 
         Raises:
             InvalidRequest: the grammar is too large for llguidance.
@@ -62,7 +81,9 @@ class LogitProcessor:
         if params.repetition_penalty != 1:
             logits.index_copy_(-1, self._prompt, self._repeated(logits.index_select(-1, self._prompt)))
         if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
-            ids, counts = _tensors(*_counts(output, draft), logits.device)
+            tokens, counted = _counts(output, draft)
+            columns, has_column = self._columns(tokens)
+            ids, counts = _tensors(columns, counted[:, has_column], logits.device)
             values, written = logits.index_select(-1, ids), counts > 0
             # The prompt's tokens have had this penalty.
             values = torch.where(written & ~self._in_prompt[ids], self._repeated(values), values)
@@ -75,6 +96,13 @@ class LogitProcessor:
             rows = [grammar.allowed([*output, *draft[:i]]) for i in range(len(draft) + 1)]
             logits = logits.masked_fill(~upload(rows, "bool", logits.device), -torch.inf)
         return logits
+
+    def _columns(self, tokens: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(the columns of those ``tokens`` [n] that have one, which of them do)."""
+        ids = np.asarray(tokens, np.int64)
+        if self._vocabulary is not None:
+            ids = self._vocabulary.columns[ids]
+        return ids[ids >= 0], ids >= 0
 
     def _repeated(self, logits: Tensor) -> Tensor:
         penalty = self._params.repetition_penalty

@@ -66,6 +66,21 @@ def by_sorting(probs: Tensor, params: RowParams) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
+def truncate_largest(probs: Tensor, params: RowParams) -> Tensor:
+    """`truncate` of the k largest probabilities of each row, in descending order [R, k]; not renormalised."""
+    size = probs.shape[-1]
+    if not any(row.top_k or row.top_p < 1 or row.min_p for row in params.rows):
+        return probs
+    top_k = params.top_k
+    last = torch.where(top_k > 0, top_k, size).clamp_max(size) - 1
+    keep = probs >= probs.gather(-1, last.expand(len(probs), 1))
+    mass = torch.where(top_k > 0, (probs * keep).sum(-1, keepdim=True, dtype=torch.float64), 1.0)
+    mass_before = probs.cumsum(-1, dtype=torch.float64) - probs
+    keep &= mass_before < params.top_p * mass
+    keep &= probs >= params.min_p.to(probs.dtype) * probs[:, :1]
+    return probs * keep
+
+
 class _Row(NamedTuple):
     """One row: ``values`` [V], the same memory as ``blocks`` [V/64, 64], their maxima, and these in order [V/64]."""
 

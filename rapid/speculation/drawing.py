@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.sampler import sample_few, warp
+from rapid.sampling.sampler import first_to_come, warp_largest
 
 
 class Drawn(NamedTuple):
@@ -26,20 +26,23 @@ class Drawn(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> Drawn:
-    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
-    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
-    weights = top / top.sum(-1, keepdim=True)
-    tokens = sample_few(weights, ids, keys)
-    return Drawn(tokens, _confidences(logits, tokens), ids, weights)
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor, ids: Tensor | None = None) -> Drawn:
+    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
+
+    ``ids`` [B, V] are the tokens of the columns, if these are not all tokens in their order.
+    """
+    top, columns = logits.topk(min(draft_top_k, logits.shape[-1]))  # the largest first
+    probs = warp_largest(logits, top, params)
+    weights = probs / probs.sum(-1, keepdim=True)
+    of_columns = columns if ids is None else ids.gather(-1, columns)
+    best = first_to_come(weights, of_columns, keys)
+    confidences = (top.gather(-1, best) - logits.logsumexp(-1, keepdim=True)).exp()
+    return Drawn(of_columns.gather(-1, best).squeeze(-1), confidences.squeeze(-1), of_columns, weights)
 
 
-def draw_greedily(logits: Tensor) -> Drawn:
+def draw_greedily(logits: Tensor, ids: Tensor | None = None) -> Drawn:
     """The likeliest token of each row of ``logits`` [B, V]."""
-    tokens = logits.argmax(-1)
+    best, columns = logits.max(-1, keepdim=True)
+    confidences = (best - logits.logsumexp(-1, keepdim=True)).exp().squeeze(-1)
     none = logits[:, :0]
-    return Drawn(tokens, _confidences(logits, tokens), none, none)
-
-
-def _confidences(logits: Tensor, tokens: Tensor) -> Tensor:
-    return (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+    return Drawn((columns if ids is None else ids.gather(-1, columns)).squeeze(-1), confidences, none, none)

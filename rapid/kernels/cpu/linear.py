@@ -7,6 +7,7 @@ is read from memory once for all rows of a step, and the next weights are prefet
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -55,9 +56,12 @@ class CompiledLinear:
             self._scales, self._offsets = (
                 part.view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in pair
             )
+        self.kernel = _kernel(bits)
+        self._point()
+
+    def _point(self) -> None:
         num_panels = len(self._packed)
         self._width = num_panels * LANES
-        self.kernel = _kernel(bits)
         self._fixed = (
             *(num_panels // _PANELS, self._groups, self._packed.data_ptr(), self._packed[0].nbytes),
             *(self._scales.data_ptr(), self._offsets.data_ptr()),
@@ -67,6 +71,25 @@ class CompiledLinear:
     def pads(self) -> bool:
         """Whether input or output rows are longer than the weight's."""
         return self._padding > 0 or self._width != self.num_outputs
+
+    def of_outputs(self, ids: Tensor) -> CompiledLinear:
+        """The product with the weight's rows ``ids`` [n] alone: n is a multiple of 32, and not in four bits."""
+        some = copy.copy(self)
+        some.num_outputs = len(ids)
+        some._packed = self._packed.new_empty(len(ids) // LANES, *self._packed.shape[1:])
+        some._scales = self._scales.new_empty(len(ids) if len(self._scales) else 0)
+        some.bias = None if self.bias is None else self.bias[ids]
+        some._point()
+        some.copy_outputs(torch.arange(len(ids)), self, ids)
+        return some
+
+    def copy_outputs(self, places: Tensor, source: CompiledLinear, ids: Tensor) -> None:
+        """Puts the weight's rows ``ids`` [n] of ``source`` in the places of this weight's rows ``places`` [n]."""
+        _lanes(self._packed)[places // LANES, places % LANES] = _lanes(source._packed)[ids // LANES, ids % LANES]
+        if len(self._scales):
+            self._scales[places] = source._scales[ids]
+        if self.bias is not None and source.bias is not None:
+            self.bias[places] = source.bias[ids]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
@@ -92,6 +115,12 @@ class CompiledLinear:
 def _panels(rows: Tensor) -> Tensor:
     """[out, in] to [panels, in/2, 16 · 2]."""
     return rows.view(-1, LANES, rows.shape[1] // 2, 2).transpose(1, 2).flatten(2).contiguous()
+
+
+def _lanes(packed: Tensor) -> Tensor:
+    """A view of dense or 8-bit panels, [panels, 16, in/2], whose elements are pairs of inputs."""
+    pairs = packed.view(torch.int32 if packed.dtype == torch.bfloat16 else torch.int16)
+    return pairs.view(len(packed), -1, LANES).transpose(1, 2)
 
 
 @functools.cache
