@@ -18,7 +18,7 @@ from rapid.backend.protocol import Lease, Retrieval, Role
 from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.errors import EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
-from rapid.speculation.controller import Costs
+from rapid.speculation.learned import History
 from retrieval import IndexProgress, RetrievalError
 
 _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
@@ -38,7 +38,7 @@ class RayBackend:
         overlap: bool,
         may_be_away: Collection[Role] = (),
     ) -> None:
-        self.costs = Costs()
+        self.history = History()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap = overlap
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away

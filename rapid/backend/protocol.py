@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, SequenceRequest, VerifyRequest
 from rapid.models.info import ModelInfo
-from rapid.speculation.controller import Costs
 from rapid.speculation.draft import Draft, VerifyResult
+from rapid.speculation.learned import History
 from rapid.text.prompts import RetrievedText
 
 Role = Literal["target", "drafter"]
@@ -74,12 +74,12 @@ class Lease:
 class Backend(Protocol):
     """Gives `generate` sequences on engines, and retrieved passages.
 
-    ``costs`` are the costs of rounds, which each request reads and updates. ``resume_timeout_s`` is how long a request
+    ``history`` is what requests learned of their rounds, for later ones. ``resume_timeout_s`` is how long a request
     looks for another engine after a loss; 0 if there is no other engine. With ``overlap`` drafters draft ahead while
     the target verifies.
     """
 
-    costs: Costs
+    history: History
     resume_timeout_s: float
     overlap: bool
 

@@ -26,7 +26,7 @@ from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
 from rapid.engine.readout import Download, Draw, Verify
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
-from rapid.engine.sequence import Sequence, Task
+from rapid.engine.sequence import Sequence, SharedPass, Task
 from rapid.engine.torch_thread import compute
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry
@@ -280,6 +280,8 @@ class Engine:
 
     def _send(self, scheduled: list[tuple[RunningTask, int]], rows: list[Tensor]) -> None:
         """Gives each task its rows of a pass."""
+        decoding = [num_tokens for running, num_tokens in scheduled if running.request.tokens is not None]
+        shared = SharedPass(len(decoding), sum(decoding))
         for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
             sequence = running.request.sequence
             sequence.last_used = time.monotonic()
@@ -287,7 +289,7 @@ class Engine:
             if running.request.tokens is None:
                 self._pool.insert(sequence.cache, sequence.prompt, sequence.cache.length)
             else:
-                sequence.decoded_at = sequence.last_used
+                sequence.decoded_at, sequence.shared = sequence.last_used, shared
             if running.num_left <= 0:
                 self._resume(running, logits)
         self._read_out()

@@ -94,7 +94,8 @@ def _propose(
             step_ms = drawing.step_ms or (elapsed_ms if num_pending <= 2 else 0.0)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
+        num_sequences = sequence.shared.num_sequences
+        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead, num_sequences=num_sequences)
         if rest is None:
             return draft
         ahead = sequence.ahead = Draft(sequence.position)

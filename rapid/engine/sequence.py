@@ -22,6 +22,16 @@ from rapid.speculation.draft import Draft
 T = TypeVar("T")
 
 
+class SharedPass(NamedTuple):
+    """How many sequences decoded in a pass, and their tokens in all."""
+
+    num_sequences: int
+    num_tokens: int
+
+
+ALONE = SharedPass(1, 1)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
@@ -42,6 +52,7 @@ class Sequence:
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
     last_used: float = field(default_factory=time.monotonic)
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
+    shared: SharedPass = ALONE  # that pass
 
     @property
     def prompt(self) -> list[int]:

@@ -173,7 +173,7 @@ def test_every_rule_keeps_its_law(models: tuple[Model, Model], engine: Callable[
         sequences = [opened(each, prompt, replace(sampling, seed=seed + 7000 * i)) for i, each in enumerate(engines)]
         for sequence in sequences:
             sequence.request = replace(sequence.request, speculation=how)
-        written(*sequences, engines, 1)
+        written(sequences[0], sequences[1], engines, 1)
         counts[sequences[0].output[0]] += 1
         for sequence, each in zip(sequences, engines, strict=True):
             each.close(sequence)
