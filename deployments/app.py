@@ -5,6 +5,7 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from cluster.health import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from cluster.placement import REPLICA_CPUS, engine_bundles
 from deployments.config import AppConfig, EngineConfig
 from deployments.serve.coordinator import Coordinator
@@ -15,7 +16,7 @@ from deployments.serve.routing import LeaseRouter
 
 # The deployments that only pass things on hold as many requests as come; the engines decide how many run.
 _UNBOUNDED = 10_000
-_HEALTH_CHECK_PERIOD_S = 2.0
+_HEALTH = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S}
 _LOOK_BACK_S = 15.0  # averages over longer only delay; replicas report every 10 s
 
 
@@ -27,10 +28,11 @@ def build(config: AppConfig) -> Application:
         name="Retriever",
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": config.retriever.num_cpus, "num_gpus": config.retriever.num_gpus},
+        **_HEALTH,
     ).bind(config.retriever, config.files, config.target.model)
     # A stream goes through these two: they wait for its end as long as the engines do.
     drain_timeout_s = max(config.target.drain_timeout_s, config.drafting_engine.drain_timeout_s)
-    light = {
+    light = _HEALTH | {
         "max_ongoing_requests": _UNBOUNDED,
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_timeout_s": drain_timeout_s,
@@ -53,7 +55,7 @@ def _engine(name: str, config: EngineConfig) -> Application:
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=bundles,
         placement_group_strategy="STRICT_PACK",
-        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        **_HEALTH,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         request_router_config=RequestRouterConfig(request_router_class=LeaseRouter),

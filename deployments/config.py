@@ -103,6 +103,9 @@ class EngineConfig(Strict):
     graph_memory_gib: float = Field(GraphLimits.gib, ge=0, description="for CUDA graphs")
     max_sequences: int = Field(8, ge=1, description="requests that a replica holds at the same time")
     max_queued: int = Field(64, ge=1, description="requests that wait for a place; one more is answered 429")
+    pass_timeout_s: float = Field(
+        20, gt=0, description="a forward pass that takes longer, and far longer than others, ends the engine's process"
+    )
     idle_timeout_s: float = Field(600, gt=0, description="a sequence unused for this long is freed")
     drain_timeout_s: float = Field(600, gt=0, description="how long a replica that is to go waits for its leases")
 

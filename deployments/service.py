@@ -15,7 +15,7 @@ from deployments.schemas.events import Events, Started
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
 from deployments.turns import FairPool
-from rapid.errors import ContextLengthExceeded
+from rapid.errors import ContextLengthExceeded, EngineLost
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
 from retrieval import TenantOptions
@@ -79,13 +79,21 @@ class LocalService:
                         yield event
 
     async def health(self) -> Health:
-        """What each running engine holds. Raises where an engine does not answer."""
-        stats = await self._backend.stats()
+        """What each running engine holds, and which part is not well that requests can do without.
+
+        Raises:
+            EngineLost: the target is not well.
+        """
+        engines, problems = await self._backend.vitals()
+        if problem := problems.get("target"):
+            raise EngineLost(f"the target is not well: {problem}")
         return Health(
-            status="ok",
-            models={role: self._backend.info(role).name for role in stats},
-            sequences={role: held.num_sequences for role, held in stats.items()},
-            kv_bytes={role: held.kv_bytes for role, held in stats.items()},
+            status="degraded" if problems else "ok",
+            models={role: self._backend.info(role).name for role in engines},
+            sequences={role: held.num_sequences for role, held in engines.items()},
+            kv_bytes={role: held.kv_bytes for role, held in engines.items()},
+            pass_age_s={role: round(held.pulse.pass_age_s, 3) for role, held in engines.items()},
+            problems=problems,
         )
 
     async def window(self) -> int:

@@ -8,6 +8,8 @@
         ModelFileError               model_file_error         500
         EngineLost                   engine_lost              503
             SequenceClosed           sequence_closed          503
+            EngineHung               engine_hung              503
+        RequestQuarantined           request_quarantined      503
         DraftLost                    drafter_lost             503
         RetrievalFailed              retrieval_failed         503
         Overloaded                   overloaded               503, or 429
@@ -126,6 +128,19 @@ class SequenceClosed(EngineLost):
     """The request was cancelled, or the sequence's lease expired: the engine no longer has the sequence."""
 
     _code = "sequence_closed"
+
+
+class EngineHung(EngineLost):
+    """The engine's process or its pass does not go on. It counts as lost, and another engine may continue."""
+
+    _code = "engine_hung"
+
+
+class RequestQuarantined(RapidError):
+    """Engine after engine was lost while it worked on this request, so no engine gets it for some minutes."""
+
+    _code = "request_quarantined"
+    _status = 503
 
 
 class DraftLost(RapidError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retrieval.embedding import Embedder
     from retrieval.store import ChunkStore
 
+_STORE_TIME_S = 10.0  # for all calls of a store's server in one retrieval
 _BATCH = 8  # chunks between two progress reports of `keep`
 
 
@@ -154,7 +155,9 @@ class Retriever:
         kept: list[RetrievedChunk] = []
         left = options.budget(context_tokens)
         if chunks and query.strip():
-            for position, score in self._search(chunks, query, options):
+            with self._store.within(_STORE_TIME_S):
+                found = self._search(chunks, query, options)
+            for position, score in found:
                 if chunks[position].num_tokens <= left:
                     left -= chunks[position].num_tokens
                     kept.append(replace(chunks[position], score=score))

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import QdrantException
 from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
-from retrieval.errors import RetrievalError
+from retrieval.errors import RetrievalError, StoreTimeout
 
 _BATCH = 256  # points a message; a server refuses messages over 32 MB
-_TIMEOUT_S = 30
+_TIMEOUT_S = 2  # of one call
+_SILENT_S = 1.0  # after a call without an answer others fail at once
 _POINT_IDS = uuid.UUID("6f0f6c1e-6f5b-4a57-9d4c-2f1d3c7a9b10")
 
 
@@ -38,7 +41,8 @@ class ChunkStore:
         dimension: length of the vectors.
 
     Several threads may call it. Every method, and the constructor, raises RetrievalError when the server cannot be
-    reached or refuses; the constructor also when the collection holds vectors of another length.
+    reached or refuses, and its kind StoreTimeout when the server does not answer; the constructor raises RetrievalError
+    also when the collection holds vectors of another length.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class ChunkStore:
         self._folder = folder if url is None else None
         # In-process Qdrant has no locks of its own. A server's client needs none.
         self._lock = threading.Lock() if url is None else nullcontext()
+        self._silent_until = 0.0
+        self._budget = threading.local()  # `left` has the calling thread's seconds, in `within`
         if url is None:
             self._client = QdrantClient(location=":memory:")
             return
@@ -124,6 +130,15 @@ class ChunkStore:
             else:
                 self._client.delete(collection, models.FilterSelector(filter=_of(namespace)), wait=True)
 
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Let this thread's calls of a server in the block take `seconds` together, without what comes between them."""
+        self._budget.left = seconds if self._url else None
+        try:
+            yield
+        finally:
+            del self._budget.left
+
     def close(self) -> None:
         """Close the connection, or free the memory."""
         with self._calling():
@@ -180,16 +195,28 @@ class ChunkStore:
     @contextmanager
     def _calling(self) -> Iterator[None]:
         """Serialise calls if the client needs it, and raise a failed call as RetrievalError with its place."""
+        began = time.monotonic()
+        if began < self._silent_until:
+            raise StoreTimeout(f"Qdrant at {self._url} did not answer a moment ago.")
+        left = getattr(self._budget, "left", None)
+        if left is not None and left <= 0:
+            raise StoreTimeout(f"Qdrant at {self._url} is too slow: the time for all calls of a retrieval is over.")
         try:
             with self._lock:
                 yield
         except OSError as error:
             raise RetrievalError(f"kept vectors cannot be used: {error}. Check the folder and its disk.") from error
         except (ApiException, QdrantException) as error:
+            if isinstance(getattr(error, "source", None), httpx.TimeoutException):
+                self._silent_until = time.monotonic() + _SILENT_S
+                raise StoreTimeout(f"Qdrant at {self._url} has not answered for {_TIMEOUT_S} s.") from error
             raise RetrievalError(
                 f"Qdrant at {self._url} cannot be used: {error}. Check the URL, that the "
                 "server runs and is reachable from here, and the API key."
             ) from error
+        finally:
+            if left is not None:
+                self._budget.left = left - (time.monotonic() - began)
 
 
 def _of(namespace: str) -> models.Filter:

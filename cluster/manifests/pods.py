@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.health import ENVIRONMENT
 from cluster.manifests.topology import SERVE_PORT, Group, Service
 
 USER = 1000  # the image's user
@@ -135,6 +136,7 @@ def _ray_container(name: str, service: Service) -> Json:
         "env": [
             {"name": "HOME", "value": "/home/rapid"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+            *({"name": name, "value": value} for name, value in ENVIRONMENT.items()),
         ],
         # The root file system is read-only; Ray and the libraries write to these volumes.
         "volumeMounts": [

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
+from cluster import health
 from deployments.config import AppConfig, ConfigError, read_config
 from deployments.serve.worker import without_pandas
 from rapid.errors import InvalidRequest, RapidError
@@ -119,7 +120,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     """
     console = Console(stderr=True, highlight=False)
     # `serve run` protects a new cluster with Ray's own token; Ray's client reads it when it loads in this mode.
-    environment = BOUNDED | EDGE | os.environ
+    environment = BOUNDED | EDGE | health.ENVIRONMENT | os.environ
     without_pandas()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
@@ -107,7 +107,7 @@ class FileIndexer:
             self._errors[name] = error.message if isinstance(error, RetrievalFailed) else "internal error"
 
 
-async def in_threads(steps: Iterator[T]) -> AsyncIterator[T]:
+async def in_threads(steps: Iterator[T]) -> AsyncGenerator[T, None]:
     """The items of ``steps``, each computed in a thread."""
     while step := await asyncio.to_thread(lambda: list(islice(steps, 1))):
         yield step[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
 
+LONGEST_RETRY_S = 5
 _SMALL_BODY = 2**16  # bytes that are parsed sooner than a thread has begun
 _parsers = ThreadPoolExecutor(2, thread_name_prefix="parse")
 
@@ -51,7 +53,9 @@ def as_rapid_error(error: Exception) -> RapidError:
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     """The whole answer to a request that failed."""
     shown = as_rapid_error(error)
-    retry = {"Retry-After": str(getattr(shown, "retry_after", 1))} if shown.status in (429, 503) else {}
+    # Clients that were refused together must not come back together.
+    after_s = getattr(shown, "retry_after", None) or random.randint(1, LONGEST_RETRY_S)
+    retry = {"Retry-After": str(after_s)} if shown.status in (429, 503) else {}
     return JSONResponse(error_object(shown), status_code=shown.status, headers=retry | (headers or {}))
 
 

@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, Status, StatusCode
 
-from rapid.backend.protocol import Backend, Lease, Retrieval, Role
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.backend.protocol import Backend, Lease, Retrieval, Role, Vitals
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
@@ -77,12 +77,13 @@ class TracedBackend:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
         self.history = backend.history
+        self.quarantine = backend.quarantine
 
     def info(self, role: Role) -> ModelInfo:
         return self._backend.info(role)
 
-    async def stats(self) -> dict[Role, EngineStats]:
-        return await self._backend.stats()
+    async def vitals(self) -> Vitals:
+        return await self._backend.vitals()
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
         with _ending(_tracer.start_span("retrieve", self._context)) as span:
@@ -104,7 +105,7 @@ class TracedBackend:
         async with AsyncExitStack() as stack:
             with _ending(_tracer.start_span("queue", self._context, attributes=attributes)):
                 lease = await stack.enter_async_context(self._backend.lease(role, request))
-            yield Lease(partial(self._call, lease, attributes))
+            yield lease.over(partial(self._call, lease, attributes))
 
     def _call(self, lease: Lease, attributes: dict[str, Any], method: str, *message: Any) -> Awaitable[Any]:
         """One call of ``lease``, as a span with what its message and its result say of themselves."""

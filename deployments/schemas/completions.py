@@ -293,9 +293,14 @@ class TextRequest(Completion):
 
 
 class Health(BaseModel):
-    """`GET /health`: each engine's model, open sequences, and the bytes their KV caches hold."""
+    """`GET /health`: each engine's model, open sequences, the bytes their KV caches hold, and the age of its pass.
 
-    status: str
+    With ``problems`` (part → what is wrong, of the parts that requests can do without) ``status`` is "degraded".
+    """
+
+    status: Literal["ok", "degraded"]
     models: dict[str, str]
     sequences: dict[str, int]
     kv_bytes: dict[str, int]
+    pass_age_s: dict[str, float]
+    problems: dict[str, str]

@@ -1,30 +1,38 @@
 """Engines and a retriever behind Serve deployments, as the decode loop sees them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar, cast
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.serve.channel import Channel
 from deployments.serve.engines import Ticket, document_of, engines_of
+from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import QueueMetrics
-from rapid.backend.protocol import Lease, Retrieval, Role
+from deployments.serve.ray_errors import understood
+from rapid.backend.breaker import Breaker
+from rapid.backend.protocol import Lease, Retrieval, Role, Vitals
+from rapid.backend.quarantine import Quarantine
+from rapid.backend.waiting import DRAFTER_PATIENCE_S, QUEUE_LIMIT_S, TARGET_PATIENCE_S, retrieval_limit_s
 from rapid.engine.messages import EngineStats, SequenceRequest
-from rapid.errors import EngineLost, Overloaded, RapidError, RetrievalFailed
+from rapid.errors import EngineHung, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.learned import History
 from retrieval import IndexProgress, RetrievalError
 
+T = TypeVar("T")
+
 _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
-_LEASE_TIMEOUT_S = 20.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
-_OPTIONAL_TIMEOUT_S = 5.0  # for the first word of what a request can do without
+_LEASE_TIMEOUT_S = 5.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
+_OPTIONAL_TIMEOUT_S = 2.0  # for the next word of what a request can do without
 _LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket whose request is gone
+_VITALS_TIMEOUT_S = 1.5  # for one question to one part
+_DELETE_TIMEOUT_S = 20.0
 
 
 class RayBackend:
@@ -39,13 +47,17 @@ class RayBackend:
         may_be_away: Collection[Role] = (),
     ) -> None:
         self.history = History()
+        self.quarantine = Quarantine()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap = overlap
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
+        self._hanging = {role: Breaker() for role in engines}
+        self._retrieving = Breaker()
         self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
         self._actors: dict[Role, Any] = {}  # one that was there lately
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asking_serve: asyncio.Future[Any] | None = None
 
     async def connect(self) -> None:
         """Waits for both models to be loaded."""
@@ -58,107 +70,164 @@ class RayBackend:
     def info(self, role: Role) -> ModelInfo:
         return self._infos[role]
 
-    async def stats(self) -> dict[Role, EngineStats]:
-        """What the engines hold; asked of the actors, since a call through Serve waits while all places are leased.
+    async def vitals(self) -> Vitals:
+        """Asked of the engine actors, since a call through Serve waits while all places are leased.
 
         An engine that may be away is left out when it is: to ask Serve for it would bring it back.
         """
-        held: dict[Role, EngineStats] = {}
-        for role in self._engines:
-            try:
-                held[role] = await self._actors[role].stats.remote()
-            except RayActorError:
-                if role not in self._may_be_away:
-                    await self._find(role)
-                    held[role] = await self._actors[role].stats.remote()
-        return held
+        parts = [*self._engines, "retriever"]
+        found = await asyncio.gather(
+            *map(self._vitals_of, self._engines), self._retriever_answers(), return_exceptions=True
+        )
+        engines: dict[Role, EngineStats] = {}
+        problems: dict[str, str] = {}
+        for part, said in zip(parts, found, strict=True):
+            if isinstance(said, EngineStats):
+                engines[cast(Role, part)] = said
+                if stuck := said.pulse.problem(TARGET_PATIENCE_S):
+                    problems[part] = stuck
+            elif isinstance(said, RapidError):
+                problems[part] = said.message
+            elif said is not None:
+                raise said
+        return Vitals(engines, problems)
+
+    async def _vitals_of(self, role: Role) -> EngineStats | None:
+        part = f"the {role}'s engine"
+        try:
+            return await self._ask(part, self._actors[role].stats.remote)
+        except EngineHung:
+            raise
+        except EngineLost:
+            if role in self._may_be_away:
+                return None
+        await self._ask(part, lambda: self._find(role))
+        return await self._ask(part, self._actors[role].stats.remote)
+
+    async def _retriever_answers(self) -> None:
+        await self._ask("the retriever", self._retriever.answers.remote)
+
+    async def _ask(self, part: str, question: Callable[[], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(_VITALS_TIMEOUT_S):
+                with understood(part, EngineLost):
+                    return await question()
+        except TimeoutError as error:
+            raise EngineHung(f"{part} has not answered for {_VITALS_TIMEOUT_S:g} s") from error
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        """Each word of the retriever is waited for, not the whole answer: a long document takes its time."""
+        if refusal := self._retrieving.refusal():
+            raise refusal
         stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
+        words = heard(stream, first_s=_OPTIONAL_TIMEOUT_S, silent_s=_OPTIONAL_TIMEOUT_S)
         try:
-            with _retrieving():
-                async with asyncio.timeout(_OPTIONAL_TIMEOUT_S):
-                    await anext(stream)
-                retrieval: Retrieval = await anext(stream)
-        except asyncio.CancelledError:
+            with _retrieving(self._retrieving):
+                async with asyncio.timeout(retrieval_limit_s(contents)), aclosing(words):
+                    retrieval: Retrieval = await anext(words)
+        except (asyncio.CancelledError, RetrievalFailed):
             stream.cancel()
             raise
-        except TimeoutError as error:
-            stream.cancel()
-            raise RetrievalFailed(f"no retriever answered within {_OPTIONAL_TIMEOUT_S} s") from error
+        self._retrieving.succeeded()
         return retrieval
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)
         try:
-            with _retrieving():
-                async for kept in stream:
+            with _retrieving(self._retrieving):
+                async for kept in heard(stream, first_s=_DELETE_TIMEOUT_S, silent_s=_DELETE_TIMEOUT_S):
                     yield kept
         finally:
             stream.cancel()
 
     async def delete(self, vectors: str) -> None:
         dropped = self._retriever.delete.remote(vectors)
-        try:
-            with _retrieving():
-                async with asyncio.timeout(_LEASE_TIMEOUT_S):
+        with _retrieving(self._retrieving):
+            try:
+                async with asyncio.timeout(_DELETE_TIMEOUT_S):
                     await dropped
-        except TimeoutError as error:
-            dropped.cancel()
-            raise RetrievalFailed(f"no retriever answered within {_LEASE_TIMEOUT_S} s") from error
+            except TimeoutError:
+                dropped.cancel()
+                raise
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         """Every engine of the application, whoever has asked it for something."""
         mine = engines_of(serve.get_replica_context().app_name)
-        for name in await asyncio.to_thread(ray.util.list_named_actors):
+        async with asyncio.timeout(_DELETE_TIMEOUT_S):
+            names = await asyncio.to_thread(ray.util.list_named_actors)
+        for name in names:
             if name.startswith(mine):
-                with suppress(ValueError, RayActorError):  # gone since, and what it held with it
-                    engine = await asyncio.to_thread(ray.get_actor, name)
-                    await engine.forget.remote(tokens, salt)
+                # Gone since, or hung and about to be killed, and what it held with it.
+                with suppress(ValueError, EngineLost), understood(f"the engine {name}", EngineLost):
+                    async with asyncio.timeout(_DELETE_TIMEOUT_S):
+                        engine = await asyncio.to_thread(ray.get_actor, name)
+                        await engine.forget.remote(tokens, salt)
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
-        handle = self._engines[role].options(stream=True, multiplexed_model_id=document_of(request.prompt))
-        stream = handle.lease.remote(request)
-        first = asyncio.ensure_future(anext(stream))
+        breaker = self._hanging[role]
+        if not request.may_wait and (refusal := breaker.refusal()):
+            raise refusal
         try:
-            resume_timeout_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
-            with self._queue.waiting(role):
-                while not (await asyncio.wait([first], timeout=resume_timeout_s))[0]:
-                    if request.written or not request.may_wait:
-                        raise Overloaded(f"no {role} had a place within {resume_timeout_s:g} s")
-                    if not await self._is_there(role):
-                        raise EngineLost(f"there is no {role}")
-                    # Busy replicas are waited for in their queue.
-            ticket: Ticket | RapidError = first.result()
-        except BackPressureError as error:
-            raise Overloaded(f"the {role}'s queue is full; try again shortly", status=429) from error
-        except RayError as error:
-            raise EngineLost(f"no {role} answers") from error
-        except (asyncio.CancelledError, RapidError):
-            self._abandon(stream, first)
-            raise
-        if isinstance(ticket, RapidError):
-            raise ticket
-        self._actors[role] = ticket.engine
-        try:
+            stream, ticket = await self._ticket(role, request)
             try:
                 channel = await Channel.connect(ticket.address, ticket.lease_id)
             except OSError as error:
-                raise EngineLost(f"the {role}'s engine cannot be reached: {error}") from error
+                ticket.engine.close.remote(ticket.lease_id)
+                raise EngineHung(f"the {role}'s engine cannot be reached: {error or 'no answer'}") from error
+        except (EngineHung, Overloaded) as error:
+            breaker.failed(error)
+            raise
+        self._actors[role] = ticket.engine
+        try:
             self._keep(_close_with(stream, channel))
+            patience_s = TARGET_PATIENCE_S if request.may_wait else DRAFTER_PATIENCE_S
             try:
-                yield lease_over(channel, ticket.lease_id)
+                yield lease_over(channel, ticket.lease_id, len(request.prompt), patience_s, breaker)
             finally:
                 channel.close()
         finally:
             ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
 
+    async def _ticket(self, role: Role, request: SequenceRequest) -> tuple[Any, Ticket]:
+        """A place on one of the engines, and the stream that holds it."""
+        # The reader of a document is preferred, but not where it may be what hangs.
+        document = "" if self._hanging[role].is_open else document_of(request.prompt)
+        handle = self._engines[role].options(stream=True, multiplexed_model_id=document)
+        stream = handle.lease.remote(request)
+        first = asyncio.ensure_future(anext(stream))
+        started = time.monotonic()
+        try:
+            timeout_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
+            with self._queue.waiting(role):
+                while not (await asyncio.wait([first], timeout=timeout_s))[0]:
+                    if request.written or not request.may_wait:
+                        raise Overloaded(f"no {role} had a place within {timeout_s:g} s")
+                    if not await self._is_there(role):
+                        raise EngineLost(f"there is no {role}")
+                    # Busy replicas are waited for in their queue.
+                    if time.monotonic() - started > QUEUE_LIMIT_S:
+                        raise Overloaded(f"no {role} had a place within {QUEUE_LIMIT_S:g} s", status=429)
+            with understood(f"the {role}", EngineLost):
+                ticket: Ticket | RapidError = first.result()
+        except (asyncio.CancelledError, RapidError):
+            self._abandon(stream, first)
+            raise
+        if isinstance(ticket, RapidError):
+            raise ticket
+        return stream, ticket
+
     async def _is_there(self, role: Role) -> bool:
-        """Whether any replica runs, busy as it may be. Serve itself would wait for one for ever."""
+        """Whether any replica runs, busy as it may be. Serve itself would wait for one for ever.
+
+        Serve's controller may hang as well. Then one thread waits for it, and a running replica is taken for granted.
+        """
         handle = self._engines[role]
-        status = await asyncio.to_thread(serve.status)
-        found = status.applications[handle.app_name].deployments[handle.deployment_name]
+        if self._asking_serve is None or self._asking_serve.done():
+            self._asking_serve = asyncio.ensure_future(asyncio.to_thread(serve.status))
+        if not (await asyncio.wait([self._asking_serve], timeout=_OPTIONAL_TIMEOUT_S))[0]:
+            return True
+        found = self._asking_serve.result().applications[handle.app_name].deployments[handle.deployment_name]
         return found.replica_states.get("RUNNING", 0) > 0
 
     def _abandon(self, stream: Any, first: asyncio.Future[Any]) -> None:
@@ -180,15 +249,19 @@ class RayBackend:
 
 
 @contextmanager
-def _retrieving() -> Iterator[None]:
-    """What goes wrong with the retriever, as one error."""
+def _retrieving(breaker: Breaker) -> Iterator[None]:
+    """What goes wrong with the retriever, as one error. The breaker learns of what kept the caller waiting."""
     try:
-        yield
-    except RetrievalError as error:
-        # Across processes str() is the remote traceback; the first argument is still the message.
-        raise RetrievalFailed(f"retrieval failed: {getattr(error, 'cause', error)}") from error
-    except RayError as error:
-        raise RetrievalFailed("the retriever is gone") from error
+        with understood("the retriever", RetrievalFailed):
+            try:
+                yield
+            except RetrievalError as error:
+                # Across processes str() is the remote traceback; the first argument is still the message.
+                raise RetrievalFailed(f"retrieval failed: {getattr(error, 'cause', error)}") from error
+    except RetrievalFailed as error:
+        if isinstance(error.__cause__, TimeoutError):
+            breaker.failed(error)
+        raise
 
 
 async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
@@ -201,13 +274,19 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
         channel.close()
 
 
-def lease_over(channel: Channel, lease_id: str) -> Lease:
+def lease_over(
+    channel: Channel,
+    lease_id: str,
+    prompt_tokens: int = 0,
+    patience_s: float = TARGET_PATIENCE_S,
+    breaker: Breaker | None = None,
+) -> Lease:
     """A lease whose calls go over ``channel``, each sent when it is made."""
 
     def call(method: str, *message: Any) -> Awaitable[Any]:
         return _or_lost(channel.call("call", lease_id, method, *message))
 
-    return Lease(call)
+    return Lease(call, prompt_tokens, patience_s, breaker)
 
 
 async def _or_lost(answer: Awaitable[Any]) -> Any:

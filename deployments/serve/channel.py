@@ -27,7 +27,8 @@ Method = Callable[..., Awaitable[Any]]
 Ended = Callable[[str], Awaitable[None]]
 
 _SECRET_BYTES, _LENGTH_BYTES = 32, 8
-_GONE = (asyncio.IncompleteReadError, OSError)  # reading raises these when the other process is gone
+_HELLO_S = 5.0  # to connect, and to say who one is
+_GONE = (asyncio.IncompleteReadError, OSError)  # reading raises these when the other process is gone, or too late
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Listener:
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         name: str | None = None
         try:
-            if not hmac.compare_digest(await reader.readexactly(_SECRET_BYTES), self.address.secret):
-                return
-            name = await _read(reader)
+            async with asyncio.timeout(_HELLO_S):
+                if not hmac.compare_digest(await reader.readexactly(_SECRET_BYTES), self.address.secret):
+                    return
+                name = await _read(reader)
             while True:
                 task = asyncio.create_task(self._answer(writer, *await _read(reader)))
                 self._answering.add(task)
@@ -109,9 +111,10 @@ class Channel:
     async def connect(cls, address: Address, name: str) -> "Channel":
         """
         Raises:
-            OSError: no process listens there.
+            OSError: no process listens there, or it does not answer within five seconds.
         """
-        reader, writer = await asyncio.open_connection(address.host, address.port)
+        async with asyncio.timeout(_HELLO_S):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
         writer.write(address.secret + _message(name))
         return cls(reader, writer)
 

@@ -12,6 +12,7 @@ from deployments.config import AppConfig
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Started
 from deployments.serve.backend import RayBackend
+from deployments.serve.heartbeat import beating
 from deployments.service import LocalService
 from rapid.backend.protocol import Role
 from rapid.errors import RapidError
@@ -41,10 +42,10 @@ class Coordinator:
 
     async def generate(
         self, completion: Completion, tenant: str
-    ) -> AsyncIterator[Started | Delta | Finish | RapidError]:
-        """`LocalService.generate`, with what is wrong with the request as its last item."""
+    ) -> AsyncIterator[Started | Delta | Finish | RapidError | None]:
+        """`LocalService.generate`, with None where it takes its time, and what is wrong with the request at the end."""
         try:
-            async with aclosing(self._service.generate(completion, tenant)) as events:
+            async with aclosing(beating(self._service.generate(completion, tenant))) as events:
                 async for event in events:
                     yield event
         except RapidError as error:

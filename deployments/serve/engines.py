@@ -11,24 +11,29 @@ import asyncio
 import hashlib
 import logging
 import os
+import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.scaling import KV_SHARE
 from deployments.config import EngineConfig
 from deployments.serve.channel import Address, Listener
 from deployments.serve.metrics import EngineMetrics
+from rapid.backend.waiting import TARGET_PATIENCE_S
 from rapid.engine.messages import EngineStats, SequenceRequest
-from rapid.errors import RapidError
+from rapid.errors import EngineHung, RapidError
 from rapid.models.info import ModelInfo, RankPlacement
 
 if TYPE_CHECKING:  # the replica holds no model: only the actor's process loads torch
@@ -39,6 +44,9 @@ if TYPE_CHECKING:  # the replica holds no model: only the actor's process loads 
 logger = logging.getLogger("ray.serve")
 
 _SWITCH_INTERVAL_S = 2e-4
+_LISTEN_EVERY_S = 1.0
+_ANSWER_WITHIN_S = 5.0
+_DOUBT_AFTER_S = 1.5
 _DOCUMENTS = 64  # whose readers a replica is known for
 _BEGINNING = 256  # tokens that tell documents apart
 
@@ -75,6 +83,10 @@ class RankActor:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    async def pid(self) -> int:
+        """This process's number on its machine, which is the replica's machine too (STRICT_PACK)."""
+        return os.getpid()
 
     async def follow(self, placement: RankPlacement) -> None:
         """Loads this rank's share and computes for the first rank, as long as that lives."""
@@ -163,7 +175,7 @@ class EngineReplica:
 
     An engine is one actor, or one for each rank that shares the model. When one of them dies, or stops to follow, this
     process ends too, which ends the others: Ray starts a whole new replica at once, instead of after a few failed
-    health checks.
+    health checks. When one hangs, this process kills it and ends likewise: no process can tell that of itself.
     """
 
     async def __init__(self, config: EngineConfig) -> None:
@@ -188,6 +200,10 @@ class EngineReplica:
         self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
         self._info, self._address = await self._engine.load.remote(placement)
+        self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *followers)))
+        self._stats: EngineStats = await self._engine.stats.remote()
+        self._heard = time.monotonic()
+        self._listening = asyncio.create_task(self._end_with_a_hang(config.pass_timeout_s))
         logger.info("%s loaded: %s on %s", config.model, self._info.dtype, self._info.device)
 
     async def _end_with_first_of(self, calls: list[Any]) -> None:
@@ -196,6 +212,35 @@ class EngineReplica:
         ended, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         logger.error("a part of the engine is gone, and the replica goes with it: %s", ended.pop().exception())
         os._exit(1)
+
+    async def _end_with_a_hang(self, pass_timeout_s: float) -> None:
+        """Asks the engine every second how it is."""
+        hang = None
+        while hang is None:
+            await asyncio.sleep(_LISTEN_EVERY_S)
+            try:
+                async with asyncio.timeout(_ANSWER_WITHIN_S):
+                    self._stats = await self._engine.stats.remote()
+            except TimeoutError:
+                hang = f"no answer for {_ANSWER_WITHIN_S:g} s"
+            except RayError:
+                return  # it is gone, and `_end_with_first_of` ends this process
+            else:
+                self._heard = time.monotonic()
+                self._metrics.update(self._stats)
+                hang = self._stats.pulse.problem(pass_timeout_s)
+        logger.error("the engine hangs (%s): its processes %s and the replica are ended", hang, self._pids)
+        for pid in self._pids:  # a process that is stopped or stuck in a kernel hears no other signal
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(1)
+
+    def _hang(self) -> str | None:
+        """What seems to be wrong with the engine: long before it is sure, no new lease goes there."""
+        silent_s = time.monotonic() - self._heard
+        if silent_s > _LISTEN_EVERY_S + _DOUBT_AFTER_S:
+            return f"its process has not answered for {silent_s:.1f} s"
+        return self._stats.pulse.problem(TARGET_PATIENCE_S)
 
     @serve.multiplexed(max_num_models_per_replica=_DOCUMENTS)
     async def _remember(self, document: str) -> str:
@@ -209,6 +254,9 @@ class EngineReplica:
         """
         # The id is made here and not by the engine: a lease cancelled while it opens can still be closed by name.
         lease_id = uuid.uuid4().hex
+        if hang := self._hang():
+            yield EngineHung(f"this engine is not well: {hang}")
+            return
         try:
             try:
                 await self._engine.open.remote(lease_id, request)
@@ -227,8 +275,9 @@ class EngineReplica:
         return self._info, self._engine
 
     async def check_health(self) -> None:
-        self._metrics.update(await self._engine.stats.remote())
+        """Fails when nothing watches the engine any more; what is wrong with the engine itself ends this process."""
+        if self._listening.done():
+            raise RuntimeError("the engine is gone")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        stats: EngineStats = await self._engine.stats.remote()
-        return {KV_SHARE: stats.kv.bytes_used / stats.kv.bytes_total}
+        return {KV_SHARE: self._stats.kv.bytes_used / self._stats.kv.bytes_total}

@@ -1,13 +1,13 @@
 """The Ingress: the HTTP API in a process of its own, which loads no model and asks the Coordinator for the rest."""
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
@@ -15,8 +15,15 @@ from deployments.http.api import make_api
 from deployments.schemas.completions import Completion, Health
 from deployments.schemas.events import Events
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from deployments.serve.heartbeat import heard
 from deployments.serve.metrics import RayExporter
+from deployments.serve.ray_errors import understood
 from rapid.errors import RapidError
+
+_START_LIMIT_S = 300.0  # for the first word: a new coordinator may have to start
+_SILENCE_LIMIT_S = 8.0
+_CALL_LIMIT_S = 600.0  # an upload is read, a document is warmed
+_HEALTH_LIMIT_S = 6.0
 
 
 class RemoteFiles:
@@ -41,17 +48,19 @@ class RemoteService:
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         events = self._coordinator.options(stream=True).generate.remote(completion, tenant)
+        told = heard(events, first_s=_START_LIMIT_S, silent_s=_SILENCE_LIMIT_S)
         try:
-            with _translated():
-                async for event in events:
-                    if isinstance(event, RapidError):
-                        raise event
-                    yield event
+            async with aclosing(told):
+                with understood("the coordinator", _stopped):
+                    async for event in told:
+                        if isinstance(event, RapidError):
+                            raise event
+                        yield event
         finally:
             events.cancel()
 
     async def health(self) -> Health:
-        health: Health = await self._call("health")
+        health: Health = await self._call("health", limit_s=_HEALTH_LIMIT_S)
         return health
 
     async def window(self) -> int:
@@ -66,24 +75,18 @@ class RemoteService:
         detokenized: Detokenized = await self._call("detokenize", body, tenant)
         return detokenized
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        with _translated():
-            result = await self._coordinator.call.remote(method, *args)
+    async def _call(self, method: str, *args: Any, limit_s: float = _CALL_LIMIT_S) -> Any:
+        with understood("the coordinator", _stopped):
+            async with asyncio.timeout(limit_s):
+                result = await self._coordinator.call.remote(method, *args)
         if isinstance(result, RapidError):
             raise result
         return result
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Raises errors of Ray as a RapidError that a client may see."""
-    try:
-        yield
-    except RapidError:  # of the Coordinator: Ray raises these as errors of its own, too
-        raise
-    except RayError as error:
-        message = "a part of the service stopped while it worked on this request; try again"
-        raise RapidError(message, status=503) from error
+def _stopped(why: str) -> RapidError:
+    message = f"a part of the service stopped while it worked on this request ({why}); try again"
+    return RapidError(message, status=503)
 
 
 @serve.deployment

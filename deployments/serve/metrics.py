@@ -67,6 +67,7 @@ class EngineMetrics:
         self._kv = Gauge("rapid_kv_bytes", "KV memory: used by open sequences, cached, total", tag_keys=("state",))
         self._sequences = Gauge("rapid_leases", "Open sequences")
         self._waiting = Gauge("rapid_num_requests_waiting_for_kv", "Sequences that wait for room in the KV memory")
+        self._pass_age = Gauge("rapid_pass_age_seconds", "How long the current forward pass has been running")
         self._counters = {
             "prefix_cache_hit_tokens": Counter("rapid_prefix_cache_hit_tokens", "Prompt tokens found in the KV memory"),
             "prefix_cache_miss_tokens": Counter("rapid_prefix_cache_miss_tokens", "Prompt tokens that were not there"),
@@ -86,6 +87,7 @@ class EngineMetrics:
             self._kv.set(size, {"state": state})
         self._sequences.set(stats.num_sequences)
         self._waiting.set(stats.num_waiting)
+        self._pass_age.set(stats.pulse.pass_age_s)
         totals = {
             "prefix_cache_hit_tokens": kv.hit_tokens,
             "prefix_cache_miss_tokens": kv.miss_tokens,

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.files.indexing import in_threads
+from deployments.serve.heartbeat import beating
 from retrieval import IndexProgress, Retrieval, RetrievalOptions
 
 
@@ -25,15 +27,23 @@ class RetrieverReplica:
     async def retrieve(
         self, contents: list[str], query: str, options: RetrievalOptions
     ) -> AsyncIterator[Retrieval | None]:
-        """Yields None as soon as a replica has the query, then the answer: so a caller can tell a long document from an
-        absent retriever."""
-        yield None
-        yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
+        """The answer, after as many None as it takes: so a caller can tell a long document from an absent retriever."""
 
-    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
+        async def answer() -> AsyncGenerator[Retrieval, None]:
+            yield await asyncio.to_thread(self._retriever.retrieve, contents, query, options)
+
+        async with aclosing(beating(answer())) as words:
+            async for word in words:
+                yield word
+
+    async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress | None]:
         """The progress of `Retriever.keep`, batch by batch."""
-        async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
-            yield kept
+        async with aclosing(beating(in_threads(self._retriever.keep(text, chunk_tokens, tenant)))) as steps:
+            async for kept in steps:
+                yield kept
+
+    async def answers(self) -> None:
+        """Returns at once, if at all."""
 
     async def delete(self, vectors: str) -> None:
         """`Retriever.delete`."""

@@ -2,25 +2,31 @@
 
 The request holds every emitted token. So when an engine is lost, another engine reads the prompt and the output so far,
 and continues from there. Positions count output tokens, so no token can be written twice.
+
+It may be the request that ends the engines. So after two resumptions without a token in between it fails, and is
+refused for some minutes (`rapid.backend.quarantine`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from rapid.backend.protocol import Backend, Lease, Role
+from rapid.backend.quarantine import MAX_RESUMPTIONS
 from rapid.engine.messages import SequenceRequest, VerifyRequest
-from rapid.errors import EngineLost, RapidError
+from rapid.errors import EngineLost, RapidError, RequestQuarantined
 from rapid.events import Statistics
 from rapid.speculation.draft import VerifyResult
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # seconds between two tries to lease
+LONGEST_APART_S = 2.0
 
 
 class TargetLease:
@@ -33,9 +39,15 @@ class TargetLease:
         self._request, self._output = request, output
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
+        self._losses, self._lost_at = 0, 0  # how often an engine was lost after that many tokens
 
     async def open(self) -> None:
-        """Waits for room on an engine, and prefills the prompt."""
+        """Waits for room on an engine, and prefills the prompt.
+
+        Raises:
+            RequestQuarantined: engines were lost with this request.
+        """
+        self._backend.quarantine.check(self._request)
         await self._try_until_open(lambda error: isinstance(error, EngineLost))
 
     async def _open(self) -> None:
@@ -43,7 +55,11 @@ class TargetLease:
         asked = time.monotonic()
         lease = await self._stack.enter_async_context(self._backend.lease(self._role, request))
         self._stats.timings_ms["queueing"] += (time.monotonic() - asked) * 1e3
-        prefilled = await lease.prefill()
+        try:
+            prefilled = await lease.prefill()
+        except EngineLost as error:
+            self._lost(error)
+            raise
         self._lease = lease
         if not request.written:
             self._stats.cached_tokens = prefilled.cached_tokens
@@ -54,6 +70,7 @@ class TargetLease:
 
         Raises:
             EngineLost: no other engine was found within the backend's ``resume_timeout_s``.
+            RequestQuarantined: a third engine was lost without a token in between.
         """
         while True:
             try:
@@ -64,16 +81,27 @@ class TargetLease:
             except EngineLost as error:
                 if self._lease is None:
                     raise
-                logger.warning("the %s is lost after %d tokens: %s", self._role, len(self._output), error.message)
                 self._lease = None
+                self._lost(error)
 
     async def close(self) -> None:
         await self._stack.aclose()
+
+    def _lost(self, error: EngineLost) -> None:
+        """An engine that had the sequence is lost."""
+        logger.warning("the %s is lost after %d tokens: %s", self._role, len(self._output), error.message)
+        self._losses = self._losses + 1 if len(self._output) == self._lost_at else 1
+        self._lost_at = len(self._output)
+        if self._losses > MAX_RESUMPTIONS:
+            raise self._backend.quarantine.add(self._request) from error
 
     async def _resume(self) -> None:
         started = time.monotonic()
         self._stats.resumed += 1
         await self._stack.aclose()
+        if self._losses > 1:
+            # One of several requests may end the engines; apart in time, it no longer takes the others with it.
+            await asyncio.sleep(random.uniform(0, LONGEST_APART_S))
         await self._try_until_open(may_pass)  # a request that has begun to answer also waits for room
         self._stats.timings_ms["resuming"] += (time.monotonic() - started) * 1e3
 
@@ -84,7 +112,11 @@ class TargetLease:
                 return await self._open()
             except RapidError as error:
                 await self._stack.aclose()
-                if not try_again(error) or time.monotonic() - started + pause > self._backend.resume_timeout_s:
+                if (
+                    isinstance(error, RequestQuarantined)
+                    or not try_again(error)
+                    or time.monotonic() - started + pause > self._backend.resume_timeout_s
+                ):
                     raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -92,4 +124,4 @@ class TargetLease:
 
 def may_pass(error: Exception) -> bool:
     """Whether a later try may succeed: an engine is lost or full, and the request itself is valid."""
-    return isinstance(error, RapidError) and error.status >= 429
+    return isinstance(error, RapidError) and error.status >= 429 and not isinstance(error, RequestQuarantined)

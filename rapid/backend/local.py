@@ -7,12 +7,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rapid.backend.protocol import Lease, Retrieval, Role
+from rapid.backend.breaker import Breaker
+from rapid.backend.protocol import Lease, Retrieval, Role, Vitals
+from rapid.backend.quarantine import Quarantine
+from rapid.backend.waiting import (
+    DRAFTER_PATIENCE_S,
+    QUEUE_LIMIT_S,
+    TARGET_PATIENCE_S,
+    prefill_limit_s,
+    retrieval_limit_s,
+    while_it_goes_on,
+)
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import Pulse, SequenceRequest
 from rapid.engine.sequence import Sequence
-from rapid.errors import RetrievalFailed
+from rapid.errors import EngineHung, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.learned import History
 from rapid.text.tokenizer import check_same_tokenizer
@@ -44,6 +54,8 @@ class LocalBackend:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
         self.history = History()
+        self.quarantine = Quarantine()
+        self._drafting, self._retrieving = Breaker(), Breaker()
         self.resume_timeout_s = 0.0
         self.overlap = overlap
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
@@ -53,26 +65,47 @@ class LocalBackend:
     def info(self, role: Role) -> ModelInfo:
         return self._engines[role].model.info
 
-    async def stats(self) -> dict[Role, EngineStats]:
-        return {role: engine.stats() for role, engine in self._engines.items()}
+    async def vitals(self) -> Vitals:
+        engines = {role: engine.stats() for role, engine in self._engines.items()}
+        stuck = {role: stats.pulse.problem(TARGET_PATIENCE_S) for role, stats in engines.items()}
+        return Vitals(engines, {role: problem for role, problem in stuck.items() if problem})
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        if refusal := self._retrieving.refusal():
+            raise refusal
+        limit_s = retrieval_limit_s(contents)
         try:
-            return await asyncio.to_thread(self._retrieve, contents, query, options)
+            async with asyncio.timeout(limit_s):
+                retrieval = await asyncio.to_thread(self._retrieve, contents, query, options)
         except Exception as error:  # the retriever has errors of its own
-            raise RetrievalFailed(f"retrieval failed: {error}") from error
+            failure = RetrievalFailed(f"retrieval failed: {str(error) or f'no answer in {limit_s:.0f} s'}")
+            if isinstance(error, TimeoutError):
+                self._retrieving.failed(failure)
+            raise failure from error
+        self._retrieving.succeeded()
+        return retrieval
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         for engine in set(self._engines.values()):
-            await asyncio.wrap_future(engine.forget(tokens, salt))
+            forgetting = asyncio.wrap_future(engine.forget(tokens, salt))
+            await while_it_goes_on(
+                forgetting, _pulse_of(engine), patience_s=TARGET_PATIENCE_S, limit_s=prefill_limit_s(len(tokens))
+            )
 
     @asynccontextmanager
     async def lease(self, role: Role, request: SequenceRequest) -> AsyncIterator[Lease]:
         engine = self._engines[role]
+        breaker = self._drafting if role == "drafter" and not request.may_wait else None
+        if breaker and (refusal := breaker.refusal()):
+            raise refusal
+        patience_s = DRAFTER_PATIENCE_S if breaker else TARGET_PATIENCE_S
         opened = engine.open(request)
+        waiting = asyncio.wrap_future(opened)
         try:
-            sequence = await asyncio.wrap_future(opened)
-        except asyncio.CancelledError:
+            sequence = await while_it_goes_on(waiting, _pulse_of(engine), patience_s=patience_s, limit_s=QUEUE_LIMIT_S)
+        except (asyncio.CancelledError, EngineHung) as error:
+            if breaker and isinstance(error, EngineHung):
+                breaker.failed(error)
             engine.abandon(opened)
             raise
         leased = LeasedSequence(engine, sequence)
@@ -82,7 +115,7 @@ class LocalBackend:
             return self._report(role, sequence, answer) if method == "prefill" else answer
 
         try:
-            yield Lease(call)
+            yield Lease(call, len(request.prompt), patience_s, breaker)
         finally:
             engine.close(sequence)
 
@@ -96,3 +129,10 @@ class LocalBackend:
             return running.result()
         finally:
             running.cancel()  # closing the sequence ends the work
+
+
+def _pulse_of(engine: Engine) -> Callable[[], Awaitable[Pulse]]:
+    async def pulse() -> Pulse:
+        return engine.pulse()
+
+    return pulse

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
-from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, SequenceRequest, VerifyRequest
+from rapid.backend.breaker import Breaker
+from rapid.backend.quarantine import Quarantine
+from rapid.backend.waiting import ROUND_LIMIT_S, TARGET_PATIENCE_S, prefill_limit_s, while_it_goes_on
+from rapid.engine.messages import DraftRequest, EngineStats, PrefillResult, Pulse, SequenceRequest, VerifyRequest
+from rapid.errors import EngineHung
 from rapid.models.info import ModelInfo
 from rapid.speculation.draft import Draft, VerifyResult
 from rapid.speculation.learned import History
@@ -43,24 +48,41 @@ class Retrieval(Protocol):
     def retrieved_tokens(self) -> int: ...
 
 
+class Vitals(NamedTuple):
+    """The statistics of the ``engines`` that answer, and what is wrong (``problems``) with which part, in words."""
+
+    engines: dict[Role, EngineStats]
+    problems: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Lease:
     """One sequence on one engine, as long as the context manager that gave the lease is open.
 
     ``call`` is the transport: it sends a method's name and its message to a `rapid.engine.lease.LeasedSequence`, in
     this process or in another, and returns the result. Calls are sent at once, and the engine starts them in order.
-    Every call raises EngineLost if the engine is gone.
+    Every call raises EngineLost if the engine is gone, and EngineHung if it does not go on (`rapid.backend.waiting`).
+
+    ``prompt_tokens`` are to be prefilled, at most. ``patience_s`` is for a pulse, and at least for a pass. ``breaker``
+    learns what comes of the calls, where a request can do without this engine.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    call: Call
+    prompt_tokens: int = 0
+    patience_s: float = TARGET_PATIENCE_S
+    breaker: Breaker | None = None
+
+    def over(self, call: Call) -> Lease:
+        """The same lease over another transport, which wraps this one's."""
+        return replace(self, call=call)
 
     def prefill(self) -> Awaitable[PrefillResult]:
         """Prefills the prompt."""
-        return self.call("prefill")
+        return self._watched(self.call("prefill"), prefill_limit_s(self.prompt_tokens))
 
     def propose(self, request: DraftRequest) -> Awaitable[Draft]:
         """Asks for a draft (`rapid.engine.propose.propose`)."""
-        return self.call("propose", request)
+        return self._watched(self.call("propose", request), ROUND_LIMIT_S)
 
     def drafted_ahead(self) -> Awaitable[Draft | None]:
         """The tokens that the latest `propose` drafts ahead (`rapid.engine.propose.drafted_ahead`)."""
@@ -68,24 +90,41 @@ class Lease:
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         """Verifies one round (`rapid.engine.verify.verify_draft`)."""
-        return self.call("verify", request)
+        return self._watched(self.call("verify", request), ROUND_LIMIT_S)
+
+    async def pulse(self) -> Pulse:
+        """How long the engine's current pass has been running; answered also while the pass hangs."""
+        pulse: Pulse = await self.call("pulse")
+        return pulse
+
+    async def _watched(self, sent: Awaitable[Any], limit_s: float) -> Any:
+        try:
+            answer = await while_it_goes_on(sent, self.pulse, patience_s=self.patience_s, limit_s=limit_s)
+        except EngineHung as error:
+            if self.breaker is not None:
+                self.breaker.failed(error)
+            raise
+        if self.breaker is not None:
+            self.breaker.succeeded()
+        return answer
 
 
 class Backend(Protocol):
     """Gives `generate` sequences on engines, and retrieved passages.
 
-    ``history`` is what requests learned of their rounds, for later ones. ``resume_timeout_s`` is how long a request
-    looks for another engine after a loss; 0 if there is no other engine. With ``overlap`` drafters draft ahead while
-    the target verifies.
+    ``history`` is what requests learned of their rounds, for later ones. ``quarantine`` knows the requests that no
+    engine may get. ``resume_timeout_s`` is how long a request looks for another engine after a loss; 0 if there is no
+    other engine. With ``overlap`` drafters draft ahead while the target verifies.
     """
 
     history: History
+    quarantine: Quarantine
     resume_timeout_s: float
     overlap: bool
 
     def info(self, role: Role) -> ModelInfo: ...
-    async def stats(self) -> dict[Role, EngineStats]:
-        """The statistics of every engine that answers."""
+    async def vitals(self) -> Vitals:
+        """What every part says of itself, within a few seconds."""
         ...
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from rapid.backend.leases import FIRST_PAUSE_S, LONGEST_PAUSE_S, may_pass
 from rapid.backend.protocol import Lease
+from rapid.backend.quarantine import MAX_RESUMPTIONS
 from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
-from rapid.errors import DraftLost, RapidError
+from rapid.errors import DraftLost, EngineLost, RapidError
 from rapid.models.draft_vocabulary import by_frequency
 from rapid.speculation.controller import Offer
 from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResult
@@ -46,6 +47,7 @@ class RetrievalDrafter(Drafter):
         self._ahead: asyncio.Future[Draft | None] | None = None
         self._proposed = False
         self._knows = 0  # how many output tokens the drafter has
+        self._losses = 0  # drafters that were lost without a draft in between
         self._request: SequenceRequest | None = None  # for its sequence, once the passages are known
         self._tried = asyncio.Event()
         self._trying = asyncio.create_task(self._open())
@@ -75,9 +77,12 @@ class RetrievalDrafter(Drafter):
         if limits.ahead:
             self._ahead = _unwatched(self._lease.drafted_ahead())
         try:
-            return draft or await sent
+            draft = draft or await sent
         except Exception as error:
+            self._losses += 1
             raise DraftLost(f"the drafter failed: {error}") from error
+        self._losses = 0
+        return draft
 
     def _drafted_ahead(self, limits: DraftLimits) -> Draft | None:
         """The draft that was made ahead, on the guess that all draft tokens are accepted.
@@ -119,7 +124,7 @@ class RetrievalDrafter(Drafter):
 
     async def _open(self, pause: float = 0.0) -> None:
         statistics = self._session.statistics
-        while True:
+        while self._losses <= MAX_RESUMPTIONS:  # it may be this request that ends them
             pause = min(pause, LONGEST_PAUSE_S)
             await asyncio.sleep(pause)
             try:
@@ -167,7 +172,11 @@ class RetrievalDrafter(Drafter):
         # The drafter never waits for room: two requests that each hold one engine's room could block each other.
         request = replace(request.after(self._session.output), may_wait=False)
         lease = await self._stack.enter_async_context(self._backend.lease("drafter", request))
-        statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
+        try:
+            statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
+        except EngineLost:
+            self._losses += 1
+            raise
         self._knows, self._lease = request.written, lease
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Chunk, Pacer
+from rapid.engine.pass_clock import PassClock
 from rapid.engine.readout import Download, Draw, Verify
 from rapid.engine.scheduler import RunningTask, in_parts, schedule, settle
 from rapid.engine.sequence import Sequence, SharedPass, Task
@@ -80,6 +81,7 @@ class Engine:
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._running: list[RunningTask] = []
         self._forward_passes = self._tokens_processed = self._out_of_memory = self._host_waits = 0
+        self._clock = PassClock()
         self._wake = threading.Condition()
         self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
@@ -169,7 +171,12 @@ class Engine:
                 tokens_processed=self._tokens_processed,
                 out_of_memory=self._out_of_memory,
                 host_waits=self._host_waits,
+                pulse=self.pulse(),
             )
+
+    def pulse(self) -> Pulse:
+        """How long the current pass has been running. It waits for nothing, so it answers when the thread hangs."""
+        return self._clock.pulse()
 
     def shutdown(self) -> None:
         """Ends the thread; every open task fails with SequenceClosed."""
@@ -187,7 +194,8 @@ class Engine:
                         self._wake.wait(timeout=1.0)
                         self._update_admission()
                 if self._ending is None:
-                    compute(self._work)
+                    with self._clock.running():
+                        compute(self._work)
         except Exception as error:
             logger.exception("the engine of %s is broken", self.model.info.name)
             with self._wake:

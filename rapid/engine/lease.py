@@ -10,13 +10,13 @@ from collections.abc import Awaitable
 from typing import Any
 
 from rapid.engine.engine import Engine
-from rapid.engine.messages import DraftRequest, PrefillResult, VerifyRequest
+from rapid.engine.messages import DraftRequest, PrefillResult, Pulse, VerifyRequest
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import prefill, verify_draft
 from rapid.speculation.draft import Draft, VerifyResult
 
-CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify"})
+CALLS = frozenset({"prefill", "propose", "drafted_ahead", "verify", "pulse"})
 
 
 class LeasedSequence:
@@ -52,3 +52,6 @@ class LeasedSequence:
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
         return asyncio.wrap_future(self._engine.submit(verify_draft(self.sequence, request)))
+
+    async def pulse(self) -> Pulse:
+        return self._engine.pulse()

@@ -15,6 +15,9 @@ from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits
 from rapid.speculation.params import SpeculationParams
 
+_PASS_FACTOR = 5.0
+_FIRST_PASSES_S = 60.0
+
 
 @dataclass(frozen=True)
 class SequenceRequest:
@@ -90,6 +93,28 @@ class VerifyRequest:
         return {"rapid.transfers": self.transfers}
 
 
+class Pulse(NamedTuple):
+    """How long an engine's current pass has been running, and the longest lately, in seconds.
+
+    ``pass_age_s`` is 0 between passes. ``longest_pass_s`` is None for an engine that has run only a few.
+    """
+
+    pass_age_s: float
+    longest_pass_s: float | None
+
+    def is_stuck(self, patience_s: float) -> bool:
+        """Whether the pass will hardly end: it has run for more than ``patience_s``, and five times as long as any.
+
+        A new engine's passes may compile kernels, so they get a minute.
+        """
+        longest_s = _FIRST_PASSES_S if self.longest_pass_s is None else _PASS_FACTOR * self.longest_pass_s
+        return self.pass_age_s > max(patience_s, longest_s)
+
+    def problem(self, patience_s: float) -> str | None:
+        """`is_stuck` in words."""
+        return f"stuck in one pass for {self.pass_age_s:.1f} s" if self.is_stuck(patience_s) else None
+
+
 class EngineStats(NamedTuple):
     """A snapshot. ``kv_bytes`` is the memory of the ``num_sequences`` open sequences; ``kv`` has all counts.
 
@@ -105,3 +130,4 @@ class EngineStats(NamedTuple):
     forward_passes: int
     tokens_processed: int
     host_waits: int
+    pulse: Pulse

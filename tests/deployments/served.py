@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import uvicorn
 from openai import OpenAI
 from ray import serve
 
+from cluster.health import ENVIRONMENT
 from deployments.app import build
 from deployments.builders import local_backend
 from deployments.config import parse_config
@@ -51,6 +53,7 @@ def served(
 ) -> Iterator[str]:
     """The application of ``config`` on a Ray of its own; yields its URL."""
     port = free_port()
+    os.environ.update(ENVIRONMENT)  # Serve's controller inherits it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, **ray_options)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

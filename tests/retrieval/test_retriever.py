@@ -7,9 +7,11 @@ import time
 from dataclasses import replace
 
 import pytest
+from qdrant_double import FakeServer
 
 from retrieval import RetrievalError, RetrievalOptions, Retriever
 from retrieval.embedding import load_embedder
+from retrieval.errors import StoreTimeout
 from retrieval.store import ChunkStore
 
 SMALL = RetrievalOptions(chunk_tokens=32, min_tokens=64, threshold=0.2)
@@ -292,3 +294,15 @@ def test_what_is_dropped_while_it_is_embedded_is_not_stored(retriever, store, pr
     *_, last = keeping
     assert last.num_embedded < last.num_chunks and store.count(namespace) == 0
     assert [*retriever.keep(prose[:3000], SMALL.chunk_tokens)][-1].num_embedded == store.count(namespace) > 0
+
+
+def test_a_retrieval_that_runs_out_of_the_stores_time_fails(embedder, tokenizer, monkeypatch):
+    monkeypatch.setattr("retrieval.retriever._STORE_TIME_S", 0.0)
+    question = (["a whale in the ocean"], "whale", RetrievalOptions())
+    server = FakeServer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with pytest.raises(StoreTimeout):
+        Retriever(embedder, ChunkStore(server.url, dimension=embedder.dimension), tokenizer).retrieve(*question)
+    server.shutdown()
+    server.server_close()
+    assert Retriever(embedder, ChunkStore(dimension=embedder.dimension), tokenizer).retrieve(*question).chunks

@@ -14,6 +14,7 @@ import pytest
 from qdrant_double import FakeServer
 
 from retrieval import RetrievalError
+from retrieval.errors import StoreTimeout
 from retrieval.store import ChunkStore
 
 
@@ -221,3 +222,33 @@ def test_a_key_is_sent_and_never_told(serving, caplog):
 def test_a_url_that_is_none_is_refused():
     with pytest.raises(RetrievalError, match="ftp://qdrant"):
         ChunkStore("ftp://qdrant", dimension=4)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("retrieval.store._TIMEOUT_S", 0.2)  # of a client that is made from here on
+
+
+def test_a_server_that_accepts_and_does_not_answer_costs_one_timeout(server, impatient):
+    store = ChunkStore(server.url, dimension=4)
+    store.add("mine", rows(0, 1))
+    with server.lock:  # no handler goes on meanwhile
+        with pytest.raises(StoreTimeout, match="has not answered"):
+            store.search("mine", EAST, limit=9, threshold=-1)
+        for _ in range(3):
+            with pytest.raises(StoreTimeout, match="did not answer a moment ago"):  # and costs no time
+                store.delete("mine")
+    store._silent_until = 0.0
+    assert len(store.search("mine", EAST, limit=9, threshold=-1)) == 2
+
+
+def test_a_slow_server_has_one_budget_for_all_calls_of_a_block(server):
+    store = ChunkStore(server.url, dimension=4)
+    store.add("mine", rows(0, 1))
+    with store.within(1e-6):
+        store.count("mine")  # which takes more than that
+        with pytest.raises(StoreTimeout, match="too slow"):
+            store.count("mine")
+    assert store.count("mine") == 2
+    with store.within(60):
+        assert store.count("mine") == 2

@@ -16,7 +16,11 @@ from deployments.schemas.completions import Completion, TextRequest
 from deployments.serve.ingress import RemoteService
 from rapid.errors import EngineLost, InvalidRequest, RapidError
 
-STOPPED = ("a part of the service stopped while it worked on this request; try again", "internal_error", 503)
+
+def stopped(why: str) -> tuple[str, str, int]:
+    return f"a part of the service stopped while it worked on this request ({why}); try again", "internal_error", 503
+
+
 COMPLETION: Completion = TextRequest(model="m", prompt="p")
 
 
@@ -50,8 +54,11 @@ class Events:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    async def __aiter__(self) -> AsyncIterator[Exception]:
-        yield await self._coordinator._call()
+    def __aiter__(self) -> AsyncIterator[Exception]:
+        return self
+
+    async def __anext__(self) -> Exception:
+        return await self._coordinator._call()
 
     def cancel(self) -> None:
         self._coordinator.was_cancelled = True
@@ -76,8 +83,8 @@ async def list_files(service: RemoteService) -> None:
     [
         (InvalidRequest("n is wrong", param="n"), True, ("n is wrong", "invalid_request", 400)),
         (crossed(EngineLost("no target answers")), False, ("no target answers", "engine_lost", 503)),
-        (crossed(ZeroDivisionError()), False, STOPPED),
-        (ActorDiedError(), False, STOPPED),
+        (crossed(ZeroDivisionError()), False, stopped("the coordinator failed")),
+        (ActorDiedError(), False, stopped("the coordinator is gone")),
     ],
     ids=["of the request", "of an engine", "unexpected", "a process that died"],
 )
