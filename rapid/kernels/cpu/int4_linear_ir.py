@@ -16,7 +16,7 @@ GROUP = 32  # inputs
 PANELS = 2  # in one item of work
 FLOATS = GROUP // 4 + 2  # of scratch for a group of a row: q, s and s · Σ q
 _TILE = 8  # rows
-_AHEAD = 2048  # bytes to prefetch
+_AHEAD = 8192  # bytes to prefetch: from one pair of panels into the next
 _GROUP_BYTES = GROUP * LANES // 2  # of a panel
 _TINY = 1e-30
 
@@ -41,7 +41,7 @@ def write_int4_product(module: Any, names: tuple[str, ...]) -> None:
         with code.tiles(given["rows"], _TILE) as (row, size):
             own = code.plus(rounded, code.times(row, given["groups"], FLOATS * 4))
             output = code.plus(outputs, code.times(row, given["output_bytes"]))
-            sizes = given["panel_bytes"], given["groups"], given["output_bytes"]
+            sizes = given["groups"], given["output_bytes"]
             code.choose(tiles, size, own, weights, scales, offsets, output, *sizes)
     code.finish()
 
@@ -71,17 +71,15 @@ def _round_group(code: KernelBuilder, x: Any, target: Any) -> None:
 
 def _tile(module: Any, num_rows: int) -> Any:
     """Two panels times ``num_rows`` rounded rows."""
-    code = KernelBuilder(module, f"tile{num_rows}", 8)
-    x, weights, scales, offsets, output, panel_bytes, groups, output_bytes = code.parameters
+    code = KernelBuilder(module, f"tile{num_rows}", 7)
+    x, weights, scales, offsets, output, groups, output_bytes = code.parameters
     rows, panels = range(num_rows), range(PANELS)
     totals = {(row, panel): code.variable(every_float(0.0)) for row in rows for panel in panels}
     x_bytes = code.times(groups, FLOATS * 4)
     with code.loop(0, groups) as group:
-        places = [
-            code.plus(weights, code.times(panel, panel_bytes), code.times(group, _GROUP_BYTES)) for panel in panels
-        ]
-        for place in places:
-            code.prefetch(code.plus(place, _AHEAD), _GROUP_BYTES)
+        pair_of_panels = code.plus(weights, code.times(group, PANELS * _GROUP_BYTES))
+        code.prefetch(code.plus(pair_of_panels, _AHEAD), PANELS * _GROUP_BYTES)
+        places = [code.plus(pair_of_panels, panel * _GROUP_BYTES) for panel in panels]
         own = [code.plus(x, code.times(row, x_bytes), code.times(group, FLOATS * 4)) for row in rows]
         # Each product must wait for the one before it in its sum, so a few rows use several sums.
         sums = {key: [every_word(0)] * max(1, 4 // num_rows) for key in totals}

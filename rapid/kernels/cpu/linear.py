@@ -53,7 +53,9 @@ class CompiledLinear:
             codes, *pair = to_int4(rows, GROUP)
             fours = codes.view(-1, LANES, rows.shape[1] // 4, 4).transpose(1, 2).flatten(2)
             first, second = fours.unflatten(1, (-1, 2)).unbind(2)
-            self._packed = (first | second << 4).contiguous()  # of two times four inputs
+            # Two times four inputs in a byte's place; what an item of work reads lies in one piece.
+            items = (first | second << 4).view(-1, PANELS, self._groups, GROUP * LANES // 2)
+            self._packed = items.transpose(1, 2).reshape(-1, first.shape[1] * first.shape[2])
             self._scales, self._offsets = (
                 part.view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in pair
             )
