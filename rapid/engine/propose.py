@@ -160,15 +160,23 @@ def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, 
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
     drawn_at: list[Moment] = []
+    following = None
+    if sequence.logits is not None and not sequence.logits.has_grammar:
+        following = sequence.logits.following(sequence.emitted(draft.offset) + draft.tokens)
     first = draft.offset - start + len(draft.tokens)
     noise = Noise(upload([sequence.seed], "int64", device), start)
     keys = noise.keys(Purpose.DRAFT, torch.arange(first, first + limits.max_tokens, device=device)).unbind(-1)
     while True:
         logits = yield ForwardRequest(sequence, feed, 1)
-        if sequence.logits is not None:
+        if following is not None:
+            logits = following(logits)
+        elif sequence.logits is not None:
             logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
         ids = None if sequence.head is None else sequence.head.ids
-        feed, values = yield Draw(logits, ids, request.sampling, draft_top_k, keys[len(drawn_at)])
+        token, values = yield Draw(logits, ids, request.sampling, draft_top_k, keys[len(drawn_at)])
+        if following is not None:
+            following.write(token)
+        feed = token
         unread.append(values)
         drawn_at.append(Moment(device))
         if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):
@@ -181,7 +189,8 @@ def _draw_on(sequence: Sequence, start: int, draft: Draft, limits: DraftLimits, 
 
 def _tokens_at_a_time(sequence: Sequence, limits: DraftLimits) -> int:
     """How many tokens are drawn before the host reads them."""
-    if sequence.logits is not None or not is_asynchronous(sequence.device):
-        return 1  # the adjustment of the next logits depends on each token, or reading it costs nothing
+    follows_grammar = sequence.logits is not None and sequence.logits.has_grammar
+    if follows_grammar or not is_asynchronous(sequence.device):
+        return 1  # the grammar must read each token, or reading it costs nothing
     # The draft may end at any token, or somebody may want what has been drafted ahead.
     return _FEW if limits.acceptance or limits.ahead else limits.max_tokens

@@ -59,6 +59,11 @@ class LogitProcessor:
         """Tokens that a part of the vocabulary must have: the request makes them likelier, or ends with them."""
         return (*self._params.stop_token_ids, *self._params.logit_bias)
 
+    def following(self, output: list[int]) -> Following:
+        """The adjustment of the row behind ``output``, and of those behind what is written then. Without a grammar."""
+        assert self._grammar is None
+        return Following(self, output)
+
     def over(self, vocabulary: DraftVocabulary) -> LogitProcessor:
         """The same for logits over ``vocabulary`` as it is now. There must be no grammar."""
         return LogitProcessor(self._params, None, len(vocabulary.columns), self._device, vocabulary)
@@ -107,6 +112,50 @@ class LogitProcessor:
     def _repeated(self, logits: Tensor) -> Tensor:
         penalty = self._params.repetition_penalty
         return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+class Following:
+    """Adjusts one row after another as `LogitProcessor` does, of a text that grows on the device, not on the host.
+
+    What the tokens before a row do to it is kept as rows, [V or N], and each written token changes one number of them.
+    """
+
+    def __init__(self, processor: LogitProcessor, output: list[int]) -> None:
+        self._processor, self._num_written = processor, len(output)
+        params, vocabulary, device = processor._params, processor._vocabulary, processor._device
+        tokens, counts = _counts(output, ())
+        columns, has_column = processor._columns(tokens)
+        ids, counted = _tensors(columns, counts[0, has_column], device)
+        self._columns = None if vocabulary is None else upload(vocabulary.columns, "int64", device)
+        self._in_text = processor._in_prompt.index_fill(0, ids, True)
+        self._is_written = torch.zeros_like(self._in_text).index_fill_(0, ids, True)
+        lowered = params.frequency_penalty * counted + params.presence_penalty
+        self._lowered = torch.zeros(len(self._in_text), device=device).index_copy_(0, ids, lowered)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``logits`` [1, V or N] of the next token."""
+        processor, params = self._processor, self._processor._params
+        if params.logit_bias:
+            ids, bias = processor._bias
+            logits = logits.index_add(-1, ids, bias.unsqueeze(0))
+        if params.repetition_penalty != 1:
+            logits = torch.where(self._in_text, processor._repeated(logits), logits)
+        if params.frequency_penalty or params.presence_penalty:
+            logits = logits - self._lowered
+        if self._num_written < params.min_tokens:
+            logits = logits.index_fill(-1, processor._ends, -torch.inf)
+        return logits
+
+    def write(self, token: Tensor) -> None:
+        """``token`` [1] is written, on the device."""
+        params, column = self._processor._params, token if self._columns is None else self._columns[token]
+        self._num_written += 1
+        if params.repetition_penalty != 1:
+            self._in_text.index_fill_(0, column, True)
+        if params.frequency_penalty or params.presence_penalty:
+            lowered = params.frequency_penalty + params.presence_penalty * ~self._is_written[column]
+            self._lowered.index_add_(0, column, lowered)
+            self._is_written.index_fill_(0, column, True)
 
 
 def _counts(output: list[int], draft: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -68,17 +68,24 @@ def by_sorting(probs: Tensor, params: RowParams) -> Tensor:
 
 def truncate_largest(probs: Tensor, params: RowParams) -> Tensor:
     """`truncate` of the k largest probabilities of each row, in descending order [R, k]; not renormalised."""
-    size = probs.shape[-1]
-    if not any(row.top_k or row.top_p < 1 or row.min_p for row in params.rows):
-        return probs
-    top_k = params.top_k
-    last = torch.where(top_k > 0, top_k, size).clamp_max(size) - 1
-    keep = probs >= probs.gather(-1, last.expand(len(probs), 1))
-    mass = torch.where(top_k > 0, (probs * keep).sum(-1, keepdim=True, dtype=torch.float64), 1.0)
-    mass_before = probs.cumsum(-1, dtype=torch.float64) - probs
-    keep &= mass_before < params.top_p * mass
-    keep &= probs >= params.min_p.to(probs.dtype) * probs[:, :1]
-    return probs * keep
+    cut_top_k, cut_top_p, cut_min_p = (
+        any(row.top_k for row in params.rows),
+        any(row.top_p < 1 for row in params.rows),
+        any(row.min_p for row in params.rows),
+    )
+    mass: Tensor | float = 1.0
+    if cut_top_k:
+        size, top_k = probs.shape[-1], params.top_k
+        last = torch.where(top_k > 0, top_k, size).clamp_max(size) - 1
+        probs = probs * (probs >= probs.gather(-1, last.expand(len(probs), 1)))
+        mass = torch.where(top_k > 0, probs.sum(-1, keepdim=True, dtype=torch.float64), 1.0)
+    likeliest = probs[:, :1]
+    if cut_top_p:
+        mass_before = probs.cumsum(-1, dtype=torch.float64) - probs
+        probs = probs * (mass_before < params.top_p * mass)
+    if cut_min_p:
+        probs = probs * (probs >= params.min_p.to(probs.dtype) * likeliest)
+    return probs
 
 
 class _Row(NamedTuple):
