@@ -29,7 +29,7 @@ def config(dtype: str = "auto", quantization: str = "int4", *, target: str = MOD
     return parse_config(
         {
             "target": {"model": target, "dtype": dtype},
-            "drafter": {"model": MODEL, "quantization": quantization},
+            "drafter": {"model": MODEL, "quantization": quantization, "kv_dtype": "int8"},
             "retriever": {"options": {"chunk_tokens": 256}},
         }
     )

@@ -1,0 +1,110 @@
+"""A draft step behind a short prompt over a plain round behind a long one: what a drafted token costs.
+
+Both are measured in the engines that a request uses, sampling and penalties included, in turns. The drafter's prompt
+and the target's are the beginning of the same document. A draft step is one of the steps behind the first, which also
+reads what the target has written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import rapid  # noqa: F401 (before torch)
+
+# isort: split
+from benchmarks.common.local import MODEL, config
+from benchmarks.common.results import write
+from benchmarks.common.work import documents
+from deployments.builders import build_engine
+from rapid.engine.engine import Engine
+from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
+from rapid.engine.propose import propose
+from rapid.engine.sequence import Sequence
+from rapid.engine.verify import prefill, verify_draft
+from rapid.models.draft_vocabulary import Size, by_frequency
+from rapid.sampling.params import LogitParams, SamplingParams
+from rapid.speculation.draft import Draft, DraftLimits
+from rapid.speculation.params import SpeculationParams
+from rapid.text.tokenizer import load_tokenizer
+
+DRAFTED = 5
+HOW: dict[str, tuple[SamplingParams, LogitParams | None]] = {
+    "greedy": (SamplingParams(temperature=0), None),
+    "temperature 0.7": (SamplingParams(temperature=0.7), None),
+    "temperature 0.7, top_p 0.9, repetition_penalty 1.1": (
+        SamplingParams(temperature=0.7, top_p=0.9),
+        LogitParams(repetition_penalty=1.1),
+    ),
+}
+
+
+def opened(engine: Engine, tokens: list[int], how: str, known: list[int], size: Size) -> Sequence:
+    sampling, logits = HOW[how]
+    adjusted = logits.on(known, engine.model.info) if logits is not None else None
+    request = SequenceRequest(
+        tokens,
+        600,
+        sampling,
+        SpeculationParams(draft_vocabulary=size),
+        logits=adjusted,
+        known=by_frequency(known),
+    )
+    sequence = engine.open(request).result()
+    engine.submit(prefill(sequence)).result()
+    return sequence
+
+
+def plain_ms(engine: Engine, sequence: Sequence) -> float:
+    started = time.perf_counter()
+    engine.submit(verify_draft(sequence, VerifyRequest(Draft(sequence.position)))).result()
+    return (time.perf_counter() - started) * 1e3
+
+
+def draft_ms(engine: Engine, sequence: Sequence, written: list[int]) -> float:
+    """Of one step. The draft is thrown away: another begins where it began."""
+    limits, model = DraftLimits(DRAFTED), engine.model
+    asked = DraftRequest(0, written, limits)
+    drafted = engine.submit(propose(sequence, asked, model.info.eos_token_ids, model.draft_head)).result()
+    return drafted.step_ms or drafted.elapsed_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt-tokens", type=int, default=7000)
+    parser.add_argument("--draft-prompt-tokens", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=25)
+    options = parser.parse_args()
+    tokens = load_tokenizer(MODEL)(documents()[0].text()[:60_000]).input_ids
+    long, short = tokens[: options.prompt_tokens], tokens[: options.draft_prompt_tokens]
+    settings = config()
+    engines = build_engine(settings.target), build_engine(settings.drafter)
+    rows: list[dict[str, Any]] = []
+    sizes: tuple[Size, ...] = ("auto", "full")
+    for how in HOW:
+        target = opened(engines[0], long, how, long, "auto")
+        drafters = {size: opened(engines[1], short, how, long, size) for size in sizes}
+        took: dict[str, list[float]] = {"plain": [], "auto": [], "full": []}
+        written: list[int] = []
+        for _ in range(options.repeats + 2):
+            took["plain"].append(plain_ms(engines[0], target))
+            written = target.output[:]
+            for size, drafter in drafters.items():
+                took[str(size)].append(draft_ms(engines[1], drafter, written))
+        medians = {name: round(statistics.median(times[2:]), 2) for name, times in took.items()}
+        ratios = {f"{size} over plain": round(medians[str(size)] / medians["plain"], 3) for size in sizes}
+        least = {f"least {name}": round(min(times[2:]), 2) for name, times in took.items()}
+        rows.append({"sampling": how, **{f"{name} ms": ms for name, ms in medians.items()}, **ratios, **least})
+        print(f"  {rows[-1]}", flush=True)
+        for engine, sequence in ((engines[0], target), *((engines[1], drafter) for drafter in drafters.values())):
+            engine.close(sequence)
+    for engine in engines:
+        engine.shutdown()
+    names = ("prompt_tokens", "draft_prompt_tokens", "repeats")
+    write("draft_steps", {name: getattr(options, name) for name in names} | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
