@@ -2,14 +2,16 @@
 
 Both are measured in the engines that a request uses, sampling and penalties included, in turns. The drafter's prompt
 and the target's are the beginning of the same document. A draft step is one of the steps behind the first, which also
-reads what the target has written.
+reads what the target has written. With one thread its CPU time is measured, also on a machine that does other things.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import rapid  # noqa: F401 (before torch)
@@ -23,6 +25,7 @@ from rapid.engine.engine import Engine
 from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
 from rapid.engine.propose import propose
 from rapid.engine.sequence import Sequence
+from rapid.engine.torch_thread import compute
 from rapid.engine.verify import prefill, verify_draft
 from rapid.models.draft_vocabulary import Size, by_frequency
 from rapid.sampling.params import LogitParams, SamplingParams
@@ -41,7 +44,7 @@ HOW: dict[str, tuple[SamplingParams, LogitParams | None]] = {
 }
 
 
-def opened(engine: Engine, tokens: list[int], how: str, known: list[int], size: Size) -> Sequence:
+def opened(engine: Engine, tokens: list[int], how: str, known: list[int], size: Size, *, reads: bool) -> Sequence:
     sampling, logits = HOW[how]
     adjusted = logits.on(known, engine.model.info) if logits is not None else None
     request = SequenceRequest(
@@ -53,22 +56,38 @@ def opened(engine: Engine, tokens: list[int], how: str, known: list[int], size: 
         known=by_frequency(known),
     )
     sequence = engine.open(request).result()
-    engine.submit(prefill(sequence)).result()
+    if reads:
+        engine.submit(prefill(sequence)).result()
+    else:
+        for part in (*sequence.cache.pool.keys, *sequence.cache.pool.values):
+            part.normal_()
+        sequence.cache.advance(len(tokens) - 1)
     return sequence
 
 
-def plain_ms(engine: Engine, sequence: Sequence) -> float:
-    started = time.perf_counter()
+def plain(engine: Engine, sequence: Sequence) -> None:
     engine.submit(verify_draft(sequence, VerifyRequest(Draft(sequence.position)))).result()
-    return (time.perf_counter() - started) * 1e3
 
 
-def draft_ms(engine: Engine, sequence: Sequence, written: list[int]) -> float:
-    """Of one step. The draft is thrown away: another begins where it began."""
-    limits, model = DraftLimits(DRAFTED), engine.model
-    asked = DraftRequest(0, written, limits)
-    drafted = engine.submit(propose(sequence, asked, model.info.eos_token_ids, model.draft_head)).result()
-    return drafted.step_ms or drafted.elapsed_ms
+def draft(engine: Engine, sequence: Sequence, written: list[int], num_tokens: int) -> None:
+    """A draft that is thrown away: another begins where it began."""
+    asked, model = DraftRequest(0, written, DraftLimits(num_tokens)), engine.model
+    engine.submit(propose(sequence, asked, model.info.eos_token_ids, model.draft_head)).result()
+
+
+class Watch:
+    """Milliseconds of calls: of the clock on the wall, or, with one thread, of that thread's CPU."""
+
+    def __init__(self, threads: int) -> None:
+        self._one_thread = threads == 1
+
+    def _now(self) -> float:
+        return compute(time.thread_time) if self._one_thread else time.perf_counter()
+
+    def ms(self, call: Callable[..., None], *arguments: Any) -> float:
+        started = self._now()
+        call(*arguments)
+        return (self._now() - started) * 1e3
 
 
 def main() -> None:
@@ -76,23 +95,24 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=7000)
     parser.add_argument("--draft-prompt-tokens", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="1: CPU time")
+    parser.add_argument("--unread", action="store_true", help="the long prompt's keys and values are noise")
     options = parser.parse_args()
     tokens = load_tokenizer(MODEL)(documents()[0].text()[:60_000]).input_ids
     long, short = tokens[: options.prompt_tokens], tokens[: options.draft_prompt_tokens]
-    settings = config()
+    settings, watch = config(threads=options.threads), Watch(options.threads)
     engines = build_engine(settings.target), build_engine(settings.drafter)
     rows: list[dict[str, Any]] = []
     sizes: tuple[Size, ...] = ("auto", "full")
     for how in HOW:
-        target = opened(engines[0], long, how, long, "auto")
-        drafters = {size: opened(engines[1], short, how, long, size) for size in sizes}
+        target = opened(engines[0], long, how, long, "auto", reads=not options.unread)
+        drafters = {size: opened(engines[1], short, how, long, size, reads=True) for size in sizes}
         took: dict[str, list[float]] = {"plain": [], "auto": [], "full": []}
-        written: list[int] = []
         for _ in range(options.repeats + 2):
-            took["plain"].append(plain_ms(engines[0], target))
-            written = target.output[:]
+            took["plain"].append(watch.ms(plain, engines[0], target))
             for size, drafter in drafters.items():
-                took[str(size)].append(draft_ms(engines[1], drafter, written))
+                one, several = (watch.ms(draft, engines[1], drafter, target.output[:], n) for n in (1, DRAFTED))
+                took[str(size)].append((several - one) / (DRAFTED - 1))
         medians = {name: round(statistics.median(times[2:]), 2) for name, times in took.items()}
         ratios = {f"{size} over plain": round(medians[str(size)] / medians["plain"], 3) for size in sizes}
         least = {f"least {name}": round(min(times[2:]), 2) for name, times in took.items()}
@@ -102,7 +122,7 @@ def main() -> None:
             engine.close(sequence)
     for engine in engines:
         engine.shutdown()
-    names = ("prompt_tokens", "draft_prompt_tokens", "repeats")
+    names = ("prompt_tokens", "draft_prompt_tokens", "repeats", "threads", "unread")
     write("draft_steps", {name: getattr(options, name) for name in names} | {"rows": rows})
 
 

@@ -24,12 +24,14 @@ from rapid.weights import embedded_models
 MODEL = "smollm2-135m-instruct"
 
 
-def config(dtype: str = "auto", quantization: str = "int4", *, target: str = MODEL) -> AppConfig:
+def config(
+    dtype: str = "auto", quantization: str = "int4", *, target: str = MODEL, threads: int | None = None
+) -> AppConfig:
     """The settings of serve_config.yaml, with the ``target`` in ``dtype``."""
     return parse_config(
         {
-            "target": {"model": target, "dtype": dtype},
-            "drafter": {"model": MODEL, "quantization": quantization, "kv_dtype": "int8"},
+            "target": {"model": target, "dtype": dtype, "threads": threads},
+            "drafter": {"model": MODEL, "quantization": quantization, "kv_dtype": "int8", "threads": threads},
             "retriever": {"options": {"chunk_tokens": 256}},
         }
     )
