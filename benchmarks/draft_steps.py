@@ -2,7 +2,8 @@
 
 Both are measured in the engines that a request uses, sampling and penalties included, in turns. The drafter's prompt
 and the target's are the beginning of the same document. A draft step is one of the steps behind the first, which also
-reads what the target has written. With one thread its CPU time is measured, also on a machine that does other things.
+reads what the target has written. "sampled" is T 0.7; "penalised" has top-p 0.9 and a repetition penalty of 1.1, too.
+With one thread its CPU time is measured, also on a machine that does other things.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from rapid.text.tokenizer import load_tokenizer
 DRAFTED = 5
 HOW: dict[str, tuple[SamplingParams, LogitParams | None]] = {
     "greedy": (SamplingParams(temperature=0), None),
-    "temperature 0.7": (SamplingParams(temperature=0.7), None),
-    "temperature 0.7, top_p 0.9, repetition_penalty 1.1": (
+    "sampled": (SamplingParams(temperature=0.7), None),
+    "penalised": (
         SamplingParams(temperature=0.7, top_p=0.9),
         LogitParams(repetition_penalty=1.1),
     ),
@@ -94,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt-tokens", type=int, default=7000)
     parser.add_argument("--draft-prompt-tokens", type=int, default=1000)
+    parser.add_argument("--cases", nargs="+", choices=tuple(HOW), default=list(HOW))
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="1: CPU time")
     parser.add_argument("--unread", action="store_true", help="the long prompt's keys and values are noise")
@@ -104,7 +106,7 @@ def main() -> None:
     engines = build_engine(settings.target), build_engine(settings.drafter)
     rows: list[dict[str, Any]] = []
     sizes: tuple[Size, ...] = ("auto", "full")
-    for how in HOW:
+    for how in options.cases:
         target = opened(engines[0], long, how, long, "auto", reads=not options.unread)
         drafters = {size: opened(engines[1], short, how, long, size, reads=True) for size in sizes}
         took: dict[str, list[float]] = {"plain": [], "auto": [], "full": []}
