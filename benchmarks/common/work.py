@@ -247,10 +247,12 @@ def prompts(
 def repeated(tokens: list[int], known: list[int] | None = None, size: int = 8) -> float:
     """The share of the n-grams of ``tokens`` that came before in ``tokens``, or in ``known`` if that is given."""
     grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    if not grams:
+        return 0.0
     if known is not None:
         seen = {tuple(known[i : i + size]) for i in range(len(known) - size + 1)}
-        return sum(gram in seen for gram in grams) / max(1, len(grams))
-    return 1 - len(set(grams)) / max(1, len(grams))
+        return sum(gram in seen for gram in grams) / len(grams)
+    return 1 - len(set(grams)) / len(grams)
 
 
 def settings_of(kind: Kind) -> dict[str, Any]:
