@@ -54,7 +54,7 @@ class Prepared:
         pass
 
     @torch.inference_mode()
-    def forward(self, entries, *, abandoned=None):
+    def forward(self, entries, **_):
         for cache, tokens, _ in entries:
             cache.advance(len(tokens))
         sizes = [rows for _, _, rows in entries]

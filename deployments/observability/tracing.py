@@ -22,7 +22,6 @@ from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
 from rapid.request import GenerationRequest
-from rapid.speculation.controller import Costs
 
 _tracer = trace.get_tracer("rapid")
 _SPANS = {"prefill": "prefill", "propose": "draft", "verify": "verify"}  # by the lease's call
@@ -77,15 +76,8 @@ class TracedBackend:
     def __init__(self, backend: Backend, parent: Span) -> None:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
+        self.history = backend.history
         self.quarantine = backend.quarantine
-
-    @property
-    def costs(self) -> Costs:
-        return self._backend.costs
-
-    @costs.setter
-    def costs(self, costs: Costs) -> None:
-        self._backend.costs = costs
 
     def info(self, role: Role) -> ModelInfo:
         return self._backend.info(role)

@@ -53,6 +53,7 @@ class RapidFields(Body):
     transfer_strength: float | None = None
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
+    draft_vocabulary: int | Literal["auto", "full"] | None = None
     rag_model: str | None = None
     query: str | None = None
     retrieval: RetrievalFields = RetrievalFields()

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Offer
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Offer
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
+from rapid.speculation.learned import Acceptance
 
 NGRAM = 3
 _LONGEST_MATCH = 32
@@ -32,7 +33,7 @@ class LookupDrafter(Drafter):
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._acceptance = Acceptance(MATCH_LENGTHS, MATCH_PRIOR)
+        self._acceptance = session.learned.acceptance_of(self.label, lambda: Acceptance(MATCH_LENGTHS, MATCH_PRIOR))
         self._index: Lookup
         self._found: list[int] = []
         self._match_length = 0

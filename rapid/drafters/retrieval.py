@@ -19,8 +19,10 @@ from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import DraftLost, EngineLost, RapidError
-from rapid.speculation.controller import Acceptance, Offer
+from rapid.models.draft_vocabulary import by_frequency
+from rapid.speculation.controller import Offer
 from rapid.speculation.draft import CONFIDENCES, Draft, DraftLimits, VerifyResult
+from rapid.speculation.learned import Acceptance
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class RetrievalDrafter(Drafter):
 
     def __init__(self, session: Session) -> None:
         self._session, self._backend = session, session.backend
-        self._acceptance = Acceptance(CONFIDENCES, CONFIDENCE_PRIOR)
+        self._acceptance = session.learned.acceptance_of(self.label, lambda: Acceptance(CONFIDENCES, CONFIDENCE_PRIOR))
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
         self._eos = session.backend.info("drafter").eos_token_ids
@@ -156,6 +158,7 @@ class RetrievalDrafter(Drafter):
             sampling,
             session.request.speculation,
             logits=session.logits,
+            known=by_frequency(session.request.prompt.tokens),
             salt=session.request.salt,
         )
         if request.capacity - 1 > self._backend.info("drafter").window:  # the last token is never read

@@ -19,11 +19,11 @@ from torch import Tensor
 from rapid.kernels.transfer import download, upload
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.row_params import RowParams
+from rapid.sampling.row_params import RowParams, truncates
 from rapid.sampling.sampler import warp
 from rapid.speculation.draft import Draft, DraftedToken, Logprobs, Pairs
 from rapid.speculation.drawing import DrawnTokens, draw, draw_greedily
-from rapid.speculation.verification import DraftRows, Rule, dense, output_law, verify, verify_greedy
+from rapid.speculation.verification import DraftRows, Rule, Verdict, dense, output_law, verify, verify_greedy
 
 Floats = NDArray[np.float64]
 Wish = TypeVar("Wish")
@@ -55,17 +55,18 @@ class Drawing(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Draws one draft token from ``logits`` [1, V]; the answer is `Drawn`."""
+    """Draws one draft token from ``logits`` [1, V]; the answer is `Drawn`.
+
+    ``ids`` [V] are the tokens of the columns; None if these are all tokens.
+    """
 
     logits: Tensor
     drawing: Drawing
+    ids: Tensor | None
 
     @staticmethod
     def together(wishes: Sequence[Draw]) -> list[Drawn]:
-        def kind(wish: Draw) -> int:
-            return wish.drawing.sampling.temperature > 0 and wish.drawing.draft_top_k
-
-        return _in_groups(wishes, kind, _draw)
+        return _in_groups(wishes, _kind_of_draw, _draw)
 
 
 class Verify(NamedTuple):
@@ -84,7 +85,7 @@ class Verify(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Verify]) -> list[Tensor]:
-        return _in_groups(wishes, lambda each: each.sampling.temperature > 0 and each.rule, _verify)
+        return _in_groups(wishes, _kind_of_verification, _verify)
 
 
 class Download(NamedTuple):
@@ -94,6 +95,8 @@ class Download(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Download]) -> list[Floats]:
+        if len(wishes) == 1:
+            return [download(wishes[0].values)]
         ends = np.cumsum([len(values) for (values,) in wishes])
         return np.split(download(_joined([values for (values,) in wishes])), ends[:-1])
 
@@ -127,6 +130,8 @@ def _in_groups(
     wishes: Sequence[Wish], kind: Callable[[Wish], Hashable], compute: Callable[[Sequence[Wish]], Sequence[Answer]]
 ) -> list[Answer]:
     """The answers of ``compute`` to each group of ``wishes`` of the same ``kind``, in the order of the wishes."""
+    if len(wishes) == 1:
+        return list(compute(wishes))
     groups: dict[Hashable, list[int]] = {}
     for i, wish in enumerate(wishes):
         groups.setdefault(kind(wish), []).append(i)
@@ -136,15 +141,22 @@ def _in_groups(
     return [answers[i] for i in range(len(wishes))]
 
 
+def _kind_of_draw(wish: Draw) -> Hashable:
+    drawing = wish.drawing
+    return drawing.sampling.temperature > 0 and drawing.draft_top_k, wish.logits.shape[-1], wish.ids is None
+
+
 def _draw(wishes: Sequence[Draw]) -> list[Drawn]:
-    """Draws for wishes with one ``draft_top_k``, or for greedy ones."""
+    """Draws for wishes with one ``draft_top_k`` and rows of one length, or for greedy ones."""
     logits, drawings = _joined([each.logits for each in wishes]), [each.drawing for each in wishes]
+    listed = [each.ids for each in wishes if each.ids is not None]
+    ids = torch.stack(listed) if listed else None
     if drawings[0].sampling.temperature == 0:
-        drawn = draw_greedily(logits)
+        drawn = draw_greedily(logits, ids)
     else:
         places = upload([(each.seed, each.round_start, each.step) for each in drawings], "int64", logits.device)
         params = RowParams.of([each.sampling for each in drawings], logits.device)
-        drawn = draw(logits, params, drawings[0].draft_top_k, draft_keys(places))
+        drawn = draw(logits, params, drawings[0].draft_top_k, draft_keys(places), ids)
     return list(map(Drawn, drawn.tokens.split(1), drawn_values(drawn).split(1)))
 
 
@@ -159,6 +171,10 @@ def drawn_values(drawn: DrawnTokens) -> Tensor:
     return torch.cat([column.double() for column in columns], -1)
 
 
+def _kind_of_verification(wish: Verify) -> Hashable:
+    return wish.sampling.temperature > 0 and wish.rule, truncates(wish.sampling, wish.logits.shape[-1])
+
+
 def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     """Verifies drafts by one rule, or greedily."""
     device = wishes[0].logits.device
@@ -169,40 +185,68 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
         laws: list[Tensor | None] = [None] * len(wishes)
         found = verify_greedy(drafts, logits.argmax(-1))
     else:
-        of_tokens = [each for each in wishes for _ in each.draft.tokens]
-        params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], device)
+        strength: float | Tensor = wishes[0].transfer_strength
+        if len(wishes) == 1:
+            params = RowParams.of([wishes[0].sampling], device)
+        else:
+            params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], device)
+            strengths = [[each.transfer_strength] for each in wishes for _ in each.draft.tokens]
+            strength = upload(strengths or np.zeros((0, 1)), "float32", device)
         target_probs = warp(logits, params)
-        strength = upload([[each.transfer_strength] for each in of_tokens] or np.zeros((0, 1)), "float32", device)
         places = upload([(each.seed, each.draft.offset) for each in wishes], "int64", device)
         noise = Noise(places[:, 0], places[:, 1])
-        found = verify(wishes[0].rule, drafts, target_probs, strength, noise)
+        if drafts.longest and device.type == "cpu" and params.truncate(logits.shape[-1]):
+            found = _verify_possible(wishes[0].rule, drafts, target_probs, strength, noise)
+        else:
+            found = verify(wishes[0].rule, drafts, target_probs, strength, noise)
         laws = [
             None if each.num_logprobs is None else _law(each, probs)
             for each, probs in zip(wishes, target_probs.split([len(each.logits) for each in wishes]), strict=True)
         ]
-    numbers = torch.stack(found, -1)  # [B, 2]
+    numbers = torch.stack(found, -1).double()  # [B, 2]
     return [
-        row.double() if each.num_logprobs is None else torch.cat([row.double(), _logprobs(each, row, law)])
+        row if each.num_logprobs is None else torch.cat([row, _logprobs(each, row.long(), law)])
         for each, row, law in zip(wishes, numbers, laws, strict=True)
     ]
+
+
+def _verify_possible(
+    rule: Rule, drafts: DraftRows, target_probs: Tensor, strength: float | Tensor, noise: Noise
+) -> Verdict:
+    """`verify` over the tokens that p or q of any row allow: all others stay impossible under every rule.
+
+    After top-p these are some hundred, and a rule reads and writes its rows a dozen times.
+    """
+    possible = target_probs.amax(0) > 0
+    possible[drafts.ids] = possible[drafts.tokens] = True
+    ids = possible.nonzero().squeeze(-1)
+    places = torch.empty(len(possible), dtype=torch.long)
+    places[ids] = torch.arange(len(ids))
+    drafts = drafts._replace(tokens=places[drafts.tokens], ids=places[drafts.ids])
+    return verify(rule, drafts, target_probs.index_select(-1, ids), strength, noise, ids)
 
 
 def _draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
     lengths = [len(draft.tokens) for draft in drafts]
     firsts = list(accumulate(lengths, initial=0))[:-1]
-    counts, starts = upload([lengths, firsts], "int64", device)
+    counts, starts = upload([lengths, firsts], "int64", device).unbind()
+    none = counts[:0]
     if not any(lengths):  # plain decoding
-        none = counts[:0]
         return DraftRows(none, none, none, none, none, none, counts, starts, 0)
     columns = [
-        (token, first + b + step, step, b)
-        for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
-        for step, token in enumerate(draft.tokens)
+        [token for draft in drafts for token in draft.tokens],
+        [
+            first + b + step
+            for b, (first, length) in enumerate(zip(firsts, lengths, strict=True))
+            for step in range(length)
+        ],
+        [step for length in lengths for step in range(length)],
+        [b for b, length in enumerate(lengths) for _ in range(length)],
     ]
-    ids = weights = counts[:0]
+    ids = weights = none
     if with_q:
         ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
-    tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
+    tokens, rows, steps, sequences = upload(columns, "int64", device).unbind()
     return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
 
 
@@ -241,6 +285,8 @@ def _logprobs(wish: Verify, found: Tensor, law: Tensor | None) -> Tensor:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """``parts``, one below the other. If they lie so in memory, as the rows of one pass do, nothing is copied."""
+    if len(parts) == 1:
+        return parts[0]
     first, end = parts[0], parts[0].storage_offset()
     memory = first.untyped_storage()._cdata
     for part in parts:

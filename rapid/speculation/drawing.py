@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.sampler import sample_few, tempered, warp
-from rapid.sampling.truncation import by_sorting
+from rapid.sampling.sampler import first_to_come, tempered_largest, warp_largest
+from rapid.sampling.truncation import truncate_largest
 
 
 class DrawnTokens(NamedTuple):
@@ -28,12 +28,18 @@ class DrawnTokens(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor) -> DrawnTokens:
-    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0."""
-    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
-    weights = top / top.sum(-1, keepdim=True)
-    tokens = sample_few(weights, ids, keys)
-    return DrawnTokens(tokens, _confidences(logits, tokens), ids, weights)
+def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor, ids: Tensor | None = None) -> DrawnTokens:
+    """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
+
+    ``ids`` [B, V] are the tokens of the columns, if these are not all tokens in their order.
+    """
+    top, columns = logits.topk(min(draft_top_k, logits.shape[-1]))  # the largest first
+    probs = warp_largest(logits, top, params)
+    weights = probs / probs.sum(-1, keepdim=True)
+    of_columns = columns if ids is None else ids.gather(-1, columns)
+    best = first_to_come(weights, of_columns, keys)
+    confidences = (top.gather(-1, best) - logits.logsumexp(-1, keepdim=True)).exp()
+    return DrawnTokens(of_columns.gather(-1, best).squeeze(-1), confidences.squeeze(-1), of_columns, weights)
 
 
 def draw_in_graph(
@@ -45,21 +51,22 @@ def draw_in_graph(
     ``truncates`` no row has top-k, top-p or min-p. The q of a row at temperature 0 is of no meaning.
     """
     params = RowParams((), columns)
-    probs = tempered(logits, params)
-    top, ids = (by_sorting(probs, params) if truncates else probs).topk(min(most, logits.shape[-1]))
-    top = top * (torch.arange(top.shape[-1], device=top.device) < draft_top_k.unsqueeze(-1))
-    weights = top / top.sum(-1, keepdim=True)
-    is_greedy = params.temperature.squeeze(-1) == 0
-    tokens = torch.where(is_greedy, logits.argmax(-1), sample_few(weights, ids, keys))
-    return DrawnTokens(tokens, _confidences(logits, tokens), ids, weights)
+    top, ids = logits.topk(min(most, logits.shape[-1]))  # the largest first
+    probs = tempered_largest(logits, top, params)
+    probs = probs * (torch.arange(top.shape[-1], device=top.device) < draft_top_k.unsqueeze(-1))
+    if truncates:
+        probs = truncate_largest(probs, params)
+    weights = probs / probs.sum(-1, keepdim=True)
+    is_greedy = params.temperature == 0
+    best = first_to_come(weights, ids, keys).masked_fill(is_greedy, 0)
+    confidences = (top.gather(-1, best) - logits.logsumexp(-1, keepdim=True)).exp()
+    return DrawnTokens(ids.gather(-1, best).squeeze(-1), confidences.squeeze(-1), ids, weights)
 
 
-def draw_greedily(logits: Tensor) -> DrawnTokens:
+def draw_greedily(logits: Tensor, ids: Tensor | None = None) -> DrawnTokens:
     """The likeliest token of each row of ``logits`` [B, V]."""
-    tokens = logits.argmax(-1)
+    best, columns = logits.max(-1, keepdim=True)
+    confidences = (best - logits.logsumexp(-1, keepdim=True)).exp().squeeze(-1)
     none = logits[:, :0]
-    return DrawnTokens(tokens, _confidences(logits, tokens), none, none)
-
-
-def _confidences(logits: Tensor, tokens: Tensor) -> Tensor:
-    return (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+    tokens = columns if ids is None else ids.gather(-1, columns)
+    return DrawnTokens(tokens.squeeze(-1), confidences, none, none)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rapid.errors import InvalidRequest
+from rapid.models.draft_vocabulary import Size
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
 
@@ -15,7 +16,8 @@ class SpeculationParams:
 
     With γ "auto" the controller chooses γ every round from measured costs and acceptance
     (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
-    offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
+    offer drafts that many tokens every round. A drafter model draws from about ``draft_vocabulary`` tokens
+    (`rapid.models.draft_vocabulary`). ``rag_model`` names the role whose weights the strategy "rag" uses.
 
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
@@ -29,6 +31,7 @@ class SpeculationParams:
     transfer_strength: float = 10.0
     verification: str = "published"
     draft_top_k: int = 64
+    draft_vocabulary: Size = "auto"
     rag_model: str = "target"
 
     def __post_init__(self) -> None:
@@ -47,6 +50,12 @@ class SpeculationParams:
         known = f"one of {', '.join(VERIFICATION_RULES)}"
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
+        size = self.draft_vocabulary
+        require(
+            size in ("auto", "full") or (isinstance(size, int) and 1024 <= size <= 2**20),
+            "draft_vocabulary",
+            '"auto", "full" or between 1024 and 1048576',
+        )
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
 
     @property

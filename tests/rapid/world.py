@@ -86,7 +86,10 @@ class PatientBackend(LocalBackend):
 
     def _call(self, lease: Lease, method: str, *message: Any) -> Awaitable[Any]:
         if method == "verify":
-            return self._verify(lease, *message)
+            # What the request sets is read here: the answer is awaited in a task of its own.
+            asked, ahead = _asked.get(None), _ahead.get(None)
+            _asked.set(None)
+            return self._verify(lease, asked, ahead, *message)
         answer = lease.call(method, *message)
         if method == "propose":
             _asked.set(asyncio.ensure_future(answer))
@@ -94,12 +97,16 @@ class PatientBackend(LocalBackend):
             _ahead.set(answer)
         return answer
 
-    async def _verify(self, lease: Lease, request: VerifyRequest) -> VerifyResult:
+    async def _verify(
+        self,
+        lease: Lease,
+        asked: asyncio.Future[Any] | None,
+        ahead: Awaitable[Draft | None] | None,
+        request: VerifyRequest,
+    ) -> VerifyResult:
         # A draft that was waited for is done by now; one that was here already was used before its answer came.
-        asked = _asked.get(None)
         self.were_here.append(asked is None or not asked.done())
-        _asked.set(None)
-        if ahead := _ahead.get(None):
+        if ahead is not None:
             await ahead
         return await lease.verify(request)
 
