@@ -29,7 +29,7 @@ from rapid.engine.pass_clock import PassClock
 from rapid.engine.readout import Download, Draw, Drawn, Readout
 from rapid.engine.refine import Refine
 from rapid.engine.scheduler import RunningTask, chunks, in_parts, schedule, settle
-from rapid.engine.sequence import Sequence, Task
+from rapid.engine.sequence import Sequence, SharedPass, Task
 from rapid.engine.torch_thread import compute
 from rapid.engine.verdicts import Verify
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
@@ -294,12 +294,13 @@ class Engine:
         """What a pass gives each task; or several passes, if all tasks draft and a graph holds them. And how many."""
         ready = [r.request for r, n in scheduled if n == r.num_left and r.request.view is None]
         drawings = [request.drawing for request in ready if request.drawing is not None]
-        if self._drafts is not None and len(drawings) == len(scheduled):
+        heads = [r.request.sequence.head for r, _ in scheduled]
+        if self._drafts is not None and len(drawings) == len(scheduled) and not any(heads):
             num_steps = self._drafts.num_steps(entries, drawings)
             if num_steps:
                 return self._drafts.run(entries, drawings), num_steps
         rows = self.model.forward(
-            entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
+            entries, heads=heads, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
         )
         return rows, 1
 
@@ -315,6 +316,8 @@ class Engine:
 
     def _send(self, scheduled: list[tuple[RunningTask, int]], answers: list[Tensor] | list[Drawn]) -> None:
         """Gives each task its rows of logits, or what was drawn."""
+        decoding = [num_tokens for running, num_tokens in scheduled if running.request.tokens is not None]
+        shared = SharedPass(len(decoding), sum(decoding))
         for (running, num_tokens), answer in zip(scheduled, answers, strict=True):
             sequence = running.request.sequence
             sequence.last_used = time.monotonic()
@@ -322,11 +325,12 @@ class Engine:
             if running.request.tokens is None:
                 self._pool.insert(sequence.cache, sequence.prompt, sequence.cache.length)
             else:
-                sequence.decoded_at = sequence.last_used
+                sequence.decoded_at, sequence.shared = sequence.last_used, shared
             if running.num_left > 0:
                 continue
             if running.request.drawing is not None and isinstance(answer, Tensor):
-                running.readout = Draw(answer, running.request.drawing)
+                ids = None if sequence.head is None else sequence.head.ids
+                running.readout = Draw(answer, running.request.drawing, ids)
             else:
                 self._resume(running, answer)
         self._read_out()

@@ -55,18 +55,18 @@ class Drawing(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Draws one draft token from ``logits`` [1, V]; the answer is `Drawn`."""
+    """Draws one draft token from ``logits`` [1, V]; the answer is `Drawn`.
+
+    ``ids`` [V] are the tokens of the columns; None if these are all tokens.
+    """
 
     logits: Tensor
     drawing: Drawing
+    ids: Tensor | None
 
     @staticmethod
     def together(wishes: Sequence[Draw]) -> list[Drawn]:
-        def kind(wish: Draw) -> Hashable:
-            drawing = wish.drawing
-            return drawing.sampling.temperature > 0 and (drawing.draft_top_k, drawing.is_greedy)
-
-        return in_groups(wishes, kind, _draw)
+        return in_groups(wishes, _kind_of_draw, _draw)
 
 
 class Download(NamedTuple):
@@ -76,6 +76,8 @@ class Download(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Download]) -> list[Floats]:
+        if len(wishes) == 1:
+            return [download(wishes[0].values)]
         ends = np.cumsum([len(values) for (values,) in wishes])
         return np.split(download(joined([values for (values,) in wishes])), ends[:-1])
 
@@ -98,18 +100,26 @@ def refined_tokens(values: Floats, num_rows: int) -> list[DraftedToken]:
     return [drafted_token(row) for row in values[1:].reshape(num_rows, -1)[: int(values[0]) + 1]]
 
 
+def _kind_of_draw(wish: Draw) -> Hashable:
+    drawing = wish.drawing
+    how = drawing.sampling.temperature > 0 and (drawing.draft_top_k, drawing.is_greedy)
+    return how, wish.logits.shape[-1], wish.ids is None
+
+
 def _draw(wishes: Sequence[Draw]) -> list[Drawn]:
-    """Draws for wishes with one ``draft_top_k``, or for greedy ones whose q is one-hot."""
+    """Draws for wishes with one ``draft_top_k`` and rows of one length, or for greedy ones whose q is one-hot."""
     logits, drawings = joined([each.logits for each in wishes]), [each.drawing for each in wishes]
+    listed = [each.ids for each in wishes if each.ids is not None]
+    ids = torch.stack(listed) if listed else None
     if drawings[0].sampling.temperature == 0:
-        drawn = draw_greedily(logits)
+        drawn = draw_greedily(logits, ids)
     else:
         keys = None
         if not drawings[0].is_greedy:
             places = upload([(each.seed, each.round_start, each.step) for each in drawings], "int64", logits.device)
             keys = draft_keys(places)
         params = RowParams.of([each.sampling for each in drawings], logits.device)
-        drawn = draw(logits, params, drawings[0].draft_top_k, keys)
+        drawn = draw(logits, params, drawings[0].draft_top_k, keys, ids)
     return list(map(Drawn, drawn.tokens.split(1), drawn_values(drawn).split(1)))
 
 

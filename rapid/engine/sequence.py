@@ -16,10 +16,21 @@ from rapid.engine.readout import Drawing, Readout
 from rapid.kernels.interface import QueryWatcher, Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.kv_cache.table import PageTable
+from rapid.models.draft_head import DraftHead
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.speculation.draft import Draft
 
 T = TypeVar("T")
+
+
+class SharedPass(NamedTuple):
+    """How many sequences decoded in a pass, and their tokens in all."""
+
+    num_sequences: int
+    num_tokens: int
+
+
+ALONE = SharedPass(1, 1)
 
 
 @dataclass(eq=False)
@@ -34,6 +45,7 @@ class Sequence:
     cache: KVCache
     seed: int  # of its random numbers
     logits: LogitProcessor | None = None
+    head: DraftHead | None = None  # of a sequence that drafts from a draft vocabulary
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
@@ -43,6 +55,7 @@ class Sequence:
     over_view: tuple[int, list[int]] = (-1, [])  # (position, draft tokens behind it that passes over a view have read)
     last_used: float = field(default_factory=time.monotonic)
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
+    shared: SharedPass = ALONE  # that pass
 
     @property
     def prompt(self) -> list[int]:

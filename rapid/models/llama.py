@@ -104,7 +104,7 @@ class Decoder:
         self._compiled = CompiledLayers(self._layers, sizes) if can_record else None
         self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
-        self._head = make_linear(
+        self.head = make_linear(
             local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
         )
 
@@ -121,6 +121,22 @@ class Decoder:
         Raises:
             PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
+        last = self.hidden(tokens, positions, batch, rows, abandoned)
+        if self._group is None:
+            return self.head(last).to(tokens.device)
+        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
+        logits = self.head(last) if len(rows) else last.new_empty(0, self._num_logits)
+        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        rows: Tensor,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
+        """What the ``head`` multiplies for these logits, [len(rows), hidden], on the head's device."""
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
         more: Tensor | None = None  # what the last layer adds to x, so that one kernel adds it and computes the norm
@@ -135,12 +151,8 @@ class Decoder:
                     more = None if more is None else more.to(layer.device)
                 x, more = self._through(layer, i, x, more, (cos, sin), batch)
         rows = rows.to(x.device)
-        last = x[rows], None if more is None else more[rows]
-        if self._group is None:
-            return self._logits(*last).to(tokens.device)
-        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
-        logits = self._logits(*last) if len(rows) else x.new_empty(0, self._num_logits)
-        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+        last, more = x[rows].to(self._head_device), None if more is None else more[rows].to(self._head_device)
+        return self._norm.added(last, more)[1]
 
     def _through(
         self, layer: Layer, i: int, x: Tensor, more: Tensor | None, rotation: Rotation, batch: Batch
@@ -154,11 +166,6 @@ class Decoder:
         attended = self._summed(layer.output(batch.attend(i, heads, rotation, self._scaling)))
         x, normed = layer.mlp_norm.added(x, attended)
         return x, self._summed(layer.down(self._rows.gate(layer.gate_up(normed))))
-
-    def _logits(self, x: Tensor, more: Tensor | None) -> Tensor:
-        if more is not None:
-            more = more.to(self._head_device)
-        return self._head(self._norm.added(x.to(self._head_device), more)[1])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self._group is None:
