@@ -186,7 +186,7 @@ class TableRounds:
                     if wish.drawing is None:
                         send(i, own)
                     else:
-                        wishes[i] = Draw(own, wish.drawing)
+                        wishes[i] = Draw(own, wish.drawing, None)
             for kind in (Draw, Refine, Verify, Download):
                 own_wishes = {i: wish for i, wish in wishes.items() if isinstance(wish, kind)}
                 if own_wishes:

@@ -237,7 +237,7 @@ def test_ranks_read_tokens_from_the_device_at_once(monkeypatch: pytest.MonkeyPat
     layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
     table = PageTable(KVPool(layout, 2**20), [3], 4)
     entries = [BatchEntry(table, each, 1) for each in tokens]
-    assert [new for _, _, new, _ in Pass.of(entries).parts] == [[5], [1, 2], [6, 7]]
+    assert [new for _, new, _ in Pass.of(entries).parts] == [[5], [1, 2], [6, 7]]
     assert len(read) == 1
 
 

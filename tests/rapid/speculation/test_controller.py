@@ -301,5 +301,5 @@ def test_with_a_q_for_every_position_no_round_is_plain_and_one_step_belongs_to_e
         plan = RoundPlan("model", DraftLimits(gamma + 1))
         controller.observe(plan, outcome, verifying + draft_ms + gamma * extra)  # type: ignore[arg-type]
     assert costs.plain == pytest.approx(verifying + step, rel=0.05)
-    assert costs.extra == pytest.approx(extra, abs=0.3)
+    assert costs.of_extra("model") == pytest.approx(extra, abs=0.3)
     assert gamma == 10 or gamma == MAX_DRAFT_TOKENS

@@ -6,8 +6,8 @@ import torch
 from test_distributions import assert_follows
 
 from benchmarks.common.closed_forms import law
-from rapid.engine import readout
-from rapid.engine.readout import Verify
+from rapid.engine import verdicts
+from rapid.engine.verdicts import How, Verify
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft
@@ -24,9 +24,10 @@ def wishes(rule: str) -> tuple[list[Verify], np.ndarray]:
     ids = torch.cat([p.topk(6).indices, p.argsort()[:6]]).numpy()
     weights = np.linspace(1, 2, 12, dtype=np.float32) / 18
     drawn = np.random.default_rng(2).choice(ids, NUM, p=weights.astype(np.float64) / weights.sum(dtype=np.float64))
+    drafts = [Draft(0, [int(token)], [(ids, weights)], [0.5]) for token in drawn]
     found = [
-        Verify(LOGITS, Draft(0, [int(token)], [(ids, weights)], [0.5]), SAMPLING, RULES[rule], ETA, seed, None)
-        for seed, token in enumerate(drawn)
+        Verify(LOGITS, draft, How(SAMPLING, seed, draft.distributions, False, RULES[rule], ETA))
+        for seed, draft in enumerate(drafts)
     ]
     q = np.zeros(VOCAB)
     q[ids] = weights
@@ -55,6 +56,6 @@ def test_what_is_possible_follows_the_rule_s_law(rule: str) -> None:
 def test_the_same_tokens_are_accepted_as_over_the_whole_vocabulary(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, _ = wishes(rule)
     possible = [int(values[0]) for values in Verify.together(asked)]
-    monkeypatch.setattr(readout, "_verify_possible", verify)
+    monkeypatch.setattr(verdicts, "_verify_possible", verify)
     whole = [int(values[0]) for values in Verify.together(asked)]
     assert possible == whole and 0 < sum(whole) < NUM
