@@ -8,9 +8,9 @@ is asked in words of our own, because the benchmark's prompts are long; ratings 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -43,23 +43,30 @@ ABILITIES = {
     "PI": "It goes on in the role and the rules that the dialogue has set up, and brings it further.",
 }
 _WITH_REFERENCE = ("MR", "GR")
+_FIRST_IS_GIVEN = ("FR", "CR", "AR", "SA", "SC", "CM")  # abilities whose first turn only prepares the others
 
 Turn = dict[str, str]  # user and bot
 
 
 @dataclass(config=OPTIONS)
 class MTBench101(Task):
-    """``turns``: the fewest turns of a dialogue that is asked about; with more than four as in the RAPID paper: 5."""
+    """``turns``: the fewest turns of a dialogue that is asked about; with more than four as in the RAPID paper: 5.
+
+    ``rated``: the last turn; or "all", as in the benchmark: a dialogue counts as its worst turn, and a limit counts
+    dialogues. ``spread``: whether turns of other dialogues stand between.
+    """
 
     name: str = "mtbench101"
     turns: int = 2
+    rated: Literal["last", "all"] = "last"
+    spread: bool = True
     metric = "rating"
     best = 10.0
 
     def __post_init__(self) -> None:
         self.judge = DialogueJudge()
 
-    def questions(self, settings: TaskSettings) -> Iterable[Question]:
+    def questions(self, settings: TaskSettings) -> Iterator[Question]:
         rows = records(find(SOURCE, self.name, settings), FIELDS)
         asked = [row for row in rows if len(row["history"]) >= self.turns]
         encode = cache(lambda text: len(settings.tokenizer.encode(text)))
@@ -68,29 +75,42 @@ class MTBench101(Task):
             return encode(turn["user"]) + encode(turn["bot"]) + _TURN_TOKENS
 
         # The dialogues between are the same for all questions, whose prompts thus begin alike.
-        others = random.Random(settings.seed).sample(rows, len(rows))
-        return (self._question(row, others, tokens, settings) for row in chosen(asked, _identity, settings))
+        others = random.Random(settings.seed).sample(rows, len(rows)) if self.spread else []
+        for row in chosen(asked, _identity, settings):
+            last = len(row["history"]) - 1
+            first = last if self.rated == "last" else 1 if row["task"] in _FIRST_IS_GIVEN else 0
+            for turn in range(first, last + 1):
+                yield self._question(row, turn, others, tokens, settings)
+
+    def combine(self, scores: Sequence[float]) -> float:
+        return min(scores)
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         return {"f1_to_reference": f1(answer, question.references)}
 
     def _question(
-        self, row: dict[str, Any], others: list[dict[str, Any]], tokens: Callable[[Turn], int], settings: TaskSettings
+        self,
+        row: dict[str, Any],
+        turn: int,
+        others: list[dict[str, Any]],
+        tokens: Callable[[Turn], int],
+        settings: TaskSettings,
     ) -> Question:
-        *earlier, last = row["history"]
+        earlier, last = row["history"][:turn], row["history"][turn]
         room = (settings.context_tokens or CONTEXT_TOKENS) - sum(map(tokens, earlier)) - tokens({**last, "bot": ""})
         history = _fitting([other["history"] for other in others if other is not row], room, tokens)
         generator = random.Random(f"{settings.seed}/{_identity(row)}")
         at = sorted(generator.randint(0, len(history)) for _ in earlier)
-        for i, turn in reversed(list(zip(at, earlier, strict=True))):
-            history.insert(i, turn)
+        for i, own in reversed(list(zip(at, earlier, strict=True))):
+            history.insert(i, own)
         said = [
-            {"role": role, "content": turn[who]}
-            for turn in history
+            {"role": role, "content": one[who]}
+            for one in history
             for role, who in (("user", "user"), ("assistant", "bot"))
         ]
         return Question(
-            id=_identity(row),
+            id=f"{_identity(row)}/{turn + 1}",
+            item=_identity(row),
             messages=(*said, {"role": "user", "content": last["user"]}),
             references=(last["bot"],),
             max_tokens=MAX_TOKENS,

@@ -142,10 +142,10 @@ def test_mtbench101(tmp_path):
     rows = [dialogue(i, 1 + i % 4) for i in range(40)]
     path = write(tmp_path / "mtbench101.jsonl", rows)
     questions = asked("mtbench101:turns=3", path, context_tokens=700)
-    assert [question.id for question in questions][:3] == ["MR-2", "MR-3", "MR-6"]
+    assert [question.id for question in questions][:3] == ["MR-2/3", "MR-3/4", "MR-6/3"]
     for question in questions:
         said = [message["content"] for message in question.messages]
-        history = rows[int(question.id.removeprefix("MR-"))]["history"]
+        history = rows[int(question.item.removeprefix("MR-"))]["history"]
         own = [said.index(turn[role]) for turn in history[:-1] for role in ("user", "bot")]
         assert own == sorted(own)  # its own turns are there, in order, each answer behind its message
         assert all(answer == message + 1 for message, answer in zip(own[::2], own[1::2], strict=True))
@@ -167,6 +167,23 @@ def test_mtbench101(tmp_path):
     assert user["content"].count("User: ") == 4  # the dialogue alone
     assert task.judge.scores("Good. Rating: [[8]]") == {"rating": 8}
     assert set(task.score(question, "b3")) == {"f1_to_reference"}
+
+    as_published = asked("mtbench101:turns=3,rated=all,spread=false", path, limit=2)
+    assert len({question.item for question in as_published}) == 2
+    for question in as_published:
+        turn = int(question.id.rpartition("/")[2])
+        assert [message["content"] for message in question.messages] == [
+            one[role] for one in rows[int(question.item[3:])]["history"][:turn] for role in ("user", "bot")
+        ][:-1]
+    assert [question.id for question in asked("mtbench101:rated=all,spread=false", path)][:3] == [
+        "MR-1/1",
+        "MR-1/2",
+        "MR-2/1",
+    ]
+    rows[1]["task"] = "AR"  # whose first turn is given
+    write(path, rows)
+    assert [question.id for question in asked("mtbench101:rated=all,spread=false", path)][:2] == ["AR-1/2", "MR-2/1"]
+    assert task.combine([7, 3, 9]) == 3
 
 
 SQUAD = {
@@ -257,8 +274,8 @@ def test_qmsum(tmp_path):
     assert len(asked("qmsum:queries=all", tmp_path)) == 3
     assert [question.query for question in asked("qmsum:queries=general", tmp_path)] == ["Summarize the whole meeting."]
 
-    near, middle = asked("qmsum:max_tokens=64", tmp_path, context_tokens=200)
-    assert (near.group, middle.group, near.max_tokens) == ("evidence: all", "evidence: none", 64)
+    near, middle = asked("qmsum", tmp_path, context_tokens=200)
+    assert (near.group, middle.group) == ("evidence: all", "evidence: none")
     assert num_tokens(near) == 200 and near.whole.count("\n") == 29
 
     near, middle = asked("qmsum:keep=evidence", tmp_path, context_tokens=260)
@@ -421,5 +438,5 @@ def test_every_task_has_a_name_a_metric_and_a_scale():
     for name in TASKS:
         task = make_task(name)
         assert task.name == name and task.metric and task.best in (1, 10)
-        assert task.combine([0.25, 0.75]) == 0.5
+        assert task.combine([0.25, 0.75]) == (0.25 if name == "mtbench101" else 0.5)
     assert make_task("nq:depth=0.5").name == "nq:depth=0.5"
