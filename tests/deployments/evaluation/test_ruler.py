@@ -127,6 +127,7 @@ def test_common_words(length, often, seldom):
     listed = re.findall(r"(\d+)\. (\S+)", last.partition("\nQuestion")[0])
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
     counts = Counter(word for _, word in listed)
+    assert 0 < sum(word in question.references for _, word in listed[: len(listed) // 2]) < 10 * often  # in no order
     assert {counts[word] for word in question.references} == {often} and len(question.references) == 10
     assert {counts[word] for word in counts if word not in question.references} == {seldom}
     assert "1. " in example.rpartition("are:")[2] and "10. " in example.rpartition("are:")[2]
@@ -168,6 +169,7 @@ def test_questions_about_one_of_many_documents(tmp_path):
         assert num_tokens(question) + 32 <= 300
         task = make_task("ruler_qa_1")
         assert task.score(question, f"OTHER{number}") == {"match": 1} and task.score(question, "no") == {"match": 0}
+    assert len({question.query for question in asked("ruler_qa_1", tmp_path, context_tokens=300, limit=30)}) == 30
     places = [
         text(q).index(f"Context {q.query.split()[-1][:-1]} ")
         for q in asked("ruler_qa_1", tmp_path, context_tokens=300, limit=30)
@@ -219,6 +221,7 @@ def test_synthetic_tasks_of_infinitebench(name):
         assert float(question.group.removeprefix("depth ")) == pytest.approx(depths[-1], abs=0.08)
         assert make_task(name).score(question, f"{answer}.") == {"accuracy": 1}
     assert len({question.references for question in questions}) == 22
+    assert len({question.group for question in questions}) == 11
     kv = "\nThe value associated with the specified key is: "
     ends = {"passkey": "The pass key is", "number_string": "The sequence of digits is", "kv_retrieval": kv}
     assert text(questions[0]).endswith(ends[name.removeprefix("infinitebench_")])
