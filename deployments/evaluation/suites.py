@@ -23,6 +23,7 @@ _SMALL_RETRIEVAL = 512  # tokens, of contexts that are a twentieth of the paper'
 _SAMPLED = (0.0, 0.3)
 # At temperature 0 the transfer needs a temperature of its own; else the output would be the target's greedy text.
 _TRANSFER: Fields = {"strategy": "rapid", "transfer_temperature": 1.0}
+_ALWAYS: Fields = {"threshold": -1.0}  # where retrieval is what is looked at, no question goes without passages
 _SELF, _ETA_UP = 10.0, 40.0  # η as in the paper
 
 
@@ -130,7 +131,7 @@ def _eta(models: _Models) -> Fields:
     etas = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)
     for line, source in (("related", "read"), ("unrelated", "unrelated")):
         for eta in etas:
-            how = _TRANSFER | {"transfer_strength": eta, "retrieval": {"threshold": -1.0}}
+            how = _TRANSFER | {"transfer_strength": eta, "retrieval": _ALWAYS}
             rows.append(_row(f"η = {eta:g}, {line}", **how, retrieve_from=source, line=line, at=eta))
     return {
         "systems": {HERE: models.own},
@@ -162,7 +163,7 @@ def _retrieval_length(models: _Models) -> Fields:
     rows = [_row(LC, "autoregressive")]
     lengths = (256, 512, 1024, 2048) if models.is_small else (2048, 4096, 8192, 16_384)
     for length in lengths:
-        kept = {"retrieval": {"max_tokens": length}}
+        kept = {"retrieval": {"max_tokens": length} | _ALWAYS}
         rows.append(_row(f"RAG of {length}", "rag", **kept, line="RAG", at=length))
         how = _TRANSFER | {"transfer_strength": _SELF} | kept
         rows.append(_row(f"RAPID of {length}", **how, line="RAPID", at=length))
@@ -177,7 +178,7 @@ def _retrieval_length(models: _Models) -> Fields:
 def _retrieval_method(models: _Models) -> Fields:
     rows = [_row(LC, "autoregressive")]
     for method in ("dense", "sparse", "hybrid"):
-        kept = {"retrieval": {"method": method}}
+        kept = {"retrieval": {"method": method} | _ALWAYS}
         rows.append(_row(f"RAG, {method}", "rag", **kept))
         rows.append(_row(f"RAPID, {method}", **_TRANSFER | {"transfer_strength": _SELF} | kept))
     return {"systems": {HERE: models.own}, "rows": rows, "tasks": [_document_task(models)]}
