@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from words import Words, asked, num_tokens, text
 
 from deployments.evaluation.task import EvaluationError, TaskSettings, chosen
@@ -432,6 +433,24 @@ def test_a_task_without_data_says_how_to_give_it():
         asked("qmsum")
     with pytest.raises(EvaluationError, match="--from-hub"):
         asked("longbench_v2")
+
+
+def test_the_hub_is_asked_only_where_that_is_allowed(tmp_path, monkeypatch):
+    path = write(tmp_path / "data.json", [LONGBENCH])
+    calls = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *args, **more: calls.append((args, more)) or str(path)
+    )
+    assert len(asked("longbench_v2", from_hub=True)) == 1
+    assert len(asked("longbench_v2", path, from_hub=True)) == 1  # a file goes before the hub
+    assert calls == [(("THUDM/LongBench-v2", "data.json"), {"repo_type": "dataset"})]
+
+    def refuse(*args, **more):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(EvaluationError, match="xinrongzhang2022/InfiniteBench could not be downloaded: no connection"):
+        asked("infinitebench_qa", from_hub=True)
 
 
 def test_every_task_has_a_name_a_metric_and_a_scale():
