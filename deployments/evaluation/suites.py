@@ -74,7 +74,7 @@ def _paper_main(models: _Models) -> Fields:
         _row("MagicDec", "magicdec", **exact),
         _row("TriForce", "triforce", **exact),
         _row("REST", "rest", **exact),
-        _row("Speculative RAG", "speculative_rag", **few),
+        _row("Speculative RAG", "speculative_rag", **few | ({"limit": 3} if models.is_small else {})),
         _row("RAPID", **_TRANSFER, transfer_strength=_SELF),
         _row("RAPID, η auto", **_TRANSFER, transfer_strength="auto", **few),
         _row(
@@ -91,11 +91,12 @@ def _paper_main(models: _Models) -> Fields:
         systems[UPWARD] = models.upward
         which = f"the target's weights are rounded to {_WEAK_BITS} bits a row, the drafter's are whole"
         note = {"note": which} if models.is_small else {}
-        up = {"system": UPWARD, "baseline": f"{LC} upward"}
+        most = {"limit": 60} if models.is_small else {}
+        up: Fields = {"system": UPWARD, "baseline": f"{LC} upward"}
         rows += [
-            _row(f"{LC} upward", "autoregressive", system=UPWARD, **note),
-            _row("RAG of the drafter", "rag", rag_model="drafter", **up),
-            _row("RAPID upward", **_TRANSFER, transfer_strength=_ETA_UP, **up, **note),
+            _row(f"{LC} upward", "autoregressive", system=UPWARD, **note, **most),
+            _row("RAG of the drafter", "rag", rag_model="drafter", **up, **few),
+            _row("RAPID upward", **_TRANSFER, transfer_strength=_ETA_UP, **up, **note, **most),
         ]
     return {"systems": systems, "rows": rows, "temperatures": _SAMPLED, "tasks": _main_tasks(models.is_small)}
 
@@ -106,12 +107,12 @@ def _main_tasks(is_small: bool) -> list[Fields]:
         return [*books, *({"name": name} for name in ("longbench_v2", "longbench_v2_cot"))]
     return [
         {"name": "nq:depth=shared", "as_name": "nq", "limit": 200, "context_tokens": 6000, "max_tokens": 16},
-        {"name": "qmsum:keep=evidence", "as_name": "qmsum", "limit": 60, "context_tokens": 3000, "max_tokens": 40},
-        {"name": "loogle_short:keep=evidence", "as_name": "loogle", "limit": 60, "context_tokens": 3000,
+        {"name": "qmsum:keep=evidence", "as_name": "qmsum", "limit": 60, "context_tokens": 2000, "max_tokens": 32},
+        {"name": "loogle_short:keep=evidence", "as_name": "loogle", "limit": 60, "context_tokens": 2000,
          "max_tokens": 24},
         {"name": "xquad_en", "limit": 100, "context_tokens": 6000, "max_tokens": 12},
-        {"name": "xquad_zh", "limit": 100, "context_tokens": 6000, "max_tokens": 24},
-        *({"name": f"ruler_{kind}", "limit": 5, "context_tokens": 2000, "max_tokens": 40} for kind in _RULER),
+        {"name": "xquad_zh", "limit": 100, "context_tokens": 6000, "max_tokens": 16},
+        *({"name": f"ruler_{kind}", "limit": 4, "context_tokens": 2000, "max_tokens": 32} for kind in _RULER),
     ]  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def _document_task(models: _Models, context_tokens: int | None = None, **more: A
     """The questions of an ablation: about shared documents of Wikipedia, or ∞Bench's books."""
     if not models.is_small:
         return {"name": "infinitebench_qa", "context_tokens": context_tokens or 127_000, **more}
-    size = {"context_tokens": context_tokens or 6000, "limit": 60, "max_tokens": 16}
+    size = {"context_tokens": context_tokens or 6000, "limit": 60, "max_tokens": 20}
     return {"name": "nq:depth=shared", "as_name": "nq", **size, **more}
 
 

@@ -54,7 +54,11 @@ def notes(summary: Summary) -> list[str]:
     said += [f"{name} is compared with {baseline}." for name, baseline in others.items()]
     said += [f"{row.name}: {row.note}" for row in rows if row.note]
     said += [f"{name} is left out: {why}." for name, why in summary.ran.left_out.items()]
-    said += [f"{row.name} was asked {row.limit} questions of each task at most." for row in rows if row.limit]
+    if limited := [f"{row.name} {row.limit}" for row in rows if row.limit]:
+        said.append(f"The most questions of a task that were asked of some rows: {', '.join(limited)}.")
+    asked = {s.row for s in summary.speed if s.answers}
+    if silent := [row.name for row in rows if row.name not in asked and row.name not in summary.ran.left_out]:
+        said.append(f"No question could be asked of {', '.join(silent)}: none was cut, or there is but one document.")
     if clocked := list(dict.fromkeys(s.row for s in summary.speed if s.clock == "client")):
         said.append(f"tokens/s of {', '.join(clocked)}: measured at the client, from the first text to the last.")
     for s in summary.speed:

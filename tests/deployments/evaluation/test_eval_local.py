@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from served import local_api
 
 from deployments.config import parse_config
 from deployments.evaluation.config import Row, System
 from deployments.evaluation.local_runner import LocalRunner
 from deployments.evaluation.runner import Ask, Reply, decoding, reading
+from deployments.evaluation.server_runner import ServerRunner
 from deployments.evaluation.weaker import rounded
 
 FILLING = "The weather on that day was as it had been on all the days before, and nobody spoke of it. "
@@ -67,6 +69,20 @@ def test_an_unread_prompt_is_read_whatever_is_known_of_it(runner: LocalRunner) -
         unread = answer(runner, rapid=alone, unread=True)
         assert unread.has_read is True and unread.statistics["cached_tokens"] < 100
     assert answer(runner, rapid=alone).has_read is False
+
+
+def test_a_server_of_ours_tells_the_same(runner: LocalRunner) -> None:
+    rapid = {"strategy": "speculative", "num_draft_tokens": 3}
+    here = answer(runner, rapid=rapid)
+    with local_api(ARGS) as url:
+        served = ServerRunner(System(url=f"{url}/v1"))
+        row = Row.model_validate({"name": "row", "rapid": rapid})
+        messages = ({"role": "user", "content": f"{DOCUMENT}\n\n{QUERY}"},)
+        there = asyncio.run(served.answer(Ask(messages, 8, row, 0.0, 1, query=QUERY)))
+    assert served.is_rapid and there.has_read and not there.is_clocked_here
+    assert (there.text, there.pieces, there.origins) == (here.text, here.pieces, here.origins)
+    assert (there.tokens, there.decoded, there.finish) == (here.tokens, here.decoded, here.finish)
+    assert [passage[:3] for passage in there.passages] == [passage[:3] for passage in here.passages]
 
 
 def test_rest_needs_a_datastore(runner: LocalRunner) -> None:

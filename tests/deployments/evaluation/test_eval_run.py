@@ -20,6 +20,7 @@ from deployments.evaluation.answers import FILE, AnswersFile, read_answers
 from deployments.evaluation.estimate import Cell, Estimate
 from deployments.evaluation.run import Asked, plan
 from deployments.evaluation.runner import Ask, Reply
+from deployments.evaluation.tables import notes
 from deployments.evaluation.task import EvaluationError, Question
 from rapid.errors import InvalidRequest, Overloaded, RapidError
 
@@ -138,6 +139,12 @@ def test_a_row_with_a_limit_is_asked_questions_that_lie_evenly() -> None:
     asked_for = evaluation(rows=[{"name": "LC", "limit": 3, "rapid": {"strategy": "autoregressive"}}])
     asked = Asked(asked_for.tasks[0], Words(), list(Words().questions()))
     assert [question.id for question in asked.of(asked_for.rows[0])] == ["q0", "q2", "q4"]
+
+
+def test_a_row_without_a_question_is_named(tmp_path: Path) -> None:
+    rows = [{"name": "LC"}, {"name": "whole", "rapid": {"strategy": "rapid"}, "retrieve_from": "whole"}]
+    summary = asyncio.run(run(evaluation(rows=rows), tmp_path, FakeRunner()))
+    assert any("No question could be asked of whole" in note for note in notes(summary))
 
 
 def test_unrelated_passages_come_from_another_document() -> None:
