@@ -99,7 +99,8 @@ class Ran:
 def plan(evaluation: Evaluation, asked: Sequence[Asked], system: str) -> tuple[list[Work], list[Work]]:
     """The work of ``system`` in its order: probes, and all else, task by task. A question's rows stand together."""
     rows = [row for row in evaluation.rows if row.system == system]
-    unread = Counter(asked[i * len(asked) // evaluation.unread].choice.label for i in range(evaluation.unread))
+    number = 0 if evaluation.systems[system].url else evaluation.unread  # a server knows what it was asked before
+    unread = Counter(asked[i * len(asked) // number].choice.label for i in range(number))
     wanted = {
         (each.choice.label, row.name): {question.id for question in each.of(row)} for each in asked for row in rows
     }
@@ -238,6 +239,8 @@ class Run:
             judged, verdict = await self._judge.scores(asked.task.judge, question, text)
             scores |= judged
         is_shown = question in asked.questions[: self._evaluation.reported]
+        if reply.has_read is None:  # a server that does not say so has read what is new to it
+            reply = replace(reply, has_read=work.kind == "new")
         answer = _with(replace(empty, text=text, first=first, scores=scores, verdict=verdict), reply, is_shown=is_shown)
         return replace(answer, total_s=round(time.perf_counter() - started, 4))
 

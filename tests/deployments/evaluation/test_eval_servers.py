@@ -139,6 +139,16 @@ def test_what_a_server_cannot_do_is_left_out_and_said(server: Serve, tmp_path: P
     assert any("measured at the client" in note for note in notes(summary))
 
 
+def test_a_peer_that_says_nothing_of_its_cache_has_read_what_is_new_to_it(server: Serve, tmp_path: Path) -> None:
+    url, _ = server([*said("right 1"), {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 3}}])
+    asked_for = evaluation(systems={"here": {"url": url}}, temperatures=[0, 0.3])
+    summary = asyncio.run(run(asked_for, tmp_path, ServerRunner(System(url=url))))
+    read = {(each.question, each.temperature) for each in read_answers(tmp_path) if each.has_read}
+    assert read == {("q0", 0), ("q3", 0)}  # the first of each document
+    (speed, *_) = summary.speed
+    assert speed.readings == 2 and speed.reading_s is not None
+
+
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_servers_refusal_keeps_its_status(server: Serve, status: int) -> None:
     url, _ = server([], status=status)
