@@ -63,7 +63,7 @@ class _Made(NamedTuple):
     context: str
     ask: str
     answer: str
-    depth: float
+    depth: float | None = None  # where it is made here
 
 
 @dataclass(config=OPTIONS)
@@ -92,19 +92,21 @@ class Retrieval(Task):
         return {"accuracy": float(right)}
 
     def _of_file(self, row: dict[str, Any]) -> _Made:
-        return _Made(row["context"], row["input"], as_texts(row["answer"])[0], -1)
+        return _Made(row["context"], row["input"], as_texts(row["answer"])[0])
 
     def _made(self, settings: TaskSettings) -> Iterator[Question]:
         limit = settings.context_tokens or CONTEXT_TOKENS
 
-        def fits(number: int) -> bool:
-            before, document, behind = self._pieces(self._make(0, number, settings.seed))
-            tokens = settings.tokenizer.encode(before + document + behind)
-            return len(tokens) <= limit - 16  # keys of other questions have other tokens
+        def fits(i: int, number: int) -> bool:
+            before, document, behind = self._pieces(self._make(i, number, settings.seed))
+            return len(settings.tokenizer.encode(before + document + behind)) <= limit
 
-        number = most(fits, 1, limit)
+        number = most(lambda number: fits(0, number), 1, limit)
         for i in range(QUESTIONS if settings.limit is None else settings.limit):
-            yield self._question(f"made-{i}", self._make(i, number, settings.seed), settings)
+            own = number  # keys of other questions may have more tokens
+            while own > 1 and not fits(i, own):
+                own = min(own - 1, own * 99 // 100)
+            yield self._question(f"made-{i}", self._make(i, own, settings.seed), settings)
 
     def _make(self, i: int, number: int, seed: int) -> _Made:
         """The ``i``-th question, with ``number`` sentences of noise, or keys."""
@@ -134,7 +136,7 @@ class Retrieval(Task):
             max_tokens=_KINDS[self.kind].max_tokens,
             query=made.ask,
             whole=cut.whole,
-            group="" if made.depth < 0 else f"depth {made.depth:.1f}",
+            group="" if made.depth is None else f"depth {made.depth:.1f}",
         )
 
 

@@ -208,6 +208,18 @@ def test_an_essay_must_be_given_and_not_empty(tmp_path):
         asked("ruler_niah_single_2", tmp_path, limit=1)
 
 
+def test_no_made_prompt_loses_its_middle_however_many_tokens_its_keys_have():
+    class Digits(Words):
+        """Every digit 7 is a token, so that keys of the same length have unlike numbers of them."""
+
+        def encode(self, text):
+            return [ord(character) for character in text if character == "7"]
+
+    task = make_task("infinitebench_kv_retrieval")
+    for question in task.questions(TaskSettings(Digits(), context_tokens=300, limit=30)):
+        assert question.whole == "" and 240 < text(question).count("7") <= 300
+
+
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_synthetic_tasks_of_infinitebench(name):
     questions = asked(name, context_tokens=1_500, limit=22)

@@ -1,5 +1,6 @@
 """A tokenizer whose tokens are words, so that lengths and cuts can be counted by hand."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,3 +43,9 @@ def text(question: Question) -> str:
 def num_tokens(question: Question) -> int:
     """The words of all messages."""
     return sum(len(message["content"].split()) for message in question.messages)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file with one of ``rows`` on each line."""
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
