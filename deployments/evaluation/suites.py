@@ -91,7 +91,7 @@ def _paper_main(models: _Models) -> Fields:
         systems[UPWARD] = models.upward
         which = f"the target's weights are rounded to {_WEAK_BITS} bits a row, the drafter's are whole"
         note = {"note": which} if models.is_small else {}
-        most = {"limit": 60} if models.is_small else {}
+        most: Fields = {"limit": 60} if models.is_small else {}
         up: Fields = {"system": UPWARD, "baseline": f"{LC} upward"}
         rows += [
             _row(f"{LC} upward", "autoregressive", system=UPWARD, **note, **most),
