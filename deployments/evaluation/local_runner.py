@@ -59,11 +59,10 @@ class LocalRunner:
 
     def about(self) -> dict[str, Any]:
         roles = {role: asdict(self._backend.info(role)) for role in ("target", "drafter")}
+        roles["target"]["name"] = self._name  # and not the folder of a weaker copy
         kept = ("name", "dtype", "quantization", "device", "window")
-        return {role: {name: info[name] for name in kept} for role, info in roles.items()} | {
-            "name": self._name,
-            "retriever": self._config.retriever.embedder,
-        }
+        models = {role: {name: info[name] for name in kept} for role, info in roles.items()}
+        return models | {"retriever": self._config.retriever.embedder}
 
     async def answer(self, ask: Ask) -> Reply:
         request = self._request(ask)
