@@ -19,7 +19,7 @@ from benchmarks.common.results import DATA, write
 from deployments.builders import local_backend
 from deployments.config import parse_config
 from deployments.http.rate_limits import PUBLIC
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Started
 from deployments.service import LocalService
 from rapid.events import Finish, Statistics

@@ -14,8 +14,9 @@ from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
-from deployments.schemas.completions import Completion, Health
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events, Started
+from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
 from deployments.turns import FairPool

@@ -40,7 +40,7 @@ class LocalChatClient:
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from deployments.config import PUBLIC
         from deployments.http.errors import parse
-        from deployments.schemas.completions import ChatRequest
+        from deployments.schemas.chat import ChatRequest
         from deployments.schemas.events import Started, rapid_object, usage
         from rapid.events import Finish
 

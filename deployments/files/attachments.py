@@ -13,7 +13,8 @@ from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
 from deployments.files.records import name_of
 from deployments.files.store import FileStore
-from deployments.schemas.completions import ChatRequest, Completion
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
 from deployments.turns import FairPool, Turns
 from rapid.backend.protocol import Backend

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.http.errors import anthropic_error, as_rapid_error
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Started, rapid_object
 from deployments.schemas.tools import CallReader
 from rapid.events import Delta, Finish, Statistics

@@ -26,8 +26,11 @@ from deployments.http.several import answered_together
 from deployments.http.streaming import begun, streamed
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.anthropic import CountTokens, MessagesRequest
-from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events, usage
+from deployments.schemas.health import Health
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.turns import Turns
 from rapid.errors import ModelNotFound

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from deployments.schemas.body import BELONGS
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.http.errors import as_rapid_error, error_object
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Started, rapid_object
 from deployments.schemas.messages import ChatMessage
 from deployments.schemas.responses import ResponsesRequest

@@ -12,7 +12,8 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.http.errors import server_sent_error
-from deployments.schemas.completions import ChatRequest, Completion
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Started, rapid_object, round_object, usage
 from deployments.schemas.tools import CallReader
 from rapid.events import Delta, Finish, NamedToken, Statistics, TokenLogprobs

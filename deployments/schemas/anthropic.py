@@ -1,6 +1,6 @@
 """The body of Anthropic's `POST /v1/messages`, and the chat that it asks for.
 
-The chat is answered as any other (`deployments.schemas.completions.ChatRequest`). Fields are strict as there.
+The chat is answered as any other (`deployments.schemas.chat.ChatRequest`). Fields are strict as there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pydantic import Discriminator, Field, model_validator
 
 from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, AtMost, Body, wrong
-from deployments.schemas.completions import ChatRequest, RapidFields
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart, FileReference, TextPart
+from deployments.schemas.rapid_fields import RapidFields
 from deployments.schemas.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
 
 

@@ -13,8 +13,9 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.heartbeat import heard
 from deployments.http.api import make_api
-from deployments.schemas.completions import Completion, Health
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events
+from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.serve.metrics import RayExporter
 from deployments.serve.ray_errors import understood

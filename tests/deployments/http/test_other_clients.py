@@ -23,9 +23,11 @@ from deployments.heartbeat import beating
 from deployments.http.multipart import with_plain_name
 from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.schemas import ignored
-from deployments.schemas.completions import ChatRequest, Completion, TextRequest
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Started
 from deployments.schemas.messages import FileReference
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tools import CallFormat, CallReader, Tool
 from deployments.serve.edge import middlewares
 from rapid.events import Delta, Finish, Statistics

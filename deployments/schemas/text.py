@@ -1,0 +1,73 @@
+"""The body of `POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from deployments.schemas import ignored
+from deployments.schemas.body import MAX_TOKENS, AtMost, wrong
+from deployments.schemas.completions import MAX_LOGPROBS, Completion
+from rapid.text.prompts import Prompt, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextRequest(Completion):
+    """`POST /v1/completions`."""
+
+    ignores = ignored.TEXT
+
+    prompt: (
+        str
+        | Annotated[list[str], AtMost(1024)]
+        | Annotated[list[int], AtMost(MAX_TOKENS)]
+        | Annotated[list[Annotated[list[int], AtMost(MAX_TOKENS)]], AtMost(1024)]
+    ) = Field(description="a prompt, or several, as texts or as tokens")
+    max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TextRequest:
+        if self.prompt == []:
+            raise wrong("prompt", "must hold a prompt")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("max_tokens", "must be greater than 0 without echo")
+        if self.echo and self.logprobs is not None:
+            raise wrong("echo", "the prompt's logprobs are not computed; leave echo or logprobs out")
+        if self.best_of not in (None, self.n):
+            raise wrong("best_of", "must be n: all that is written is given out")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        if not self.echo:
+            return ""
+        prompt = self._prompts[0]
+        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
+
+    @property
+    def _prompts(self) -> list[str | list[int]]:
+        """The prompts, each as text or as tokens."""
+        prompt: Any = self.prompt
+        several: list[str | list[int]] = prompt
+        return several if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    def each(self) -> Sequence[Completion]:
+        prompts = self._prompts
+        return [self.model_copy(update={"prompt": prompt}) for prompt in prompts] if len(prompts) > 1 else [self]
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
+        return read_text(self._prompts[0], tokenizer, query=self.rapid.query, **how)
