@@ -15,7 +15,7 @@ from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
 from deployments.schemas.completions import Completion
-from deployments.schemas.events import Events, Started
+from deployments.schemas.events import Events, PromptScored, Started
 from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
@@ -23,6 +23,7 @@ from deployments.turns import FairPool
 from rapid.errors import ContextLengthExceeded, EngineLost
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
+from rapid.prompt_logprobs import prompt_logprobs
 from retrieval import TenantOptions
 
 if TYPE_CHECKING:
@@ -77,8 +78,11 @@ class LocalService:
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:
                 raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
-            yield Started(num_tokens, completion.echoed(self._tokenizer), calls)
-            if completion.max_tokens == 0:  # the answer is the prompt, which no engine has to read
+            reasoning = completion.reasoning(self._tokenizer, request.prompt)
+            yield Started(num_tokens, completion.echoed(self._tokenizer), calls, reasoning)
+            if (num_top := completion.num_prompt_logprobs) is not None:
+                yield PromptScored(await prompt_logprobs(request, num_top, self._backend))
+            if completion.max_tokens == 0:  # the answer is the prompt
                 for choice in range(completion.n):
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
                     yield Finish("", "length", statistics, choice=choice)

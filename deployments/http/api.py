@@ -28,7 +28,7 @@ from deployments.observability.metrics import MetricsExporter, NoExporter, Reque
 from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
-from deployments.schemas.events import Events, usage
+from deployments.schemas.events import Events
 from deployments.schemas.health import Health
 from deployments.schemas.text import TextRequest
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -168,4 +168,4 @@ async def _answer(completion: Completion, events: Events) -> Response:
         return streamed(server_sent(formatter, await begun(events)))
     async with aclosing(events):
         body = formatter.whole([event async for event in events])
-    return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
+    return JSONResponse({**body, "usage": formatter.usage(), **formatter.summary()})

@@ -10,6 +10,7 @@ from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, wrong
 from deployments.schemas.completions import FORMS, MAX_LOGPROBS, Completion
 from deployments.schemas.messages import ChatMessage, FilePart, read_messages
+from deployments.schemas.reasoning import ReasoningFormat, reasoning_format
 from deployments.schemas.tools import (
     Function,
     NamedFunction,
@@ -82,6 +83,9 @@ class ChatRequest(Completion):
     def has_files(self) -> bool:
         contents = [message.content for message in self.messages]
         return any(isinstance(part, FilePart) for parts in contents for part in parts)
+
+    def reasoning(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> ReasoningFormat | None:
+        return reasoning_format(tokenizer, prompt.tokens)
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
         return read_messages(

@@ -17,6 +17,7 @@ from deployments.config import AppConfig
 from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, AtMost, Body, wrong
 from deployments.schemas.rapid_fields import RapidFields, RetrievalFields
+from deployments.schemas.reasoning import ReasoningFormat
 from deployments.schemas.response_format import ResponseFormat, StructuredOutputs
 from deployments.schemas.tokenize import MAX_WINDOWS
 from deployments.schemas.tools import Tool
@@ -119,12 +120,21 @@ class Completion(Body):
         """How many likeliest tokens come with each token; None where no log-probabilities are asked for."""
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's own tokens."""
+        return None
+
+    @property
     def num_prompts(self) -> int:
         return 1
 
     def each(self) -> Sequence[Completion]:
         """For each prompt a completion of its own."""
         return [self]
+
+    def reasoning(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> ReasoningFormat | None:
+        """How the answer's reasoning is marked; None where it is text like any other."""
+        return None
 
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The part of the prompt that is repeated before the answer."""
@@ -180,6 +190,8 @@ class Completion(Body):
                 f"{len(prompt.tokens)} tokens are read in chunks of at least {len(prompt.tokens) // MAX_CHUNKS + 1}"
             )
             raise InvalidRequest(f"{needed}, got {options.longest_chunk}", param="rapid.retrieval.chunk_tokens")
+        if grammar and (reasoning := self.reasoning(tokenizer, prompt)):
+            grammar = reasoning.before(grammar)
         return GenerationRequest(
             sampling=replace(config.sampling, **self.given("temperature", "top_p", "top_k", "min_p", "seed")),
             speculation=speculation,

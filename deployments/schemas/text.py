@@ -29,6 +29,7 @@ class TextRequest(Completion):
     ) = Field(description="a prompt, or several, as texts or as tokens")
     max_tokens: int | None = Field(None, ge=0, description="0 with echo: the prompt alone")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="as logprobs, of the prompt's tokens")
     echo: bool = False
     best_of: int | None = None
 
@@ -38,8 +39,6 @@ class TextRequest(Completion):
             raise wrong("prompt", "must hold a prompt")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "must be greater than 0 without echo")
-        if self.echo and self.logprobs is not None:
-            raise wrong("echo", "the prompt's logprobs are not computed; leave echo or logprobs out")
         if self.best_of not in (None, self.n):
             raise wrong("best_of", "must be n: all that is written is given out")
         return self
@@ -47,6 +46,11 @@ class TextRequest(Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         if not self.echo:

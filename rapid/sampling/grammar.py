@@ -110,6 +110,15 @@ def regex_grammar(regex: str, param: str) -> str:
     return lark_grammar(f"start: /{escaped}/", param)
 
 
+def after_reasoning(grammar: str, opening: str, closing: str, *, is_open: bool) -> str:
+    """``grammar`` behind any text between ``opening`` and ``closing``, which need not be there unless ``is_open``."""
+    begins, thought = json.dumps(opening), "thought SPACE"
+    rules = f"""start: {thought if is_open else f"({begins} {thought})?"} @answer
+        thought[lazy]: /(?s:.*)/ {json.dumps(closing)}
+        SPACE: /\\s{{0,2}}/"""
+    return json.dumps({"grammars": [{"lark_grammar": rules}, {"name": "answer", "lark_grammar": grammar}]})
+
+
 def _any_of(alternatives: Sequence[Framed], param: str) -> str:
     rules = []
     for schema, before, after in alternatives:
