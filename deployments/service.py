@@ -83,13 +83,13 @@ class LocalService:
             if (num_top := completion.num_prompt_logprobs) is not None:
                 yield PromptScored(await prompt_logprobs(request, num_top, self._backend))
             if completion.max_tokens == 0:  # the answer is the prompt
-                for choice in range(completion.n):
+                for choice in range(completion.num_written):
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
                     yield Finish("", "length", statistics, choice=choice)
                 return
             answers: defaultdict[int, list[int]] = defaultdict(list)  # by choice
             with Trace.start(request, self._backend) as trace:
-                async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
+                async with aclosing(generate_choices(request, completion.num_written, trace.backend)) as events:
                     async for event in events:
                         if isinstance(event, Finish):
                             trace.finish(event)

@@ -52,6 +52,6 @@ class AnswerReader:
         for piece in pieces:  # a token each
             was_reasoning = self._reasoning.is_reasoning
             more, answer = self._reasoning.push(piece)
-            self.reasoning_tokens += was_reasoning or self._reasoning.is_reasoning
+            self.reasoning_tokens += was_reasoning or self._reasoning.is_reasoning or bool(more)
             reasoning, text = reasoning + more, text + answer
         return reasoning, text

@@ -66,13 +66,13 @@ def make_api(
     def events_of(completion: Completion, request: Request) -> Events:
         check_model(completion.model)
         charge = charge_of(request)
-        new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
+        new_tokens = completion.num_written * (completion.tokens_to_write() or config.default_max_tokens)
 
         def answer(one: Completion) -> Events:
-            return _admitted(service.generate(one, charge.client.tenant), places, charge.client.name, one.n)
+            return _admitted(service.generate(one, charge.client.tenant), places, charge.client.name, one.num_written)
 
         answers = [partial(answer, one) for one in completion.each()]
-        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.n)
+        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.num_written)
         events = charge.counted(events, new_tokens * len(answers))
         return observer.generation(completion, events)
 

@@ -127,11 +127,12 @@ class ResponseWriter:
             yield from self._open(kind)
         assert self._item is not None
         self._item["content"][0]["text"] += text
-        yield f"response.{_PARTS[kind]}.delta", self._where() | {"delta": text} | _no_logprobs(kind)
+        yield f"response.{_PARTS[kind]}.delta", {**self._where(), "delta": text} | _no_logprobs(kind)
 
     def _open(self, kind: str) -> Iterator[WrittenEvent]:
         item: dict[str, Any] = {"id": _named(_IDS[kind]), "type": kind, "status": "in_progress"}
-        item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        item |= more
         yield "response.output_item.added", {"output_index": self._index, "item": {**item, "content": []}}
         self._item = {**item, "content": [_part(kind)]}
         yield "response.content_part.added", {**self._where(), "part": _part(kind)}
@@ -141,7 +142,7 @@ class ResponseWriter:
             return
         item, kind = self._item | {"status": status}, self._item["type"]
         [part] = item["content"]
-        yield f"response.{_PARTS[kind]}.done", self._where() | {"text": part["text"]} | _no_logprobs(kind)
+        yield f"response.{_PARTS[kind]}.done", {**self._where(), "text": part["text"]} | _no_logprobs(kind)
         yield "response.content_part.done", {**self._where(), "part": part}
         yield "response.output_item.done", {"output_index": self._index, "item": item}
         self.response["output"].append(item)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
 from deployments.http.answers import AnswerReader, Said
@@ -84,7 +85,7 @@ class ResponseFormatter:
         self.completion = completion
         self.is_chat = isinstance(completion, ChatRequest)
         self.choices: dict[int, Choice] = {}  # of the prompts that are known to be read
-        self._num_choices = completion.n * completion.num_prompts
+        self._num_choices = completion.num_written * completion.num_prompts
         self._scored: dict[int, list[PromptToken]] = {}  # of each choice's prompt
         self._num_read = self._num_written = 0
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
@@ -93,7 +94,7 @@ class ResponseFormatter:
     @property
     def statistics(self) -> list[list[Statistics]]:
         """Of the choices that have ended, by prompt."""
-        n = self.completion.n
+        n = self.completion.num_written
         ended = {i: choice.statistics for i, choice in sorted(self.choices.items()) if choice.statistics is not None}
         return [
             own for p in range(self.completion.num_prompts) if (own := [s for i, s in ended.items() if i // n == p])
@@ -117,7 +118,8 @@ class ResponseFormatter:
 
     def _of_prompt(self, prompt: int) -> range:
         """The choices of a prompt."""
-        return range(prompt * self.completion.n, (prompt + 1) * self.completion.n)
+        n = self.completion.num_written
+        return range(prompt * n, (prompt + 1) * n)
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The chunks of a stream for ``event``."""
@@ -150,9 +152,16 @@ class ResponseFormatter:
             else:
                 by_choice[event.choice].append(event)
         kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._body(kind, *map(self._whole, by_choice.values()))
+        chosen = [self._best([by_choice[i] for i in self._of_prompt(p)]) for p in range(self.completion.num_prompts)]
+        return self._body(kind, *(self._whole(i, one) for i, one in enumerate(chain.from_iterable(chosen))))
 
-    def _whole(self, events: list[Delta | Finish]) -> dict[str, Any]:
+    def _best(self, choices: list[list[Delta | Finish]]) -> list[list[Delta | Finish]]:
+        """The ``n`` of a prompt's ``choices`` whose tokens are the likeliest on average, the best first."""
+        if len(choices) == self.completion.n:
+            return choices
+        return sorted(choices, key=_mean_logprob, reverse=True)[: self.completion.n]
+
+    def _whole(self, index: int, events: list[Delta | Finish]) -> dict[str, Any]:
         finish = events[-1]
         assert isinstance(finish, Finish)
         choice = self.choices[finish.choice]
@@ -169,7 +178,7 @@ class ResponseFormatter:
             if reasoning:
                 message["reasoning_content"] = reasoning
             shown = {"message": message | calls, "logprobs": logprobs}
-        return self._choice(finish.choice, shown, choice.reason(finish), finish.statistics)
+        return self._choice(index, shown, choice.reason(finish), finish.statistics)
 
     def _part(
         self, index: int, said: Said, logprobs: Any, reason: str | None = None, own: Any = None
@@ -221,6 +230,11 @@ class ResponseFormatter:
 
     def _rapid(self, own: Statistics) -> dict[str, Any]:
         return rapid_object(own) | {"ignored": self.completion.ignored}
+
+
+def _mean_logprob(events: list[Delta | Finish]) -> float:
+    logprobs = [entry.chosen.logprob for event in events for entry in event.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 async def server_sent(

@@ -125,6 +125,11 @@ class Completion(Body):
         return None
 
     @property
+    def num_written(self) -> int:
+        """How many choices are written for each prompt; the best ``n`` of them are given out."""
+        return self.n
+
+    @property
     def num_prompts(self) -> int:
         return 1
 
@@ -151,8 +156,10 @@ class Completion(Body):
             InvalidRequest: a value is out of range, the prompt is empty or refused by the chat template, or a schema
                 cannot be enforced.
         """
-        if self.n > config.target.max_sequences:
-            raise InvalidRequest(f"n must be at most {config.target.max_sequences}, got {self.n}", param="n")
+        if self.num_written > config.target.max_sequences:
+            param = "best_of" if self.num_written > self.n else "n"
+            message = f"{param} must be at most {config.target.max_sequences}, got {self.num_written}"
+            raise InvalidRequest(message, param=param)
         most = self.tokens_to_write() or config.default_max_tokens
         if self.min_tokens > most:
             raise InvalidRequest(f"min_tokens must be at most {most}, got {self.min_tokens}", param="min_tokens")
@@ -170,9 +177,10 @@ class Completion(Body):
         speculation = replace(config.speculation, **rapid)
         options = replace(config.retriever.options, **retrieval)
         if STRATEGIES[speculation.strategy].chooses:
-            if self.num_logprobs is not None:
+            if self.num_logprobs is not None or self.num_written > self.n:
+                param = "best_of" if self.num_logprobs is None else "logprobs"
                 message = f"{speculation.strategy} chooses between whole answers, and gives no log-probabilities"
-                raise InvalidRequest(message, param="logprobs")
+                raise InvalidRequest(f"{param}: {message}", param=param)
             if options.max_tokens is None:  # room for as many chunks as the answers are drafted from
                 options = replace(options, max_tokens=NUM_ANSWER_CHUNKS * options.chunk_tokens)
         most_tokens = window
@@ -209,7 +217,7 @@ class Completion(Body):
                 stop_token_ids=stop_token_ids if self.min_tokens else (),
             ),
             ignore_eos=self.ignore_eos,
-            num_logprobs=self.num_logprobs,
+            num_logprobs=0 if self.num_logprobs is None and self.num_written > self.n else self.num_logprobs,
         )
 
     @abstractmethod

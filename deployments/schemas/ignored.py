@@ -54,7 +54,7 @@ CHAT: Ignorable = {
     "best_of": [1],
     "modalities": [["text"]],
 }
-TEXT: Ignorable = {**COMPLETION, "suffix": [""]}
+TEXT: Ignorable = COMPLETION
 STREAM_OPTIONS: Ignorable = {"include_obfuscation": ANY}
 # What servers put into their answers, and chat interfaces into their histories
 MESSAGE: Ignorable = {

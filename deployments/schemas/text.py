@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from deployments.schemas import ignored
 from deployments.schemas.body import MAX_TOKENS, AtMost, wrong
 from deployments.schemas.completions import MAX_LOGPROBS, Completion
+from deployments.schemas.infill import infill_prompt
 from rapid.text.prompts import Prompt, read_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class TextRequest(Completion):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="as logprobs, of the prompt's tokens")
     echo: bool = False
-    best_of: int | None = None
+    best_of: int | None = Field(None, ge=1, description="of so many choices the n likeliest are given out")
+    suffix: str = Field("", description="what follows the answer, for models that fill in the middle")
 
     @model_validator(mode="after")
     def _belong_together(self) -> TextRequest:
@@ -39,13 +41,21 @@ class TextRequest(Completion):
             raise wrong("prompt", "must hold a prompt")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "must be greater than 0 without echo")
-        if self.best_of not in (None, self.n):
-            raise wrong("best_of", "must be n: all that is written is given out")
+        if self.num_written < self.n:
+            raise wrong("best_of", "must be at least n")
+        if self.num_written > self.n and self.stream:
+            raise wrong("best_of", "above n is known at the end: set stream to false")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self._prompts):
+            raise wrong("suffix", "goes with prompts that are texts")
         return self
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_written(self) -> int:
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def num_prompt_logprobs(self) -> int | None:
@@ -74,4 +84,7 @@ class TextRequest(Completion):
         return [self.model_copy(update={"prompt": prompt}) for prompt in prompts] if len(prompts) > 1 else [self]
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
-        return read_text(self._prompts[0], tokenizer, query=self.rapid.query, **how)
+        prompt = self._prompts[0]
+        if self.suffix and isinstance(prompt, str):
+            prompt = infill_prompt(tokenizer, prompt, self.suffix)
+        return read_text(prompt, tokenizer, query=self.rapid.query, **how)
