@@ -8,8 +8,12 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deployments.config import AppConfig
 from deployments.datastores import Datastores
+from deployments.embedding import TextModels
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
@@ -24,7 +28,7 @@ from rapid.errors import ContextLengthExceeded, EngineLost
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
 from rapid.prompt_logprobs import prompt_logprobs
-from retrieval import TenantOptions
+from retrieval import TenantOptions, TextLengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +49,9 @@ class Service(Protocol):
     async def window(self) -> int: ...
     async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized: ...
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized: ...
+    async def text_lengths(self, texts: list[str], tenant: str) -> TextLengths: ...
+    async def embed(self, texts: list[str], tenant: str) -> NDArray[np.float32]: ...
+    async def rerank(self, query: str, texts: list[str], tenant: str) -> list[float]: ...
 
 
 class LocalService:
@@ -56,6 +63,8 @@ class LocalService:
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
         files = config.files
+        models = TextModels(backend, config.target.max_queued)
+        self.text_lengths, self.embed, self.rerank = models.lengths, models.embed, models.rerank
         self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from deployments.config import AppConfig
 from deployments.http.access import guard
 from deployments.http.anthropic import MessageWriter, server_sent_message
+from deployments.http.embeddings import add_embedding_routes
 from deployments.http.errors import as_chat, handle_errors, read
 from deployments.http.files import add_file_routes
 from deployments.http.openapi import ERRORS, Message, TokenCount, complete, describe_body
@@ -104,6 +105,7 @@ def make_api(
         counted = TokenizeRequest(messages=chat.messages, tools=chat.tools)
         return TokenCount(input_tokens=(await service.tokenize(counted, client_of(request).tenant)).count)
 
+    add_embedding_routes(app, config, service)
     add_response_routes(app, config, service, events_of)
 
     async def model() -> dict[str, Any]:

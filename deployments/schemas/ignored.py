@@ -55,6 +55,7 @@ CHAT: Ignorable = {
     "modalities": [["text"]],
 }
 TEXT: Ignorable = COMPLETION
+EMBEDDINGS: Ignorable = _OPENAI
 STREAM_OPTIONS: Ignorable = {"include_obfuscation": ANY}
 # What servers put into their answers, and chat interfaces into their histories
 MESSAGE: Ignorable = {
