@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, wrong
 from deployments.schemas.completions import FORMS, MAX_LOGPROBS, Completion
+from deployments.schemas.marks import special_marks
 from deployments.schemas.messages import ChatMessage, FilePart, read_messages
 from deployments.schemas.reasoning import ReasoningFormat, reasoning_format
 from deployments.schemas.tools import (
@@ -86,6 +87,9 @@ class ChatRequest(Completion):
 
     def reasoning(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> ReasoningFormat | None:
         return reasoning_format(tokenizer, prompt.tokens)
+
+    def shown_tokens(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        return frozenset(special_marks(tokenizer).values())
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
         return read_messages(

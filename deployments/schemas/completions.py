@@ -141,6 +141,10 @@ class Completion(Body):
         """How the answer's reasoning is marked; None where it is text like any other."""
         return None
 
+    def shown_tokens(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """The special tokens whose text is needed to read the answer."""
+        return frozenset()
+
     def echoed(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The part of the prompt that is repeated before the answer."""
         return ""
@@ -217,6 +221,7 @@ class Completion(Body):
                 stop_token_ids=stop_token_ids if self.min_tokens else (),
             ),
             ignore_eos=self.ignore_eos,
+            shown_tokens=self.shown_tokens(tokenizer),
             num_logprobs=0 if self.num_logprobs is None and self.num_written > self.n else self.num_logprobs,
         )
 

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, Body, wrong
+from deployments.schemas.marks import MISTRAL
 from deployments.schemas.told_tools import with_tools_told
 from deployments.schemas.tools import (
     CalledFunction,
@@ -20,6 +21,7 @@ from deployments.schemas.tools import (
     ToolCall,
     call_format,
     has_place_for_tools,
+    short_id,
     template_of,
 )
 from rapid.errors import InvalidRequest
@@ -141,6 +143,13 @@ class ChatMessage(Body):
         return Message(role, text, more, tuple(documents))
 
 
+def _with_short_ids(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a message, with calls named as Mistral's templates want it."""
+    calls = [{**call, "id": short_id(call["id"])} for call in more.get("tool_calls", [])]
+    result = {"tool_call_id": short_id(more["tool_call_id"])} if more.get("tool_call_id") else {}
+    return {**more, **result} | ({"tool_calls": calls} if calls else {})
+
+
 def read_messages(
     messages: Sequence[ChatMessage],
     tools: Sequence[Tool],
@@ -169,6 +178,8 @@ def read_messages(
             field = f"chat_template_kwargs.{name}"
             raise InvalidRequest(f"{field}: this model's chat template takes no such variable", param=field)
     turns = [message.as_message() for message in messages]
+    if MISTRAL in template_of(tokenizer):
+        turns = [turn._replace(more=_with_short_ids(turn.more)) for turn in turns]
     described = [tool.model_dump(exclude_unset=True) for tool in tools]
     if tools:
         call_format(tokenizer)

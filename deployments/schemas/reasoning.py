@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.schemas.marks import REASONING, special_marks
 from deployments.schemas.tools import template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TAGS = (
-    ("<think>", "</think>"),  # DeepSeek R1, Qwen3, QwQ, SmolLM3, GLM
-    ("[THINK]", "[/THINK]"),  # Magistral
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<thought>", "</thought>"),  # EXAONE Deep
-    ("◁think▷", "◁/think▷"),  # Kimi
-)
 _TAIL = 32  # tokens at the end of a prompt, in which a template opens the reasoning
 
 
 class ReasoningFormat(NamedTuple):
-    """``opening`` reasoning ``closing`` answer. With ``is_open`` the prompt ends with the opening."""
+    """``opening`` reasoning ``closing`` answer. With ``is_open`` the prompt ends with the opening.
+
+    ``marks`` are those of the two that are special tokens (`special_marks`).
+    """
 
     opening: str
     closing: str
     is_open: bool = False
+    marks: Mapping[str, int] = {}
 
     def before(self, grammar: str) -> str:
         """``grammar`` behind reasoning, which it does not hold."""
         from rapid.sampling.grammar import after_reasoning  # here, since it loads PyTorch
 
-        return after_reasoning(grammar, self.opening, self.closing, is_open=self.is_open)
+        return after_reasoning(grammar, self.opening, self.closing, is_open=self.is_open, marks=self.marks)
 
 
 def reasoning_format(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> ReasoningFormat | None:
     """How the model marks its reasoning behind ``prompt``, as template or tokens say; None: it has none."""
     template, tokens = template_of(tokenizer), tokenizer.get_added_vocab()
-    for opening, closing in _TAGS:
+    for opening, closing in REASONING:
         if closing in template or (closing in tokens and opening in tokens):
             end = str(tokenizer.decode(prompt[-_TAIL:])).rstrip()
-            return ReasoningFormat(opening, closing, end.endswith(opening))
+            return ReasoningFormat(opening, closing, end.endswith(opening), dict(special_marks(tokenizer)))
     return None
 
 

@@ -134,7 +134,10 @@ def test_calls_in_the_history_need_no_perfect_json(bytes_url: str) -> None:
 
 
 TOOLS = [Tool.model_validate({"type": "function", "function": {"name": name}}) for name in "fg"]
-TAGGED, BARE = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>"), CallFormat("", "parameters", "")
+TAGGED, BARE = (
+    CallFormat("<tool_call>\n", "arguments", "\n</tool_call>", "<tool_call>"),
+    CallFormat("", "parameters", ""),
+)
 
 
 @pytest.mark.parametrize(

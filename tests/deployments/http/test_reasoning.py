@@ -22,7 +22,7 @@ from rapid.sampling.grammar import Grammar, after_reasoning, regex_grammar
 
 THINK = ReasoningFormat("<think>", "</think>")
 OPEN = THINK._replace(is_open=True)
-HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>")
+HERMES = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>", "<tool_call>")
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 
