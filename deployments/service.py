@@ -137,9 +137,11 @@ class LocalService:
         """
         Raises:
             InvalidRequest: the chat template refuses the messages, or the text is far too long.
+            FileNotStored: a file of a message is not there.
         """
         special, window = self._config.special_tokens_in_text, await self.window()
-        return await self._readers.run(tenant, body.answer, self._tokenizer, window, special_tokens=special)
+        async with self.files.attachments.read(body, tenant) as (whole, _):
+            return await self._readers.run(tenant, whole.answer, self._tokenizer, window, special_tokens=special)
 
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
         """

@@ -10,7 +10,7 @@ from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, wrong
 from deployments.schemas.completions import FORMS, MAX_LOGPROBS, Completion
 from deployments.schemas.marks import special_marks
-from deployments.schemas.messages import ChatMessage, FilePart, read_messages
+from deployments.schemas.messages import ChatMessage, read_messages
 from deployments.schemas.reasoning import ReasoningFormat, reasoning_format
 from deployments.schemas.tools import (
     Function,
@@ -79,11 +79,6 @@ class ChatRequest(Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
-
-    @property
-    def has_files(self) -> bool:
-        contents = [message.content for message in self.messages]
-        return any(isinstance(part, FilePart) for parts in contents for part in parts)
 
     def reasoning(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> ReasoningFormat | None:
         return reasoning_format(tokenizer, prompt.tokens)

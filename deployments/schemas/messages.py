@@ -119,6 +119,10 @@ class ChatMessage(Body):
         legacy = self.function_call
         return [*self.tool_calls, *([ToolCall(id=f"call_{legacy.name}", function=legacy)] if legacy else [])]
 
+    @property
+    def has_files(self) -> bool:
+        return isinstance(self.content, list) and any(isinstance(part, FilePart) for part in self.content)
+
     def as_json(self) -> dict[str, Any]:
         """The message as a client would send it."""
         return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
@@ -135,7 +139,7 @@ class ChatMessage(Body):
         text, documents = "", []
         for i, part in enumerate(self.content):
             if isinstance(part, FilePart):
-                raise InvalidRequest("files are read in chats, and not here", param="messages")
+                raise InvalidRequest("a file was not read", param="messages")
             text += "\n\n" if i else ""
             if isinstance(part, DocumentText):
                 documents.append((len(text), len(text) + len(part.text)))
