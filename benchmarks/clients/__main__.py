@@ -1,7 +1,7 @@
 """Popular clients, unmodified and at pinned versions, against a server: a table of client by feature.
 
-The clients live in an environment of their own (`.venv-clients`), made from `requirements.txt`. The server is
-`rapid serve` with the embedded models, the target in float32, unless `--url` names one. What lm-eval measures is
+The clients live in environments of their own (`.venv-clients`), made from `requirements.txt`, or from one of the client's
+where it goes with no other. The server is `rapid serve` with the embedded models, the target in float32, unless `--url` names one. What lm-eval measures is
 compared with transformers' own numbers.
 """
 
@@ -33,7 +33,7 @@ from benchmarks.common.results import FOLDER, write
 from rapid.weights.embedded_models import local_path
 
 HERE = Path(__file__).parent
-ENVIRONMENT = Path(".venv-clients")
+ENVIRONMENTS = Path(".venv-clients")
 MODEL = "smollm2-135m-instruct"
 CLIENTS = {  # script → packages whose versions are told, or the program that must be there
     "openai": ["openai"],
@@ -53,15 +53,17 @@ PROGRAMS = {"curl": ["curl", "--version"], "jdk": ["java", "--version"]}
 START_S, CLIENT_S = 240, 300
 
 
-def install() -> Path:
-    """The interpreter of the clients' environment, which is made where it is missing."""
-    python = ENVIRONMENT / "bin" / "python"
-    pins = (HERE / "requirements.txt").read_text()
-    stamp = ENVIRONMENT / "requirements.txt"
+def install(name: str) -> Path:
+    """The interpreter of a client's environment, which is made where it is missing. Most clients share one."""
+    apart = HERE / f"requirements_{name}.txt"
+    requirements = apart if apart.exists() else HERE / "requirements.txt"
+    environment = ENVIRONMENTS / requirements.stem
+    python, stamp = environment / "bin" / "python", environment / "installed.txt"
+    pins = requirements.read_text()
     if not stamp.exists() or stamp.read_text() != pins:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, "-r", HERE / "requirements.txt"], check=True)
+        subprocess.run([*command, "-r", requirements], check=True)
         stamp.write_text(pins)
     return python.absolute()
 
@@ -168,11 +170,12 @@ def main() -> None:
     parser.add_argument("--url", help="a running server with the embedded model")
     parser.add_argument("--only", nargs="*", choices=CLIENTS, default=list(CLIENTS))
     options = parser.parse_args()
-    python, results = install(), {}
+    results: dict[str, Any] = {}
+    pythons = {name: install(name) for name in options.only}
     with nullcontext(options.url) if options.url else served() as url:
         for name in options.only:
-            found = version(name, python)
-            results[name] = {"version": found, "features": run(name, python, url) if found else []}
+            found = version(name, pythons[name])
+            results[name] = {"version": found, "features": run(name, pythons[name], url) if found else []}
             for each in results[name]["features"]:
                 print(name, each["feature"], "ok" if each["ok"] else each["error"], flush=True)
     checked = compared(results["lm_eval"]["features"]) if "lm_eval" in results else {}

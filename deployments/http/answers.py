@@ -34,7 +34,7 @@ class AnswerReader:
 
     def read(self, event: Delta | Finish) -> Said:
         """What ``event`` adds."""
-        reasoning, text = self._divided(event.pieces if isinstance(event, Delta) else [event.text])
+        reasoning, text = self._divided(event)
         if isinstance(event, Finish) and self._reasoning:
             last, rest = self._reasoning.finish()
             reasoning, text = reasoning + last, text + rest
@@ -45,11 +45,13 @@ class AnswerReader:
                 text += rest
         return Said(reasoning, text)
 
-    def _divided(self, pieces: list[str]) -> tuple[str, str]:
+    def _divided(self, event: Delta | Finish) -> tuple[str, str]:
         if self._reasoning is None:
-            return "", "".join(pieces)
+            return "", event.text
+        if isinstance(event, Finish):  # the rest of a token's text
+            return self._reasoning.push(event.text)
         reasoning, text = "", ""
-        for piece in pieces:  # a token each
+        for piece in event.pieces:  # a token each
             was_reasoning = self._reasoning.is_reasoning
             more, answer = self._reasoning.push(piece)
             self.reasoning_tokens += was_reasoning or self._reasoning.is_reasoning or bool(more)

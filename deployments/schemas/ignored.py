@@ -52,6 +52,7 @@ CHAT: Ignorable = {
     "reasoning_effort": ANY,
     "verbosity": ANY,
     "best_of": [1],
+    "include_reasoning": [True],
     "modalities": [["text"]],
 }
 TEXT: Ignorable = COMPLETION

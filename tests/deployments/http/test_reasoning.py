@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from transformers import PreTrainedTokenizerFast
+from served import local_api
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deployments.config import parse_config
 from deployments.http.api import make_api
@@ -204,3 +207,36 @@ def test_a_grammar_holds_behind_the_reasoning_and_drafts_cross_the_border(
     assert allowed("<think>hm</think>42", is_open=False) == "<think>hm</think>42"
     assert allowed("42", is_open=False) == "42"
     assert allowed("hm</think>42", is_open=False) == ""
+
+
+@pytest.fixture(scope="module")
+def thinking_url(bytes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A random model whose template opens the reasoning; it never closes it."""
+    folder = tmp_path_factory.mktemp("thinking")
+    shutil.copytree(bytes_folder, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}<think>\n"
+    tokenizer.save_pretrained(folder)
+    engine = {"model": str(folder), "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
+    with local_api({"served_model": "bytes", "target": engine, "drafter": engine}) as url:
+        yield url
+
+
+def test_every_strategy_reasons_alike_and_a_grammar_waits_for_the_end(thinking_url: str) -> None:
+    def write(strategy: str, **more: Any) -> dict[str, Any]:
+        body = {**CHAT, "model": "bytes", "max_tokens": 24, "temperature": 0, **more}
+        answer = httpx.post(
+            f"{thinking_url}/v1/chat/completions", json={**body, "rapid": {"strategy": strategy}}, timeout=60
+        )
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    for more in ({}, {"guided_regex": "[0-9]{4}"}):
+        plain = write("autoregressive", **more)
+        message = plain["choices"][0]["message"]
+        assert message["content"] == "" and message["reasoning_content"]
+        details = plain["usage"]["completion_tokens_details"]
+        assert details["reasoning_tokens"] == plain["usage"]["completion_tokens"]
+        for strategy in ("lookup", "rapid", "magicdec"):
+            assert write(strategy, **more)["choices"][0]["message"] == message
