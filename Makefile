@@ -29,7 +29,8 @@ test: .venv/dev.stamp ## run the tests
 
 test-triton: .venv-triton/stamp ## hold the Triton kernels to float64 on a CPU, and compile them for GPUs
 	TRITON_INTERPRET=1 timeout 900 .venv-triton/bin/python -m pytest \
-		tests/rapid/kernels/test_paged_split.py tests/rapid/kernels/test_low_bit.py tests/rapid/kernels/test_triton_compiled.py
+		tests/rapid/kernels/test_paged_split.py tests/rapid/kernels/test_low_bit.py tests/rapid/kernels/test_fused.py \
+		tests/rapid/kernels/test_triton_compiled.py
 
 bench: .venv/bench.stamp ## measure steps, decoding, peers and serving (about fifteen minutes)
 	$(BIN)/python -m benchmarks.steps

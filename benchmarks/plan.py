@@ -26,6 +26,7 @@ from cluster.capacity.devices import GPUS, Device
 from cluster.capacity.planner import Planner, Round, Workload
 from cluster.capacity.shapes import SHAPES, ServedModel
 from cluster.capacity.simulation import Setup, every_ratio
+from deployments.cli.plan import WEIGHT_BYTES
 
 SMOL, LLAMA = SHAPES["smollm2-135m"], SHAPES["llama-3.1-8b"]
 SERVED = {
@@ -196,7 +197,10 @@ def simulate_ratios(num_gpus: int, num_users: int) -> list[dict[str, Any]]:
     outcomes = []
     for acceptance in (0.6, 0.8, 0.9):
         planner = Planner(
-            GPUS["h200"], ServedModel(LLAMA), ServedModel(LLAMA, 0.625), Workload(122_000, 5_120, 8, acceptance)
+            GPUS["h200"],
+            ServedModel(LLAMA),
+            ServedModel(LLAMA, WEIGHT_BYTES["int4"]),
+            Workload(122_000, 5_120, 8, acceptance),
         )
         for overlap in (False, True):
             setup = Setup(

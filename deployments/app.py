@@ -22,8 +22,8 @@ _LOOK_BACK_S = 15.0  # averages over longer only delay; replicas report every 10
 
 def build(config: AppConfig) -> Application:
     """The Ray Serve application of ``config`` (the `args` in the config file)."""
-    target = _engine("Target", config.target)
-    drafter = target if config.colocated else _engine("Drafter", config.drafter)
+    target = _engine("Target", config.target, drafts=config.colocated)
+    drafter = target if config.colocated else _engine("Drafter", config.drafter, drafts=True)
     retriever = RetrieverReplica.options(
         name="Retriever",
         max_ongoing_requests=_UNBOUNDED,
@@ -46,7 +46,7 @@ def build(config: AppConfig) -> Application:
     return ingress
 
 
-def _engine(name: str, config: EngineConfig) -> Application:
+def _engine(name: str, config: EngineConfig, *, drafts: bool) -> Application:
     bundles = engine_bundles(num_cpus=config.num_cpus, num_gpus=config.num_gpus, num_ranks=config.tensor_parallel)
     engine: Application = EngineReplica.options(
         name=name,
@@ -60,7 +60,7 @@ def _engine(name: str, config: EngineConfig) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         request_router_config=RequestRouterConfig(request_router_class=LeaseRouter),
         **_replicas(config),
-    ).bind(config)
+    ).bind(config, drafts)
     return engine
 
 

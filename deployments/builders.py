@@ -98,8 +98,9 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
     retriever.embedder.run = compute  # pass by pass, so that the engines' come in between
     engines: list[Engine] = []
     try:
-        engines.append(build_engine(config.target))
-        if config.drafting_engine != config.target:
+        drafts_itself = config.drafting_engine == config.target
+        engines.append(build_engine(config.target, drafts=drafts_itself))
+        if not drafts_itself:
             engines.append(build_engine(config.drafter))
         yield LocalIndexingBackend(engines[0], engines[-1], retriever, overlap=config.overlaps, on_prefill=on_prefill)
     finally:
@@ -107,7 +108,7 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
             engine.shutdown()
 
 
-def build_engine(config: EngineConfig, placement: RankPlacement | None = None) -> Engine:
+def build_engine(config: EngineConfig, placement: RankPlacement | None = None, *, drafts: bool = True) -> Engine:
     """Loads the model of ``config``, or the first rank's share of it, and starts its engine."""
     model = compute(_load, config, placement)
     max_tokens = config.batch_tokens(model.layout.device.type)
@@ -130,6 +131,7 @@ def build_engine(config: EngineConfig, placement: RankPlacement | None = None) -
         max_queued=config.max_queued,
         idle_timeout=config.idle_timeout_s,
         graphs=graphs,
+        drafts=drafts,
     )
 
 

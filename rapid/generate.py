@@ -23,7 +23,7 @@ from rapid.errors import ContextLengthExceeded, DraftLost, RetrievalFailed
 from rapid.events import Delta, Finish, Statistics
 from rapid.output import OutputWriter
 from rapid.request import GenerationRequest
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, PLAIN_ROUND, Costs, DraftController
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, PLAIN_ROUND, DraftController
 from rapid.speculation.draft import Draft, VerifyResult
 from rapid.speculative_rag.choice import ChosenAnswer, choose_answer
 from rapid.strategies import STRATEGIES
@@ -56,12 +56,12 @@ async def generate(
             for event in _given_out(session, chosen, (time.perf_counter() - started) * 1e3):
                 yield event
             return
-    costs = backend.costs.copy() if session.by_the_clock else Costs()
     controller = DraftController(
         request.speculation.fixed_draft_tokens,
-        costs,
+        session.learned.costs,
         timed=session.by_the_clock,
         every_position=session.transfers_greedily,
+        shares_device=not backend.overlap,
     )
     async with AsyncExitStack() as leases:
         target, drafters, max_tokens = await _open(session, leases)
@@ -95,8 +95,7 @@ async def generate(
             counts = verdict.num_drafted, verdict.num_accepted
             times_ms = round_ms, verdict.draft_ms, verdict.verify_ms
             yield Delta(emitted, pieces, *counts, plan.source, *times_ms, stats.chunks, logprobs)
-    if session.by_the_clock and not session.transfers_greedily:  # whose plain rounds have a draft step
-        backend.costs = costs
+    session.keep_learned()
     stats.timings_ms["total"] = (time.perf_counter() - started) * 1e3
     _, (rest,), logprobs = writer.finish()
     yield Finish(rest, writer.reason, stats, logprobs, stop=writer.stop)

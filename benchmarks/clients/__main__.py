@@ -1,8 +1,8 @@
 """Popular clients, unmodified and at pinned versions, against a server: a table of client by feature.
 
-The clients live in environments of their own (`.venv-clients`), made from `requirements.txt`, or from one of the client's
-where it goes with no other. The server is `rapid serve` with the embedded models, the target in float32, unless `--url` names one. What lm-eval measures is
-compared with transformers' own numbers.
+The clients live in environments of their own (`.venv-clients`), made from `requirements.txt`, or from a client's own
+where it goes with no other. The server is `rapid serve` with the embedded models, the target in float32, unless `--url`
+names one. What lm-eval measures is compared with transformers' own numbers.
 """
 
 from __future__ import annotations

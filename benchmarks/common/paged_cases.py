@@ -68,7 +68,7 @@ def error(case: Case, device: str = "cpu") -> float:
     prefix = None
     if case.groups:
         groups = [PrefixGroup(*group) for group in case.groups]
-        prefix = SharedPrefix.of(groups, starts.tolist()).to(torch.device(device))
+        prefix = SharedPrefix.of(groups, starts.tolist(), torch.device(device))
     output = split_attention(
         query.to(device),
         keys.pages.to(device),

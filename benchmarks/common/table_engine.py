@@ -183,7 +183,10 @@ class TableRounds:
                 logits = torch.where(over_view[:, None], self._view[rows], table[rows]).split([len(p) for p in parts])
                 for (i, wish), own in zip(passes.items(), logits, strict=True):
                     wish.table.advance(len(wish.tokens))
-                    send(i, own)
+                    if wish.drawing is None:
+                        send(i, own)
+                    else:
+                        wishes[i] = Draw(own, wish.drawing, None)
             for kind in (Draw, Refine, Verify, Download):
                 own_wishes = {i: wish for i, wish in wishes.items() if isinstance(wish, kind)}
                 if own_wishes:

@@ -83,6 +83,7 @@ def check(progress: Progress, sizes: Sizes, device: torch.device) -> None:
     # (name, seconds, what it does): what decides whether anything else counts comes first.
     steps: list[tuple[str, float, Callable[[], None]]] = [
         ("attention", 70, lambda: below.attention(progress, sizes, device)),
+        ("fused", 20, lambda: below.fused(progress, sizes, device)),
         ("graphs", 40, lambda: below.graphs(progress, sizes, device)),
         ("waits", 30, lambda: engines.waits(progress, sizes, device)),
         ("steps", 120, lambda: engines.steps(progress, sizes, device, per_ms)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch import Tensor
 from benchmarks.gpu_check.models import Sizes, counting_model, median_ms, synchronize
 from benchmarks.gpu_check.progress import Progress, Result
 from rapid.errors import ModelFileError
-from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention
+from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, Writer, groups_worth_sharing, rotate_and_write
 from rapid.kernels.cuda.choice import choose_kernel
+from rapid.kernels.cuda.fused import choose_rows, choose_writer
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.linear import check_scheme, make_linear
+from rapid.kernels.rows import UNFUSED, RowOperations
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.info import GraphLimits
 from rapid.models.model import Model
 
@@ -75,17 +78,16 @@ def _attended(backend: PagedAttention, layout: KVLayout, heads: int, context: in
             rows[slots] = torch.randn(length, *rows.shape[1:], device=device, dtype=rows.dtype)
         cache.advance(length)
         entries.append(BatchEntry(cache, [0] * new, 0))
-    query = torch.randn(sum(counts), heads, layout.head_dim, device=device, dtype=layout.dtype)
-    key, value = (
-        torch.randn(sum(counts), layout.num_kv_heads, layout.head_dim, device=device, dtype=layout.dtype)
-        for _ in range(2)
-    )
+    new = (sum(counts), heads + 2 * layout.num_kv_heads, layout.head_dim)
+    projected = torch.randn(new, device=device, dtype=layout.dtype)
+    query = projected[:, :heads]
+    unturned = torch.ones_like(projected[:, 0]), torch.zeros_like(projected[:, 0])
     batch, scaling = backend.batch(entries), layout.head_dim**-0.5
-    output = batch.attend(0, query, key, value, scaling).view_as(query)
+    output = batch.attend(0, projected, unturned, scaling).view_as(query)
     error = max(
         (output[rows] - expected).abs().max().item() for rows, expected in _in_float64(pool, entries, query, scaling)
     )
-    ms = median_ms(lambda: batch.attend(0, query, key, value, scaling), device, 15)
+    ms = median_ms(lambda: batch.attend(0, projected, unturned, scaling), device, 15)
     read = sum(cache.length + len(tokens) for cache, tokens, _ in entries) * layout.bytes_per_token
     return {"max_error": error, "ms": ms, "tb_per_s": read / ms / 1e9}
 
@@ -148,6 +150,52 @@ def _product(hidden: int, wide: int, scheme: str, num_rows: int, device: torch.d
     return {"relative_error": error.item(), "ms": ms, "weights_tb_per_s": num_bytes / ms / 1e9}
 
 
+def fused(progress: Progress, sizes: Sizes, device: torch.device) -> None:
+    """A layer's operations between its products: those chosen at load against float64 and PyTorch's operators."""
+    heads, kv_heads = sizes.shape["num_attention_heads"], sizes.shape["num_key_value_heads"]
+    hidden, intermediate = sizes.shape["hidden_size"], sizes.shape["intermediate_size"]
+    layout = KVLayout(kv_heads, hidden // heads, torch.bfloat16, (device,))
+    rows, writer = choose_rows(device, torch.bfloat16, hidden, intermediate), choose_writer(layout, heads)
+    names = {"norm and gate": rows is not UNFUSED, "rotation": writer is not rotate_and_write}
+    progress.measure("kernels", lambda: {name: "fused" if chosen else "PyTorch's" for name, chosen in names.items()})
+    for num_rows in (1, 16, 2048):
+        progress.measure(f"{num_rows} rows", lambda n=num_rows: _fused(rows, writer, layout, heads, sizes, n))
+
+
+def _fused(rows: RowOperations, writer: Writer, layout: KVLayout, heads: int, sizes: Sizes, num_rows: int) -> Result:
+    """Errors of the largest number, and milliseconds beside those of PyTorch's operators."""
+    device, d, kv_heads = layout.device, layout.head_dim, layout.num_kv_heads
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=layout.dtype)
+
+    hidden, wide = sizes.shape["hidden_size"], 2 * sizes.shape["intermediate_size"]
+    x, more, weight, gates = random(num_rows, hidden), random(num_rows, hidden), random(hidden), random(num_rows, wide)
+    projected, angles = random(num_rows, heads + 2 * kv_heads, d), random(num_rows, d)
+    rotation, slots = (angles.cos(), angles.sin()), torch.randperm(num_rows, device=device)
+
+    def each(rows: RowOperations, writer: Writer, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+        """The three operations on numbers of ``dtype``."""
+        given, angled = projected.to(dtype), (rotation[0].to(dtype), rotation[1].to(dtype))
+        keys, values = (torch.zeros(num_rows, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
+        one, other, scale, gated = x.to(dtype), more.to(dtype), weight.to(dtype), gates.to(dtype)
+        return [
+            lambda: rows.add_norm(one, other, scale, 1e-5)[1],
+            lambda: rows.gate(gated.clone()),  # PyTorch's writes over it
+            lambda: torch.cat((writer(given.clone(), angled, slots, keys, values), keys[slots], values[slots]), 1),
+        ]
+
+    result: Result = {}
+    chosen, plain = each(rows, writer, layout.dtype), each(UNFUSED, rotate_and_write, layout.dtype)
+    exact = each(UNFUSED, rotate_and_write, torch.float64)
+    for name, ours, theirs, expected in zip(("norm", "gate", "rotation"), chosen, plain, exact, strict=True):
+        right = expected()
+        result[f"{name}_error"] = ((ours().double() - right).abs().max() / right.abs().max()).item()
+        result[f"{name}_ms"] = median_ms(ours, device, 15)
+        result[f"{name}_by_operators_ms"] = median_ms(theirs, device, 15)
+    return result
+
+
 def graphs(progress: Progress, sizes: Sizes, device: torch.device) -> None:
     """Replayed passes against eager ones, a hundred times with other tables, while another thread allocates."""
     model = counting_model(replace(sizes, shape=sizes.shape | {"num_hidden_layers": 2}), device)
@@ -169,27 +217,38 @@ def _replays(model: Model, device: torch.device) -> Result:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=chance))
 
+    document, sharing = pool.open([0], 1500), 0
+    assert document is not None
     try:
-        for _ in range(100):
-            caches = []
+        for i in range(100):
+            opened = []
             entries = []
             for _ in range(draw(1, 9)):
                 length, new = draw(1, 1500), draw(1, FEW_TOKENS + 1)
-                cache = pool.open([0], length + new)
-                assert cache is not None
-                cache.advance(length)
-                caches.append(cache)
+                own = pool.open([0], length + new)
+                assert own is not None
+                opened.append(own)
+                first = length // pool.page_size if i % 2 else 0  # every other pass is over one document
+                cache = PageTable(pool, document.pages[:first] + own.pages[first:], length)
                 entries.append(BatchEntry(cache, [draw(0, model.vocab_size) for _ in range(new)], new))
+            entries.sort(key=lambda entry: entry.cache.pages)
+            sharing += bool(groups_worth_sharing(entries))
             eager = model.compute(entries)[:, : model.vocab_size].float()
             replayed = torch.cat(model.forward(entries))
             worst = max(worst, (eager - replayed).abs().max().item())
-            for cache in caches:
-                pool.close(cache)
+            for own in opened:
+                pool.close(own)
     finally:
         stop.set()
         beside.join()
     num_graphs = 0 if recorded is None else len(recorded.shapes)
-    return {"passes": 100, "max_difference": worst, "graphs": num_graphs, "record_s": record_s}
+    return {
+        "passes": 100,
+        "sharing": sharing,
+        "max_difference": worst,
+        "graphs": num_graphs,
+        "record_s": record_s,
+    }
 
 
 def _allocate(device: torch.device, stop: threading.Event) -> None:

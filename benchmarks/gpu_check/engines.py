@@ -106,15 +106,18 @@ def _draft(sizes: Sizes, device: torch.device, scheme: str, per_ms: float) -> Re
     weights = (model_size(sizes) - 2 * head) * size + head * max(1, size)
     floor = (weights + context * model.layout.bytes_per_token) / per_ms
     result: Result = {"floor_ms": floor}
-    with engine(model, 4 * context + 8192) as running:
-        for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-            lease = open_sequence(running, context, first=len(name), sampling=sampling)
-            ms = []
-            for _ in range(sizes.rounds // 2):
-                (draft,) = together(partial(_proposal, lease, 8))
-                ms.append(draft.elapsed_ms / 8)
-            result[f"{name}_step_ms"] = statistics.median(ms[1:])
-        result["share_of_floor"] = floor / result["greedy_step_ms"]
+    written = []
+    for drafts, kind in ((True, "step"), (False, "stepwise")):
+        with engine(model, 4 * context + 8192, drafts=drafts) as running:
+            if running._drafts is not None:
+                result["draft_graphs"] = len(running._drafts)
+            for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                lease = open_sequence(running, context, first=len(name), sampling=sampling)
+                made = [together(partial(_proposal, lease, 8))[0] for _ in range(sizes.rounds // 2)]
+                result[f"{name}_{kind}_ms"] = statistics.median(draft.elapsed_ms / 8 for draft in made[1:])
+                written.append([draft.tokens for draft in made])
+    result["share_of_floor"] = floor / result["greedy_step_ms"]
+    result["same_tokens"] = written[:2] == written[2:]
     return result
 
 
@@ -142,7 +145,7 @@ def waits(progress: Progress, sizes: Sizes, device: torch.device) -> None:
 
 
 def _waits(model: Model, sampling: SamplingParams, context: int) -> Result:
-    with engine(model, 2 * context + 4096) as running:
+    with engine(model, 2 * context + 4096, drafts=True) as running:
         lease, drafting = (open_sequence(running, context, first=i, sampling=sampling) for i in range(2))
 
         def count(step: Any) -> int:
@@ -253,7 +256,7 @@ def _drafted(target: Model, drafter: Model, sizes: Sizes, context: int, gamma: i
         }
 
     near_context = sizes.draft_context
-    with engine(target, context + 4096) as far, engine(drafter, near_context + 4096) as near:
+    with engine(target, context + 4096) as far, engine(drafter, near_context + 4096, drafts=True) as near:
         # Both prompts end with the same token.
         leases = open_sequence(far, context, first=0), open_sequence(near, near_context, first=context - near_context)
         result: Result = together(partial(run, *leases))[0]

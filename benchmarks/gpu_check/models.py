@@ -107,10 +107,11 @@ def _model(network: PreTrainedModel, name: str, quantization: str) -> Model:
 
 
 @contextmanager
-def engine(model: Model, num_tokens: int) -> Iterator[Engine]:
+def engine(model: Model, num_tokens: int, *, drafts: bool = False) -> Iterator[Engine]:
     """An engine with room for ``num_tokens``, whose pages hold noise of the size of real keys and values."""
     kv_bytes = (num_tokens + 4096) * model.layout.bytes_per_token
-    running = Engine(model, kv_bytes=kv_bytes, graphs=GraphLimits(seconds=8))  # the check makes many engines
+    limits = GraphLimits(seconds=14 if drafts else 8)  # the check makes many engines
+    running = Engine(model, kv_bytes=kv_bytes, graphs=limits, drafts=drafts)
 
     def noise() -> Task[None]:
         pool = running._pool

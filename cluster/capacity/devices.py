@@ -49,8 +49,8 @@ class Device:
         # The rate depends on the width of the numbers: float32 runs at half the rate of bfloat16.
         rate = self.flops * 2 / model.number_bytes
 
-        def product_s(parameters: int, num_tokens: int) -> float:
-            read_s = parameters * model.weight_bytes / (self.bandwidth * self.weights)
+        def product_s(parameters: int, weight_bytes: float, num_tokens: int) -> float:
+            read_s = parameters * weight_bytes / (self.bandwidth * self.weights)
             return max(read_s, 2 * parameters * num_tokens / (rate * self.products)) / ranks if num_tokens else 0.0
 
         cached = batch * (context + tokens) * shape.num_layers * model.kv_bytes_per_layer
@@ -58,7 +58,8 @@ class Device:
         seen = tokens * (context + (tokens + 1) / 2)  # query-key pairs of a sequence: causal
         operations = 4 * shape.num_layers * math.ceil(shape.num_heads / ranks) * shape.head_dim * seen * batch
         attention_s = max(cache_s, operations / (rate * self.attention))
-        products_s = product_s(shape.layer_parameters, batch * tokens) + product_s(shape.head_parameters, batch * rows)
+        products_s = product_s(shape.layer_parameters, model.weight_bytes, batch * tokens)
+        products_s += product_s(shape.head_parameters, model.head_weight_bytes, batch * rows)
         made = batch * tokens * shape.hidden_size * model.number_bytes
         joining_s = 2 * shape.num_layers * self._all_reduce_s(made, ranks)
         if model.num_stages > 1:

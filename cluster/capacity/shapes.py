@@ -74,9 +74,9 @@ class ServedModel:
     Each layer is cut over ``num_ranks`` devices that compute together, or the layers are spread over ``num_stages``
     that a pass visits one after another.
 
-    ``weight_bytes`` is the size of one weight of a matrix product. ``number_bytes`` is the size of every other number:
-    embeddings, activations, and keys and values unless ``kv_number_bytes`` says otherwise. ``kv_scale_bytes`` lie
-    beside each key and each value of a head.
+    ``weight_bytes`` is the size of one weight of a layer's products. ``number_bytes`` is the size of every other
+    number: embeddings, activations, and keys and values unless ``kv_number_bytes`` says otherwise. ``kv_scale_bytes``
+    lie beside each key and each value of a head.
     """
 
     shape: ModelShape
@@ -92,10 +92,15 @@ class ServedModel:
         return self.num_ranks * self.num_stages
 
     @property
+    def head_weight_bytes(self) -> float:
+        """Of one weight of the head, which keeps eight bits when the layers have four."""
+        return max(1.0, self.weight_bytes)
+
+    @property
     def bytes_held(self) -> float:
         """All weights. A tied table counts twice when the head is quantised, because the embedding stays as it is."""
         shape = self.shape
-        product_bytes = (shape.layer_parameters + shape.head_parameters) * self.weight_bytes
+        product_bytes = shape.layer_parameters * self.weight_bytes + shape.head_parameters * self.head_weight_bytes
         is_shared = shape.tied_embeddings and self.weight_bytes == self.number_bytes
         return (product_bytes + (0 if is_shared else shape.head_parameters * self.number_bytes)) / self.num_devices
 

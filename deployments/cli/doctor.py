@@ -200,7 +200,7 @@ def _fit(engines: dict[str, EngineConfig]) -> Iterator[Finding]:
             yield Finding(role, "problem", f"device {device}: there is none", "Set device to auto or cpu.")
             continue
         try:
-            model = served(engine.model_copy(update={"dtype": _dtype(engine, device)}))
+            model = served(engine.model_copy(update={"dtype": _dtype(engine, device), "device": device}))
         except RapidError as error:
             yield Finding(role, "warning", f"what it needs cannot be told: {error.message}")
             continue

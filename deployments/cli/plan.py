@@ -13,7 +13,9 @@ from cluster.capacity.simulation import GAMMAS, Outcome, Setup, every_ratio
 from deployments.config import AppConfig, ConfigError, EngineConfig
 from rapid.errors import InvalidRequest
 
-WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4 with its scale and zero
+# Of a weight, by quantization; in four bits with the scale and offset of 64 weights on CUDA, of 32 on a CPU.
+WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5625}
+CPU_WEIGHT_BYTES = WEIGHT_BYTES | {"int4": 0.625}
 NUMBER_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 KV_BYTES = {"int8": (1, 4), "fp8": (1, 0)}  # of a stored number, and of the scale of a head's key or value
 MAX_SIMULATED_GPUS = 32
@@ -89,8 +91,10 @@ def shape_of(model: str) -> ModelShape:
 
 
 def served(engine: EngineConfig) -> ServedModel:
+    """What the engine holds; on a GPU, unless its device is the CPU."""
     number_bytes = NUMBER_BYTES[engine.dtype]
-    weight_bytes = WEIGHT_BYTES.get(engine.quantization, float(number_bytes))
+    by_scheme = CPU_WEIGHT_BYTES if engine.device == "cpu" else WEIGHT_BYTES
+    weight_bytes = by_scheme.get(engine.quantization, float(number_bytes))
     kv_bytes, scale_bytes = KV_BYTES.get(engine.kv_dtype, (number_bytes, 0))
     return ServedModel(
         shape_of(engine.model),

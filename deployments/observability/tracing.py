@@ -24,7 +24,6 @@ from rapid.errors import RapidError
 from rapid.events import Finish
 from rapid.models.info import ModelInfo
 from rapid.request import GenerationRequest
-from rapid.speculation.controller import Costs
 
 _tracer = trace.get_tracer("rapid")
 # By the lease's call.
@@ -88,15 +87,8 @@ class TracedBackend:
         self._backend, self._context = backend, trace.set_span_in_context(parent)
         self.resume_timeout_s, self.overlap = backend.resume_timeout_s, backend.overlap
         self.is_colocated = backend.is_colocated
+        self.history = backend.history
         self.quarantine = backend.quarantine
-
-    @property
-    def costs(self) -> Costs:
-        return self._backend.costs
-
-    @costs.setter
-    def costs(self, costs: Costs) -> None:
-        self._backend.costs = costs
 
     def info(self, role: Role) -> ModelInfo:
         return self._backend.info(role)

@@ -38,6 +38,7 @@ class RapidFields(Body):
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None
     refresh: Literal["off", "auto"] | None = Field(None, description="auto: retrieves anew while the answer is written")
+    draft_vocabulary: int | Literal["auto", "full"] | None = None
     rag_model: str | None = None
     num_answers: int | None = None
     num_clusters: int | None = None

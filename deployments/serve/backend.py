@@ -26,7 +26,7 @@ from rapid.backend.waiting import DRAFTER_PATIENCE_S, QUEUE_LIMIT_S, TARGET_PATI
 from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
-from rapid.speculation.controller import Costs
+from rapid.speculation.learned import History
 from retrieval import IndexProgress, RetrievalError, TextLengths
 
 _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
@@ -48,7 +48,7 @@ class RayBackend:
         is_colocated: bool = False,
         may_be_away: Collection[Role] = (),
     ) -> None:
-        self.costs = Costs()
+        self.history = History()
         self.quarantine = Quarantine()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap, self.is_colocated = overlap, is_colocated

@@ -121,13 +121,13 @@ class EngineActor(RankActor):
         self._leases: dict[str, LeasedSequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
 
-    async def load(self, placement: RankPlacement | None) -> tuple[ModelInfo, Address]:
+    async def load(self, placement: RankPlacement | None, drafts: bool) -> tuple[ModelInfo, Address]:
         """Loads the model, with the other ranks where there are any, starts the engine, and says where it answers."""
         from deployments.builders import build_engine
 
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement)
+        self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement, drafts=drafts)
         address = ray.util.get_node_ip_address()
         self._listener = await Listener.start(address, {"call": self.call}, ended=self.close)
         self._engine.ended.add_done_callback(lambda _: os._exit(1))
@@ -189,7 +189,7 @@ class EngineReplica:
     health checks. When one hangs, this process kills it and ends likewise: no process can tell that of itself.
     """
 
-    async def __init__(self, config: EngineConfig) -> None:
+    async def __init__(self, config: EngineConfig, drafts: bool) -> None:
         group = ray.util.get_current_placement_group()
         self._metrics = EngineMetrics()
         context = serve.get_replica_context()
@@ -211,7 +211,7 @@ class EngineReplica:
             watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(followers, 1)]
         self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
-        self._info, self._address = await self._engine.load.remote(placement)
+        self._info, self._address = await self._engine.load.remote(placement, drafts)
         self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *followers)))
         self._stats: EngineStats = await self._engine.stats.remote()
         self._heard = time.monotonic()

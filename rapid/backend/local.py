@@ -26,7 +26,7 @@ from rapid.engine.messages import Pulse, SequenceRequest
 from rapid.engine.sequence import Sequence
 from rapid.errors import EngineHung, RetrievalFailed
 from rapid.models.info import ModelInfo
-from rapid.speculation.controller import Costs
+from rapid.speculation.learned import History
 from rapid.text.tokenizer import check_same_tokenizer
 
 _REPORT_EVERY_S = 0.2
@@ -57,7 +57,7 @@ class LocalBackend:
     ) -> None:
         if target.model.tokenizer and drafter.model.tokenizer:
             check_same_tokenizer(target.model.tokenizer, drafter.model.tokenizer)
-        self.costs = Costs()
+        self.history = History()
         self.quarantine = Quarantine()
         self._drafting, self._retrieving = Breaker(), Breaker()
         self.resume_timeout_s = 0.0

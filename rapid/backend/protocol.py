@@ -26,8 +26,8 @@ from rapid.engine.messages import (
 )
 from rapid.errors import EngineHung
 from rapid.models.info import ModelInfo
-from rapid.speculation.controller import Costs
 from rapid.speculation.draft import Draft, VerifyResult
+from rapid.speculation.learned import History
 from rapid.text.prompts import RetrievedText
 
 Role = Literal["target", "drafter"]
@@ -148,13 +148,13 @@ class Lease:
 class Backend(Protocol):
     """Gives `generate` sequences on engines, and retrieved passages.
 
-    ``costs`` are the costs of rounds, which each request reads and updates. ``quarantine`` knows the requests that no
+    ``history`` is what requests learned of their rounds, for later ones. ``quarantine`` knows the requests that no
     engine may get. ``resume_timeout_s`` is how long a request looks for another engine after a loss; 0 if there is no
     other engine. With ``overlap`` drafters draft ahead while the target verifies. ``is_colocated`` says that there is
     no engine for drafts but the target's.
     """
 
-    costs: Costs
+    history: History
     quarantine: Quarantine
     resume_timeout_s: float
     overlap: bool

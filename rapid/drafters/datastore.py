@@ -9,7 +9,7 @@ from __future__ import annotations
 from rapid.datastore.search import LONGEST_MATCH
 from rapid.drafters.known import Known, KnownDrafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import Acceptance
+from rapid.speculation.learned import Acceptance
 
 # A token's evidence is the length of the match, drafted tokens included, times its share of the matches. Classes of it,
 # and for each class the prior probability that the token is accepted.
@@ -23,7 +23,7 @@ class DatastoreDrafter(KnownDrafter):
     label = "datastore"
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session, Acceptance(EVIDENCE, EVIDENCE_PRIOR))
+        super().__init__(session, lambda: Acceptance(EVIDENCE, EVIDENCE_PRIOR))
         self._datastore = session.request.datastore
         self._before = session.request.prompt.tokens[-LONGEST_MATCH:]
         if self._datastore is None and session.request.speculation.strategy == "rest":

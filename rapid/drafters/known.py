@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Offer
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, Offer
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
+from rapid.speculation.learned import Acceptance
 
 
 class Known(NamedTuple):
@@ -20,12 +21,13 @@ class Known(NamedTuple):
 
 
 class KnownDrafter(Drafter):
-    """Drafts what `find` finds. Its q is one-hot; ``acceptance`` learns what the evidence is worth."""
+    """Drafts what `find` finds. Its q is one-hot; it learns, from ``prior`` on, what the evidence is worth."""
 
     sampled = False
 
-    def __init__(self, session: Session, acceptance: Acceptance) -> None:
-        self._session, self._acceptance = session, acceptance
+    def __init__(self, session: Session, prior: Callable[[], Acceptance]) -> None:
+        self._session = session
+        self._acceptance = session.learned.acceptance_of(self.label, prior)
         self._found = Known([], [])
         self._proposed = False
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from rapid.drafters.known import Known, KnownDrafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import Acceptance
 from rapid.speculation.draft import VerifyResult
+from rapid.speculation.learned import Acceptance
 
 NGRAM = 3
 _LONGEST_MATCH = 32
@@ -30,7 +30,7 @@ class LookupDrafter(KnownDrafter):
     label = "lookup"
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session, Acceptance(MATCH_LENGTHS, MATCH_PRIOR))
+        super().__init__(session, lambda: Acceptance(MATCH_LENGTHS, MATCH_PRIOR))
         self._index: Lookup
 
     async def start(self, *, wait: bool) -> None:

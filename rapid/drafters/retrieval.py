@@ -20,6 +20,7 @@ from rapid.drafters.sentences import SentenceWatch
 from rapid.drafters.session import Session
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import DraftLost, EngineLost, RapidError
+from rapid.models.draft_vocabulary import by_frequency
 from rapid.speculation.controller import Offer
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult
 
@@ -175,6 +176,7 @@ class RetrievalDrafter(SamplingDrafter):
             sampling,
             session.request.speculation,
             logits=session.logits,
+            known=by_frequency(session.request.prompt.tokens),
             salt=session.request.salt,
         )
 

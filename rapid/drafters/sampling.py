@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rapid.drafters.interface import Drafter
 from rapid.drafters.session import Session
-from rapid.speculation.controller import Acceptance, Offer
+from rapid.speculation.controller import Offer
 from rapid.speculation.draft import CONFIDENCES, VerifyResult
+from rapid.speculation.learned import Acceptance
 
 CONFIDENCE_PRIOR = (0.45, 0.5, 0.55, 0.6, 0.7, 0.78, 0.85, 0.9, 0.96)  # by class of CONFIDENCES
 
@@ -17,7 +18,7 @@ class SamplingDrafter(Drafter):
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._acceptance = Acceptance(CONFIDENCES, CONFIDENCE_PRIOR)
+        self._acceptance = session.learned.acceptance_of(self.label, lambda: Acceptance(CONFIDENCES, CONFIDENCE_PRIOR))
         self._proposed = False
 
     def offer(self, room: int) -> Offer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 from rapid.backend.leases import TargetLease
@@ -12,6 +12,7 @@ from rapid.events import Statistics
 from rapid.request import GenerationRequest
 from rapid.sampling.params import LogitParams
 from rapid.speculation.draft import Trust, VerifyResult
+from rapid.speculation.learned import Learned
 
 Retrieve = Callable[[list[str], str, Any], Awaitable[Retrieval]]
 
@@ -23,7 +24,7 @@ class Session:
     ``trust`` bounds the transfer where η is chosen: how sure retrieval is, and the agreement of p and q so far.
     ``max_new_tokens`` is the room that each of the request's sequences needs; ``logits`` says how the logits are
     adjusted. Both are set once the prompt is known to fit. ``target`` is the sequence that verifies, which has read the
-    prompt before any drafter is started.
+    prompt before any drafter is started. ``learned`` is what the request knows of its rounds.
     """
 
     target: TargetLease
@@ -40,6 +41,13 @@ class Session:
         self.trust = Trust(confidence=0.0)
         self._retrieve = retrieve
         self._retrieved: Retrieval | None = None
+        self._kind = _kind(request)
+        self.learned = backend.history.of(self._kind) if self.by_the_clock else Learned()
+
+    def keep_learned(self) -> None:
+        """Leaves what was measured to later requests. With a seed nothing of others counts, nor anything for others."""
+        if self.by_the_clock:
+            self.backend.history.keep(self._kind, self.learned)
 
     def learn(self, verdict: VerifyResult) -> None:
         """Takes up what the target's engine found out about the transfer in a round."""
@@ -101,3 +109,18 @@ class Session:
             {"position": c.position, "score": round(c.score, 4), "content": c.content, "start": c.start, "end": c.end}
             for c in retrieval.chunks
         ]
+
+
+def _kind(request: GenerationRequest) -> Hashable:
+    """What rounds' costs and acceptance depend on."""
+    sampling, logits = request.sampling, request.logits
+    penalised = logits.repetition_penalty != 1 or bool(logits.frequency_penalty or logits.presence_penalty)
+    return (
+        request.speculation,
+        len(request.prompt.tokens).bit_length(),
+        round(sampling.temperature, 1),
+        sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0,
+        penalised or bool(logits.logit_bias),
+        logits.grammar is not None,
+        request.num_logprobs is not None,
+    )

@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
+from rapid.engine.draft_graphs import DraftGraphs
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Pacer
 from rapid.engine.pass_clock import PassClock
-from rapid.engine.readout import Download, Draw, Readout
+from rapid.engine.readout import Download, Draw, Drawn, Readout
 from rapid.engine.refine import Refine
 from rapid.engine.scheduler import RunningTask, chunks, in_parts, schedule, settle
-from rapid.engine.sequence import Sequence, Task
+from rapid.engine.sequence import Sequence, SharedPass, Task
 from rapid.engine.torch_thread import compute
 from rapid.engine.verdicts import Verify
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
-from rapid.kernels.interface import BatchEntry
+from rapid.kernels.interface import BatchEntry, QueryWatcher
 from rapid.kv_cache.memory import is_out_of_memory
 from rapid.models.info import GraphLimits
 from rapid.sampling.logits_processor import LogitProcessor
@@ -56,7 +57,8 @@ class Engine:
     decode, a pass that reads prompts takes about ``step_budget_ms``, so that a long prefill does not starve them. A
     sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
     in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
-    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for.
+    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for; those of whole drafts are
+    recorded only if the engine ``drafts``.
 
     ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
     pending and every later call then fails with EngineLost.
@@ -72,10 +74,12 @@ class Engine:
         max_queued: int = 64,
         idle_timeout: float = 600.0,
         graphs: GraphLimits = GraphLimits(),  # noqa: B008 (frozen)
+        drafts: bool = True,
     ) -> None:
         self.model = model
         self._pool = model.new_pool(kv_bytes)
-        compute(model.record, self._pool, graphs)  # now, because recording during a request would delay it
+        self._drafts: DraftGraphs | None = None
+        compute(self._record, graphs, drafts)  # now, because recording during a request would delay it
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
         max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS[model.layout.device.type]
         self._pacer = Pacer(max_batch_tokens, step_budget_ms, model.balanced_context)
@@ -207,6 +211,12 @@ class Engine:
         self.ended.set_result(None)
 
     @torch.inference_mode()
+    def _record(self, graphs: GraphLimits, drafts: bool) -> None:
+        recorded = self.model.record(self._pool, graphs)
+        if recorded is not None and drafts:
+            self._drafts = DraftGraphs(recorded, self.model.vocab_size, self.model.layout.device)
+
+    @torch.inference_mode()
     def _work(self) -> None:
         while self._submitted:
             self._start(*self._submitted.popleft())
@@ -254,9 +264,7 @@ class Engine:
         parts: list[list[tuple[RunningTask, int]]] = []
         self._clock.begin_pass(self._pacer.expected_s(*chunks(scheduled)))
         try:
-            rows = self.model.forward(
-                entries, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
-            )
+            answers, num_passes = self._compute(scheduled, entries, watchers)
         except PassAbandoned:
             return
         except Exception as error:
@@ -273,9 +281,28 @@ class Engine:
         if parts:  # here and not in the handler, whose exception keeps the failed pass's memory
             self._run_in_parts(parts, sum(n for _, n in scheduled))
         else:
-            self._forward_passes += 1
-            self._tokens_processed += sum(num_tokens for _, num_tokens in scheduled)
-            self._send(scheduled, rows)
+            self._forward_passes += num_passes
+            self._tokens_processed += sum(num_tokens + num_passes - 1 for _, num_tokens in scheduled)
+            self._send(scheduled, answers)
+
+    def _compute(
+        self,
+        scheduled: list[tuple[RunningTask, int]],
+        entries: list[BatchEntry],
+        watchers: list[QueryWatcher | None],
+    ) -> tuple[list[Tensor] | list[Drawn], int]:
+        """What a pass gives each task; or several passes, if all tasks draft and a graph holds them. And how many."""
+        ready = [r.request for r, n in scheduled if n == r.num_left and r.request.view is None]
+        drawings = [request.drawing for request in ready if request.drawing is not None]
+        heads = [r.request.sequence.head for r, _ in scheduled]
+        if self._drafts is not None and len(drawings) == len(scheduled) and not any(heads):
+            num_steps = self._drafts.num_steps(entries, drawings)
+            if num_steps:
+                return self._drafts.run(entries, drawings), num_steps
+        rows = self.model.forward(
+            entries, heads=heads, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
+        )
+        return rows, 1
 
     def _run_in_parts(self, parts: list[list[tuple[RunningTask, int]]], num_tokens: int) -> None:
         """Smaller passes after one of ``num_tokens`` for which there was no memory."""
@@ -287,18 +314,25 @@ class Engine:
         for part in parts:
             self._run(part)
 
-    def _send(self, scheduled: list[tuple[RunningTask, int]], rows: list[Tensor]) -> None:
-        """Gives each task its rows of a pass."""
-        for (running, num_tokens), logits in zip(scheduled, rows, strict=True):
+    def _send(self, scheduled: list[tuple[RunningTask, int]], answers: list[Tensor] | list[Drawn]) -> None:
+        """Gives each task its rows of logits, or what was drawn."""
+        decoding = [num_tokens for running, num_tokens in scheduled if running.request.tokens is not None]
+        shared = SharedPass(len(decoding), sum(decoding))
+        for (running, num_tokens), answer in zip(scheduled, answers, strict=True):
             sequence = running.request.sequence
             sequence.last_used = time.monotonic()
             running.num_done += num_tokens
             if running.request.tokens is None:
                 self._pool.insert(sequence.cache, sequence.prompt, sequence.cache.length)
             else:
-                sequence.decoded_at = sequence.last_used
-            if running.num_left <= 0:
-                self._resume(running, logits)
+                sequence.decoded_at, sequence.shared = sequence.last_used, shared
+            if running.num_left > 0:
+                continue
+            if running.request.drawing is not None and isinstance(answer, Tensor):
+                ids = None if sequence.head is None else sequence.head.ids
+                running.readout = Draw(answer, running.request.drawing, ids)
+            else:
+                self._resume(running, answer)
         self._read_out()
 
     def _read_out(self) -> None:

@@ -54,7 +54,8 @@ class LeasedSequence:
         return asyncio.wrap_future(self._engine.submit(prefill(self.sequence)))
 
     def propose(self, request: DraftRequest) -> Awaitable[Draft]:
-        task = propose(self.sequence, request, self._engine.model.info.eos_token_ids)
+        model = self._engine.model
+        task = propose(self.sequence, request, model.info.eos_token_ids, model.draft_head)
         return asyncio.wrap_future(self._engine.submit(task))
 
     def drafted_ahead(self) -> Awaitable[Draft | None]:

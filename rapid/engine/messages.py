@@ -26,7 +26,8 @@ class SequenceRequest:
     The last ``written`` tokens of the prompt are output already: another engine wrote them, and this sequence
     continues. With ``may_wait`` False the request gets room at once or fails. With ``num_logprobs`` each written token
     comes with its log-probability, and with those of that many most likely tokens. ``speculation`` holds for every
-    draft and every verification of the sequence. Only sequences with the same ``salt`` share keys and values.
+    draft and every verification of the sequence. ``known`` are tokens that drafts should be able to have, beside those
+    of the prompt, the likeliest first. Only sequences with the same ``salt`` share keys and values.
     """
 
     prompt: list[int]
@@ -37,6 +38,7 @@ class SequenceRequest:
     may_wait: bool = True
     logits: LogitParams | None = None
     num_logprobs: int | None = None
+    known: tuple[int, ...] = ()
     salt: str = ""
 
     @property

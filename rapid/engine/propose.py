@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,31 +14,42 @@ from torch import Tensor
 
 from rapid.engine.clock import Moment
 from rapid.engine.messages import DraftRequest
-from rapid.engine.readout import Download, Draw, drafted_token
+from rapid.engine.readout import Download, Draw, Drawing, drafted_token
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
 from rapid.kernels.transfer import is_asynchronous
 from rapid.kv_cache.table import PageTable
+from rapid.models.draft_head import DraftHead
+from rapid.models.draft_vocabulary import Size
 from rapid.speculation.draft import Draft, DraftLimits
 
 _FEW = 4  # tokens that are read at a time, if the host may want fewer than all
 
 
-class Drawing(NamedTuple):
-    """When the first and the last of ``num_drawn`` tokens were drawn; the draft need not keep them all."""
+class DrawnDraft(NamedTuple):
+    """When ``num_first`` tokens were drawn, and when all ``num_drawn``; the draft need not keep them all."""
 
     first: Moment
     last: Moment
+    num_first: int
     num_drawn: int
 
     @property
     def step_ms(self) -> float:
-        """The time of one draft step that read no other token; 0 if there was none."""
-        return self.first.ms_until(self.last) / (self.num_drawn - 1) if self.num_drawn > 1 else 0.0
+        """The time of one draft step that read no other token; 0 if it is not known."""
+        num_after = self.num_drawn - self.num_first
+        return self.first.ms_until(self.last) / num_after if num_after else 0.0
 
 
-def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> Task[Draft]:
+NewHead = Callable[[Size, Iterable[int]], DraftHead | None]
+
+
+def propose(
+    sequence: Sequence, request: DraftRequest, eos: frozenset[int], new_head: NewHead | None = None
+) -> Task[Draft]:
     """Samples a draft behind the output; the output's tokens from ``request.offset`` on are ``request.tokens``.
+
+    With ``new_head`` (`rapid.models.model.Model.draft_head`) tokens are drawn from a draft vocabulary.
 
     The task rolls back earlier draft tokens that differ from these tokens. If tokens were drafted ahead and these
     tokens came as guessed, the draft begins with the rest of them. The draft ends at an end of sequence, or where the
@@ -53,13 +65,14 @@ def propose(sequence: Sequence, request: DraftRequest, eos: frozenset[int]) -> T
         if any(ours != theirs for ours, theirs in zip(drafted, tokens, strict=False)):
             before.cancel()
     sequence.drafting_ahead = rest
-    return _propose(sequence, request, eos, before, rest)
+    return _propose(sequence, request, eos, new_head, before, rest)
 
 
 def _propose(
     sequence: Sequence,
     request: DraftRequest,
     eos: frozenset[int],
+    new_head: NewHead | None,
     before: Future[Any] | None,
     rest: Future[Any] | None,
 ) -> Task[Draft]:
@@ -67,6 +80,7 @@ def _propose(
     started = Moment(sequence.device)
     offset, tokens, limits = request.offset, request.tokens, request.limits
     try:
+        _choose_vocabulary(sequence, tokens, eos, new_head)
         ahead = _stop_drafting_ahead(sequence, before)
         start = offset + len(tokens)
         round_start = start if request.round_start is None else request.round_start
@@ -80,12 +94,13 @@ def _propose(
         num_ahead, num_pending = len(draft.tokens), len(sequence.pending())
         elapsed_ms = step_ms = 0.0
         if not ended:
-            drawing = yield from draw_on(sequence, round_start, draft, limits, eos)
-            elapsed_ms = started.ms_until(drawing.last)
-            step_ms = drawing.step_ms or (elapsed_ms if num_pending <= 2 else 0.0)
+            drawn = yield from draw_on(sequence, round_start, draft, limits, eos)
+            elapsed_ms = started.ms_until(drawn.last)
+            step_ms = drawn.step_ms or (elapsed_ms / drawn.num_drawn if num_pending <= 2 else 0.0)
         sequence.output[start - sequence.written :] = draft.tokens
         sequence.cache.truncate(len(sequence.prompt) + len(sequence.output) - 1)
-        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead)
+        num_sequences = sequence.shared.num_sequences
+        draft = replace(draft, elapsed_ms=elapsed_ms, step_ms=step_ms, num_ahead=num_ahead, num_sequences=num_sequences)
         if rest is None:
             return draft
         ahead = sequence.ahead = Draft(sequence.position)
@@ -124,6 +139,21 @@ def _stop_drafting_ahead(sequence: Sequence, drafting: Future[Any] | None) -> Dr
     return ahead
 
 
+def _choose_vocabulary(sequence: Sequence, written: list[int], eos: frozenset[int], new_head: NewHead | None) -> None:
+    """Gives ``sequence`` a draft vocabulary, or the tokens ``written`` since the last draft columns in the one it has.
+
+    Under a grammar drafts are drawn from all tokens: none of those that may follow need be in a part of them.
+    """
+    request, logits, head = sequence.request, sequence.logits, sequence.head
+    if head is None and new_head is not None and (logits is None or not logits.has_grammar):
+        needed = () if logits is None else logits.needed
+        size = request.speculation.draft_vocabulary
+        sequence.head = new_head(size, itertools.chain(eos, needed, request.known, request.prompt))
+    changed = sequence.head is not head or (head is not None and head.add(written))
+    if changed and logits is not None and sequence.head is not None:
+        sequence.logits = logits.over(sequence.head.vocabulary)
+
+
 def draw_on(
     sequence: Sequence,
     start: int,
@@ -131,40 +161,60 @@ def draw_on(
     limits: DraftLimits,
     eos: frozenset[int],
     view: Callable[[int], PageTable] | None = None,
-) -> Task[Drawing]:
+) -> Task[DrawnDraft]:
     """Samples onto ``draft`` until it ends.
 
     Each token goes from one pass to the next without the host. The host reads some at a time, and discards those behind
     the draft's end. The random numbers are those of the round that begins at output position ``start``. With a ``view``
     each pass reads the pages that it gives for the number of tokens read so far, and the sequence's cache stays.
     """
-    request, device = sequence.request, sequence.device
+    request = sequence.request
     draft_top_k, warping = request.speculation.draft_top_k, request.speculation.warping(request.sampling)
     is_greedy = request.sampling.temperature == 0
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
+    num_unread = num_first = num_drawn = 0
     drawn_at: list[Moment] = []
     num_read = 0
+    following = None
+    if sequence.logits is not None and not sequence.logits.has_grammar:
+        following = sequence.logits.following(sequence.emitted(draft.offset) + draft.tokens)
     while True:
-        logits = yield ForwardRequest(sequence, feed, 1, view(num_read) if view else None)
+        num_wanted = min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens))
+        step = draft.offset - start + len(draft.tokens) + num_unread
+        drawing = Drawing(warping, is_greedy, draft_top_k, sequence.seed, start, step, num_wanted - num_unread)
+        table = view(num_read) if view else None
         num_read += len(feed)
-        if sequence.logits is not None:
-            logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
-        step = draft.offset - start + len(draft.tokens) + len(unread)
-        feed, values = yield Draw(logits, warping, is_greedy, draft_top_k, sequence.seed, start, step)
-        unread.append(values)
-        drawn_at.append(Moment(device))
-        if len(unread) < min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens)):
+        if sequence.logits is None:
+            drawn = yield ForwardRequest(sequence, feed, 1, table, drawing=drawing)
+        else:
+            logits = yield ForwardRequest(sequence, feed, 1, table)
+            if following is not None:
+                logits = following(logits)
+            else:
+                logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
+            drawn = yield Draw(logits, drawing, None if sequence.head is None else sequence.head.ids)
+            if following is not None:
+                following.write(drawn.last)
+        feed = drawn.last
+        unread.append(drawn.values)
+        num_unread += len(drawn.values)
+        num_drawn += len(drawn.values)
+        num_first = num_first or num_drawn
+        drawn_at.append(Moment(sequence.device))
+        if num_unread < num_wanted:
             continue
-        read = yield Download(torch.cat(unread))
-        if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(len(unread), -1)):
-            return Drawing(drawn_at[0], drawn_at[-1], len(drawn_at))
+        read = yield Download(torch.cat(unread).flatten())
+        if any(draft.append(drafted_token(row), limits, eos) for row in read.reshape(num_unread, -1)):
+            return DrawnDraft(drawn_at[0], drawn_at[-1], num_first, num_drawn)
         unread.clear()
+        num_unread = 0
 
 
 def _tokens_at_a_time(sequence: Sequence, limits: DraftLimits) -> int:
     """How many tokens are drawn before the host reads them."""
-    if sequence.logits is not None or not is_asynchronous(sequence.device):
-        return 1  # the adjustment of the next logits depends on each token, or reading it costs nothing
+    follows_grammar = sequence.logits is not None and sequence.logits.has_grammar
+    if follows_grammar or not is_asynchronous(sequence.device):
+        return 1  # the grammar must read each token, or reading it costs nothing
     # The draft may end at any token, or somebody may want what has been drafted ahead.
     return _FEW if limits.acceptance or limits.ahead else limits.max_tokens

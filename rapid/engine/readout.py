@@ -23,39 +23,50 @@ from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.speculation.draft import DraftedToken
-from rapid.speculation.drawing import draw, draw_greedily
+from rapid.speculation.drawing import DrawnTokens, draw, draw_greedily
 
 Floats = NDArray[np.float64]
 
 
-class DrawnToken(NamedTuple):
-    """A drawn token [1], and all that the host may want to know of it: a row of numbers. Both are on the device."""
+class Drawn(NamedTuple):
+    """Drawn tokens: the last one [1], and all that the host may want to know of each, a row of numbers [tokens, n].
 
-    token: Tensor
+    Both are on the device.
+    """
+
+    last: Tensor
     values: Tensor
 
 
-class Draw(NamedTuple):
-    """Draws a draft token from ``logits`` [1, V]; the answer is a `DrawnToken`.
+class Drawing(NamedTuple):
+    """How draft tokens are drawn, up to ``num_tokens`` of them; the answer is `Drawn`.
 
-    ``sampling`` makes q of the logits, one-hot at temperature 0; if ``is_greedy`` the token is the likeliest of q. Else
-    the random numbers are those of step ``step`` in the round that begins at output position ``round_start``.
+    ``sampling`` makes q of the logits, one-hot at temperature 0; if ``is_greedy`` a token is the likeliest of q. Else
+    the random numbers are those from step ``step`` on in the round that begins at output position ``round_start``.
     """
 
-    logits: Tensor
     sampling: SamplingParams
     is_greedy: bool
     draft_top_k: int
     seed: int
     round_start: int
     step: int
+    num_tokens: int
+
+
+class Draw(NamedTuple):
+    """Draws one draft token from ``logits`` [1, V]; the answer is `Drawn`.
+
+    ``ids`` [V] are the tokens of the columns; None if these are all tokens.
+    """
+
+    logits: Tensor
+    drawing: Drawing
+    ids: Tensor | None
 
     @staticmethod
-    def together(wishes: Sequence[Draw]) -> list[DrawnToken]:
-        def kind(wish: Draw) -> Hashable:
-            return wish.sampling.temperature > 0 and (wish.draft_top_k, wish.is_greedy)
-
-        return in_groups(wishes, kind, _draw)
+    def together(wishes: Sequence[Draw]) -> list[Drawn]:
+        return in_groups(wishes, _kind_of_draw, _draw)
 
 
 class Download(NamedTuple):
@@ -65,6 +76,8 @@ class Download(NamedTuple):
 
     @staticmethod
     def together(wishes: Sequence[Download]) -> list[Floats]:
+        if len(wishes) == 1:
+            return [download(wishes[0].values)]
         ends = np.cumsum([len(values) for (values,) in wishes])
         return np.split(download(joined([values for (values,) in wishes])), ends[:-1])
 
@@ -73,7 +86,7 @@ Readout = Draw | Refine | Verify | Download
 
 
 def drafted_token(values: Floats) -> DraftedToken:
-    """The token, q and confidence of a `DrawnToken`, from its values on the host."""
+    """The token, q and confidence of one of the `Drawn`, from its values on the host."""
     token, confidence, pairs = int(values[0]), float(values[1]), values[2:]
     if not len(pairs):
         return token, (np.array([token], np.int32), np.ones(1, np.float32)), confidence
@@ -87,18 +100,35 @@ def refined_tokens(values: Floats, num_rows: int) -> list[DraftedToken]:
     return [drafted_token(row) for row in values[1:].reshape(num_rows, -1)[: int(values[0]) + 1]]
 
 
-def _draw(wishes: Sequence[Draw]) -> list[DrawnToken]:
-    """Draws for wishes with one ``draft_top_k``, or for greedy ones whose q is one-hot."""
-    logits = joined([each.logits for each in wishes])
-    if wishes[0].sampling.temperature == 0:
-        drawn = draw_greedily(logits)
+def _kind_of_draw(wish: Draw) -> Hashable:
+    drawing = wish.drawing
+    how = drawing.sampling.temperature > 0 and (drawing.draft_top_k, drawing.is_greedy)
+    return how, wish.logits.shape[-1], wish.ids is None
+
+
+def _draw(wishes: Sequence[Draw]) -> list[Drawn]:
+    """Draws for wishes with one ``draft_top_k`` and rows of one length, or for greedy ones whose q is one-hot."""
+    logits, drawings = joined([each.logits for each in wishes]), [each.drawing for each in wishes]
+    listed = [each.ids for each in wishes if each.ids is not None]
+    ids = torch.stack(listed) if listed else None
+    if drawings[0].sampling.temperature == 0:
+        drawn = draw_greedily(logits, ids)
     else:
         keys = None
-        if not wishes[0].is_greedy:
-            places = upload([(each.seed, each.round_start, each.step) for each in wishes], "int64", logits.device)
-            keys = Noise(places[:, 0], places[:, 1]).keys(Purpose.DRAFT, places[:, 2:]).squeeze(-1)
-        params = RowParams.of([each.sampling for each in wishes], logits.device)
-        drawn = draw(logits, params, wishes[0].draft_top_k, keys)
+        if not drawings[0].is_greedy:
+            places = upload([(each.seed, each.round_start, each.step) for each in drawings], "int64", logits.device)
+            keys = draft_keys(places)
+        params = RowParams.of([each.sampling for each in drawings], logits.device)
+        drawn = draw(logits, params, drawings[0].draft_top_k, keys, ids)
+    return list(map(Drawn, drawn.tokens.split(1), drawn_values(drawn).split(1)))
+
+
+def draft_keys(places: Tensor, more: int = 0) -> Tensor:
+    """The keys [B] of draft tokens at ``places`` [B, 3] (seed, where the round begins, step), ``more`` steps on."""
+    return Noise(places[:, 0], places[:, 1]).keys(Purpose.DRAFT, places[:, 2:3] + more).squeeze(-1)
+
+
+def drawn_values(drawn: DrawnTokens) -> Tensor:
+    """What the host may want to know of tokens, [B, n]: the token, its confidence, and q."""
     columns = (drawn.tokens.unsqueeze(-1), drawn.confidences.unsqueeze(-1), drawn.ids, drawn.weights)
-    values = torch.cat([column.double() for column in columns], -1)
-    return list(map(DrawnToken, drawn.tokens.split(1), values.unbind()))
+    return torch.cat([column.double() for column in columns], -1)

@@ -12,14 +12,25 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rapid.engine.messages import SequenceRequest
-from rapid.engine.readout import Readout
+from rapid.engine.readout import Drawing, Readout
 from rapid.kernels.interface import QueryWatcher, Tokens
 from rapid.kv_cache.pool import KVCache
 from rapid.kv_cache.table import PageTable
+from rapid.models.draft_head import DraftHead
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.speculation.draft import Draft
 
 T = TypeVar("T")
+
+
+class SharedPass(NamedTuple):
+    """How many sequences decoded in a pass, and their tokens in all."""
+
+    num_sequences: int
+    num_tokens: int
+
+
+ALONE = SharedPass(1, 1)
 
 
 @dataclass(eq=False)
@@ -34,6 +45,7 @@ class Sequence:
     cache: KVCache
     seed: int  # of its random numbers
     logits: LogitProcessor | None = None
+    head: DraftHead | None = None  # of a sequence that drafts from a draft vocabulary
     output: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     ended: Future[None] = field(default_factory=lambda: _uncancellable())
@@ -43,6 +55,7 @@ class Sequence:
     over_view: tuple[int, list[int]] = (-1, [])  # (position, draft tokens behind it that passes over a view have read)
     last_used: float = field(default_factory=time.monotonic)
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
+    shared: SharedPass = ALONE  # that pass
 
     @property
     def prompt(self) -> list[int]:
@@ -105,7 +118,8 @@ def _uncancellable() -> Future[None]:
 class ForwardRequest(NamedTuple):
     """A task's request for the next pass: append ``tokens`` to ``sequence``; the answer is the last rows' logits.
 
-    These are [``num_rows``, V], on the device.
+    These are [``num_rows``, V], on the device. With ``drawing`` (and one row) the answer is what is `Drawn` from them:
+    a token, or more if the engine has a graph that goes on from token to token.
 
     ``tokens`` None asks for a prefill: all of the prompt but its last token, except pages that another sequence
     computes in the meantime.
@@ -119,6 +133,7 @@ class ForwardRequest(NamedTuple):
     num_rows: int
     view: PageTable | None = None
     watch: QueryWatcher | None = None
+    drawing: Drawing | None = None
 
     @property
     def table(self) -> PageTable:

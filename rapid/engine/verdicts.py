@@ -15,7 +15,7 @@ from rapid.engine.grouping import in_groups, joined
 from rapid.kernels.transfer import upload
 from rapid.sampling.noise import Noise
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.row_params import RowParams
+from rapid.sampling.row_params import RowParams, truncates
 from rapid.sampling.sampler import warp
 from rapid.speculation.draft import Draft, Logprobs, Pairs, Transferred
 from rapid.speculation.trust_region import Region, choose, running_agreement
@@ -71,7 +71,8 @@ class Verify(NamedTuple):
     def kind(self) -> tuple[object, ...]:
         """Verifications of the same kind are computed together."""
         how = self.how
-        return how.is_greedy, how.sampling.temperature > 0 and (how.rule, isinstance(how.strength, Bound))
+        sampled = how.sampling.temperature > 0 and (how.rule, isinstance(how.strength, Bound))
+        return how.is_greedy, sampled, truncates(how.sampling, self.logits.shape[-1])
 
     @staticmethod
     def together(wishes: Sequence[Verify]) -> list[Tensor]:
@@ -125,10 +126,14 @@ def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
 def _by_rule(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
     """Sampled verdicts by one rule, and the laws of those whose log-probabilities are wanted."""
     hows, rule, device = [each.how for each in wishes], wishes[0].how.rule, logits.device
-    target_probs = warp(logits, _row_params(wishes, device))
+    params = _row_params(wishes, device)
+    target_probs = warp(logits, params)
     strength, chosen = _strengths(hows, drafts.scored(target_probs))
     places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
-    verdict = verify(rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1]))
+    of_some = drafts.longest and device.type == "cpu" and params.truncate(logits.shape[-1])
+    verdict = (_verify_possible if of_some else verify)(
+        rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1])
+    )
     probs_of_each = target_probs.split([len(each.logits) for each in wishes])
     strength_of_each = strength.split([len(how.distributions) for how in hows])
     laws = [
@@ -136,6 +141,20 @@ def _by_rule(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Fo
         for each, probs, its_strength in zip(wishes, probs_of_each, strength_of_each, strict=True)
     ]
     return _Found(verdict, chosen, laws)
+
+
+def _verify_possible(rule: Rule, drafts: DraftRows, target_probs: Tensor, strength: Tensor, noise: Noise) -> Verdict:
+    """`verify` over the tokens that p or q of any row allow: all others stay impossible under every rule.
+
+    After top-p these are some hundred, and a rule reads and writes its rows a dozen times.
+    """
+    possible = target_probs.amax(0) > 0
+    possible[drafts.ids] = possible[drafts.tokens] = True
+    ids = possible.nonzero().squeeze(-1)
+    places = torch.empty(len(possible), dtype=torch.long)
+    places[ids] = torch.arange(len(ids))
+    drafts = drafts._replace(tokens=places[drafts.tokens], ids=places[drafts.ids])
+    return verify(rule, drafts, target_probs.index_select(-1, ids), strength, noise, ids)
 
 
 def _by_augmented_logits(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
@@ -151,6 +170,8 @@ def _by_augmented_logits(wishes: Sequence[Verify], logits: Tensor, drafts: Draft
 
 
 def _row_params(wishes: Sequence[Verify], device: torch.device) -> RowParams:
+    if len(wishes) == 1:
+        return RowParams.of([wishes[0].how.sampling], device)
     return RowParams.of([each.how.sampling for each in wishes for _ in range(len(each.logits))], device)
 
 
@@ -205,19 +226,24 @@ def draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -
     """The rows of all ``drafts``, for one call of `verify`; without q for greedy verdicts."""
     lengths = [len(draft.tokens) for draft in drafts]
     firsts = list(accumulate(lengths, initial=0))[:-1]
-    counts, starts = upload([lengths, firsts], "int64", device)
+    counts, starts = upload([lengths, firsts], "int64", device).unbind()
+    none = counts[:0]
     if not any(lengths):  # plain decoding
-        none = counts[:0]
         return DraftRows(none, none, none, none, none, none, counts, starts, 0)
     columns = [
-        (token, first + b + step, step, b)
-        for b, (first, draft) in enumerate(zip(firsts, drafts, strict=True))
-        for step, token in enumerate(draft.tokens)
+        [token for draft in drafts for token in draft.tokens],
+        [
+            first + b + step
+            for b, (first, length) in enumerate(zip(firsts, lengths, strict=True))
+            for step in range(length)
+        ],
+        [step for length in lengths for step in range(length)],
+        [b for b, length in enumerate(lengths) for _ in range(length)],
     ]
-    ids = weights = counts[:0]
+    ids = weights = none
     if with_q:
         ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
-    tokens, rows, steps, sequences = upload(np.array(columns).T, "int64", device)
+    tokens, rows, steps, sequences = upload(columns, "int64", device).unbind()
     return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
 
 

@@ -64,6 +64,9 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
         draft.elapsed_ms,
         draft.step_ms,
         started.ms_until(ended),
+        sequence.shared.num_sequences,
+        sequence.shared.num_tokens - sequence.shared.num_sequences,
+        draft.num_sequences,
         logprobs,
         transferred,
     )

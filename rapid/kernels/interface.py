@@ -11,6 +11,7 @@ from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.kv_cache.table import PageTable
 
 Tokens = Sequence[int] | Tensor
+Rotation = tuple[Tensor, Tensor]  # the cosines and sines, [total, d] each, by which queries and keys are turned
 
 # (layer, an entry's rotated queries [n, heads, d], scaling): watches what the tokens of an entry look for.
 QueryWatcher = Callable[[int, Tensor, float], None]
@@ -27,24 +28,13 @@ class BatchEntry(NamedTuple):
 class Batch(Protocol):
     """One forward pass's view of the pool: writes a layer's new keys and values, and attends over all of them."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """``query`` [total, heads, d], ``key``, ``value`` [total, KV heads, d] to [total, heads·d].
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
+        """``heads`` [total, heads + 2 · KV heads, d], queries, keys and values side by side, to [total, heads·d].
 
-        Query head h reads KV head h // (heads / KV heads).
+        Queries and keys are rotated first; the function may overwrite ``heads``. Query head h reads KV head
+        h // (heads / KV heads).
         """
         ...
-
-
-class WatchedBatch:
-    """``batch``, with a watcher for the queries of some of its ``rows``."""
-
-    def __init__(self, batch: Batch, watchers: Sequence[tuple[slice, QueryWatcher]]) -> None:
-        self._batch, self._watchers = batch, watchers
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        for rows, watch in self._watchers:
-            watch(layer, query[rows], scaling)
-        return self._batch.attend(layer, query, key, value, scaling)
 
 
 class AttentionBackend(Protocol):

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.errors import ModelFileError, PassAbandoned
-from rapid.kernels.cpu.rows import gated, rotate
-from rapid.kernels.interface import Batch
+from rapid.kernels.cuda.fused import choose_rows
+from rapid.kernels.interface import Batch, Rotation
 from rapid.kernels.linear import Linear, make_linear
 from rapid.models.fp8_range import fit_fp8
 from rapid.models.layers import Heads, Layer, RMSNorm
@@ -87,6 +87,9 @@ class Decoder:
         self._embedding: Tensor = local(body.embed_tokens.weight)
         self._num_embeddings: int = body.embed_tokens.weight.shape[0]
         sizes = Heads(self.num_heads, self.num_kv_heads, self.head_dim, self._scaling)
+        self._rows = choose_rows(
+            network.device, network.dtype, config.hidden_size, config.intermediate_size // num_ranks
+        )
         self._layers = []
         for i, layer in enumerate(body.layers):
             if fits_fp8:
@@ -101,7 +104,7 @@ class Decoder:
         self._compiled = CompiledLayers(self._layers, sizes) if can_record else None
         self._rotary = body.rotary_emb.to(self.devices[0])
         self._num_logits: int = head.weight.shape[0]
-        self._head = make_linear(
+        self.head = make_linear(
             local(head.weight), None if head.bias is None else local(head.bias), quantization, is_head=True
         )
 
@@ -118,8 +121,25 @@ class Decoder:
         Raises:
             PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
+        last = self.hidden(tokens, positions, batch, rows, abandoned)
+        if self._group is None:
+            return self.head(last).to(tokens.device)
+        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
+        logits = self.head(last) if len(rows) else last.new_empty(0, self._num_logits)
+        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        rows: Tensor,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
+        """What the ``head`` multiplies for these logits, [len(rows), hidden], on the head's device."""
         x = self._embed(tokens)  # [total, hidden]
         cos, sin = (angles[0] for angles in self._rotary(x, positions[None]))  # [total, d]
+        more: Tensor | None = None  # what the last layer adds to x, so that one kernel adds it and computes the norm
         if self._compiled is not None and self._compiled.supports(batch, len(tokens)):
             x = self._compiled(x, cos, sin, batch, abandoned)
         else:
@@ -128,23 +148,24 @@ class Decoder:
                     raise PassAbandoned
                 if layer.device != x.device:
                     x, cos, sin = x.to(layer.device), cos.to(layer.device), sin.to(layer.device)
-                x = self._through(layer, i, x, cos, sin, batch)
-        if self._group is None:
-            last = x[rows.to(x.device)].to(self._head_device)
-            return self._head(self._norm(last)).to(rows.device)
-        # Every rank knows the number of rows, so all of them skip the output layer if there are none.
-        logits = self._head(self._norm(x[rows])) if len(rows) else x.new_empty(0, self._num_logits)
-        return self._group.all_gather(logits, self._num_logits) if len(rows) else logits
+                    more = None if more is None else more.to(layer.device)
+                x, more = self._through(layer, i, x, more, (cos, sin), batch)
+        rows = rows.to(x.device)
+        last, more = x[rows].to(self._head_device), None if more is None else more[rows].to(self._head_device)
+        return self._norm.added(last, more)[1]
 
-    def _through(self, layer: Layer, i: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_dim)
+    def _through(
+        self, layer: Layer, i: int, x: Tensor, more: Tensor | None, rotation: Rotation, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """From x and what is still to be added to it before the layer, to the same behind it."""
+        x, normed = layer.attention_norm.added(x, more)
+        heads = layer.qkv(normed).view(len(x), -1, self.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
             heads = torch.cat((layer.query_norm(query), layer.key_norm(key), value), 1)
-        heads = rotate(heads, cos, sin, self.num_heads + self.num_kv_heads)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-        x = x + self._summed(layer.output(batch.attend(i, query, key, value, self._scaling)))
-        return x + self._summed(layer.down(gated(layer.gate_up(layer.mlp_norm(x)))))
+        attended = self._summed(layer.output(batch.attend(i, heads, rotation, self._scaling)))
+        x, normed = layer.mlp_norm.added(x, attended)
+        return x, self._summed(layer.down(self._rows.gate(layer.gate_up(normed))))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self._group is None:
@@ -184,4 +205,4 @@ class Decoder:
         )
 
     def _take_norm(self, norm: Any) -> RMSNorm:
-        return RMSNorm(local(norm.weight), norm.variance_epsilon)
+        return RMSNorm(local(norm.weight), norm.variance_epsilon, self._rows)

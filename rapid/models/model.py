@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
@@ -12,13 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapid.errors import ModelFileError
 from rapid.kernels.cpu.attention import RunAttention
+from rapid.kernels.cpu.linear import CompiledLinear
 from rapid.kernels.cuda.attention import PagedAttention
 from rapid.kernels.cuda.choice import choose_kernel
-from rapid.kernels.interface import AttentionBackend, BatchEntry, QueryWatcher, Tokens, WatchedBatch
+from rapid.kernels.cuda.fused import choose_writer
+from rapid.kernels.interface import AttentionBackend, Batch, BatchEntry, QueryWatcher, Tokens
 from rapid.kernels.kv_dtype import KV_DTYPES, check_kv_dtype
 from rapid.kernels.linear import check_scheme
 from rapid.kernels.transfer import upload
+from rapid.kernels.watching import WatchedBatch
 from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.models.draft_head import DraftHead
+from rapid.models.draft_vocabulary import DraftVocabulary, Size, num_columns
 from rapid.models.info import GraphLimits, ModelInfo
 from rapid.models.recorded_cuda import GraphRunner, recorder_of
 from rapid.models.registry import decoder_class
@@ -72,7 +77,10 @@ class Model:
         self.attention: AttentionBackend = attention or (
             RunAttention()
             if network.device.type == "cpu"
-            else PagedAttention(choose_kernel(self.layout, self._decoder.num_heads))
+            else PagedAttention(
+                choose_kernel(self.layout, self._decoder.num_heads),
+                writer=choose_writer(self.layout, self._decoder.num_heads),
+            )
         )
         self.group = group
         self._graphs: WeakKeyDictionary[KVPool, GraphRunner] = WeakKeyDictionary()
@@ -124,27 +132,44 @@ class Model:
         return self._graphs[pool]
 
     @torch.inference_mode()
+    def draft_head(self, size: Size, wanted: Iterable[int]) -> DraftHead | None:
+        """The output layer over a draft vocabulary of ``size`` that has ``wanted`` tokens, the first before the rest.
+
+        None if it is the whole vocabulary, or the head's rows cannot be gathered: on CUDA, in float32, or in parts.
+        """
+        head, columns = self._decoder.head, num_columns(size, self.vocab_size)
+        if self.group is not None or columns is None or not isinstance(head, CompiledLinear):
+            return None
+        return DraftHead(head, DraftVocabulary(columns, self.vocab_size, wanted))
+
+    @torch.inference_mode()
     def forward(
         self,
         entries: Sequence[BatchEntry],
         *,
+        heads: Sequence[DraftHead | None] = (),
         abandoned: Callable[[], bool] = lambda: False,
         watchers: Sequence[QueryWatcher | None] = (),
     ) -> list[Tensor]:
         """Appends tokens to several sequences in one pass.
 
-        Returns for each entry the logits of its last ``num_rows`` positions, [rows, V] in float32. Every cache is
-        longer by the entry's tokens afterwards. The ``watchers``, where there is one for an entry, are called with its
-        queries, layer by layer. With several ranks these are the queries of the first rank's heads.
+        Returns for each entry the logits of its last ``num_rows`` positions, [rows, V] in float32, or [rows, N] where
+        the entry has one of ``heads``. Every cache is longer by the entry's tokens afterwards. The ``watchers``, where
+        there is one for an entry, are called with its queries, layer by layer. With several ranks these are the queries
+        of the first rank's heads.
 
         Raises:
             PassAbandoned: ``abandoned`` returned True while the layers ran; no cache is longer.
             EngineLost: the model is shared by several ranks, and one is gone.
         """
-        logits = self._logits(entries, abandoned, watchers)
+        sizes = [num_rows for _, _, num_rows in entries]
+        if any(heads):
+            rows = self._by_heads(self._decoder.hidden(*self._inputs(entries, watchers), abandoned).split(sizes), heads)
+        else:
+            rows = list(self._logits(entries, abandoned, watchers)[:, : self.vocab_size].float().split(sizes))
         for cache, tokens, _ in entries:
             cache.advance(len(tokens))
-        return list(logits[:, : self.vocab_size].float().split([num_rows for _, _, num_rows in entries]))
+        return rows
 
     def _logits(
         self, entries: Sequence[BatchEntry], abandoned: Callable[[], bool], watchers: Sequence[QueryWatcher | None]
@@ -155,9 +180,17 @@ class Model:
                 self.group.broadcast(Pass.of(entries))
                 return self.compute(entries, watchers=watchers)
         graphs = self._graphs.get(entries[0].cache.pool)
-        if graphs is not None and not any(watchers) and graphs.supports(entries):
-            return graphs.run(entries)
-        return self.compute(entries, abandoned, watchers)
+        logits = None if graphs is None or any(watchers) else graphs.run(entries)
+        return self.compute(entries, abandoned, watchers) if logits is None else logits
+
+    def _by_heads(self, hidden: Sequence[Tensor], heads: Sequence[DraftHead | None]) -> list[Tensor]:
+        """The logits of each entry's ``hidden`` rows; those without a head of their own read the model's together."""
+        whole = [x for x, head in zip(hidden, heads, strict=True) if head is None]
+        shared: Iterator[Tensor] = iter(())
+        if whole:
+            logits = self._decoder.head(torch.cat(whole))[:, : self.vocab_size].float()
+            shared = iter(logits.split([len(x) for x in whole]))
+        return [next(shared) if head is None else head(x).float() for x, head in zip(hidden, heads, strict=True)]
 
     def warm_up(self) -> None:
         """Runs one pass: it compiles kernels and reads the weights into memory, which takes up to a second."""
@@ -174,6 +207,13 @@ class Model:
         watchers: Sequence[QueryWatcher | None] = (),
     ) -> Tensor:
         """Logits [rows, padded vocabulary] of the requested rows; no cache gets longer."""
+        logits: Tensor = self._decoder(*self._inputs(entries, watchers), abandoned)
+        return logits
+
+    def _inputs(
+        self, entries: Sequence[BatchEntry], watchers: Sequence[QueryWatcher | None]
+    ) -> tuple[Tensor, Tensor, Batch, Tensor]:
+        """Tokens, positions, the batch for attention, and the rows that are wanted: what a decoder is called with."""
         device = self.layout.device
         positions: list[int] = []
         wanted: list[int] = []
@@ -185,12 +225,11 @@ class Model:
             if watch is not None:
                 watched.append((slice(start, len(positions)), watch))
         batch = self.attention.batch(entries)
-        return self._decoder(
+        return (
             gather_tokens([tokens for _, tokens, _ in entries], device),
             upload(positions, "int64", device),
-            WatchedBatch(batch, watched) if watched else batch,
+            WatchedBatch(batch, watched, self.layout.num_kv_heads) if watched else batch,
             upload(wanted, "int64", device),
-            abandoned,
         )
 
 

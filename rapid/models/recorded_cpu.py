@@ -1,8 +1,8 @@
 """All layers over a few rows, with every kernel's arguments written beforehand, so that a pass only calls kernels.
 
 A decode step calls over three hundred kernels of a few microseconds each. Computing their arguments and output
-addresses takes longer than some of them run, so this is done once for each number of rows. The arguments of all calls
-lie in one table. Only the arguments that describe the pages change from pass to pass.
+addresses takes longer than some of them run, so this is done once for each number of rows, and a layer is one call from
+Python. The arguments of all calls lie in one table. Only those that describe the pages change from pass to pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from rapid.errors import PassAbandoned
 from rapid.kernels.cpu.attention import RunBatch
 from rapid.kernels.cpu.attention_plan import WorkPlan, attention_kernel
+from rapid.kernels.cpu.call_list import CallList
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 from rapid.kernels.cpu.linear import CompiledLinear
 from rapid.kernels.cpu.rows import (
@@ -105,11 +106,11 @@ class _Pass:
         ends = [0, *(self._write(layer) for layer in layers)]
         width = max(len(arguments) for _, _, arguments in self._calls)
         self._words = np.zeros((len(self._calls), COUNTERS + width), np.int64)
-        bound = []
+        calls = []
         for line, (kernel, num_threads, arguments) in zip(self._words, self._calls, strict=True):
             line[COUNTERS : COUNTERS + len(arguments)] = arguments
-            bound.append(kernel.bound(line.ctypes.data, num_threads))
-        self._layers = [bound[start:end] for start, end in itertools.pairwise(ends)]
+            calls.append((kernel, line.ctypes.data, num_threads))
+        self._layers = [CallList(calls[start:end]) for start, end in itertools.pairwise(ends)]
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, batch: RunBatch, abandoned: Callable[[], bool]) -> Tensor:
         for own, given in ((self._x, x), (self._cos, cos), (self._sin, sin), (self._slots, batch.slots)):
@@ -119,11 +120,10 @@ class _Pass:
         plan = batch.plan(self._heads.query, self._heads.scaling)
         self._words[:, :COUNTERS] = 0
         self._words[self._attending, COUNTERS : COUNTERS + len(plan.words)] = plan.words
-        for calls in self._layers:
+        for layer in self._layers:
             if abandoned():
                 raise PassAbandoned
-            for call in calls:
-                call()
+            layer()
         return self._x.clone()
 
     def _point_to(self, pool: KVPool) -> None:

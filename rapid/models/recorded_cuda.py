@@ -1,69 +1,34 @@
 """Passes of few new tokens (draft steps, decode steps, verifications), recorded as CUDA graphs and replayed.
 
-The sequences of a pass may have different numbers of new tokens. A graph is recorded at load for each `Shape`, of which
-there are few. All graphs read the same buffers on the device, and one copy from the host fills them. Rows and sequences
-that a pass leaves over belong to nobody: such rows write to the pool's spare page, and attention skips such sequences.
+A graph is recorded at load for each `Shape`. Others hold several steps of a few sequences: passes, and between them
+what chooses the next tokens on the device.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cuda.attention import FEW_TOKENS, PagedAttention, PagedBatch
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, groups_worth_sharing
+from rapid.kernels.cuda.paged_split import SharedPrefix
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.memory import free_memory
 from rapid.kv_cache.pool import KVPool
 from rapid.models.info import GraphLimits
 from rapid.models.llama import Decoder
+from rapid.models.pass_inputs import MIN_ROWS, PassInputs, Shape
 
 logger = logging.getLogger(__name__)
-
-MAX_SEQUENCES = 32
-MIN_ROWS, MAX_ROWS = 16, 256  # of passes in which a sequence has several new tokens
-# The most new tokens of one sequence. Attention has more rows a program for more of them, and so fewer programs.
-MAX_NEW = (1, 8, FEW_TOKENS)
-
-
-class Shape(NamedTuple):
-    """What a graph holds: up to so many rows, sequences, and new tokens of one sequence."""
-
-    rows: int
-    sequences: int
-    max_new: int
-
-    @classmethod
-    def of(cls, counts: Sequence[int]) -> Shape | None:
-        """The shape for sequences of these numbers of new tokens; None if there is no graph for so many."""
-        longest, total, sequences = max(counts), sum(counts), _power_of_two(len(counts))
-        if longest > FEW_TOKENS or sequences > MAX_SEQUENCES or total > MAX_ROWS:
-            return None
-        max_new = next(most for most in MAX_NEW if most >= longest)
-        return cls(sequences if max_new == 1 else max(MIN_ROWS, _power_of_two(total)), sequences, max_new)
-
-    @classmethod
-    def all(cls) -> list[Shape]:
-        """Every shape, in the order of recording.
-
-        The largest comes first, and the others reuse its memory. Then the smallest come first, which most passes need,
-        so that limits leave out the rarest.
-        """
-        shapes = {cls(n, n, 1) for n in _powers_of_two(1, MAX_SEQUENCES)}
-        for sequences, most in itertools.product(_powers_of_two(1, MAX_SEQUENCES), range(len(MAX_NEW) - 1)):
-            fewest = sequences // 2 + 1 + MAX_NEW[most]  # one sequence has more than the smaller shape's, others one
-            largest = min(MAX_ROWS, sequences * MAX_NEW[most + 1])
-            for rows in _powers_of_two(max(MIN_ROWS, _power_of_two(fewest)), max(MIN_ROWS, _power_of_two(largest))):
-                shapes.add(cls(rows, sequences, MAX_NEW[most + 1]))
-        *others, largest_shape = sorted(shapes, key=lambda shape: (shape.sequences, shape.rows, shape.max_new))
-        return [largest_shape, *others]
+Key = TypeVar("Key", bound=Hashable)
+MAX_PENDING = 8  # new tokens of a sequence in the first of several steps
 
 
 class Recorder(Protocol):
@@ -111,11 +76,28 @@ def recorder_of(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
+Replay = Callable[[], None]
+# (a step's number, the logits [sequences, padded vocabulary] of each sequence) to the next tokens [sequences]
+Choose = Callable[[int, Tensor], Tensor]
+
+
+class Steps(NamedTuple):
+    """Several steps of up to so many sequences, of which the first may have `MAX_PENDING` new tokens each."""
+
+    sequences: int
+    steps: int
+
+    @property
+    def first(self) -> Shape:
+        """Of the first step's pass; the others have one row for each sequence."""
+        return Shape(MIN_ROWS, self.sequences, MAX_PENDING)
+
+
 class GraphRunner:
     """The recorded passes of ``decoder`` over ``pool``, which must live as long as they are run.
 
-    Sequences of more than ``window`` tokens are not supported. A shape that cannot be recorded, or not within
-    ``limits``, is left out, with a line in the log. All methods must be called from one thread.
+    Sequences of more than ``window`` tokens are not supported. What cannot be recorded, or not within ``limits``, is
+    left out, with a line in the log. All methods must be called from one thread.
     """
 
     def __init__(
@@ -130,62 +112,113 @@ class GraphRunner:
     ) -> None:
         self._decoder, self._attention = decoder, attention
         self._pool = weakref.proxy(pool)  # graphs must not keep the memory of a pool that nobody uses any more
-        self._inputs = _Inputs(pool, width=min(pool.num_pages, pool.pages_for(window)))
+        self._inputs = PassInputs(pool, width=min(pool.num_pages, pool.pages_for(window)))
         self._logits: Tensor | None = None
-        self._replays: dict[Shape, Callable[[], None]] = {}
-        with torch.cuda.device_of(pool.keys[0]):
-            self._record_all(recorder, limits)
+        self._recorder, self._limits, self._started = recorder, limits, time.monotonic()
+        self._has_failed = False
+        self._replays = self.record(Shape.all(), self._pass_of)
 
     @property
     def shapes(self) -> frozenset[Shape]:
         """The recorded shapes, a graph for each."""
         return frozenset(self._replays)
 
-    def supports(self, entries: Sequence[BatchEntry]) -> bool:
-        """Whether a graph holds a pass of these new tokens."""
-        lengths = (cache.length + len(tokens) for cache, tokens, _ in entries)
-        return self._shape(entries) in self._replays and max(lengths) <= self._inputs.max_length
+    def run(self, entries: Sequence[BatchEntry]) -> Tensor | None:
+        """Logits of the requested rows, [rows, padded vocabulary]; the next run overwrites them.
 
-    def run(self, entries: Sequence[BatchEntry]) -> Tensor:
-        """Logits of the requested rows, [rows, padded vocabulary]; the next run overwrites them."""
-        shape = self._shape(entries)
-        assert shape is not None and self._logits is not None
-        with torch.cuda.device_of(self._logits):
-            num_rows = self._inputs.fill(entries, shape)
-            self._replays[shape]()
-        return self._logits[:num_rows]
+        None if no graph holds a pass of these new tokens, or so long sequences.
+        """
+        shape = Shape.of([len(tokens) for _, tokens, _ in entries])
+        if shape not in self._replays or not self.has_room(entries):
+            return None
+        groups = groups_worth_sharing(entries)
+        if groups and shape._replace(shares=True) in self._replays:
+            shape = shape._replace(shares=True)
+        assert self._logits is not None
+        return self._logits[: self.replay(self._replays[shape], entries, shape, groups)]
 
-    def _shape(self, entries: Sequence[BatchEntry]) -> Shape | None:
-        return Shape.of([len(tokens) for _, tokens, _ in entries])
+    def has_room(self, entries: Sequence[BatchEntry], more: int = 0) -> bool:
+        """Whether the buffers hold so long sequences, with ``more`` tokens behind the new ones."""
+        return max(cache.length + len(tokens) for cache, tokens, _ in entries) + more <= self._inputs.max_length
 
-    def _record_all(self, recorder: Recorder, limits: GraphLimits) -> None:
-        started, shapes = time.monotonic(), Shape.all()
-        for shape in shapes:
-            seconds, used = time.monotonic() - started, recorder.bytes_used()
-            if seconds >= limits.seconds or used >= limits.bytes:
-                why = f"{seconds:.1f} of {limits.seconds:g} s and {used / 2**20:.0f} of {limits.bytes / 2**20:.0f} MiB"
-                logger.warning("%d CUDA graphs are not recorded: %s are used", len(shapes) - len(self._replays), why)
-                break
-            try:
-                self._replays[shape] = recorder.record(self._pass_of(shape))
-            except Exception as error:  # what a library or a kernel does not allow while recording, of any kind
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                logger.warning("passes run without further CUDA graphs: %s cannot be recorded: %s", shape, reason)
-                break
-        seconds, used = time.monotonic() - started, recorder.bytes_used()
-        logger.info("%d CUDA graphs in %.1f s and %.0f MiB", len(self._replays), seconds, used / 2**20)
+    def replay(
+        self,
+        replay: Replay,
+        entries: Sequence[BatchEntry],
+        shape: Shape,
+        groups: Sequence[PrefixGroup] = (),
+        more: int = 0,
+    ) -> int:
+        """Fills the buffers and replays; returns the number of rows that get logits.
+
+        ``groups`` are those of a shape that shares. ``more`` tokens of each sequence will be written behind the new
+        ones.
+        """
+        with torch.cuda.device_of(self._pool.keys[0]):
+            num_rows = self._inputs.fill(entries, shape, groups, more)
+            replay()
+        return num_rows
+
+    def record(self, keys: Sequence[Key], run_of: Callable[[Key], Callable[[], None]]) -> dict[Key, Replay]:
+        """Records for each key, until a limit is reached, what the function of ``run_of`` does."""
+        replays: dict[Key, Replay] = {}
+        if self._has_failed:
+            return replays
+        with torch.cuda.device_of(self._pool.keys[0]):
+            for key in keys:
+                seconds, used = self._taken()
+                if seconds >= self._limits.seconds or used >= self._limits.bytes:
+                    why = f"{seconds:.1f} of {self._limits.seconds:g} s and "
+                    why += f"{used / 2**20:.0f} of {self._limits.bytes / 2**20:.0f} MiB"
+                    logger.warning("%d CUDA graphs are not recorded: %s are used", len(keys) - len(replays), why)
+                    break
+                try:
+                    replays[key] = self._recorder.record(run_of(key))
+                except Exception as error:  # what a library or a kernel does not allow while recording, of any kind
+                    self._has_failed = True
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    logger.warning("passes run without further CUDA graphs: %s cannot be recorded: %s", key, reason)
+                    break
+            seconds, used = self._taken()
+        logger.info("%d CUDA graphs in %.1f s and %.0f MiB", len(replays), seconds, used / 2**20)
+        return replays
+
+    def steps(self, shape: Steps, choose: Choose) -> Callable[[], None]:
+        """What `record` takes for `Steps`: a pass over the buffers' tokens, and then passes over chosen tokens.
+
+        ``choose`` is called behind each pass, and keeps what it finds. What is left over of the sequences gets any
+        token.
+        """
+        first = shape.first
+        tokens, positions, slots, wanted, starts, lengths, _, table = self._inputs.on_device(first)
+        batch = self._batch(slots, table, lengths, starts, first.max_new)
+        own_rows = torch.arange(shape.sequences, device=tokens.device)
+        page_size, spare_slot = self._pool.page_size, self._pool.spare_slot
+
+        def run() -> None:
+            used = lengths > 0
+            starts = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+            now = lengths
+            chosen = choose(0, self._decoder(tokens, positions, batch, wanted[: shape.sequences]))
+            for step in range(1, shape.steps):
+                positions_now = now.long()
+                page, offset = positions_now // page_size, positions_now % page_size
+                slots = table.gather(1, page.unsqueeze(1)).squeeze(1) * page_size + offset
+                now = now + used
+                following = self._batch(slots.where(used, spare_slot).long(), table, now, starts, 1)
+                chosen = choose(step, self._decoder(chosen, positions_now, following, own_rows))
+
+        self._inputs.clear(first)
+        return run
+
+    def _taken(self) -> tuple[float, int]:
+        """Seconds and bytes that recording has taken."""
+        return time.monotonic() - self._started, self._recorder.bytes_used()
 
     def _pass_of(self, shape: Shape) -> Callable[[], None]:
-        tokens, positions, slots, wanted, starts, lengths, table = self._inputs.on_device(shape)
-        batch = PagedBatch(
-            pool=self._pool,
-            slots=slots,
-            table=table,
-            lengths=lengths,
-            starts=starts,
-            max_new=shape.max_new,
-            kernel=self._attention.kernel,
-        )
+        tokens, positions, slots, wanted, starts, lengths, prefix, table = self._inputs.on_device(shape)
+        batch = self._batch(slots, table, lengths, starts, shape.max_new)
+        batch.prefix = SharedPrefix(*prefix) if shape.shares else None
 
         def run() -> None:
             logits = self._decoder(tokens, positions, batch, wanted)
@@ -197,107 +230,14 @@ class GraphRunner:
         self._inputs.clear(shape)
         return run
 
-
-class _Views(NamedTuple):
-    """Parts of one buffer: int64 [rows] each of tokens, their positions, slots, rows that get logits; int32 the rest.
-
-    ``starts`` [sequences + 1], ``lengths`` [sequences] and ``table`` [sequences, width] are as in a `PagedBatch`.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    wanted: Tensor
-    starts: Tensor
-    lengths: Tensor
-    table: Tensor
-
-
-class _Inputs:
-    """The buffers that all graphs over ``pool`` read. Each sequence may have ``width`` pages."""
-
-    def __init__(self, pool: KVPool, *, width: int) -> None:
-        device = pool.layout.device
-        self._spare_slot, self._page_size, self._width = pool.spare_slot, pool.page_size, width
-        self.max_length = width * pool.page_size
-        size = self._offset_of_table + -(-MAX_SEQUENCES * width // 2)  # of int64; two numbers of the table are in each
-        self._host = torch.zeros(size, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(size, dtype=torch.long, device=device)
-        self._views = [part.numpy() for part in self._split(self._host, MAX_ROWS, MAX_SEQUENCES)]
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def on_device(self, shape: Shape) -> _Views:
-        return self._split(self._device, shape.rows, shape.sequences)
-
-    def clear(self, shape: Shape) -> None:
-        """Fills the buffers with a pass of one sequence, which writes to the spare page alone."""
-        tokens, positions, slots, wanted, starts, lengths, table = self._views
-        for part in (tokens, positions, wanted, lengths, table):
-            part[:] = 0
-        slots[:], starts[0], starts[1:], lengths[0] = self._spare_slot, 0, 1, 1
-        table[0] = self._spare_slot // self._page_size
-        self._upload(shape.sequences)
-
-    def fill(self, entries: Sequence[BatchEntry], shape: Shape) -> int:
-        """Writes a pass into the buffers; returns the number of rows that get logits.
-
-        Tokens that are on the device already are not copied to the host.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()  # the last pass's copy may still read the host's buffer
-        tokens, positions, slots, wanted, starts, lengths, table = self._views
-        row = num_wanted = 0
-        for s, (cache, new, num_rows) in enumerate(entries):
-            end = row + len(new)
-            if not isinstance(new, Tensor):
-                tokens[row:end] = new
-            positions[row:end] = np.arange(cache.position, cache.position + len(new))
-            slots[row:end] = cache.slots(len(new))
-            wanted[num_wanted : num_wanted + num_rows] = np.arange(end - num_rows, end)
-            starts[s], lengths[s] = row, cache.length + len(new)
-            pages = cache.pages[: -(-int(lengths[s]) // self._page_size)]
-            table[s, : len(pages)] = pages
-            row, num_wanted = end, num_wanted + num_rows
-        tokens[row : shape.rows] = positions[row : shape.rows] = 0
-        slots[row : shape.rows] = self._spare_slot
-        wanted[num_wanted : shape.rows] = 0
-        starts[len(entries) : shape.sequences + 1] = row
-        lengths[len(entries) : shape.sequences] = 0
-        self._upload(shape.sequences)
-        self._fill_from_device(entries)
-        return num_wanted
-
-    def _fill_from_device(self, entries: Sequence[BatchEntry]) -> None:
-        row = 0
-        for on_device, parts in itertools.groupby((new for _, new, _ in entries), lambda new: isinstance(new, Tensor)):
-            neighbours = list(parts)
-            end = row + sum(map(len, neighbours))
-            if on_device:
-                tensors = [part for part in neighbours if isinstance(part, Tensor)]
-                self._device[row:end].copy_(torch.cat(tensors), non_blocking=True)
-            row = end
-
-    def _upload(self, sequences: int) -> None:
-        used = self._offset_of_table + -(-sequences * self._width // 2)
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    @property
-    def _offset_of_table(self) -> int:
-        return 4 * MAX_ROWS + MAX_SEQUENCES + 1
-
-    def _split(self, buffer: Tensor, rows: int, sequences: int) -> _Views:
-        tokens, positions, slots, wanted = (part[:rows] for part in buffer[: 4 * MAX_ROWS].split(MAX_ROWS))
-        of_sequences = buffer[4 * MAX_ROWS : self._offset_of_table].view(torch.int32)
-        table = buffer[self._offset_of_table :].view(torch.int32)[: sequences * self._width]
-        starts, lengths = of_sequences[: sequences + 1], of_sequences[MAX_SEQUENCES + 1 :][:sequences]
-        return _Views(tokens, positions, slots, wanted, starts, lengths, table.view(sequences, self._width))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _powers_of_two(first: int, last: int) -> list[int]:
-    return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
+    def _batch(self, slots: Tensor, table: Tensor, lengths: Tensor, starts: Tensor, max_new: int) -> PagedBatch:
+        return PagedBatch(
+            pool=self._pool,
+            slots=slots,
+            table=table,
+            lengths=lengths,
+            starts=starts,
+            max_new=max_new,
+            kernel=self._attention.kernel,
+            writer=self._attention.writer,
+        )

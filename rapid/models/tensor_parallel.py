@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rapid.errors import EngineLost
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.transfer import download
 from rapid.kv_cache.pool import KVPool
 from rapid.kv_cache.table import PageTable
 from rapid.models.info import RankPlacement
@@ -115,11 +117,14 @@ class Pass:
 
     @classmethod
     def of(cls, entries: Sequence[BatchEntry]) -> Pass:
+        """Waits for the device once, if there are tokens on it."""
+        on_device = [tokens for _, tokens, _ in entries if isinstance(tokens, Tensor)]
+        read = iter(download(torch.cat(on_device)).tolist() if on_device else [])
         return cls(
             tuple(
                 (
                     (table.pages, table.length, table.num_left_out, table.num_kept),
-                    torch.as_tensor(tokens).tolist(),
+                    list(islice(read, len(tokens))) if isinstance(tokens, Tensor) else list(tokens),
                     num_rows,
                 )
                 for table, tokens, num_rows in entries

@@ -12,7 +12,7 @@ from torch import Tensor
 from rapid.sampling.noise import exponential
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.truncation import truncate
+from rapid.sampling.truncation import truncate, truncate_largest
 
 _BLOCK = 64  # token ids that are drawn as one
 
@@ -30,10 +30,31 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def warp(logits: Tensor, params: RowParams) -> Tensor:
     """`probabilities`, of rows [R, V] that have ``params`` of their own; no temperature may be 0."""
+    return truncate(tempered(logits, params), params)
+
+
+def tempered(logits: Tensor, params: RowParams) -> Tensor:
+    """softmax(z/T) of rows [R, V]; at temperature 0 some distribution."""
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
     temperature = params.temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    return truncate(scaled.softmax(-1), params)
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
+
+
+def warp_largest(logits: Tensor, top: Tensor, params: RowParams) -> Tensor:
+    """`warp` of ``logits`` [R, V], at their k largest values ``top`` [R, k] alone, which are in descending order.
+
+    What lies below them is not looked at, but for its mass: a row whose top-k is above k is cut as if it were k.
+    """
+    return truncate_largest(tempered_largest(logits, top, params), params)
+
+
+def tempered_largest(logits: Tensor, top: Tensor, params: RowParams) -> Tensor:
+    """`tempered` of ``logits`` [R, V], at their k largest values ``top`` [R, k] alone, in descending order."""
+    temperature = params.temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
+    highest = top[:, :1]
+    probs = ((top - highest) / temperature).exp()
+    mass = ((logits - highest) / temperature).exp_().sum(-1, keepdim=True)
+    return probs / mass
 
 
 def sample(probs: Tensor, keys: Tensor) -> Tensor:
@@ -56,9 +77,9 @@ def sample(probs: Tensor, keys: Tensor) -> Tensor:
     return token
 
 
-def sample_few(weights: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """Samples one of the token ``ids`` [..., k] by their ``weights`` [..., k], with its key [...]: shape [...].
+def first_to_come(weights: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    """Samples one of the token ``ids`` [..., k] by their ``weights`` [..., k], with its key [...]: its place [..., 1].
 
     A token's number goes by its id, so it does not matter in which order the tokens come.
     """
-    return ids.gather(-1, (weights / exponential(keys, ids)).argmax(-1, keepdim=True)).squeeze(-1)
+    return (weights / exponential(keys, ids)).argmax(-1, keepdim=True)

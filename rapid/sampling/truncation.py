@@ -66,6 +66,32 @@ def by_sorting(probs: Tensor, params: RowParams) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
+def truncate_largest(probs: Tensor, params: RowParams) -> Tensor:
+    """`truncate` of the k largest probabilities of each row, in descending order [R, k]; not renormalised.
+
+    Without ``params.rows`` only the device knows the parameters, and nothing is left out that may be asked for.
+    """
+    unknown = not params.rows
+    cut_top_k, cut_top_p, cut_min_p = (
+        unknown or any(row.top_k for row in params.rows),
+        unknown or any(row.top_p < 1 for row in params.rows),
+        unknown or any(row.min_p for row in params.rows),
+    )
+    mass: Tensor | float = 1.0
+    if cut_top_k:
+        size, top_k = probs.shape[-1], params.top_k
+        last = torch.where(top_k > 0, top_k, size).clamp_max(size) - 1
+        probs = probs * (probs >= probs.gather(-1, last.expand(len(probs), 1)))
+        mass = torch.where(top_k > 0, probs.sum(-1, keepdim=True, dtype=torch.float64), 1.0)
+    likeliest = probs[:, :1]
+    if cut_top_p:
+        mass_before = probs.cumsum(-1, dtype=torch.float64) - probs
+        probs = probs * (mass_before < params.top_p * mass)
+    if cut_min_p:
+        probs = probs * (probs >= params.min_p.to(probs.dtype) * likeliest)
+    return probs
+
+
 class _Row(NamedTuple):
     """One row: ``values`` [V], the same memory as ``blocks`` [V/64, 64], their maxima, and these in order [V/64]."""
 

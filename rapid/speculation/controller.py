@@ -7,52 +7,19 @@ verified, and whether a drafter is asked at all.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from rapid.speculation.draft import DraftLimits, VerifyResult
+from rapid.speculation.learned import HOPE, Costs
 
 MAX_DRAFT_TOKENS = 16
 
-_PRIOR_WEIGHT = 2.0  # how many observations a prior is worth
 _PLAIN_ROUNDS = 3  # at the start of a request
-_HOPE = 0.8  # the assumed acceptance before the first round
 _DECAY = 0.9  # of the running rate, per round
+_NEWEST = 0.2  # the weight of the newest round in how many sequences share a pass
 _FIRST_REST, _LONGEST_REST = 48, 192  # rounds that a drafter rests between two tries, while it does not pay
-_DRAFT_MS = 12.0  # the assumed cost of a draft token before the first measurement
-
-
-class Acceptance:
-    """P(a draft token is accepted | its class), as running means that start from a prior.
-
-    A class is an interval of some value that a drafter knows: its confidence, or the length of a match.
-    """
-
-    def __init__(self, edges: tuple[float, ...], prior: tuple[float, ...]) -> None:
-        self._edges = edges
-        self._stood = [p * _PRIOR_WEIGHT for p in prior]
-        self._tried = [_PRIOR_WEIGHT] * len(prior)
-        self._mean, self._count = _HOPE, _PRIOR_WEIGHT
-
-    def observe(self, value: float, stood: bool) -> None:
-        which = bisect_right(self._edges, value)
-        self._stood[which] += stood
-        self._tried[which] += 1
-        self._count += 1
-        self._mean += (stood - self._mean) / self._count
-
-    def of(self, value: float) -> float:
-        which = bisect_right(self._edges, value)
-        return self._stood[which] / self._tried[which]
-
-    def table(self) -> tuple[float, ...]:
-        return tuple(stood / tried for stood, tried in zip(self._stood, self._tried, strict=True))
-
-    def mean(self) -> float:
-        """The mean over all classes, weighted by how often each was observed."""
-        return self._mean
 
 
 @dataclass(frozen=True)
@@ -68,37 +35,7 @@ class Offer:
     max_tokens: int
     known: tuple[float, ...] | None = None
     by_confidence: tuple[float, ...] = ()
-    mean: float = _HOPE
-
-
-@dataclass
-class Costs:
-    """Running means of the costs of rounds, in milliseconds of a request's own time, messages included.
-
-    ``plain`` is the cost of a round without a draft, ``extra`` that of verifying one more token, and ``draft`` that of
-    one draft token by the drafter's label. The means outlive a request: the next request starts from them.
-    """
-
-    plain: float = 40.0
-    extra: float = 2.0
-    draft: dict[str, float] = field(default_factory=dict)
-
-    def copy(self) -> Costs:
-        return replace(self, draft=dict(self.draft))
-
-    def of_draft(self, label: str) -> float:
-        return self.draft.get(label, _DRAFT_MS)
-
-    def update(self, name: Literal["plain", "extra"], value: float) -> None:
-        """Moves a mean towards ``value``."""
-        setattr(self, name, _towards(float(getattr(self, name)), value))
-
-    def update_draft(self, label: str, value: float) -> None:
-        self.draft[label] = _towards(self.of_draft(label), value)
-
-
-def _towards(mean: float, value: float) -> float:
-    return 0.7 * mean + 0.3 * min(value, 2 * mean)  # a single stall counts at most twice the mean
+    mean: float = HOPE
 
 
 class RoundPlan(NamedTuple):
@@ -124,15 +61,27 @@ class _Record:
 class DraftController:
     """One request's choices. ``fixed`` is a given γ; with None the controller chooses γ.
 
-    A request with a seed must not depend on the clock: with ``timed`` False the costs stay as they are.
+    A request with a seed must not depend on the clock: with ``timed`` False the costs stay as they are, and other
+    requests do not count. Requests that share a pass all wait for what each of them adds to it. With ``shares_device``
+    they also wait for each other's drafts.
 
     With ``every_position`` the target needs a q at each position. So every round has a draft, whose last token only
     brings the q of the position behind the tokens before it. γ counts these tokens; the step of the last one is a part
     of a round's own cost.
     """
 
-    def __init__(self, fixed: int | None, costs: Costs, *, timed: bool = True, every_position: bool = False) -> None:
+    def __init__(
+        self,
+        fixed: int | None,
+        costs: Costs,
+        *,
+        timed: bool = True,
+        every_position: bool = False,
+        shares_device: bool = False,
+    ) -> None:
         self._fixed, self._costs, self._timed, self._every_position = fixed, costs, timed, every_position
+        self._shares_device = shares_device
+        self._num_verifying = self._num_drafting = 1.0  # running means of how many sequences share a pass
         self._records: dict[str, _Record] = {}
         self._plain_rounds = 0
 
@@ -158,14 +107,15 @@ class DraftController:
         if paying:
             offer = max(paying, key=lambda offer: self._rate(offer.label))
             rate = max(rate, self._rate(offer.label))
-            step = self._costs.of_draft(offer.label) + self._costs.extra
+            waiting = self._num_verifying / self._num_drafting if self._shares_device else 1.0
+            step = self._costs.of_draft(offer.label) * max(1.0, waiting) + self._extra(offer.label)
             # The acceptance of the next token is known once it is drawn; until then the mean is the estimate.
             floor = min(0.9, rate * step / offer.mean)
             best = RoundPlan(
                 offer.label, DraftLimits(min(offer.max_tokens, MAX_DRAFT_TOKENS), floor, offer.by_confidence)
             )
         for offer in offers:
-            num_tokens, known_rate = self._follow(offer.known or (), rate)
+            num_tokens, known_rate = self._follow(offer, rate)
             if num_tokens and known_rate > rate:
                 best, rate = RoundPlan(offer.label, DraftLimits(num_tokens)), known_rate
         return best
@@ -190,25 +140,33 @@ class DraftController:
                 record.rest = _FIRST_REST
 
     def _measure(self, plan: RoundPlan, outcome: VerifyResult, draft_ms: float, round_ms: float) -> None:
+        self._num_verifying += _NEWEST * (outcome.num_sequences - self._num_verifying)
         if outcome.num_drafted == 0:
             self._plain_rounds += 1
-            self._costs.update("plain", round_ms)
+            self._costs.learn_round("", 0, round_ms)
             return
-        self._costs.update("extra", max(0.0, round_ms - draft_ms - self._costs.plain) / outcome.num_drafted)
+        # The tokens of other drafts in the pass have cost time, too.
+        num_drafted = max(outcome.num_drafted, outcome.num_pass_drafted)
+        self._costs.learn_round(plan.source, num_drafted, round_ms - draft_ms)
         if outcome.draft_step_ms:
-            self._costs.update_draft(plan.source, outcome.draft_step_ms)
+            self._num_drafting += _NEWEST * (outcome.num_draft_sequences - self._num_drafting)
+            self._costs.learn_draft(plan.source, outcome.draft_step_ms)
+
+    def _extra(self, label: str) -> float:
+        """The time of one more token to verify, for all requests that wait for it."""
+        return self._costs.of_extra(label) * self._num_verifying
 
     def _record(self, label: str) -> _Record:
         return self._records.setdefault(label, _Record())
 
     def _expected_ms(self, label: str, num_drafted: int) -> float:
-        return self._costs.plain + num_drafted * (self._costs.of_draft(label) + self._costs.extra)
+        return self._costs.plain + num_drafted * (self._costs.of_draft(label) + self._costs.of_extra(label))
 
     def _rate(self, label: str) -> float:
         """Tokens per millisecond of this drafter's rounds; before the first round, the rate that the priors give."""
         record = self._record(label)
         if record.ms == 0:  # a hopeful estimate counts as the first round, so that drafting is tried at all
-            record.tokens, record.ms = sum(_HOPE**i for i in range(4)), self._expected_ms(label, 3)
+            record.tokens, record.ms = sum(HOPE**i for i in range(4)), self._expected_ms(label, 3)
         return record.tokens / record.ms
 
     def _pays(self, label: str) -> bool:
@@ -221,12 +179,12 @@ class DraftController:
         record.tokens, record.ms = record.tokens / 2, record.ms / 2
         return True
 
-    def _follow(self, known: tuple[float, ...], rate: float) -> tuple[int, float]:
+    def _follow(self, offer: Offer, rate: float) -> tuple[int, float]:
         """How many known tokens pay, and the rate of a round that verifies them (tokens per millisecond)."""
         survives, gained, num_tokens = 1.0, 0.0, 0
-        for acceptance in known[:MAX_DRAFT_TOKENS]:
+        for acceptance in (offer.known or ())[:MAX_DRAFT_TOKENS]:
             survives *= acceptance
-            if survives < rate * self._costs.extra:
+            if survives < rate * self._extra(offer.label):
                 break
             num_tokens, gained = num_tokens + 1, gained + survives
-        return num_tokens, (1 + gained) / (self._costs.plain + self._costs.extra * num_tokens)
+        return num_tokens, (1 + gained) / (self._costs.plain + self._costs.of_extra(offer.label) * num_tokens)

@@ -62,6 +62,7 @@ class Draft:
     elapsed_ms: float = 0.0
     step_ms: float = 0.0  # time of one draft step without reading other tokens; 0 if there was none
     num_ahead: int = 0  # how many of the tokens were drafted ahead
+    num_sequences: int = 1  # that were in the pass of the last step
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.drafted": len(self.tokens), "rapid.drafted_ahead": self.num_ahead}
@@ -149,8 +150,9 @@ class Transferred(NamedTuple):
 class VerifyResult:
     """One round's outcome: ``tokens`` are the accepted tokens and the one token that follows (recovered or bonus).
 
-    ``confidences`` are those of the verified draft tokens. ``logprobs`` has one entry for each token if the sequence's
-    request has ``num_logprobs``, else it is empty. ``transferred`` is there if η was chosen.
+    ``confidences`` are those of the verified draft tokens. The pass verified ``num_pass_drafted`` draft tokens of
+    ``num_sequences``; the draft's last step was shared by ``num_draft_sequences``. ``logprobs`` has one entry for each
+    token if the sequence's request has ``num_logprobs``, else it is empty. ``transferred`` is there if η was chosen.
     """
 
     tokens: list[int]
@@ -161,6 +163,9 @@ class VerifyResult:
     draft_ms: float
     draft_step_ms: float
     verify_ms: float
+    num_sequences: int = 1
+    num_pass_drafted: int = 0
+    num_draft_sequences: int = 1
     logprobs: list[Logprobs] = field(default_factory=list)
     transferred: Transferred | None = None
 

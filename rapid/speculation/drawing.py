@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rapid.sampling.row_params import RowParams
-from rapid.sampling.sampler import sample_few, warp
+from rapid.sampling.sampler import first_to_come, tempered_largest, warp_largest
+from rapid.sampling.truncation import truncate_largest
 
 
-class Drawn(NamedTuple):
+class DrawnTokens(NamedTuple):
     """B draft tokens: ``tokens`` [B], their ``confidences`` [B], and q as ``ids`` and ``weights`` [B, k].
 
     A confidence is the drafter's probability of the token at temperature 1. q of a token that was drawn greedily is
@@ -26,27 +28,55 @@ class Drawn(NamedTuple):
     weights: Tensor
 
 
-def draw(logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None) -> Drawn:
+def draw(
+    logits: Tensor, params: RowParams, draft_top_k: int, keys: Tensor | None, ids: Tensor | None = None
+) -> DrawnTokens:
     """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
 
-    Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer.
+    Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer. ``ids`` [B, V] are the
+    tokens of the columns, if these are not all tokens in their order.
     """
-    ids, weights = truncated(logits, params, draft_top_k)
-    tokens = ids[:, 0] if keys is None else sample_few(weights, ids, keys)
-    return Drawn(tokens, confidences(logits, tokens), ids, weights)
+    columns, weights = truncated(logits, params, draft_top_k)
+    of_columns = columns if ids is None else ids.gather(-1, columns)
+    best = torch.zeros_like(columns[:, :1]) if keys is None else first_to_come(weights, of_columns, keys)
+    tokens = of_columns.gather(-1, best).squeeze(-1)
+    return DrawnTokens(tokens, confidences(logits, columns.gather(-1, best).squeeze(-1)), of_columns, weights)
 
 
-def draw_greedily(logits: Tensor) -> Drawn:
+def draw_in_graph(
+    logits: Tensor, columns: Tensor, draft_top_k: Tensor, keys: Tensor, *, most: int, truncates: bool
+) -> DrawnTokens:
+    """`draw`, or the likeliest token where the temperature is 0, of rows whose parameters only the device knows.
+
+    ``columns`` are those of `RowParams`; ``draft_top_k`` [B] is at most ``most``, which gives q its width; without
+    ``truncates`` no row has top-k, top-p or min-p. The q of a row at temperature 0 is of no meaning.
+    """
+    params = RowParams((), columns)
+    top, ids = logits.topk(min(most, logits.shape[-1]))  # the largest first
+    probs = tempered_largest(logits, top, params)
+    probs = probs * (torch.arange(top.shape[-1], device=top.device) < draft_top_k.unsqueeze(-1))
+    if truncates:
+        probs = truncate_largest(probs, params)
+    weights = probs / probs.sum(-1, keepdim=True)
+    is_greedy = params.temperature == 0
+    best = first_to_come(weights, ids, keys).masked_fill(is_greedy, 0)
+    tokens = ids.gather(-1, best).squeeze(-1)
+    return DrawnTokens(tokens, confidences(logits, tokens), ids, weights)
+
+
+def draw_greedily(logits: Tensor, ids: Tensor | None = None) -> DrawnTokens:
     """The likeliest token of each row of ``logits`` [B, V]."""
-    tokens = logits.argmax(-1)
+    columns = logits.argmax(-1, keepdim=True)
     none = logits[:, :0]
-    return Drawn(tokens, confidences(logits, tokens), none, none)
+    tokens = columns if ids is None else ids.gather(-1, columns)
+    return DrawnTokens(tokens.squeeze(-1), confidences(logits, columns.squeeze(-1)), none, none)
 
 
 def truncated(logits: Tensor, params: RowParams, draft_top_k: int) -> tuple[Tensor, Tensor]:
     """q of each row of ``logits`` [B, V]: the ids of its likeliest tokens [B, k], and their weights, which sum to 1."""
-    top, ids = warp(logits, params).topk(min(draft_top_k, logits.shape[-1]))
-    return ids, top / top.sum(-1, keepdim=True)
+    top, ids = logits.topk(min(draft_top_k, logits.shape[-1]))  # the largest first
+    probs = warp_largest(logits, top, params)
+    return ids, probs / probs.sum(-1, keepdim=True)
 
 
 def confidences(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rapid.errors import InvalidRequest
+from rapid.models.draft_vocabulary import Size
 from rapid.sampling.params import SamplingParams
 from rapid.strategies import STRATEGIES, VERIFICATION_RULES
 
@@ -19,7 +20,8 @@ class SpeculationParams:
 
     With γ "auto" the controller chooses γ every round from measured costs and acceptance
     (`rapid.speculation.controller`); the choice may be 0. With a number, the first drafter of the strategy that has an
-    offer drafts that many tokens every round. ``rag_model`` names the role whose weights the strategy "rag" uses.
+    offer drafts that many tokens every round. A drafter model draws from about ``draft_vocabulary`` tokens
+    (`rapid.models.draft_vocabulary`). ``rag_model`` names the role whose weights the strategy "rag" uses.
     ``num_answers`` and ``num_clusters`` are m and k of the strategy "speculative_rag".
 
     ``draft_cache_tokens`` is how many tokens of its own cache the target reads when it drafts itself; ``draft_cache``
@@ -47,6 +49,7 @@ class SpeculationParams:
     verification: str = "published"
     draft_top_k: int = 64
     refresh: Literal["off", "auto"] = "off"
+    draft_vocabulary: Size = "auto"
     rag_model: str = "target"
     num_answers: int = 5
     num_clusters: int = 2
@@ -78,6 +81,12 @@ class SpeculationParams:
         require(self.verification in VERIFICATION_RULES, "verification", known)
         require(1 <= self.draft_top_k <= 4096, "draft_top_k", "between 1 and 4096")
         require(self.refresh in ("off", "auto"), "refresh", "off or auto")
+        size = self.draft_vocabulary
+        require(
+            size in ("auto", "full") or (isinstance(size, int) and 1024 <= size <= 2**20),
+            "draft_vocabulary",
+            '"auto", "full" or between 1024 and 1048576',
+        )
         require(self.rag_model in ("target", "drafter"), "rag_model", "target or drafter")
         require(1 <= self.num_answers <= 16, "num_answers", "between 1 and 16")
         require(1 <= self.num_clusters <= 10, "num_clusters", "between 1 and 10")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rapid.sampling.noise import Noise, Purpose, uniform
-from rapid.sampling.sampler import sample
+from rapid.sampling.sampler import first_to_come, sample
 
 Strength = float | Tensor  # η, one for all rows or [..., 1]
 
@@ -163,7 +163,14 @@ class Verdict(NamedTuple):
     next_token: Tensor
 
 
-def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strength: Strength, noise: Noise) -> Verdict:
+def verify(
+    rule: Rule,
+    drafts: DraftRows,
+    target_probs: Tensor,
+    transfer_strength: Strength,
+    noise: Noise,
+    ids: Tensor | None = None,
+) -> Verdict:
     """One round's accept/reject decisions (paper §3.3), for B sequences.
 
     ``target_probs`` [N + B, V] are the target's rows; ``transfer_strength`` is η, or [N, 1].
@@ -171,7 +178,8 @@ def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strengt
     Tokens are accepted up to the first rejection; there the residual distribution gives the recovered token. If all
     tokens of a draft are accepted, the bonus token comes from p of the sequence's last row, because the drafter has no
     q there. A draft without tokens is plain decoding. ``noise`` holds the random numbers of the B requests from their
-    first draft token's position on.
+    first draft token's position on. ``ids`` [V] are the tokens of the columns, if these are only some hundred of the
+    vocabulary; the ``drafts`` then name columns.
     """
     num_accepted, next_probs, vocab_size = drafts.lengths, target_probs, target_probs.shape[-1]
     if drafts.longest:
@@ -193,7 +201,10 @@ def verify(rule: Rule, drafts: DraftRows, target_probs: Tensor, transfer_strengt
         augmented_probs = next_probs if rule.protect is untouched else augmented_probs.index_select(0, rejected)
         residual = rule.residual(next_probs, draft_probs, augmented_probs)
         next_probs = torch.where((num_accepted == drafts.lengths).unsqueeze(-1), next_probs, residual)
-    return Verdict(num_accepted, sample(next_probs, noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)))
+    keys = noise.keys(Purpose.NEXT, num_accepted.unsqueeze(-1)).squeeze(-1)
+    if ids is None:
+        return Verdict(num_accepted, sample(next_probs, keys))
+    return Verdict(num_accepted, ids[first_to_come(next_probs, ids.expand_as(next_probs), keys).squeeze(-1)])
 
 
 def verify_greedy(drafts: DraftRows, best: Tensor) -> Verdict:

@@ -159,14 +159,14 @@ async def _draft(session: Session, role: Role, prompt: list[int], max_tokens: in
 async def _write(
     session: Session, role: Role, prompt: list[int], num_tokens: int, logits: LogitParams | None, *, ends: bool
 ) -> _Written:
-    """Writes up to ``num_tokens`` greedily behind ``prompt``; an end of sequence ``ends`` it."""
+    """Writes up to ``num_tokens`` greedily behind ``prompt``, of all tokens; an end of sequence ``ends`` it."""
     request = session.request
     sampling = replace(request.sampling, temperature=0.0)
     opened = SequenceRequest(
         prompt,
         num_tokens + 1,
         sampling,
-        request.speculation,
+        replace(request.speculation, draft_vocabulary="full"),
         may_wait=role == "target",  # which drafts where the drafter has no room
         logits=logits,
         salt=request.salt,

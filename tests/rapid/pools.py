@@ -1,6 +1,7 @@
 """Pools of a few small pages, and writing to them as a forward pass does."""
 
 import torch
+from running import attended
 from torch import Tensor
 
 from rapid.kernels.cpu.attention import RunAttention
@@ -26,4 +27,4 @@ def write(cache: KVCache, keys: Tensor) -> None:
     new = keys.transpose(0, 1)
     batch = RunAttention().batch([BatchEntry(cache, [0] * len(new), 0)])
     for layer in range(LAYOUT.num_layers):
-        batch.attend(layer, new, new, -new, 1.0)
+        attended(batch, new, new, -new, 1.0, layer=layer)

@@ -15,7 +15,7 @@ from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
 from rapid.engine.propose import propose
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.verify import prefill, verify_draft
-from rapid.kernels.interface import BatchEntry
+from rapid.kernels.interface import Batch, BatchEntry
 from rapid.kv_cache.pool import KVCache
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
@@ -42,6 +42,12 @@ def new_cache(model: Model, capacity: int) -> KVCache:
 def logits_after(model: Model, tokens: list[int]) -> Tensor:
     """[V], from one pass over all of ``tokens``."""
     return model.forward([BatchEntry(new_cache(model, len(tokens)), tokens, 1)])[0][0]
+
+
+def attended(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int = 0) -> Tensor:
+    """What ``batch`` gives for queries and keys that are not rotated."""
+    heads = torch.cat((query, key, value), 1)
+    return batch.attend(layer, heads, (torch.ones_like(heads[:, 0]), torch.zeros_like(heads[:, 0])), scaling)
 
 
 def contents(cache: KVCache) -> tuple[Tensor, Tensor]:

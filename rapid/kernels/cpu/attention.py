@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.cpu.attention_plan import BLOCK_PAGES, QuerySpan, WorkPlan, supports
-from rapid.kernels.cpu.rows import store, store_int8
-from rapid.kernels.interface import Batch, BatchEntry
+from rapid.kernels.cpu.rows import rotate, store, store_int8
+from rapid.kernels.interface import Batch, BatchEntry, Rotation
 from rapid.kernels.prefix import prefix_groups
 from rapid.kv_cache.pool import KVLayout, KVPool
 
@@ -83,8 +83,12 @@ class RunBatch:
         self._plan = self._plan or WorkPlan(self._spans, self._groups, self.pool.layout, num_heads, scaling)
         return self._plan
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [KV heads, slots, d]
+        num_kv_heads = len(keys)
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        heads = rotate(heads, *rotation, num_heads + num_kv_heads)
+        query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
         if self.pool.layout.stored_dtype == torch.int8:
             store_int8(key, self.slots, keys, is_key=True)
             store_int8(value, self.slots, values, is_key=False)

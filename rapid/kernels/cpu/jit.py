@@ -80,7 +80,11 @@ class Kernel:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         library = ctypes.CDLL(openmp)
-        for symbol in ("omp_get_thread_num", "GOMP_barrier"):  # of this library, if the process has loaded two
+        for symbol in (
+            "omp_get_thread_num",
+            "GOMP_barrier",
+            "GOMP_parallel",
+        ):  # of this library, if the process has loaded two
             llvm.add_symbol(symbol, ctypes.cast(library[symbol], ctypes.c_void_p).value)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
@@ -90,8 +94,8 @@ class Kernel:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        self._address = self._engine.get_function_address("kernel")
-        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self.address = self._engine.get_function_address("kernel")
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
         self._parallel = library.GOMP_parallel
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 
@@ -101,20 +105,18 @@ class Kernel:
         if threads == 1:
             self.alone(*arguments)
         else:
-            self._parallel(self._address, _memory(arguments), threads, 0)
+            self._parallel(self.address, _memory(arguments), threads, 0)
 
     def alone(self, *arguments: int) -> None:
         """Runs the kernel on the calling thread, which is quicker for little work."""
         self._function(_memory(arguments))
 
-    def bound(self, address: int, threads: int) -> Callable[[], object]:
-        """A function that runs the kernel on ``threads`` threads.
+    def bound(self, address: int) -> Callable[[], object]:
+        """A function that runs the kernel on the calling thread.
 
         The kernel's arguments lie at ``address``, behind counters that must be 0.
         """
-        if threads == 1:
-            return functools.partial(self._function, address)
-        return functools.partial(self._parallel, self._address, address, threads, 0)
+        return functools.partial(self._function, address)
 
 
 def _memory(arguments: tuple[int, ...]) -> Any:

@@ -7,6 +7,7 @@ is read from memory once for all rows of a step, and the next weights are prefet
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
+from rapid.kernels.cpu import int4_linear_ir
+from rapid.kernels.cpu.int4_linear_ir import FLOATS, GROUP, PANELS, write_int4_product
+from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 from rapid.kernels.quantization import to_int4, to_int8
 
-GROUP = 32  # inputs that are multiplied at a time; in four bits they share a scale and an offset
-_PANELS = 2  # panels in one item of work
 _TILE = 8  # rows: with two panels, sixteen sums in registers
 _AHEAD = 2048  # bytes to prefetch
 _ARGUMENTS = (
@@ -40,7 +41,7 @@ class CompiledLinear:
         self.num_outputs, self.num_inputs = weight.shape
         self.bias, self._four = bias, bits == 4
         self._padding = -self.num_inputs % GROUP
-        rows = F.pad(weight, (0, self._padding, 0, -self.num_outputs % (_PANELS * LANES)))
+        rows = F.pad(weight, (0, self._padding, 0, -self.num_outputs % (PANELS * LANES)))
         self._groups = rows.shape[1] // GROUP
         self._scales = self._offsets = torch.empty(0)
         if bits == 16:
@@ -50,16 +51,22 @@ class CompiledLinear:
             self._packed = _panels(codes)
         else:
             codes, *pair = to_int4(rows, GROUP)
-            first, second = _panels(codes).unflatten(1, (-1, 2)).unbind(2)
-            self._packed = first | second << 4  # of two pairs of inputs
+            fours = codes.view(-1, LANES, rows.shape[1] // 4, 4).transpose(1, 2).flatten(2)
+            first, second = fours.unflatten(1, (-1, 2)).unbind(2)
+            # Two times four inputs in a byte's place; what an item of work reads lies in one piece.
+            items = (first | second << 4).view(-1, PANELS, self._groups, GROUP * LANES // 2)
+            self._packed = items.transpose(1, 2).reshape(-1, first.shape[1] * first.shape[2])
             self._scales, self._offsets = (
                 part.view(-1, LANES, self._groups).transpose(1, 2).contiguous() for part in pair
             )
+        self.kernel = _kernel(bits)
+        self._point()
+
+    def _point(self) -> None:
         num_panels = len(self._packed)
         self._width = num_panels * LANES
-        self.kernel = _kernel(bits)
         self._fixed = (
-            *(num_panels // _PANELS, self._groups, self._packed.data_ptr(), self._packed[0].nbytes),
+            *(num_panels // PANELS, self._groups, self._packed.data_ptr(), self._packed[0].nbytes),
             *(self._scales.data_ptr(), self._offsets.data_ptr()),
         )
 
@@ -67,6 +74,25 @@ class CompiledLinear:
     def pads(self) -> bool:
         """Whether input or output rows are longer than the weight's."""
         return self._padding > 0 or self._width != self.num_outputs
+
+    def of_outputs(self, ids: Tensor) -> CompiledLinear:
+        """The product with the weight's rows ``ids`` [n] alone: n is a multiple of 32, and not in four bits."""
+        some = copy.copy(self)
+        some.num_outputs = len(ids)
+        some._packed = self._packed.new_empty(len(ids) // LANES, *self._packed.shape[1:])
+        some._scales = self._scales.new_empty(len(ids) if len(self._scales) else 0)
+        some.bias = None if self.bias is None else self.bias[ids]
+        some._point()
+        some.copy_outputs(torch.arange(len(ids)), self, ids)
+        return some
+
+    def copy_outputs(self, places: Tensor, source: CompiledLinear, ids: Tensor) -> None:
+        """Puts the weight's rows ``ids`` [n] of ``source`` in the places of this weight's rows ``places`` [n]."""
+        _lanes(self._packed)[places // LANES, places % LANES] = _lanes(source._packed)[ids // LANES, ids % LANES]
+        if len(self._scales):
+            self._scales[places] = source._scales[ids]
+        if self.bias is not None and source.bias is not None:
+            self.bias[places] = source.bias[ids]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
@@ -78,8 +104,8 @@ class CompiledLinear:
         return output if self.bias is None else output + self.bias
 
     def scratch(self, num_rows: int) -> Tensor:
-        """Memory for every thread's sums of groups of inputs."""
-        return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups)
+        """Memory for every thread's rounded rows."""
+        return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups * FLOATS)
 
     def arguments(self, x: Tensor, output: Tensor, scratch: Tensor) -> tuple[int, ...]:
         """The kernel's arguments, for padded rows without the bias; all three tensors must live until it has run."""
@@ -94,13 +120,22 @@ def _panels(rows: Tensor) -> Tensor:
     return rows.view(-1, LANES, rows.shape[1] // 2, 2).transpose(1, 2).flatten(2).contiguous()
 
 
+def _lanes(packed: Tensor) -> Tensor:
+    """A view of dense or 8-bit panels, [panels, 16, in/2], whose elements are pairs of inputs."""
+    pairs = packed.view(torch.int32 if packed.dtype == torch.bfloat16 else torch.int16)
+    return pairs.view(len(packed), -1, LANES).transpose(1, 2)
+
+
 @functools.cache
 def _kernel(bits: int) -> Kernel:
+    if bits == 4:
+        source = int4_linear_ir.__file__
+        return Kernel("product-4", lambda module: write_int4_product(module, _ARGUMENTS), __file__, source)
     return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write(), __file__)
 
 
 class _Product:
-    """Writes the kernel for weights of ``bits``."""
+    """Writes the kernel for weights of 16 or 8 ``bits``."""
 
     def __init__(self, module: Any, bits: int) -> None:
         self._module, self._bits = module, bits
@@ -111,48 +146,23 @@ class _Product:
         code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
-        sums = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
-        if self._bits == 4:
-            self._sum_groups(code, given, sums)
         with code.items(data, given["items"]) as item:
-            panel = code.times(item, _PANELS)
+            panel = code.times(item, PANELS)
             weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
-            if self._bits == 4:
-                panel = code.times(panel, given["groups"])
-            width = 4 if self._bits == 8 else 2
-            parameters = [code.plus(given[name], code.times(panel, LANES * width)) for name in ("scales", "offsets")]
-            outputs = code.plus(given["output"], code.times(item, _PANELS * LANES * 2))
+            scales = code.plus(given["scales"], code.times(panel, LANES * 4))
+            outputs = code.plus(given["output"], code.times(item, PANELS * LANES * 2))
             with code.tiles(given["rows"], _TILE) as (row, size):
                 x = code.plus(given["x"], code.times(row, given["x_bytes"]))
                 output = code.plus(outputs, code.times(row, given["output_bytes"]))
-                own = code.plus(sums, code.times(row, given["groups"], 4))
-                code.choose(
-                    tiles,
-                    size,
-                    x,
-                    given["x_bytes"],
-                    weights,
-                    given["panel_bytes"],
-                    given["groups"],
-                    output,
-                    given["output_bytes"],
-                    *parameters,
-                    own,
-                )
+                sizes = given["x_bytes"], given["panel_bytes"], given["groups"], given["output_bytes"]
+                code.choose(tiles, size, x, weights, scales, output, *sizes)
         code.finish()
-
-    def _sum_groups(self, code: KernelBuilder, given: dict[str, Any], sums: Any) -> None:
-        """The sum of each group of inputs, to multiply with the group's offset. Every thread computes its own."""
-        ones = constant(words(), [0x3F803F80] * LANES)
-        with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
-            x = code.load(words(), code.plus(given["x"], code.times(group, GROUP * 2)))
-            code.store(code.sum(code.dot2(every_float(0.0), x, ones)), code.plus(sums, code.times(group, 4)))
 
     def _tile(self, num_rows: int) -> Any:
         """Two panels times ``num_rows`` rows."""
-        code = KernelBuilder(self._module, f"tile{num_rows}", 10)
-        x, x_bytes, weights, panel_bytes, groups, output, output_bytes, scales, offsets, sums = code.parameters
-        rows, panels = range(num_rows), range(_PANELS)
+        code = KernelBuilder(self._module, f"tile{num_rows}", 8)
+        x, weights, scales, output, x_bytes, panel_bytes, groups, output_bytes = code.parameters
+        rows, panels = range(num_rows), range(PANELS)
         zero = every_float(0.0)
         totals = {(row, panel): code.variable(zero) for row in rows for panel in panels}
         with code.loop(0, groups) as group:
@@ -164,10 +174,7 @@ class _Product:
                 code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
             inputs = [code.plus(x, code.times(row, x_bytes), code.times(group, GROUP * 2)) for row in rows]
             # Each product must wait for the one before it in its sum, so a few rows use several sums.
-            parts = {key: [zero] * max(1, 4 // num_rows) for key in totals}
-            if self._bits != 4:
-                for key, total in totals.items():
-                    parts[key][0] = total.value
+            parts = {key: [total.value] + [zero] * (max(1, 4 // num_rows) - 1) for key, total in totals.items()}
             for pair in range(GROUP // 2):
                 pairs = [self._pair(code, place, pair) for place in places]
                 for row in rows:
@@ -175,20 +182,8 @@ class _Product:
                     for panel in panels:
                         own = parts[row, panel]
                         own[pair % len(own)] = code.dot2(own[pair % len(own)], pairs[panel], both)
-            for (row, panel), own in parts.items():
-                part = functools.reduce(code.builder.fadd, own)
-                if self._bits == 4:
-                    at = code.times(code.plus(code.times(panel, groups), group), LANES * 2)
-                    scale, offset = (
-                        code.builder.fpext(code.load(kind("bf16", LANES), code.plus(table, at)), floats())
-                        for table in (scales, offsets)
-                    )
-                    mass = code.load(
-                        kind("f32"), code.plus(sums, code.times(code.plus(code.times(row, groups), group), 4))
-                    )
-                    offset = code.fma(scale, every_float(-128.0), offset)  # see _pair
-                    part = code.fma(part, scale, code.fma(offset, code.splat(mass), totals[row, panel].value))
-                totals[row, panel].value = part
+            for key, own in parts.items():
+                totals[key].value = functools.reduce(code.builder.fadd, own)
         for (row, panel), total in totals.items():
             result = total.value
             if self._bits == 8:
@@ -201,17 +196,8 @@ class _Product:
         """The weights of one of a group's pairs of inputs, as 16 pairs of bfloat16."""
         if self._bits == 16:
             return code.load(words(), code.plus(group, pair * LANES * 4))
-        halves = kind("i16", 2 * LANES)
-        if self._bits == 8:
-            codes = code.load(kind("i8", 2 * LANES), code.plus(group, pair * LANES * 2))
-            numbers = code.builder.sitofp(codes, kind("f32", 2 * LANES))
-            # The numbers are exact in the upper half of a float32.
-            upper = code.builder.bitcast(numbers, kind("i16", 4 * LANES))
-            return code.builder.bitcast(code.shuffle(upper, upper, range(1, 4 * LANES, 2)), words())
-        codes = code.builder.zext(code.load(kind("i8", 2 * LANES), code.plus(group, pair // 2 * LANES * 2)), halves)
-        if pair % 2:
-            codes = code.builder.lshr(codes, constant(halves, [4] * 2 * LANES))
-        else:
-            codes = code.builder.and_(codes, constant(halves, [15] * 2 * LANES))
-        # 0x4300 is 128 in bfloat16; its last four bits count in ones.
-        return code.builder.bitcast(code.builder.or_(codes, constant(halves, [0x4300] * 2 * LANES)), words())
+        codes = code.load(kind("i8", 2 * LANES), code.plus(group, pair * LANES * 2))
+        numbers = code.builder.sitofp(codes, kind("f32", 2 * LANES))
+        # The numbers are exact in the upper half of a float32.
+        upper = code.builder.bitcast(numbers, kind("i16", 4 * LANES))
+        return code.builder.bitcast(code.shuffle(upper, upper, range(1, 4 * LANES, 2)), words())

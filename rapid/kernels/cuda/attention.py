@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid.kernels.cpu.rows import rotate
 from rapid.kernels.cuda.paged_split import SharedPrefix
-from rapid.kernels.interface import Batch, BatchEntry
-from rapid.kernels.prefix import prefix_groups
+from rapid.kernels.interface import Batch, BatchEntry, Rotation
+from rapid.kernels.prefix import PrefixGroup, prefix_groups
+from rapid.kernels.transfer import upload
 from rapid.kv_cache.pool import KVLayout, KVPool
 
 PAGE_SIZE = 256  # FlashAttention 2 requires it of a block table
@@ -46,13 +48,13 @@ class PagedBatch:
     starts: Tensor
     max_new: int
     kernel: PagedKernel
+    writer: Writer
     parts: tuple[tuple[Tensor, PagedBatch], ...] = ()
     prefix: SharedPrefix | None = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]  # [slots, KV heads, d]
-        write(key, self.slots, keys)
-        write(value, self.slots, values)
+        query = self.writer(heads, rotation, self.slots, keys, values)
         pages = (-1, self.pool.page_size, *keys.shape[1:])
         keys, values = keys.view(pages), values.view(pages)
         if not self.parts:
@@ -67,6 +69,19 @@ class PagedBatch:
         here = {name: getattr(self, name).to(device) for name in ("slots", "table", "lengths", "starts")}
         parts = tuple((rows.to(device), part.on(device)) for rows, part in self.parts)
         return replace(self, **here, parts=parts, prefix=self.prefix.to(device) if self.prefix else None)
+
+
+def rotate_and_write(heads: Tensor, rotation: Rotation, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Rotates queries and keys of ``heads``, writes keys and values, and returns the queries, by PyTorch's operators.
+
+    `rapid.kernels.cuda.fused` has the same in one kernel.
+    """
+    kv_heads = keys.shape[1]
+    num_heads = heads.shape[1] - 2 * kv_heads
+    heads = rotate(heads, *rotation, num_heads + kv_heads)
+    write(heads[:, num_heads : num_heads + kv_heads], slots, keys)
+    write(heads[:, num_heads + kv_heads :], slots, values)
+    return heads[:, :num_heads]
 
 
 def write(new: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -91,19 +106,24 @@ class _SpreadBatch:
         on = {device: batch.on(device) for device in set(devices)}
         self._of_layer = [on[device] for device in devices]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return self._of_layer[layer].attend(layer, query, key, value, scaling)
+    def attend(self, layer: int, heads: Tensor, rotation: Rotation, scaling: float) -> Tensor:
+        return self._of_layer[layer].attend(layer, heads, rotation, scaling)
 
 
 # (query [T, heads, d], key pages [pages, page size, KV heads, d], value pages, batch, scaling) to [T, heads, d]
 PagedKernel = Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]
+# (heads [T, heads + 2 · KV heads, d], rotation, slots [T], key rows [slots, KV heads, d], value rows) to [T, heads, d]
+Writer = Callable[[Tensor, Rotation, Tensor, Tensor, Tensor], Tensor]
 
 
 class PagedAttention:
-    """The attention backend over block tables. `rapid.kernels.cuda.choice` finds a device's best ``kernel``."""
+    """The attention backend over block tables.
 
-    def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE) -> None:
-        self.kernel = kernel
+    `rapid.kernels.cuda.choice` finds a device's best ``kernel``, and `rapid.kernels.cuda.fused` its ``writer``.
+    """
+
+    def __init__(self, kernel: PagedKernel, page_size: int = PAGE_SIZE, writer: Writer = rotate_and_write) -> None:
+        self.kernel, self.writer = kernel, writer
         self.page_size = page_size
 
     @property
@@ -129,9 +149,7 @@ class PagedAttention:
         counts = [len(tokens) for _, tokens, _ in entries]
         batch = replace(
             self._of(entries),
-            slots=torch.tensor(
-                [slot for entry, n in zip(entries, counts, strict=True) for slot in entry.cache.slots(n)], device=device
-            ),
+            slots=upload([slot for cache, tokens, _ in entries for slot in cache.slots(len(tokens))], "int64", device),
             parts=self._parts(entries, counts),
         )
         return batch if set(devices) == {device} else _SpreadBatch(batch, devices)
@@ -146,7 +164,7 @@ class PagedAttention:
         parts = []
         for group in groups:
             rows = [row for i in group for row in range(starts[i], starts[i + 1])]
-            parts.append((torch.tensor(rows, device=device), self._of([entries[i] for i in group])))
+            parts.append((upload(rows, "int64", device), self._of([entries[i] for i in group])))
         return tuple(parts)
 
     def _of(self, entries: Sequence[BatchEntry]) -> PagedBatch:
@@ -158,27 +176,26 @@ class PagedAttention:
         tables = [cache.pages[: pool.pages_for(length)] for (cache, _, _), length in zip(entries, lengths, strict=True)]
         width = max(len(table) for table in tables)
         starts = [0, *accumulate(counts)]
-        prefix = _shared_prefix(entries, starts)
+        groups = groups_worth_sharing(entries)
         return PagedBatch(
             pool=pool,
             slots=torch.empty(0, dtype=torch.long, device=device),
-            table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32).to(device),
-            lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
-            starts=torch.tensor(starts, dtype=torch.int32).to(device),
+            table=upload([table + [0] * (width - len(table)) for table in tables], "int32", device),
+            lengths=upload(lengths, "int32", device),
+            starts=upload(starts, "int32", device),
             max_new=max(counts),
             kernel=self.kernel,
-            prefix=prefix.to(device) if prefix else None,
+            writer=self.writer,
+            prefix=SharedPrefix.of(groups, starts, device) if groups else None,
         )
 
 
-def _shared_prefix(entries: Sequence[BatchEntry], starts: Sequence[int]) -> SharedPrefix | None:
-    """The groups of ``entries``, if the reads that they save are worth another launch."""
+def groups_worth_sharing(entries: Sequence[BatchEntry]) -> list[PrefixGroup]:
+    """The groups of ``entries`` that share their first pages; none if the saved reads are not worth another launch."""
     pool = entries[0].cache.pool
     groups = prefix_groups([cache.pages[: cache.length // pool.page_size] for cache, _, _ in entries])
     saved = sum((end - first - 1) * num_pages for first, end, num_pages in groups)
-    if saved * pool.page_bytes < WORTH_SHARING_BYTES * pool.layout.num_layers:
-        return None
-    return SharedPrefix.of(groups, starts)
+    return groups if saved * pool.page_bytes >= WORTH_SHARING_BYTES * pool.layout.num_layers else []
 
 
 def gathered_sdpa(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ from rapid.kernels.cuda.attention import (
     recordable,
     write,
 )
-from rapid.kernels.cuda.paged_split import split_attention
+from rapid.kernels.cuda.paged_split import SharedPrefix, split_attention
 from rapid.kernels.cuda.prefill import varlen_gathered, varlen_paged
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.pool import KVCache, KVLayout
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,10 @@ logger = logging.getLogger(__name__)
 # sequences so long that kernels split them.
 FEW = ((300, 1), (0, 2), (1100, FEW_TOKENS), (700, 5), (255, 1))
 DECODE = ((300, 1), (0, 1), (1100, 1), (700, 1))
+SHARING = ((600, 1), (700, 5), (550, FEW_TOKENS))  # their first two pages are the same
 MANY = ((300, 40),)
 MANY_FROM_THE_START = ((0, 300),)
+_NUM_SHARED = 2
 _TOLERANCE = {torch.float32: 1e-3}  # else 16-bit numbers of at most about 4, rounded a few times
 _TOLERANCE_16_BIT = 4e-2
 
@@ -94,7 +98,7 @@ def choose_kernel(layout: KVLayout, num_heads: int) -> PagedKernel:
         return gathered_sdpa
     # PyTorch's kernel reads no pages of 8-bit floats.
     paged = () if layout.stored_dtype == FP8 else (varlen_paged,)
-    few = first_right((triton_split, *paged), layout, num_heads, (FEW, DECODE))
+    few = first_right((triton_split, *paged), layout, num_heads, (FEW, DECODE, SHARING))
     many = first_right((*paged, varlen_gathered), layout, num_heads, (MANY, MANY_FROM_THE_START))
     chosen = ByRows(few, many)
     logger.info("attention on %s: %s", layout.device, chosen.name)
@@ -121,7 +125,8 @@ def first_right(
 def fault(kernel: PagedKernel, layout: KVLayout, num_heads: int, case: Case) -> str | None:
     """What is wrong with ``kernel``: an error, or how far it is from SDPA in float32. None if nothing is.
 
-    The pages lie in disorder, and what no sequence wrote holds large numbers, as pages do that others used before.
+    The pages lie in disorder, and what no sequence wrote holds large numbers, as pages do that others used before. The
+    sequences of `SHARING` share their first pages.
     """
     one_layer = replace(layout, devices=(layout.device,))
     backend = PagedAttention(kernel)
@@ -135,6 +140,8 @@ def fault(kernel: PagedKernel, layout: KVLayout, num_heads: int, case: Case) -> 
 
     entries = []
     for pages, (cached, new) in zip(order, case, strict=True):
+        if case is SHARING:
+            pages[:_NUM_SHARED] = order[0][:_NUM_SHARED]
         cache = KVCache(pool, pages.tolist(), num_shared=0)
         entries.append(BatchEntry(cache, [0] * new, 0))
         unwritten = torch.tensor(cache.slots(cache.capacity))[cached:]
@@ -145,20 +152,27 @@ def fault(kernel: PagedKernel, layout: KVLayout, num_heads: int, case: Case) -> 
             write(random(cached, layout.num_kv_heads, layout.head_dim), slots.to(layout.device), rows)
         cache.advance(cached)
     total = sum(new for _, new in case)
-    query = random(total, num_heads, layout.head_dim)
-    key, value = (random(total, layout.num_kv_heads, layout.head_dim) for _ in range(2))
+    heads = random(total, num_heads + 2 * layout.num_kv_heads, layout.head_dim)
+    query = heads[:, :num_heads]
+    unturned = torch.ones_like(heads[:, 0]), torch.zeros_like(heads[:, 0])
     scaling = layout.head_dim**-0.5
     try:
-        output = backend.batch(entries).attend(0, query, key, value, scaling)
+        batch = backend.batch(entries)
+        if case is SHARING:
+            assert isinstance(batch, PagedBatch)
+            starts = [0, *accumulate(new for _, new in case)]
+            groups = [PrefixGroup(0, len(case), _NUM_SHARED)]
+            batch = replace(batch, prefix=SharedPrefix.of(groups, starts, layout.device))
+        output = batch.attend(0, heads, unturned, scaling)
         if output.is_cuda:
             torch.cuda.synchronize(output.device)  # an error of the kernel is raised here, not later
     except Exception as error:  # a compiler's errors are of any kind
         return f"{type(error).__name__}: {error}".splitlines()[0]
     pages_of = (-1, pool.page_size, layout.num_kv_heads, layout.head_dim)
-    batch = PagedAttention(gathered_sdpa).batch(entries)
-    assert isinstance(batch, PagedBatch)
+    plain = PagedAttention(gathered_sdpa).batch(entries)
+    assert isinstance(plain, PagedBatch)
     expected = gathered_sdpa(
-        query.float(), pool.keys[0].view(pages_of).float(), pool.values[0].view(pages_of).float(), batch, scaling
+        query.float(), pool.keys[0].view(pages_of).float(), pool.values[0].view(pages_of).float(), plain, scaling
     )
     distance = (output.view_as(expected).float() - expected).abs().max().item()
     tolerance = _TOLERANCE.get(layout.dtype, _TOLERANCE_16_BIT)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rapid.kernels.prefix import PrefixGroup
+from rapid.kernels.transfer import upload
 
 MAX_PARTS = 128
 NUM_STAGES = 3  # the page of the next block is read ahead; more stages change nothing, or need more shared memory
@@ -98,23 +99,33 @@ class SharedPrefix:
     skipped: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[PrefixGroup], starts: Sequence[int]) -> SharedPrefix:
-        """On the host; ``starts`` [S + 1] are where each sequence's new tokens begin."""
-        unused = len(starts) - 1 - len(groups)
-        return cls(
-            starts=torch.tensor(
-                [starts[first] for first, _, _ in groups] + [starts[-1]] * (unused + 1), dtype=torch.int32
-            ),
-            pages=torch.tensor([pages for _, _, pages in groups] + [0] * unused, dtype=torch.int32),
-            table_rows=torch.tensor([first for first, _, _ in groups] + [0] * unused, dtype=torch.int32),
-            skipped=torch.tensor([pages for first, end, pages in groups for _ in range(first, end)], dtype=torch.int32),
-        )
+    def of(cls, groups: Sequence[PrefixGroup], starts: Sequence[int], device: torch.device) -> SharedPrefix:
+        """On ``device``; ``starts`` [S + 1] are where each sequence's new tokens begin."""
+        return cls(*(upload(numbers, "int32", device) for numbers in prefix_numbers(groups, starts)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.starts, self.pages, self.table_rows, self.skipped
 
     def to(self, device: torch.device) -> SharedPrefix:
         return SharedPrefix(*(tensor.to(device) for tensor in self.tensors()))
+
+
+def prefix_numbers(
+    groups: Sequence[PrefixGroup], starts: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """What a `SharedPrefix` has on the device: ``starts`` [S + 1] are where each sequence's new tokens begin.
+
+    The groups may be of fewer than S sequences, if the others have no tokens.
+    """
+    num_sequences = len(starts) - 1
+    unused = num_sequences - len(groups)
+    skipped = [pages for first, end, pages in groups for _ in range(first, end)]
+    return (
+        [starts[first] for first, _, _ in groups] + [starts[-1]] * (unused + 1),
+        [pages for _, _, pages in groups] + [0] * unused,
+        [first for first, _, _ in groups] + [0] * unused,
+        skipped + [0] * (num_sequences - len(skipped)),
+    )
 
 
 def split_attention(

@@ -77,6 +77,17 @@ def test_a_datastore_that_is_absent_or_of_another_model_is_a_problem(
     assert "holds 3 tokens" in doctor(datastore={"path": str(tmp_path / "ours")})["datastore ok"]["message"]
 
 
+def test_keys_and_values_are_counted_as_they_are_stored(doctor: Callable[..., Any]) -> None:
+    """The same memory has room for more tokens: 64 numbers and a scale are 68 bytes instead of 128."""
+
+    def tokens(kv_dtype: str) -> int:
+        target = LITTLE | {"device": "cpu", "dtype": "bfloat16", "kv_dtype": kv_dtype}
+        said: str = doctor(target=target)["target ok"]["message"]
+        return int(said.partition(" tokens")[0].rpartition(" ")[2].replace(",", ""))
+
+    assert tokens("int8") / tokens("auto") == pytest.approx(128 / 68, rel=1e-3)
+
+
 def test_models_that_are_not_there_and_tokenizers_that_differ_are_problems(
     doctor: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

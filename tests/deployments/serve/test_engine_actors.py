@@ -42,7 +42,7 @@ def running(tiny_model: Callable[..., Model], exits: queue.Queue[int]) -> Iterat
 
 @pytest.fixture
 def actor(running: Engine, monkeypatch: pytest.MonkeyPatch) -> EngineActor:
-    monkeypatch.setattr(builders, "build_engine", lambda *_: running)
+    monkeypatch.setattr(builders, "build_engine", lambda *_, **__: running)
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
     return EngineActor(EngineConfig())
 
@@ -51,7 +51,7 @@ def test_a_lease_ends_with_its_connection(actor: EngineActor, running: Engine) -
     """A coordinator that dies says nothing, and its sequences would hold their memory until they are idle for long."""
 
     async def main() -> None:
-        _, address = await actor.load(None)
+        _, address = await actor.load(None, drafts=True)
         for lease_id in ("mine", "another's"):
             await actor.open(lease_id, REQUEST)
         ended = asyncio.create_task(actor.ended("mine"))
@@ -85,7 +85,7 @@ def test_a_process_ends_with_its_engine(
         raise EngineLost("a rank is gone")
 
     async def main() -> None:
-        await actor.load(None)
+        await actor.load(None, drafts=True)
         await actor.open("a", REQUEST)
         monkeypatch.setattr(running.model, "forward", broken)
         with pytest.raises(EngineLost, match="a rank is gone"):
@@ -130,7 +130,7 @@ def test_a_replica_ends_with_any_of_its_ranks(
         monkeypatch.setattr(engines, "EngineMetrics", object)
         monkeypatch.setattr(engines, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
         replica = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
-        starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3)))
+        starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3), drafts=True))
         while len(actors) < 3 or not hasattr(replica, "_watching"):
             await asyncio.sleep(0)
         assert exits.empty()

@@ -41,7 +41,7 @@ def test_its_gpus_are_one_bundle() -> None:
     config = parse_config({"target": {"device_map": "auto", "num_gpus": 2, "num_cpus": 1}, "drafter": ranks})
     bundles = {}
     for name, engine in (("Target", config.target), ("Drafter", config.drafter)):
-        bundles[name] = _engine(name, engine)._bound_deployment._replica_config.placement_group_bundles
+        bundles[name] = _engine(name, engine, drafts=True)._bound_deployment._replica_config.placement_group_bundles
     replica = {"CPU": REPLICA_CPUS}
     assert bundles["Target"] == [replica, {"CPU": 1, "GPU": 2}]
     assert bundles["Drafter"] == [replica, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}]

@@ -15,6 +15,7 @@ from rapid.drafters.datastore import DatastoreDrafter
 from rapid.drafters.session import Session
 from rapid.events import Statistics
 from rapid.speculation.draft import DraftLimits, VerifyResult
+from rapid.speculation.learned import Learned
 
 
 def drafter_of(prompt: list[int], output: list[int], *texts: list[int], strategy: str = "rest") -> DatastoreDrafter:
@@ -26,7 +27,10 @@ def drafter_of(prompt: list[int], output: list[int], *texts: list[int], strategy
         prompt=SimpleNamespace(tokens=prompt), datastore=datastore, speculation=SimpleNamespace(strategy=strategy)
     )
     return DatastoreDrafter(
-        cast(Session, SimpleNamespace(request=request, output=output, statistics=Statistics(strategy)))
+        cast(
+            Session,
+            SimpleNamespace(request=request, output=output, statistics=Statistics(strategy), learned=Learned()),
+        )
     )
 
 

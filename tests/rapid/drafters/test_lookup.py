@@ -10,6 +10,7 @@ import pytest
 from rapid.drafters.lookup import NGRAM, Lookup, LookupDrafter
 from rapid.drafters.session import Session
 from rapid.speculation.draft import DraftLimits, VerifyResult
+from rapid.speculation.learned import Learned
 
 
 def found(text: str, max_tokens: int = 3) -> tuple[int, str] | None:
@@ -74,11 +75,12 @@ class Asked(NamedTuple):
 
     request: Any
     output: list[int]
+    learned: Learned
 
 
 def drafter_of(text: list[int], output: list[int]) -> LookupDrafter:
     request = SimpleNamespace(prompt=SimpleNamespace(tokens=text))
-    drafter = LookupDrafter(cast(Session, Asked(request, output)))
+    drafter = LookupDrafter(cast(Session, Asked(request, output, Learned())))
     asyncio.run(drafter.start(wait=False))
     return drafter
 

@@ -12,18 +12,18 @@ from world import Retrieval, World, complete, first_eight, greedily, run
 from rapid.errors import InvalidRequest, ModelNotFound
 from rapid.events import Delta
 from rapid.sampling.params import SamplingParams
-from rapid.speculation.controller import Costs
+from rapid.speculation.learned import Costs, History
 
 CHEAP_DRAFTS, DEAR_DRAFTS = (
-    Costs(plain=1000.0, draft={"model": 0.1}, extra=0.1),
-    Costs(plain=0.1, draft={"model": 1000.0}, extra=1000.0),
+    Costs(plain=1000.0, draft={"model": 0.1}, extra={"model": 0.1, "lookup": 0.1}),
+    Costs(plain=0.1, draft={"model": 1000.0}, extra={"model": 1000.0, "lookup": 1000.0}),
 )
 
 
 @pytest.fixture
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured changes nothing."""
-    for method in ("update", "update_draft"):
+    for method in ("learn_round", "learn_draft"):
         monkeypatch.setattr(Costs, method, lambda *_: None)
 
 
@@ -38,7 +38,7 @@ def test_whoever_drafts_the_greedy_text_is_the_target_s(
 ) -> None:
     """Plain rounds, looked-up and sampled drafts of changing lengths, in one answer."""
     backend = world.backend()
-    backend.costs = costs
+    backend.history = History(costs)
     completion = run(world.request(strategy=strategy, gamma="auto", max_tokens=80), backend)
     assert completion.tokens == greedily(world.target.model, world.prompt().tokens, 80)
     if costs is CHEAP_DRAFTS:
@@ -50,7 +50,7 @@ def test_whoever_drafts_the_greedy_text_is_the_target_s(
 def test_the_text_itself_drafts(world: World, fixed_costs: None) -> None:
     """Greedy texts of tiny models repeat themselves, and then several tokens come from one pass."""
     backend = world.backend()
-    backend.costs = CHEAP_DRAFTS
+    backend.history = History(CHEAP_DRAFTS)
     completion = run(world.request(strategy="lookup", gamma="auto", max_tokens=100), backend)
     stats = completion.statistics
     assert completion.tokens == greedily(world.target.model, world.prompt().tokens, 100)
@@ -110,17 +110,17 @@ def test_with_a_seed_what_others_measured_does_not_matter(world: World) -> None:
     texts = []
     for costs in (CHEAP_DRAFTS, DEAR_DRAFTS):
         backend = world.backend()
-        backend.costs = costs
+        backend.history = History(costs)
         texts.append(run(request, backend).tokens)
-        assert backend.costs is costs
+        assert backend.history.of("any").costs == costs
     assert texts[0] == texts[1]
 
 
 def test_a_request_leaves_what_it_measured_to_the_next(world: World) -> None:
     backend = world.backend()
-    before = backend.costs
+    before = backend.history.of("any").costs
     run(world.request(gamma="auto"), backend)
-    assert backend.costs.plain != before.plain
+    assert backend.history.of("any").costs.plain != before.plain
 
 
 # Without a drafter

@@ -6,6 +6,7 @@ elements) raises. Only `download` gives numbers. A blocking upload raises, too: 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +22,12 @@ from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
 from rapid.engine.propose import propose
 from rapid.engine.sequence import Sequence
 from rapid.engine.verify import verify_draft
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.kv_cache.table import PageTable
 from rapid.models.model import Model
+from rapid.models.tensor_parallel import Pass
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
 from rapid.speculation.drawing import draw_greedily
@@ -191,12 +195,50 @@ def test_a_draft_that_may_end_anywhere_is_read_in_parts(
         assert len(waits) == before + expected
 
 
-def test_penalties_let_the_host_see_each_token(running: Engine, waits: list[Tensor]) -> None:
-    """They depend on the tokens. The statistics say so."""
-    request = SequenceRequest(random_tokens(20, seed=1), 100, SAMPLED, logits=LogitParams(frequency_penalty=0.5))
+def test_penalties_do_not_let_the_host_see_each_token(running: Engine, waits: list[Tensor]) -> None:
+    """They depend on the tokens, which the device has. The statistics count the wait at the draft's end."""
+    every = LogitParams(
+        logit_bias={3: 1.0}, repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=2, stop_token_ids=(7,)
+    )
+    request = SequenceRequest(random_tokens(20, seed=1), 100, SAMPLED, logits=every)
     before = running.stats().host_waits
     a_draft(running, done(running.open(request)), DraftLimits(GAMMA))
-    assert running.stats().host_waits == before + GAMMA == len(waits)
+    assert running.stats().host_waits == before + 1 == len(waits)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 40, 1)], ids=str)
+def test_a_batch_is_uploaded_without_waiting(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
+    """Few new tokens, many beside few, and pages that are shared."""
+    layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
+    backend = PagedAttention(gathered_sdpa, page_size=16)
+    pool = backend.pool(layout, 2**16)
+    pool.layout = replace(layout, devices=(DEVICE,))
+    entries = [
+        BatchEntry(PageTable(pool, [7, 3, 9 + i, 12 + i, 15 + i], 32), [0] * n, 0) for i, n in enumerate(lengths)
+    ]
+    monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 0)
+    monkeypatch.setattr(torch, "tensor", None)  # with a device it waits
+    with _NoBlockingCopies():
+        batch = backend.batch(entries)
+    assert isinstance(batch, PagedBatch) and batch.prefix is not None
+    assert {each.device for each in (batch.slots, batch.table, batch.lengths, *batch.prefix.tensors())} == {DEVICE}
+    assert len(batch.parts) == (2 if len(lengths) == 3 else 0)
+
+
+def test_ranks_read_tokens_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+
+    def download(values: Tensor) -> NDArray[Any]:
+        read.append(values)
+        return np.array([5, 6, 7])
+
+    monkeypatch.setattr("rapid.models.tensor_parallel.download", download)
+    tokens = [torch.empty(1, dtype=torch.long, device=DEVICE), [1, 2], torch.empty(2, dtype=torch.long, device=DEVICE)]
+    layout = KVLayout(num_kv_heads=1, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),))
+    table = PageTable(KVPool(layout, 2**20), [3], 4)
+    entries = [BatchEntry(table, each, 1) for each in tokens]
+    assert [new for _, new, _ in Pass.of(entries).parts] == [[5], [1, 2], [6, 7]]
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,8 +251,8 @@ def test_penalties_let_the_host_see_each_token(running: Engine, waits: list[Tens
     ],
 )
 def test_these_tests_notice_a_wait(running: Engine, monkeypatch: pytest.MonkeyPatch, read: Callable[..., Any]) -> None:
-    def careless(logits: Tensor) -> Any:
-        drawn = draw_greedily(logits)
+    def careless(logits: Tensor, ids: Tensor | None) -> Any:
+        drawn = draw_greedily(logits, ids)
         read(drawn.tokens[0])
         return drawn
 

@@ -141,11 +141,13 @@ def test_an_engine_records_its_graphs_before_its_first_request(
     recorder = pretend_cuda(monkeypatch)
     model = tiny_model(VOCAB, attention=recorder.attention)
     running = engine(model)
-    assert recorder.num_recorded == 43
+    assert recorder.num_recorded == 82 + 24
     decode(running, opened(running, [1]), 3)
-    assert (recorder.num_recorded, recorder.num_replays) == (43, 3)
+    assert (recorder.num_recorded, recorder.num_replays) == (106, 3)
     engine(model, graphs=GraphLimits(seconds=0))
-    assert recorder.num_recorded == 43
+    assert recorder.num_recorded == 106
+    engine(model, drafts=False)
+    assert recorder.num_recorded == 106 + 82
 
 
 def test_a_draft_step_leaves_its_token_on_the_device(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from running import ROUNDING, new_cache, random_tokens
+from running import ROUNDING, attended, new_cache, random_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -94,7 +94,7 @@ def assert_right(
         torch.cat([rows[side, :, cached:] for rows, (cached, _) in zip(sequences, shapes, strict=True)], 1)
         for side in (0, 1)
     )
-    output = kernel.batch(entries).attend(0, query, keys.transpose(0, 1), values.transpose(0, 1), d**-0.5)
+    output = attended(kernel.batch(entries), query, keys.transpose(0, 1), values.transpose(0, 1), d**-0.5)
     parts = query.split([new for _, new in shapes])
     expected = [plain_attention(part, *rows) for part, rows in zip(parts, sequences, strict=True)]
     torch.testing.assert_close(output.double(), torch.cat(expected), **TOLERANCES[dtype])

@@ -1,15 +1,17 @@
 """A wrong or failing attention kernel is never chosen, and says why; few and many new tokens get their own kernels."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from running import attended
 from torch import Tensor
 
 from rapid.kernels.cuda import prefill
 from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
-from rapid.kernels.cuda.choice import DECODE, FEW, MANY, ByRows, choose_kernel, fault, first_right
+from rapid.kernels.cuda.choice import DECODE, FEW, MANY, SHARING, ByRows, choose_kernel, fault, first_right
 from rapid.kernels.cuda.prefill import varlen_gathered, varlen_paged
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVLayout
@@ -45,9 +47,24 @@ def test_what_is_wrong_or_fails_is_named_and_not_used(
     assert kernel.__name__ in caplog.text and reason in caplog.text
 
 
-@pytest.mark.parametrize("case", [FEW, DECODE, MANY])
+@pytest.mark.parametrize("case", [FEW, DECODE, MANY, SHARING])
 def test_what_is_right_has_no_fault(case: Any) -> None:
     assert fault(gathered_sdpa, LAYOUT, HEADS, case) is None
+
+
+def test_a_kernel_that_gets_shared_pages_wrong_is_not_used() -> None:
+    """The probe's sequences do share pages, and the kernel is told which."""
+
+    def without_the_shared(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
+        if batch.prefix is None:
+            return gathered_sdpa(query, keys, values, batch, scaling)
+        assert batch.prefix.skipped.tolist() == [2, 2, 2] and batch.prefix.pages.tolist() == [2, 0, 0]
+        assert batch.table[:, :2].unique(dim=0).shape == (1, 2)
+        rest = replace(batch, table=batch.table[:, 2:], lengths=batch.lengths - 2 * 256)
+        return gathered_sdpa(query, keys, values, rest, scaling)
+
+    assert fault(without_the_shared, LAYOUT, HEADS, FEW) is None
+    assert "from SDPA" in (fault(without_the_shared, LAYOUT, HEADS, SHARING) or "")
 
 
 def test_devices_without_cuda_get_sdpa() -> None:
@@ -92,7 +109,7 @@ def attend(kernel: Any, num_new: int, sequences: int = 1) -> None:
     caches = [pool.open([], 300) for _ in range(sequences)]
     batch = backend.batch([BatchEntry(cache, [0] * num_new, 0) for cache in caches if cache is not None])
     query = torch.zeros(sequences * num_new, HEADS, 16)
-    batch.attend(0, query, query[:, :2], query[:, :2], 0.25)
+    attended(batch, query, query[:, :2], query[:, :2], 0.25)
 
 
 def test_a_block_table_goes_with_both_cumulative_lengths_and_without_splits(

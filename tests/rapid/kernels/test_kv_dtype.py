@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import attended
 from test_attention import plain_attention
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def int8_distances(heads: tuple[int, int], shapes: list[tuple[int, int]], d: int
 
     def attend(entries: list[BatchEntry], new: list[Tensor]) -> Tensor:
         keys, values = torch.cat(new, 2).transpose(1, 2)
-        return backend.batch(entries).attend(0, query[: len(keys)], keys, values, d**-0.5)
+        return attended(backend.batch(entries), query[: len(keys)], keys, values, d**-0.5)
 
     entries = []
     for own, rows, (cached, new) in zip(order, sequences, shapes, strict=True):
@@ -87,7 +88,7 @@ def test_small_weights_beside_a_large_one_are_not_lost() -> None:
     query = torch.zeros(256, 1, 64)
     query[:, 0, 0] = 1.0
     new = [numbers.bfloat16() for numbers in (query, keys, values)]
-    last = backend.batch([BatchEntry(cache, [0] * 256, 0)]).attend(0, *new, 1.0)[-1]
+    last = attended(backend.batch([BatchEntry(cache, [0] * 256, 0)]), *new, 1.0)[-1]
     expected = plain_attention(new[0][-1:] * 8, new[1].transpose(0, 1), new[2].transpose(0, 1))[0]
     torch.testing.assert_close(last.double(), expected, rtol=0, atol=4e-3)
 

@@ -20,6 +20,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+def in_steps(*shape: int, seed: int = 0) -> Tensor:
+    """Rows that eight bits hold exactly: 127 steps in each group of inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-127, 128, (*shape[:-1], shape[-1] // GROUP, GROUP), generator=generator)
+    steps[..., 0] = 127
+    return (steps / 32).flatten(-2).bfloat16()
+
+
 def exact(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(rows.double(), weight.double(), None if bias is None else bias.double())
 
@@ -77,7 +85,7 @@ def test_int4_keeps_weights_that_were_int4_before(num_rows: int) -> None:
     codes[..., 0], codes[..., 1] = 0, 15
     steps, lowest = torch.randint(1, 8, (2, OUT, IN // GROUP, 1), generator=generator) / 16
     weight = (codes * steps - lowest).view(OUT, IN).bfloat16()
-    rows = random(num_rows, IN, seed=1)
+    rows = in_steps(num_rows, IN, seed=1)
     output = make_linear(weight, None, "int4")(rows).double()
     torch.testing.assert_close(output, exact(rows, weight, None), rtol=ROUNDING, atol=1e-3)
 
@@ -86,10 +94,25 @@ def test_int4_keeps_weights_that_were_int4_before(num_rows: int) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_equal_weights_stay_what_they_are(scheme: str, num_rows: int) -> None:
     """A range of nothing must not be divided by."""
-    weight, rows = torch.full((OUT, IN), 0.75).bfloat16(), random(num_rows, IN, seed=1)
+    weight, rows = torch.full((OUT, IN), 0.75).bfloat16(), in_steps(num_rows, IN, seed=1)
     weight[::2] = 0
     output = make_linear(weight, None, scheme)(rows).double()
     torch.testing.assert_close(output, exact(rows, weight, None), rtol=2 * ROUNDING, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_rows_beside_int4_weights_are_off_by_half_of_an_8_bit_step_at_most(num_rows: int) -> None:
+    """With weights that four bits hold exactly; a group of zeros, and one of tiny numbers, among them."""
+    codes = torch.randint(16, (OUT, IN // GROUP, GROUP), generator=torch.Generator().manual_seed(3))
+    codes[..., 0], codes[..., 1] = 0, 15
+    weight, rows = (codes - 7.0).view(OUT, IN).bfloat16(), random(num_rows, IN, seed=1)
+    rows[0, :GROUP], rows[-1, GROUP : 2 * GROUP] = 0, 1e-20
+    output, expected = make_linear(weight, None, "int4")(rows).double(), exact(rows, weight, None)
+    steps = rows.double().view(num_rows, -1, GROUP).abs().amax(-1) / 127
+    bound = steps.repeat_interleave(GROUP, 1) / 2 @ weight.double().abs().T
+    error = (output - expected).abs()
+    assert (error <= bound + expected.abs() * ROUNDING).all()
+    assert 0 < error.mean() < bound.mean() / 4
 
 
 def test_the_head_gets_eight_bits() -> None:

@@ -7,17 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from running import ROUNDING, new_cache, random_tokens
+from pretended import pretend_cuda
+from running import ROUNDING, attended, logits_after, new_cache, random_tokens
 
 from benchmarks.common import paged_cases
 from benchmarks.common.paged_cases import Case, error, plain
-from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa
-from rapid.kernels.cuda.choice import DECODE, FEW, ByRows, fault, triton_split
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa, rotate_and_write
+from rapid.kernels.cuda.choice import DECODE, FEW, SHARING, ByRows, fault, triton_split
 from rapid.kernels.cuda.paged_split import cut
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVLayout
 from rapid.kv_cache.table import PageTable
+from rapid.models.info import GraphLimits
 from rapid.models.model import Model
+from rapid.models.pass_inputs import Shape
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -143,18 +146,19 @@ def test_rows_of_a_query_may_lie_apart_and_rows_of_no_sequence_get_zeros(width: 
         starts=torch.tensor([0, 3, 3, 3, 3], dtype=torch.int32),
         max_new=3,
         kernel=triton_split,
+        writer=rotate_and_write,
     )
     fused = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))
-    query, key, value = fused.split((4, 2, 2), 1)
-    output = batch.attend(0, query, key, value, 0.25)
-    expected = replace(batch, kernel=gathered_sdpa).attend(0, query, key, value, 0.25)
+    unturned = torch.ones(12, 16), torch.zeros(12, 16)
+    output = batch.attend(0, fused, unturned, 0.25)
+    expected = replace(batch, kernel=gathered_sdpa).attend(0, fused, unturned, 0.25)
     assert not output[3:].any() and not expected[3:].any()
     torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
 
 
 @interpreted
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("case", [FEW, DECODE], ids=["few", "decode"])
+@pytest.mark.parametrize("case", [FEW, DECODE, SHARING], ids=["few", "decode", "sharing"])
 def test_the_probe_at_load_finds_no_fault(case: tuple[tuple[int, int], ...], kv_dtype: torch.dtype | None) -> None:
     layout = KVLayout(2, 16, torch.float32, devices=(torch.device("cpu"),), kv_dtype=kv_dtype)
     assert fault(triton_split, layout, 6, case) is None
@@ -176,6 +180,34 @@ def test_forward_passes_are_those_of_the_other_backend(tiny_model: Callable[...,
             torch.testing.assert_close(rows[i], reference.forward([BatchEntry(other, t, 1)])[0], **ROUNDING)
         for cache in (*caches, *others):
             cache.truncate(cache.length - 1)
+
+
+@interpreted
+def test_replayed_passes_share_pages(tiny_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the buffers, in shapes of more sequences than there are."""
+    recorder = pretend_cuda(monkeypatch)
+    shapes = [Shape(16, 4, 8), Shape(4, 4, 1)]
+    monkeypatch.setattr(Shape, "all", lambda: shapes + [shape._replace(shares=True) for shape in shapes])
+    monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 0)
+    model, reference = tiny_model(attention=PagedAttention(triton_split, page_size=16)), tiny_model()
+    pool, text = model.new_pool(2**18), random_tokens(50, seed=1)
+    runner = model.record(pool, GraphLimits(seconds=600))
+    assert runner is not None and len(runner.shapes) == 4
+    first = pool.open(text, 90)
+    assert first is not None
+    model.compute([BatchEntry(first, text, 0)])
+    first.advance(len(text))
+    pool.insert(first, text, len(text))
+    caches = [first, *(cache for cache in (pool.open(text, 90) for _ in range(2)) if cache is not None)]
+    texts = [text, *(text[: cache.length] for cache in caches[1:])]
+    assert [cache.length for cache in caches] == [50, 48, 48]
+    for lengths in ((1, 2, 5), (1, 1, 1), (3, 1, 2)):
+        new = [random_tokens(n, seed=n + i) for i, n in enumerate(lengths)]
+        rows = model.forward([BatchEntry(c, t, 1) for c, t in zip(caches, new, strict=True)])
+        texts = [text + tokens for text, tokens in zip(texts, new, strict=True)]
+        for logits, text in zip(rows, texts, strict=True):
+            torch.testing.assert_close(logits[0], logits_after(reference, text), **ROUNDING)
+    assert recorder.num_replays == 3
 
 
 @interpreted
@@ -203,7 +235,7 @@ def test_a_batch_of_sequences_with_shared_pages(monkeypatch: pytest.MonkeyPatch)
                 [0, 3, 0, 0],
                 [3, 3, 3, 0],
             ]
-        outputs.append(batch.attend(0, *fused.split((4, 2, 2), 1), 0.25))
+        outputs.append(attended(batch, *fused.split((4, 2, 2), 1), 0.25))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gate import Gate
-from running import VOCAB, done, opened, random_tokens, verification
+from running import VOCAB, attended, done, opened, random_tokens, verification
 from test_attention import TOLERANCES, plain_attention
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def attend(entries: list[BatchEntry], query: Tensor, *, share_prefixes: bool = T
     slots = [slot for cache, tokens, _ in entries for slot in cache.slots(len(tokens))]
     new = [rows[LAYER][:, slots].transpose(0, 1).contiguous() for rows in (pool.keys, pool.values)]
     batch = RunAttention(share_prefixes=share_prefixes).batch(entries)
-    return batch.attend(LAYER, query, *new, query.shape[2] ** -0.5)
+    return attended(batch, query, *new, query.shape[2] ** -0.5, layer=LAYER)
 
 
 @each_dtype

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from running import attended
 from torch import Tensor
 
 from rapid.kernels.cpu.attention import RunAttention
@@ -42,7 +43,7 @@ def test_keys_are_read_back(
     pages, total = [4, 1, 3], 3 * size
     keys = random(total, 2, 64)
     entry = BatchEntry(PageTable(pool, pages, 0), [0] * total, 0)
-    backend.batch([entry]).attend(0, random(total, 4, 64), keys, random(total, 2, 64), 0.125)
+    attended(backend.batch([entry]), random(total, 4, 64), keys, random(total, 2, 64), 0.125)
     for head in range(2):
         found = stored_keys(pool, 0, head, torch.tensor([3, 4]))
         expected = keys[:, head].unflatten(0, (3, size))[[2, 0]].float()

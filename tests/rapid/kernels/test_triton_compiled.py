@@ -17,6 +17,8 @@ SHARED_BYTES_OF_AN_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228
 
 def spills_known(row: dict[str, Any]) -> int:
     """The bytes of registers that may go to memory: none, but where it was seen to cost little."""
+    if row["kernel"] in ("add_norm_row", "gate_row", "rotate_and_write_heads"):
+        return 0
     if row["kernel"] == "multiply":
         return 80 if row["rows"] == 32 else 0
     if row["kernel"] == "combine_parts":  # of one row of 256, once a layer
@@ -25,7 +27,7 @@ def spills_known(row: dict[str, Any]) -> int:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["triton_attention", "triton_products"])
+@pytest.mark.parametrize("name", ["triton_attention", "triton_products", "triton_fused"])
 def test_no_register_is_spilled_and_the_programs_fit_beside_each_other(name: str) -> None:
     """The number of parts counts on that many programs on a processor, for 16-bit keys and values."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

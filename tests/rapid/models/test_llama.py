@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from rapid.errors import ModelFileError
 from rapid.kernels.interface import BatchEntry
+from rapid.kernels.rows import UNFUSED
 from rapid.models.layers import RMSNorm
 from rapid.models.model import Model
 from rapid.models.registry import ARCHITECTURES
@@ -93,4 +94,4 @@ def test_the_norm_is_its_formula(dtype: torch.dtype) -> None:
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(RMSNorm(weight, 1e-5)(x).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(RMSNorm(weight, 1e-5, UNFUSED)(x).double(), expected, rtol=tolerance, atol=tolerance)

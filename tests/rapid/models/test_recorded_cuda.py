@@ -9,19 +9,22 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from pretended import FAILS, PretendedRecorder, pretend_cuda
 from running import ROUNDING, VOCAB, logits_after, random_tokens
+from torch import Tensor
 
-from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
+from rapid.kernels.cuda.attention import PagedAttention, PagedBatch, gathered_sdpa, recordable
 from rapid.kernels.interface import BatchEntry
 from rapid.kv_cache.pool import KVCache, KVPool
 from rapid.models import recorded_cuda
 from rapid.models.info import GraphLimits
 from rapid.models.model import Model
-from rapid.models.recorded_cuda import MAX_NEW, MAX_ROWS, MAX_SEQUENCES, GraphRunner, Shape
+from rapid.models.pass_inputs import MAX_NEW, MAX_ROWS, MAX_SEQUENCES, Shape
+from rapid.models.recorded_cuda import GraphRunner
 
 LIMITS = GraphLimits(seconds=600)
 
@@ -51,6 +54,11 @@ def filled(model: Model, pool: KVPool, tokens: list[int]) -> KVCache:
     return cache
 
 
+def is_replayed(runner: GraphRunner, entries: list[BatchEntry]) -> bool:
+    with torch.inference_mode():
+        return runner.run(entries) is not None
+
+
 @pytest.mark.parametrize(
     "rounds",
     [
@@ -70,7 +78,7 @@ def test_replayed_passes_equal_eager_ones(
 ) -> None:
     """Ragged passes, round after round in the same buffers, with rollbacks between them."""
     reference, pool = tiny_model(), model.new_pool(2**19)
-    runner = recorded(model, pool)
+    recorded(model, pool)
     texts = [random_tokens(length, seed=length) for length in (0, 20, 33, 1, 16, 47, 64, 5)][: max(map(len, rounds))]
     caches = [filled(model, pool, text) for text in texts]
     for round_number, lengths in enumerate(rounds):
@@ -81,7 +89,6 @@ def test_replayed_passes_equal_eager_ones(
             )
             for i, (cache, tokens) in enumerate(zip(caches, new, strict=False))
         ]
-        assert runner.supports(entries)
         before = recorder.num_replays
         rows = model.forward(entries)
         assert recorder.num_replays == before + 1
@@ -100,9 +107,11 @@ def test_replayed_passes_equal_eager_ones(
 
 
 def test_there_are_few_shapes_and_each_pass_of_few_tokens_has_one() -> None:
-    shapes = Shape.all()
+    shapes = [shape for shape in Shape.all() if not shape.shares]
     assert len(shapes) == len(set(shapes)) == 43
-    assert shapes[0] == (MAX_ROWS, MAX_SEQUENCES, MAX_NEW[-1]) == tuple(map(max, zip(*shapes, strict=True)))
+    assert shapes[0] == (MAX_ROWS, MAX_SEQUENCES, MAX_NEW[-1], False) == tuple(map(max, zip(*shapes, strict=True)))
+    several = [shape for shape in shapes if shape.sequences > 1]
+    assert {shape._replace(shares=False) for shape in Shape.all()[43:]} == set(several) and len(several) == 39
     seen = set()
     for sequences, longest in itertools.product(range(1, MAX_SEQUENCES + 1), range(1, MAX_NEW[-1] + 1)):
         for total in range(sequences - 1 + longest, min(sequences * longest, MAX_ROWS) + 1):
@@ -116,6 +125,55 @@ def test_there_are_few_shapes_and_each_pass_of_few_tokens_has_one() -> None:
     assert Shape.of([MAX_NEW[-1] + 1]) is None  # a prefill chunk
     assert Shape.of([1] * (MAX_SEQUENCES + 1)) is None
     assert Shape.of([MAX_NEW[-1]] * MAX_SEQUENCES) is None
+
+
+def test_pages_that_are_shared_are_told_to_the_kernel(
+    tiny_model: Callable[..., Model], recorder: PretendedRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that sees of the shared pages only what the groups say, in round after round of other groups."""
+    told = []
+
+    @recordable
+    def by_groups(query: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
+        prefix = batch.prefix
+        if prefix is None:
+            return gathered_sdpa(query, keys, values, batch, scaling)
+        told.append(prefix.skipped.tolist())
+        table, last = torch.zeros_like(batch.table), len(batch.table) - 1
+        groups = torch.bucketize(batch.starts[:-1], prefix.starts[1:], right=True).clamp_max(last)
+        for s, (skipped, group) in enumerate(zip(prefix.skipped.tolist(), groups.tolist(), strict=True)):
+            assert skipped == (prefix.pages[group] if batch.lengths[s] else 0)
+            table[s, :skipped] = batch.table[prefix.table_rows[group], :skipped]
+            table[s, skipped:] = batch.table[s, skipped:]
+        return gathered_sdpa(query, keys, values, replace(batch, table=table), scaling)
+
+    monkeypatch.setattr("rapid.kernels.cuda.attention.WORTH_SHARING_BYTES", 1)
+    model = tiny_model(attention=PagedAttention(by_groups, page_size=16))
+    pool, reference = model.new_pool(2**19), tiny_model()
+    runner = recorded(model, pool)
+    assert runner.shapes == set(Shape.all())
+    told.clear()
+    one, other = random_tokens(70, seed=1), random_tokens(40, seed=2)
+    texts = []
+    caches = []
+    for text in (one, one, other, random_tokens(20, seed=3), other, one):
+        cache = pool.open(text, 100)
+        assert cache is not None
+        if cache.length < len(text) - 16:
+            model.compute([BatchEntry(cache, text[cache.length :], 0)])
+            cache.advance(len(text) - cache.length)
+            pool.insert(cache, text, len(text))
+        caches.append(cache)
+        texts.append(text[: cache.length])
+    for order, skipped in (([0, 1, 5, 2, 4, 3], [4, 4, 4, 2, 2, 0]), ([3, 2, 4], [0, 2, 2]), ([0, 2, 3], None)):
+        new = [random_tokens(1 + i, seed=i) for i in order]
+        rows = model.forward([BatchEntry(caches[i], t, 1) for i, t in zip(order, new, strict=True)])
+        for i, tokens, logits in zip(order, new, rows, strict=True):
+            texts[i] = texts[i] + tokens
+            torch.testing.assert_close(logits[0], logits_after(reference, texts[i]), **ROUNDING)
+        assert told[-1][: len(order)] == skipped if skipped else not told, told
+        told.clear()
+    assert recorder.num_replays == 3
 
 
 def test_memory_that_was_never_written_does_not_matter(tiny_model: Callable[..., Model], model: Model) -> None:
@@ -139,7 +197,7 @@ def test_a_pass_that_no_graph_holds_runs_eagerly(model: Model, recorder: Pretend
         [BatchEntry(cache, [1] * (MAX_NEW[-1] + 1), 1)],
         [BatchEntry(cache, [1], 1), BatchEntry(other, [1] * 40, 0)],  # a step beside a prefill chunk
     ):
-        assert not runner.supports(entries)
+        assert not is_replayed(runner, entries)
         model.forward(entries)
     assert recorder.num_replays == 0
     model.forward([BatchEntry(filled(model, model.new_pool(2**16), []), [1], 1)])  # a pool of which there are no graphs
@@ -155,9 +213,9 @@ def test_a_sequence_longer_than_the_table_runs_eagerly(
     cache = pool.open([], 100)
     assert cache is not None
     cache.advance(31)
-    assert runner.supports([BatchEntry(cache, [1], 1)])
+    assert is_replayed(runner, [BatchEntry(cache, [1], 1)])
     cache.advance(1)
-    assert not runner.supports([BatchEntry(cache, [1], 1)])
+    assert not is_replayed(runner, [BatchEntry(cache, [1], 1)])
 
 
 def test_what_cannot_be_recorded_runs_eagerly_with_a_warning(
@@ -170,7 +228,7 @@ def test_what_cannot_be_recorded_runs_eagerly_with_a_warning(
     assert "cannot be recorded" in caplog.text and FAILS in caplog.text
     cache = filled(model, pool, [])
     step, draft = [BatchEntry(cache, [1], 1)], [BatchEntry(cache, [1] * 17, 17)]
-    assert runner.supports(step) and not runner.supports(draft)
+    assert is_replayed(runner, step) and not is_replayed(runner, draft)
     rows = model.forward(draft)[0]
     torch.testing.assert_close(rows[-1], logits_after(model, [1] * 17), **ROUNDING)
 
@@ -182,7 +240,7 @@ def test_recording_stops_at_its_limits(
     recorder.bytes_each = 2**20
     runner = recorded(model, model.new_pool(2**18), GraphLimits(gib=5 / 1024))
     assert runner.shapes == set(Shape.all()[:5])
-    assert "38 CUDA graphs are not recorded" in caplog.text and "5 CUDA graphs in" in caplog.text
+    assert "77 CUDA graphs are not recorded" in caplog.text and "5 CUDA graphs in" in caplog.text
     monkeypatch.setattr(recorded_cuda.time, "monotonic", functools.partial(next, itertools.count(0, 10)))
     assert len(recorded(model, model.new_pool(2**18), GraphLimits(seconds=45)).shapes) == 4
     assert not recorded(model, model.new_pool(2**18), GraphLimits(seconds=0)).shapes

@@ -21,6 +21,7 @@ from world import World, complete, first_eight, run
 
 from benchmarks.common.closed_forms import law
 from rapid.errors import InvalidRequest
+from rapid.models.draft_vocabulary import DraftVocabulary
 from rapid.request import GenerationRequest
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.sampling.params import LogitParams, SamplingParams
@@ -55,6 +56,32 @@ def test_each_row_sees_the_draft_tokens_before_it() -> None:
     processor = LogitProcessor(replace(EVERY, prompt=tuple(prompt)), None, 10, torch.device("cpu"))
     expected = [adjusted(EVERY, row, prompt, output + draft[:i]) for i, row in enumerate(logits)]
     torch.testing.assert_close(processor(logits, output, draft), torch.stack(expected))
+
+
+@pytest.mark.parametrize("in_part", [False, True])
+@pytest.mark.parametrize(
+    "params",
+    [
+        LogitParams(repetition_penalty=1.3),
+        LogitParams(frequency_penalty=0.7, presence_penalty=-0.4),
+        replace(EVERY, min_tokens=6, stop_token_ids=(7,), eos=(2,)),
+    ],
+)
+def test_a_draft_s_rows_are_adjusted_as_if_they_came_together(params: LogitParams, in_part: bool) -> None:
+    """Token by token on the device, as the target's rows all at once; over all tokens, or a part of them."""
+    prompt, output, draft = (1, 1, 4), [2, 3, 3, 30], [3, 6, 6, 1, 7]
+    processor = LogitProcessor(replace(params, prompt=prompt), None, 300, torch.device("cpu"))
+    logits, ids = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)), torch.arange(300)
+    expected = processor(logits, output, draft)
+    if in_part:
+        vocabulary = DraftVocabulary(64, 300, [*range(200, 230), 7, 5, 3])
+        processor, ids = processor.over(vocabulary), torch.from_numpy(vocabulary.ids)
+    following = processor.following(output)
+    for row, adjusted, token in zip(logits, expected, [*draft, 0], strict=True):
+        before = row.clone()
+        torch.testing.assert_close(following(row[None, ids])[0], adjusted[ids])
+        assert torch.equal(row, before)
+        following.write(torch.tensor([token]))
 
 
 @pytest.mark.parametrize(("strategy", "gamma"), STRATEGIES)

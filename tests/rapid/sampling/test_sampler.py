@@ -15,7 +15,7 @@ from transformers import (
 from rapid.errors import InvalidRequest
 from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.params import SamplingParams
-from rapid.sampling.sampler import probabilities, sample, sample_few
+from rapid.sampling.sampler import first_to_come, probabilities, sample
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -142,12 +142,12 @@ def test_every_token_of_every_block_has_its_probability(size: int) -> None:
 
 def test_a_few_tokens_are_drawn_as_their_weights_say_in_any_order() -> None:
     weights, ids = torch.tensor([0.5, 0.0, 0.2, 0.3]), torch.tensor([7, 3, 99_000, 1])
-    drawn = sample_few(weights.expand(100_000, 4), ids.expand(100_000, 4), keys(100_000))
+    drawn = ids[first_to_come(weights.expand(100_000, 4), ids.expand(100_000, 4), keys(100_000)).squeeze(-1)]
     for token, weight in zip(ids.tolist(), weights.tolist(), strict=True):
         assert abs((drawn == token).float().mean() - weight) < 0.01
     order = torch.tensor([2, 0, 3, 1])
-    again = sample_few(weights[order].expand(100_000, 4), ids[order].expand(100_000, 4), keys(100_000))
-    assert torch.equal(drawn, again)
+    again = first_to_come(weights[order].expand(100_000, 4), ids[order].expand(100_000, 4), keys(100_000))
+    assert torch.equal(drawn, ids[order][again.squeeze(-1)])
 
 
 def test_the_same_key_draws_the_same() -> None:

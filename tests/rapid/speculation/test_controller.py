@@ -9,8 +9,9 @@ import pytest
 
 from rapid.drafters.lookup import MATCH_LENGTHS, MATCH_PRIOR
 from rapid.drafters.sampling import CONFIDENCE_PRIOR
-from rapid.speculation.controller import MAX_DRAFT_TOKENS, Acceptance, Costs, DraftController, Offer, RoundPlan
+from rapid.speculation.controller import MAX_DRAFT_TOKENS, DraftController, Offer, RoundPlan
 from rapid.speculation.draft import CONFIDENCES, DraftLimits
+from rapid.speculation.learned import Acceptance, Costs, History, Learned
 
 FOUND = (5, list(range(100, 140)))
 
@@ -21,6 +22,9 @@ class Outcome(NamedTuple):
     confidences: list[float]
     draft_ms: float
     draft_step_ms: float
+    num_sequences: int = 1
+    num_pass_drafted: int = 0
+    num_draft_sequences: int = 1
 
 
 class Request:
@@ -147,12 +151,12 @@ def test_dear_drafts_end_earlier_than_cheap_ones() -> None:
         limits = Request(None, costs, timed=False).plan(100, can_draft=True).limits
         return next(n for n in range(1, 100) if n == limits.max_tokens or limits.stop_after([0.7] * n))
 
-    assert 1 <= length(Costs(draft={"model": 12.0})) < length(Costs(draft={"model": 1.0}, extra=0.2))
+    assert 1 <= length(Costs(draft={"model": 12.0})) < length(Costs(draft={"model": 1.0}, extra={"model": 0.2}))
 
 
 def test_what_is_looked_up_is_followed_further_the_longer_its_match() -> None:
     def followed(match_length: int) -> int:
-        controller = Request(None, Costs(plain=40.0, extra=10.0), timed=False)
+        controller = Request(None, Costs(plain=40.0, extra={"lookup": 10.0}), timed=False)
         plan = controller.plan(100, can_draft=False, found=(match_length, FOUND[1]))
         return plan.limits.max_tokens
 
@@ -168,7 +172,7 @@ def test_a_lookup_costs_nothing_to_draft_and_is_taken_where_it_promises_more() -
 
 
 def test_lookups_that_never_stand_are_no_longer_followed() -> None:
-    controller, wrong = Request(None, Costs(extra=10.0), timed=False), World(accepts=lambda gamma: 0)
+    controller, wrong = Request(None, Costs(extra={"lookup": 10.0}), timed=False), World(accepts=lambda gamma: 0)
     for _ in range(60):
         plan = controller.plan(100, can_draft=False, found=FOUND)
         if plan.source == "none":
@@ -196,11 +200,75 @@ def test_with_a_seed_plans_do_not_depend_on_the_clock() -> None:
 
 def test_costs_follow_what_is_measured_and_one_stall_hardly_moves_them() -> None:
     costs = Costs(plain=40.0)
-    costs.update("plain", 100_000.0)
-    assert costs.plain < 80
+    costs.learn_round("", 0, 100_000.0)
+    assert costs.plain <= 80
     for _ in range(60):
-        costs.update("plain", 20.0)
+        costs.learn_round("", 0, 20.0)
     assert costs.plain == pytest.approx(20.0, rel=0.01)
+
+
+def test_the_first_measurements_weigh_most() -> None:
+    """Three plain rounds come first, and what a draft costs is compared with them: the assumed cost must be gone."""
+    costs = Costs(plain=40.0)
+    for _ in range(3):
+        costs.learn_round("", 0, 10.0)
+    assert costs.plain < 14
+
+
+def test_a_plain_round_s_cost_follows_the_machine_where_every_round_drafts() -> None:
+    """Drafts of changing lengths: what a token more costs is found as well."""
+    costs = Costs(plain=20.0, extra={"model": 1.0})
+    for i in range(400):
+        costs.learn_round("model", 1 + i % 5, 30.0 + 1.5 * (1 + i % 5))
+    assert costs.plain == pytest.approx(30.0, rel=0.05)
+    assert costs.of_extra("model") == pytest.approx(1.5, rel=0.3)
+    assert costs.of_extra("lookup") != costs.of_extra("model")
+
+
+def test_a_request_begins_with_what_its_kind_has_learnt() -> None:
+    history = History()
+    penalised, other = history.of("penalised"), history.of("other")
+    for _ in range(20):
+        penalised.costs.learn_round("", 0, 25.0)
+        other.costs.learn_round("", 0, 12.0)
+        penalised.acceptance_of("model", lambda: Acceptance((0.5,), (0.3, 0.9))).observe(0.9, False)
+    history.keep("penalised", penalised)
+    history.keep("other", other)
+    again = history.of("penalised")
+    assert again.costs.plain == pytest.approx(25.0, rel=0.05)
+    acceptance = again.acceptance_of("model", lambda: Acceptance((0.5,), (0.3, 0.9)))
+    assert acceptance.of(0.9) == pytest.approx(penalised.acceptance["model"].of(0.9))
+    assert acceptance.of(0.9) < 0.1
+    for _ in range(6):
+        acceptance.observe(0.9, True)
+    assert acceptance.of(0.9) > 0.4  # what others saw is worth a few observations
+    assert penalised.acceptance["model"].of(0.9) < 0.1
+    new = history.of("new")
+    assert new.costs.plain == other.costs.plain and not new.acceptance
+    new.costs.learn_round("", 0, 6.0)
+    assert new.costs.plain < 9  # another kind's cost weighs as little as an assumed one
+    assert isinstance(history.of("penalised"), Learned)
+
+
+def test_a_token_must_pay_for_all_who_wait_for_it() -> None:
+    """Eight sequences verify in one pass. Its cost is known from all of its draft tokens, whoever drafted them."""
+
+    def longest(num_sequences: int) -> tuple[int, Costs]:
+        costs = Costs(plain=40.0, draft={"model": 2.0}, extra={"model": 1.0, "lookup": 1.0})
+        controller = DraftController(None, costs, shares_device=True)
+        for _ in range(40):
+            drafted = 3 * num_sequences
+            outcome = Outcome(3, 3, [0.9] * 3, 6.0, 2.0, num_sequences, drafted, num_sequences)
+            controller.observe(RoundPlan("model"), outcome, 46.0 + drafted)  # type: ignore[arg-type]
+        for _ in range(3):
+            controller.observe(RoundPlan(), Outcome(0, 0, [], 0.0, 0.0, num_sequences), 40.0)  # type: ignore[arg-type]
+        plan = controller.choose([Offer("lookup", 16, known=(0.8,) * 16)])
+        return plan.limits.max_tokens, costs
+
+    (alone, own), (beside, shared) = longest(1), longest(8)
+    assert own.of_extra("model") == pytest.approx(1.0, rel=0.2)
+    assert shared.of_extra("model") == pytest.approx(1.0, rel=0.2)
+    assert 1 <= beside < alone
 
 
 def test_acceptance_is_learnt_class_by_class() -> None:
@@ -233,5 +301,5 @@ def test_with_a_q_for_every_position_no_round_is_plain_and_one_step_belongs_to_e
         plan = RoundPlan("model", DraftLimits(gamma + 1))
         controller.observe(plan, outcome, verifying + draft_ms + gamma * extra)  # type: ignore[arg-type]
     assert costs.plain == pytest.approx(verifying + step, rel=0.05)
-    assert costs.extra == pytest.approx(extra, abs=0.3)
+    assert costs.of_extra("model") == pytest.approx(extra, abs=0.3)
     assert gamma == 10 or gamma == MAX_DRAFT_TOKENS

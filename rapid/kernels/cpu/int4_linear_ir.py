@@ -1,0 +1,117 @@
+"""The product with four-bit weights: rows are rounded to eight bits, so that one instruction multiplies 64 weights.
+
+A weight is code · scale + offset, with a scale and an offset for each output and group of inputs. A group of a row is
+q · s with q from -127 to 127 (as in GGUF's Q8_1). So a group adds scale · s · Σ code·q + offset · s · Σ q to an output,
+and both sums are of integers. What the rows lose is a tenth of what the weights have lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, every_word, floats, kind, words
+from rapid.kernels.cpu.jit import COUNTERS
+
+GROUP = 32  # inputs
+PANELS = 2  # in one item of work
+FLOATS = GROUP // 4 + 2  # of scratch for a group of a row: q, s and s · Σ q
+_TILE = 8  # rows
+_AHEAD = 8192  # bytes to prefetch: from one pair of panels into the next
+_GROUP_BYTES = GROUP * LANES // 2  # of a panel
+_TINY = 1e-30
+
+
+def write_int4_product(module: Any, names: tuple[str, ...]) -> None:
+    """The kernel, with the arguments ``names`` (`rapid.kernels.cpu.linear`)."""
+    tiles = [_tile(module, size) for size in range(1, _TILE + 1)]
+    code = KernelBuilder(module, "kernel", 1)
+    (data,) = code.parameters
+    given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(names)}
+    rounded = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
+    # Every thread rounds all rows for itself: that is little, and no thread waits for another.
+    with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
+        x, target = code.times(group, GROUP * 2), code.times(group, FLOATS * 4)
+        _round_group(code, code.plus(given["x"], x), code.plus(rounded, target))
+    with code.items(data, given["items"]) as item:
+        panel = code.times(item, PANELS)
+        weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
+        tables = code.times(panel, given["groups"], LANES * 2)
+        scales, offsets = (code.plus(given[name], tables) for name in ("scales", "offsets"))
+        outputs = code.plus(given["output"], code.times(item, PANELS * LANES * 2))
+        with code.tiles(given["rows"], _TILE) as (row, size):
+            own = code.plus(rounded, code.times(row, given["groups"], FLOATS * 4))
+            output = code.plus(outputs, code.times(row, given["output_bytes"]))
+            sizes = given["groups"], given["output_bytes"]
+            code.choose(tiles, size, own, weights, scales, offsets, output, *sizes)
+    code.finish()
+
+
+def _round_group(code: KernelBuilder, x: Any, target: Any) -> None:
+    """q, s and s · Σ q of 32 numbers."""
+    halves = [
+        code.builder.fpext(code.load(kind("bf16", LANES), code.plus(x, i * LANES * 2)), floats()) for i in range(2)
+    ]
+    sizes = [code.intrinsic("llvm.fabs.v16f32", floats(), half) for half in halves]
+    largest = code.intrinsic("llvm.maxnum.v16f32", floats(), *sizes)
+    for span in (8, 4, 2, 1):
+        other = code.shuffle(largest, largest, [i ^ span for i in range(LANES)])
+        largest = code.intrinsic("llvm.maxnum.v16f32", floats(), largest, other)
+    largest = code.intrinsic("llvm.maxnum.v16f32", floats(), largest, every_float(_TINY))
+    factor = code.builder.fdiv(every_float(127.0), largest)
+    whole = [code.intrinsic("llvm.rint.v16f32", floats(), code.builder.fmul(half, factor)) for half in halves]
+    for i, numbers in enumerate(whole):
+        integers = code.builder.trunc(code.builder.fptosi(numbers, words()), kind("i8", LANES))
+        code.store(integers, code.plus(target, i * LANES))
+    one = constant(kind("i32"), 0)
+    scale = code.builder.extract_element(code.builder.fmul(largest, every_float(1 / 127)), one)
+    code.store(scale, code.plus(target, GROUP))
+    mass = code.builder.fmul(scale, code.sum(code.builder.fadd(*whole)))
+    code.store(mass, code.plus(target, GROUP + 4))
+
+
+def _tile(module: Any, num_rows: int) -> Any:
+    """Two panels times ``num_rows`` rounded rows."""
+    code = KernelBuilder(module, f"tile{num_rows}", 7)
+    x, weights, scales, offsets, output, groups, output_bytes = code.parameters
+    rows, panels = range(num_rows), range(PANELS)
+    totals = {(row, panel): code.variable(every_float(0.0)) for row in rows for panel in panels}
+    x_bytes = code.times(groups, FLOATS * 4)
+    with code.loop(0, groups) as group:
+        pair_of_panels = code.plus(weights, code.times(group, PANELS * _GROUP_BYTES))
+        code.prefetch(code.plus(pair_of_panels, _AHEAD), PANELS * _GROUP_BYTES)
+        places = [code.plus(pair_of_panels, panel * _GROUP_BYTES) for panel in panels]
+        own = [code.plus(x, code.times(row, x_bytes), code.times(group, FLOATS * 4)) for row in rows]
+        # Each product must wait for the one before it in its sum, so a few rows use several sums.
+        sums = {key: [every_word(0)] * max(1, 4 // num_rows) for key in totals}
+        for pair in range(GROUP // 8):
+            both = [code.load(words(), code.plus(place, pair * LANES * 4)) for place in places]
+            for half in range(2):
+                codes = [
+                    code.builder.and_(code.builder.lshr(each, every_word(4)) if half else each, every_word(0x0F0F0F0F))
+                    for each in both
+                ]
+                four = 2 * pair + half
+                for row in rows:
+                    numbers = code.splat(code.load(kind("i32"), code.plus(own[row], four * 4)))
+                    for panel in panels:
+                        parts = sums[row, panel]
+                        parts[four % len(parts)] = code.dot4(parts[four % len(parts)], codes[panel], numbers)
+        for panel in panels:
+            at = code.times(code.plus(code.times(panel, groups), group), LANES * 2)
+            scale, offset = (
+                code.builder.fpext(code.load(kind("bf16", LANES), code.plus(table, at)), floats())
+                for table in (scales, offsets)
+            )
+            for row in rows:
+                total = totals[row, panel]
+                whole = sums[row, panel][0]
+                for part in sums[row, panel][1:]:
+                    whole = code.builder.add(whole, part)
+                step, mass = (code.splat(code.load(kind("f32"), code.plus(own[row], GROUP + i))) for i in (0, 4))
+                moved = code.fma(offset, mass, total.value)
+                numbers = code.builder.sitofp(whole, floats())
+                total.value = code.fma(numbers, code.builder.fmul(scale, step), moved)
+    for (row, panel), total in totals.items():
+        place = code.plus(output, code.times(row, output_bytes), panel * LANES * 2)
+        code.store(code.rounded(total.value), place)
+    return code.finish()
