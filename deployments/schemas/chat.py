@@ -11,7 +11,7 @@ from deployments.schemas.body import AtMost, wrong
 from deployments.schemas.completions import FORMS, MAX_LOGPROBS, Completion
 from deployments.schemas.marks import special_marks
 from deployments.schemas.messages import ChatMessage, read_messages
-from deployments.schemas.reasoning import ReasoningFormat, reasoning_format
+from deployments.schemas.reasoning import ReasoningFormat, ThinkingOption, reasoning_format
 from deployments.schemas.tools import (
     Function,
     NamedFunction,
@@ -42,6 +42,7 @@ class ChatRequest(Completion):
     functions: Annotated[list[Function], AtMost(256)] = Field(default_factory=list, description="what tools were once")
     function_call: Literal["none", "auto"] | NamedFunction = "auto"
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    thinking: ThinkingOption | None = Field(None, description="whether to reason, where the model can do otherwise")
     add_generation_prompt: bool = True
     continue_final_message: bool = Field(False, description="the answer goes on with the last message")
 
@@ -87,11 +88,12 @@ class ChatRequest(Completion):
         return frozenset(special_marks(tokenizer).values())
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Prompt:
+        thinking = self.thinking.template_kwargs(tokenizer) if self.thinking else {}
         return read_messages(
             self.messages,
             self.tools_in_use,
             tokenizer,
-            template_kwargs=self.chat_template_kwargs,
+            template_kwargs={**thinking, **self.chat_template_kwargs},
             is_continued=self.continue_final_message,
             opens_turn=self.add_generation_prompt and not self.continue_final_message,
             query=self.rapid.query,

@@ -74,6 +74,7 @@ TOOL: Ignorable = {"cache_control": ANY}
 TOOL_CALL: Ignorable = {"index": ANY}
 # Anthropic's
 BLOCK: Ignorable = {**PART, "citations": ANY}
+THINKING_OPTION: Ignorable = {"budget_tokens": ANY}
 THINKING: Ignorable = {"data": ANY, "signature": ANY, "thinking": ANY}
 MESSAGES: Ignorable = {"container": ANY, "metadata": ANY, "service_tier": ANY}
 # Of OpenAI's Responses

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from deployments.schemas import ignored
+from deployments.schemas.body import Body
 from deployments.schemas.marks import REASONING, special_marks
 from deployments.schemas.tools import template_of
+from rapid.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +43,26 @@ def reasoning_format(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> R
             end = str(tokenizer.decode(prompt[-_TAIL:])).rstrip()
             return ReasoningFormat(opening, closing, end.endswith(opening), dict(special_marks(tokenizer)))
     return None
+
+
+class ThinkingOption(Body):
+    """Whether the model is to reason, where its chat template leaves that open."""
+
+    ignores = ignored.THINKING_OPTION
+
+    type: Literal["enabled", "disabled"]
+
+    def template_kwargs(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """
+        Raises:
+            InvalidRequest: the model cannot do otherwise.
+        """
+        wanted = self.type == "enabled"
+        if "enable_thinking" in template_of(tokenizer):
+            return {"enable_thinking": wanted}
+        if wanted != (reasoning_format(tokenizer, []) is not None):
+            raise InvalidRequest(f"thinking: this model {'never' if wanted else 'always'} reasons", param="thinking")
+        return {}
 
 
 class ReasoningReader:

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from deployments.config import parse_config
 from deployments.http.api import make_api
 from deployments.schemas.events import Events, Started
-from deployments.schemas.reasoning import ReasoningFormat, ReasoningReader, reasoning_format
+from deployments.schemas.reasoning import ReasoningFormat, ReasoningReader, ThinkingOption, reasoning_format
 from deployments.schemas.tools import CallFormat
+from rapid.errors import InvalidRequest
 from rapid.events import Delta, Finish, Statistics
 from rapid.sampling.grammar import Grammar, after_reasoning, regex_grammar
 
@@ -79,6 +80,24 @@ def test_a_family_is_told_by_its_template_and_the_prompt(
     by_tokens = letter_tokenizer(29)
     by_tokens.add_tokens(["[THINK]", "[/THINK]"])
     assert reasoning_format(by_tokens, [1]) == ReasoningFormat("[THINK]", "[/THINK]")
+
+
+def test_reasoning_is_switched_where_the_template_can_and_refused_by_name_elsewhere(
+    letter_tokenizer: Callable[[int], PreTrainedTokenizerFast],
+) -> None:
+    def kwargs(template: str, kind: str) -> dict[str, Any] | str | None:
+        tokenizer = letter_tokenizer(29)
+        tokenizer.chat_template = template
+        try:
+            return ThinkingOption.model_validate({"type": kind, "budget_tokens": 99}).template_kwargs(tokenizer)
+        except InvalidRequest as error:
+            return error.param
+
+    switched = "{% if enable_thinking %}<think>{% endif %}"
+    assert kwargs(switched, "enabled") == {"enable_thinking": True}
+    assert kwargs(switched, "disabled") == {"enable_thinking": False}
+    assert [kwargs("</think>", kind) for kind in ("enabled", "disabled")] == [{}, "thinking"]
+    assert [kwargs("plain", kind) for kind in ("enabled", "disabled")] == ["thinking", {}]
 
 
 class Written:
@@ -238,5 +257,6 @@ def test_every_strategy_reasons_alike_and_a_grammar_waits_for_the_end(thinking_u
         assert message["content"] == "" and message["reasoning_content"]
         details = plain["usage"]["completion_tokens_details"]
         assert details["reasoning_tokens"] == plain["usage"]["completion_tokens"]
+        assert write("autoregressive", **more, thinking={"type": "enabled"})["choices"][0]["message"] == message
         for strategy in ("lookup", "rapid", "magicdec"):
             assert write(strategy, **more)["choices"][0]["message"] == message
