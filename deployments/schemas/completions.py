@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from deployments.config import AppConfig
 from deployments.schemas import ignored
@@ -99,6 +99,11 @@ class Completion(Body):
         forms = [name for name in FORMS if name in self.model_fields_set]
         if len(forms) > 1:
             raise wrong(forms[1], f"goes without {forms[0]}")
+        for name, form in self._guided():
+            try:
+                StructuredOutputs.model_validate(form)
+            except ValidationError as error:
+                raise wrong(name, error.errors(include_url=False)[0]["msg"]) from error
         return self
 
     @model_validator(mode="after")
@@ -238,6 +243,10 @@ class Completion(Body):
 
     def _grammar(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         form = self.response_format or self.structured_outputs
-        for name, value in self.given(*_GUIDED).items():
-            form = StructuredOutputs.model_validate({name.removeprefix("guided_"): value})
+        for _, guided in self._guided():
+            form = StructuredOutputs.model_validate(guided)
         return form.grammar() if form else None
+
+    def _guided(self) -> list[tuple[str, dict[str, Any]]]:
+        """(field, what it is in the newer form) of each `guided_…` field."""
+        return [(name, {name.removeprefix("guided_"): value}) for name, value in self.given(*_GUIDED).items()]
