@@ -26,12 +26,11 @@ from rapid.engine.draft_graphs import DraftGraphs
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Pacer
 from rapid.engine.pass_clock import PassClock
-from rapid.engine.readout import Download, Draw, Drawn, Readout
-from rapid.engine.refine import Refine
-from rapid.engine.scheduler import RunningTask, chunks, in_parts, schedule, settle
+from rapid.engine.readout import Draw, Drawn
+from rapid.engine.scheduler import chunks, in_parts, schedule
 from rapid.engine.sequence import Sequence, SharedPass, Task
+from rapid.engine.tasks import BREAKING, RunningTask, RunningTasks, settle
 from rapid.engine.torch_thread import compute
-from rapid.engine.verdicts import Verify
 from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry, QueryWatcher
 from rapid.kv_cache.memory import is_out_of_memory
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# After these errors every later pass fails: a rank is gone, or the device's context is broken. (An out-of-memory error
-# is neither.)
-_BREAKING = (EngineLost, torch.AcceleratorError)
 _BETWEEN_ROUNDS = 1.0  # seconds in which a sequence that decoded is expected to decode on
 
 
@@ -85,8 +81,8 @@ class Engine:
         self._pacer = Pacer(max_batch_tokens, step_budget_ms, model.balanced_context)
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
-        self._running: list[RunningTask] = []
-        self._forward_passes = self._tokens_processed = self._out_of_memory = self._host_waits = 0
+        self._tasks = RunningTasks()
+        self._forward_passes = self._tokens_processed = self._out_of_memory = 0
         self._clock = PassClock()
         self._wake = threading.Condition()
         self._decoding = False  # whether sequences decode, in the next pass or soon
@@ -176,7 +172,7 @@ class Engine:
                 forward_passes=self._forward_passes,
                 tokens_processed=self._tokens_processed,
                 out_of_memory=self._out_of_memory,
-                host_waits=self._host_waits,
+                host_waits=self._tasks.host_waits,
                 pulse=self.pulse(),
             )
 
@@ -196,7 +192,7 @@ class Engine:
             while self._ending is None:
                 with self._wake:
                     self._update_admission()
-                    while not (self._submitted or self._running or self._ending):
+                    while not (self._submitted or self._tasks or self._ending):
                         self._wake.wait(timeout=1.0)
                         self._update_admission()
                 if self._ending is None:
@@ -219,25 +215,25 @@ class Engine:
     @torch.inference_mode()
     def _work(self) -> None:
         while self._submitted:
-            self._start(*self._submitted.popleft())
-        self._drop_unwanted()
-        if self._running:
+            self._tasks.start(*self._submitted.popleft())
+        self._tasks.drop_unwanted()
+        if self._tasks:
             with torch.cuda.device_of(self._pool.keys[0]):  # for the kernels of sampling; the thread has other engines
                 self._step()
 
     def _update_admission(self) -> None:
-        self._admission.update({running.request.sequence.id for running in self._running})
+        self._admission.update({running.request.sequence.id for running in self._tasks})
         self._decoding = self._admission.is_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
 
     def _step(self) -> None:
         """One iteration: schedule, run a pass, send the rows back, read out what is wanted of them."""
-        for running in [r for r in self._running if r.request.tokens is None]:
+        for running in [r for r in self._tasks if r.request.tokens is None]:
             # Another sequence may have computed the same prefix since the last pass.
             self._pool.adopt(running.request.sequence.cache, running.request.sequence.prompt)
             if running.num_left <= 0:
-                self._resume(running, None)
-        self._read_out()
-        scheduled = schedule(self._running, self._budget())
+                self._tasks.resume(running, None)
+        self._tasks.read_out()
+        scheduled = schedule(self._tasks, self._budget())
         if not scheduled:
             return
         reading, _ = chunks(scheduled)
@@ -251,8 +247,8 @@ class Engine:
 
     def _budget(self) -> int:
         """How many tokens the next pass may have."""
-        reading = [r.request.sequence.cache.length for r in self._running if r.request.tokens is None]
-        num_decoding = sum(r.num_left for r in self._running if r.request.tokens is not None)
+        reading = [r.request.sequence.cache.length for r in self._tasks if r.request.tokens is None]
+        num_decoding = sum(r.num_left for r in self._tasks if r.request.tokens is not None)
         return self._pacer.num_tokens(num_decoding, reading, streaming=self._decoding or num_decoding > 0)
 
     def _run(self, scheduled: list[tuple[RunningTask, int]]) -> None:
@@ -269,14 +265,14 @@ class Engine:
             return
         except Exception as error:
             no_memory = is_out_of_memory(error)
-            if isinstance(error, _BREAKING) and not no_memory:
+            if isinstance(error, BREAKING) and not no_memory:
                 raise
             parts = in_parts(scheduled) if no_memory else []
             self._out_of_memory += no_memory
             logger.warning("a forward pass over %d sequences failed", len(entries), exc_info=not parts)
             if not parts:
                 for running, _ in scheduled:
-                    self._finish(running, error)
+                    self._tasks.finish(running, error)
                 return
         if parts:  # here and not in the handler, whose exception keeps the failed pass's memory
             self._run_in_parts(parts, sum(n for _, n in scheduled))
@@ -332,59 +328,11 @@ class Engine:
                 ids = None if sequence.head is None else sequence.head.ids
                 running.readout = Draw(answer, running.request.drawing, ids)
             else:
-                self._resume(running, answer)
-        self._read_out()
-
-    def _read_out(self) -> None:
-        """Gives the tasks what they want of their rows: first what the device computes, then what the host reads."""
-        for kind in (Draw, Refine, Verify, Download):
-            wanting = [running for running in self._running if isinstance(running.readout, kind)]
-            if wanting:
-                self._compute_together(kind, wanting)
-
-    def _compute_together(self, kind: type[Readout], tasks: list[RunningTask]) -> None:
-        """Answers ``tasks``, which all want the same ``kind``. If that fails together, each is tried alone."""
-        self._host_waits += kind is Download
-        try:
-            answers: Any = kind.together([task.readout for task in tasks])  # type: ignore[misc]
-        except _BREAKING:
-            raise
-        except Exception as error:
-            if len(tasks) == 1:
-                self._finish(tasks[0], error)
-            else:
-                for task in tasks:
-                    self._compute_together(kind, [task])
-            return
-        for task, answer in zip(tasks, answers, strict=True):
-            self._resume(task, answer)
-
-    def _start(self, task: Task[Any], future: Future[Any]) -> None:
-        if not future.cancelled():
-            self._running.append(RunningTask(task, future))
-            self._resume(self._running[-1], None)
-
-    def _resume(self, running: RunningTask, answer: object) -> None:
-        try:
-            running.resume(answer)
-        except StopIteration as stop:
-            self._finish(running, stop.value)
-        except _BREAKING:
-            raise
-        except Exception as error:
-            self._finish(running, error)
-
-    def _finish(self, running: RunningTask, outcome: object) -> None:
-        self._running.remove(running)
-        settle(running.future, outcome)
-
-    def _drop_unwanted(self) -> None:
-        for running in [r for r in self._running if r.is_unwanted]:
-            running.task.close()
-            self._finish(running, SequenceClosed("the request was cancelled"))
+                self._tasks.resume(running, answer)
+        self._tasks.read_out()
 
     def _fail_everything(self) -> None:
         assert self._ending is not None
         self._admission.refuse(self._ending)
-        for future in [future for _, future in self._submitted] + [running.future for running in self._running]:
+        for future in [future for _, future in self._submitted] + [running.future for running in self._tasks]:
             settle(future, copy.copy(self._ending))

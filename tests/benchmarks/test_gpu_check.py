@@ -25,6 +25,7 @@ def test_every_step_runs_on_a_pretended_device(tmp_path: Path, monkeypatch: pyte
     assert list(steps) == [
         "device",
         "attention",
+        "fused",
         "graphs",
         "waits",
         "steps",
@@ -83,7 +84,7 @@ def test_a_measurement_that_hangs_ends_the_process_and_loses_nothing(tmp_path: P
 import threading
 from pathlib import Path
 from benchmarks.gpu_check.progress import Progress
-progress = Progress(Path({str(path)!r}), {{}}, 0.2, grace_s=0.2)
+progress = Progress(Path({str(path)!r}), {{}}, 2, grace_s=0.2)
 with progress, progress.step("step", 100):
     progress.measure("a", lambda: {{"ms": 1.0}})
     progress.measure("b", lambda: threading.Event().wait() and {{}})
