@@ -374,13 +374,15 @@ def parse_config(args: dict[str, Any], *, source: str = "args") -> AppConfig:
     try:
         return AppConfig.model_validate(args)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc'])}: {_in_words(e['type'], e['msg'])}" for e in error.errors()
-        )
-        raise ConfigError(f"{source}: {wrong}") from error
+        raise ConfigError(f"{source}: {in_words(error)}") from error
     except InvalidRequest as error:
         raise ConfigError(f"{source}: {error.message}") from error
 
 
-def _in_words(kind: str, message: str) -> str:
-    return "unknown field" if kind in ("extra_forbidden", "unexpected_keyword_argument") else message
+def in_words(error: ValidationError) -> str:
+    """Every field that is wrong, and why."""
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))}: {'unknown field' if each['type'] in unknown else each['msg']}"
+        for each in error.errors()
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deployments.cli.calibrate import retrieval
+from deployments.cli.eval import evaluation
 from deployments.cli.inputs import read_content, read_document
 from deployments.cli.shell_completion import CONFIG, auto, configs, model_names, one_of, rules, strategies
 from deployments.cli.tools import tools
@@ -286,5 +287,6 @@ def serve(
     supervise(config, verbose=verbose)
 
 
+app.add_typer(evaluation)
 app.add_typer(tools)
 app.add_typer(retrieval, name="retrieval")

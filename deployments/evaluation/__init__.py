@@ -1,0 +1,1 @@
+"""Quality and speed in one table: tasks, strategies, models and servers, and what can be told apart."""
