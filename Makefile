@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test test-triton check bench chaos load fuzz gpu-check lock clean
+.PHONY: help install models serve test test-triton check bench chaos load fuzz clients gpu-check lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -47,6 +47,9 @@ load: .venv/bench.stamp ## clients, ten minutes at capacity, a burst (about twen
 fuzz: .venv/bench.stamp ## malformed requests and schemathesis against the HTTP API (about five minutes)
 	$(BIN)/python -m benchmarks.fuzz
 
+clients: install ## popular clients at pinned versions against a server of the embedded models (about five minutes)
+	$(BIN)/python -m benchmarks.clients
+
 # Without .venv: a GPU machine may have torch, transformers and triton, and no way to install anything.
 gpu-check: ## measure everything on this machine's GPU (ten minutes; PYTHON=python3)
 	$(PYTHON) -m benchmarks.gpu_check
@@ -62,8 +65,8 @@ lock: install ## pin every dependency anew in constraints.txt
 	{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } > .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 
-clean: ## remove .venv, .venv-triton and what the tools cached (the models stay)
-	rm -rf .venv .venv-triton build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-triton, .venv-clients and what the tools cached (the models stay)
+	rm -rf .venv .venv-triton .venv-clients build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .venv/base.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make install PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

@@ -19,10 +19,9 @@ from benchmarks.common.results import DATA, write
 from deployments.builders import local_backend
 from deployments.config import parse_config
 from deployments.http.rate_limits import PUBLIC
-from deployments.schemas.completions import ChatRequest
-from deployments.schemas.events import Started
+from deployments.schemas.chat import ChatRequest
 from deployments.service import LocalService
-from rapid.events import Finish, Statistics
+from rapid.events import Delta, Finish, Statistics
 from rapid.text.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m-instruct"
@@ -89,7 +88,7 @@ async def answer(service: LocalService, request: ChatRequest) -> tuple[str, str,
     """(text, the reason of its end, its statistics)."""
     text = ""
     async for event in service.generate(request, PUBLIC):
-        text += "" if isinstance(event, Started) else event.text
+        text += event.text if isinstance(event, Delta | Finish) else ""
         if isinstance(event, Finish):
             return text, event.reason, event.statistics
     raise AssertionError("a completion ends with Finish")

@@ -22,7 +22,7 @@ from rapid.models.model import Model
 from rapid.models.tensor_parallel import follow
 from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
-from retrieval import IndexProgress, RetrievalError, Retriever
+from retrieval import IndexProgress, RetrievalError, Retriever, TextLengths
 from retrieval.calibration import calibration_of
 from retrieval.kept import KeptVectors
 
@@ -63,17 +63,29 @@ class LocalIndexingBackend(LocalBackend):
         self._retriever = retriever
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
-        try:
+        with _understood():
             async for kept in in_threads(self._retriever.keep(text, chunk_tokens, tenant)):
                 yield kept
-        except RetrievalError as error:
-            raise RetrievalFailed(f"retrieval failed: {error}") from error
 
     async def delete(self, vectors: str) -> None:
-        try:
+        with _understood():
             await asyncio.to_thread(self._retriever.delete, vectors)
-        except RetrievalError as error:
-            raise RetrievalFailed(f"retrieval failed: {error}") from error
+
+    async def text_lengths(self, texts: list[str]) -> TextLengths:
+        with _understood():
+            return await asyncio.to_thread(self._retriever.lengths, texts)
+
+    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+        with _understood():
+            return await asyncio.to_thread(self._retriever.rerank, query, texts)
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    try:
+        yield
+    except RetrievalError as error:
+        raise RetrievalFailed(f"retrieval failed: {error}") from error
 
 
 @contextmanager

@@ -8,21 +8,27 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deployments.config import AppConfig
 from deployments.datastores import Datastores
+from deployments.embedding import TextModels
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
-from deployments.schemas.completions import Completion, Health
-from deployments.schemas.events import Events, Started
+from deployments.schemas.completions import Completion
+from deployments.schemas.events import Events, PromptScored, Started
+from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.schemas.tools import call_format
 from deployments.turns import FairPool
 from rapid.errors import ContextLengthExceeded, EngineLost
 from rapid.events import Finish, Statistics
 from rapid.generate import generate_choices
-from retrieval import TenantOptions
+from rapid.prompt_logprobs import prompt_logprobs
+from retrieval import TenantOptions, TextLengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +49,9 @@ class Service(Protocol):
     async def window(self) -> int: ...
     async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized: ...
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized: ...
+    async def text_lengths(self, texts: list[str], tenant: str) -> TextLengths: ...
+    async def embed(self, texts: list[str], tenant: str) -> NDArray[np.float32]: ...
+    async def rerank(self, query: str, texts: list[str], tenant: str) -> list[float]: ...
 
 
 class LocalService:
@@ -54,6 +63,8 @@ class LocalService:
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
         files = config.files
+        models = TextModels(backend, config.target.max_queued)
+        self.text_lengths, self.embed, self.rerank = models.lengths, models.embed, models.rerank
         self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
@@ -76,15 +87,18 @@ class LocalService:
             calls = call_format(self._tokenizer) if completion.tools_in_use else None
             if completion.max_tokens == 0 and num_tokens > window:
                 raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, window=window, param="prompt")
-            yield Started(num_tokens, completion.echoed(self._tokenizer), calls)
-            if completion.max_tokens == 0:  # the answer is the prompt, which no engine has to read
-                for choice in range(completion.n):
+            reasoning = completion.reasoning(self._tokenizer, request.prompt)
+            yield Started(num_tokens, completion.echoed(self._tokenizer), calls, reasoning)
+            if (num_top := completion.num_prompt_logprobs) is not None:
+                yield PromptScored(await prompt_logprobs(request, num_top, self._backend))
+            if completion.max_tokens == 0:  # the answer is the prompt
+                for choice in range(completion.num_written):
                     statistics = Statistics(request.speculation.strategy, prompt_tokens=num_tokens)
                     yield Finish("", "length", statistics, choice=choice)
                 return
             answers: defaultdict[int, list[int]] = defaultdict(list)  # by choice
             with Trace.start(request, self._backend) as trace:
-                async with aclosing(generate_choices(request, completion.n, trace.backend)) as events:
+                async with aclosing(generate_choices(request, completion.num_written, trace.backend)) as events:
                     async for event in events:
                         if isinstance(event, Finish):
                             trace.finish(event)
@@ -123,9 +137,11 @@ class LocalService:
         """
         Raises:
             InvalidRequest: the chat template refuses the messages, or the text is far too long.
+            FileNotStored: a file of a message is not there.
         """
         special, window = self._config.special_tokens_in_text, await self.window()
-        return await self._readers.run(tenant, body.answer, self._tokenizer, window, special_tokens=special)
+        async with self.files.attachments.read(body, tenant) as (whole, _):
+            return await self._readers.run(tenant, whole.answer, self._tokenizer, window, special_tokens=special)
 
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
         """

@@ -4,7 +4,7 @@ Its modules and packages are listed from the lowest to the highest. Each one imp
 (`tests/test_imports.py`):
 
     errors strategies weights text datastore kv_cache kernels models sampling speculation engine request events output
-    backend drafters speculative_rag generate
+    backend prompt_logprobs drafters speculative_rag generate
 """
 
 import ctypes

@@ -146,6 +146,18 @@ class TokenLogprobs(NamedTuple):
     top: list[NamedToken]
 
 
+class PromptToken(NamedTuple):
+    """A token of the prompt as the target reads it, and how likely it was there; the likeliest has ``rank`` 1.
+
+    Both are None for the first token, which has nothing before it. The log-probabilities are the model's own.
+    """
+
+    token: int
+    spelled: bytes
+    logprobs: TokenLogprobs | None = None
+    rank: int | None = None
+
+
 class Delta(NamedTuple):
     """One round's outcome. ``pieces[i]`` is the text that ``tokens[i]`` completed, which may be empty.
 

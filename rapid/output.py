@@ -33,7 +33,7 @@ class OutputWriter:
         self._tokenizer, self._room = request.prompt.tokenizer, max_tokens
         self._stop_tokens = frozenset(request.stop_token_ids)
         self._ends = eos | self._stop_tokens
-        self._text = Detokenizer(self._tokenizer, request.stop, request.min_tokens)
+        self._text = Detokenizer(self._tokenizer, request.stop, request.min_tokens, request.shown_tokens)
         self._num_out = 0  # how many tokens' log-probabilities were released
         self._held: list[TokenLogprobs] = []
 

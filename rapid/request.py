@@ -19,8 +19,9 @@ class GenerationRequest:
     end of sequence is written like any other token. One of ``stop_token_ids`` ends the output in any case, and its text
     is not shown. Stop strings do not apply to the first ``min_tokens`` tokens; ``logits`` makes sure that no end of
     sequence is sampled among them. With ``num_logprobs`` each token comes with its log-probability, and with those of
-    that many most likely tokens. Only requests with the same ``salt`` share the keys and values of what they read.
-    ``datastore`` holds the texts that the request may draft from; None: there is none.
+    that many most likely tokens. Only requests with the same ``salt`` share the keys and values of what they read. Of
+    special tokens only the ``shown_tokens`` have a text. ``datastore`` holds the texts that the request may draft from;
+    None: there is none.
     """
 
     prompt: Prompt
@@ -36,4 +37,5 @@ class GenerationRequest:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     salt: str = ""
+    shown_tokens: frozenset[int] = frozenset()
     datastore: Datastore | None = None

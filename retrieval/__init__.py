@@ -15,7 +15,7 @@ process that only names options needs neither.
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.errors import RetrievalError
 from retrieval.options import METHODS, Method, RetrievalOptions, TenantOptions
-from retrieval.retriever import IndexProgress, Retrieval, RetrievedChunk, Retriever
+from retrieval.retriever import IndexProgress, Retrieval, RetrievedChunk, Retriever, TextLengths
 from retrieval.vectors import VECTORS
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "RetrievedChunk",
     "Retriever",
     "TenantOptions",
+    "TextLengths",
     "Tokenizer",
     "split",
 ]

@@ -79,6 +79,11 @@ class Embedder:
         vector: NDArray[np.float32] = self._embed([query])[0]
         return vector
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has, special tokens included."""
+        readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        return [len(ids) for ids in self._tokenizer(readable, verbose=False)["input_ids"]]
+
     def sparse(self, texts: Sequence[str]) -> list[SparseVector]:
         """Return the model's own weight of each token of each text, where it `has_sparse`."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Method = Literal["dense", "sparse", "hybrid"]
 METHODS: tuple[str, ...] = get_args(Method)
+MAX_PAIR_TOKENS = 512  # that a cross-encoder reads of a query with a passage
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from retrieval.embedding import BgeM3Embedder, load_cross_encoder
 from retrieval.errors import RetrievalError
+from retrieval.options import MAX_PAIR_TOKENS
 
 if TYPE_CHECKING:
     from retrieval.embedding import Embedder
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 Reranker = Callable[[str, Sequence[str]], list[float]]  # (query, passages) → scores, higher is better
 
 COLBERT = "colbert"
-_MAX_TOKENS = 512  # of a query with a passage
 _BATCH = {"cpu": 4, "cuda": 64}  # passages in one forward pass
 
 
@@ -42,7 +42,7 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
     model = model.to(device).eval()
     if device.startswith("cuda"):
         model = model.half()
-    how = {"truncation": True, "max_length": min(_MAX_TOKENS, tokenizer.model_max_length), "padding": True}
+    how = {"truncation": True, "max_length": min(MAX_PAIR_TOKENS, tokenizer.model_max_length), "padding": True}
 
     def rerank(query: str, passages: Sequence[str]) -> list[float]:
         query, *readable = (text.encode("utf-8", "replace").decode("utf-8") for text in (query, *passages))

@@ -20,7 +20,7 @@ from retrieval.calibration import UNCALIBRATED, Calibration
 from retrieval.chunking import Tokenizer, split
 from retrieval.deadline import TimeLeft
 from retrieval.kept import KeptVectors
-from retrieval.options import RetrievalOptions, TenantOptions
+from retrieval.options import MAX_PAIR_TOKENS, RetrievalOptions, TenantOptions
 from retrieval.vectors import VECTORS, ChunkVectors, embed_chunks, embed_query
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ class IndexProgress:
     num_chunks: int
 
 
+class TextLengths(NamedTuple):
+    """Tokens of each text, `most` of which the embedder reads; the reranker, if any, `most_with_query` of both."""
+
+    lengths: list[int]
+    most: int
+    most_with_query: int | None
+
+
 class Retriever:
     """Chunks, embeds, stores, searches and deletes, in one call. Several threads may call it.
 
@@ -140,6 +148,18 @@ class Retriever:
     ) -> Retrieval:
         """`retrieve`, for a context that was cut already: what `chunks` returned."""
         return _result(self._choose(chunks, context_tokens, query, options))
+
+    def lengths(self, texts: Sequence[str]) -> TextLengths:
+        """Return how many tokens each text has, and how many are read of it."""
+        pair = MAX_PAIR_TOKENS if self._rerank else None
+        return TextLengths(self.embedder.lengths(texts), self.embedder.max_tokens, pair)
+
+    def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+        """Return how well each text answers `query`: the reranker's score, or without one the cosine similarity."""
+        if self._rerank:
+            return self._rerank(query, texts)
+        similarities: list[float] = (self.embedder.embed(texts) @ self.embedder.embed_query(query)).tolist()
+        return similarities
 
     def chunks(self, contents: Sequence[str], options: RetrievalOptions) -> tuple[list[RetrievedChunk], int]:
         """Return the chunks of `contents` that are not blank, and the tokens of all chunks."""

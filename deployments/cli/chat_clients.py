@@ -36,13 +36,13 @@ class LocalChatClient:
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from deployments.config import PUBLIC
         from deployments.http.errors import parse
-        from deployments.schemas.completions import ChatRequest
-        from deployments.schemas.events import Started, rapid_object, usage
-        from rapid.events import Finish
+        from deployments.schemas.chat import ChatRequest
+        from deployments.schemas.events import rapid_object, usage
+        from rapid.events import Delta, Finish
 
         async with aclosing(self._service.generate(parse(ChatRequest, json.dumps(body).encode()), PUBLIC)) as events:
             async for event in events:
-                yield "" if isinstance(event, Started) else event.text
+                yield event.text if isinstance(event, Delta | Finish) else ""
                 if isinstance(event, Finish):
                     yield {"usage": usage([event.statistics]), "rapid": rapid_object(event.statistics)}
 

@@ -231,7 +231,7 @@ def _read_request(config: "AppConfig", content: str, **fields: Any) -> "Generati
     """The request that the HTTP API makes of the same fields."""
     from pydantic import ValidationError
 
-    from deployments.schemas.completions import ChatRequest
+    from deployments.schemas.chat import ChatRequest
     from rapid.text.tokenizer import load_tokenizer
 
     message = {"role": "user", "content": content}

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deployments.config import AppConfig, ConfigError, Strict, in_words
-from deployments.schemas.completions import RapidFields
+from deployments.schemas.rapid_fields import RapidFields
 from rapid.errors import InvalidRequest
 from rapid.strategies import STRATEGIES
 

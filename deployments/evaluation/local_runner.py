@@ -14,7 +14,7 @@ from deployments.datastores import Datastores
 from deployments.evaluation.config import Row, System
 from deployments.evaluation.runner import Ask, Origins, Passage, Reply, decoding, has_read
 from deployments.evaluation.weaker import weaker_copy
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import rapid_object, round_object
 from rapid.backend.local import LocalBackend
 from rapid.datastore.search import Datastore

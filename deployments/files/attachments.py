@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from deployments.config import AppConfig
 from deployments.datastores import Datastores
@@ -13,7 +13,7 @@ from deployments.files.extraction import Unreadable, extract
 from deployments.files.indexing import FileIndexer
 from deployments.files.records import name_of
 from deployments.files.store import FileStore
-from deployments.schemas.completions import ChatRequest, Completion
+from deployments.schemas.body import Body
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart
 from deployments.turns import FairPool, Turns
 from rapid.backend.protocol import Backend
@@ -47,10 +47,13 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encode_in_pieces(tokenizer, text)
 
 
-class Attached(NamedTuple):
-    """A completion with the text of its files, and the names of those texts that are stored (`Content.text_sha256`)."""
+B = TypeVar("B", bound=Body)
 
-    completion: Completion
+
+class Attached(NamedTuple, Generic[B]):
+    """A body with the text of its files, and the names of those texts that are stored (`Content.text_sha256`)."""
+
+    body: B
     texts: frozenset[str] = frozenset()
 
 
@@ -76,20 +79,21 @@ class Attachments:
         self._config, self._tokenizer = config, tokenizer
 
     @asynccontextmanager
-    async def read(self, completion: Completion, tenant: str) -> AsyncIterator[Attached]:
-        """``completion`` with the text of its files in their place, until the block ends.
+    async def read(self, body: B, tenant: str) -> AsyncIterator[Attached[B]]:
+        """``body`` with the text of its messages' files in their place, until the block ends.
 
         Raises:
             FileNotStored, InvalidRequest: ``param`` names the part.
         """
-        if not isinstance(completion, ChatRequest) or not completion.has_files:
-            yield Attached(completion)
+        sent: list[ChatMessage] = getattr(body, "messages", None) or []
+        if not any(message.has_files for message in sent):
+            yield Attached(body)
             return
         used: dict[str, str] = {}  # content to text
-        messages = [await self._read_message(i, message, tenant, used) for i, message in enumerate(completion.messages)]
+        messages = [await self._read_message(i, message, tenant, used) for i, message in enumerate(sent)]
         try:
             texts = {self._name(text, tenant) for text in used.values()}
-            yield Attached(completion.model_copy(update={"messages": messages}), frozenset(texts))
+            yield Attached(body.model_copy(update={"messages": messages}), frozenset(texts))
         finally:
             await self.forget_deleted(used, tenant)
 

@@ -18,7 +18,7 @@ from deployments.files.records import Content, FileNotStored
 from deployments.files.store import FileStore
 from rapid.backend.protocol import Backend
 from rapid.errors import ModelFileError, RetrievalFailed
-from retrieval import IndexProgress
+from retrieval import IndexProgress, TextLengths
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -39,6 +39,14 @@ class IndexingBackend(Backend, Protocol):
 
     async def delete(self, vectors: str) -> None:
         """Removes kept vectors. Raises RetrievalFailed as `keep` does."""
+        ...
+
+    async def text_lengths(self, texts: list[str]) -> TextLengths:
+        """`Retriever.lengths`. Raises RetrievalFailed as `keep` does."""
+        ...
+
+    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+        """`Retriever.rerank`. Raises RetrievalFailed as `keep` does."""
         ...
 
 

@@ -55,7 +55,8 @@ class FileStore:
             InvalidRequest: the tenant has no room for it.
         """
         name, now = name_of(data, content.salt), int(time.time())
-        file_id, stored = f"file-{uuid.uuid4().hex}", len(data) + len(text.encode())
+        # Names begin with the time, so that they are in the order of the uploads, also within a second.
+        file_id, stored = f"file-{time.time_ns():016x}{uuid.uuid4().hex[:16]}", len(data) + len(text.encode())
         expires_at = None if expires_after_s is None else now + expires_after_s
         upload = Upload(file_id, filename, purpose, len(data), now, name, stored=stored, expires_at=expires_at)
         with self._locked():  # also while the room is looked at: uploads at once must not have the same room

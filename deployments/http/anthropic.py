@@ -9,11 +9,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from deployments.http.answers import AnswerReader
 from deployments.http.errors import anthropic_error, as_rapid_error
-from deployments.schemas.completions import ChatRequest
-from deployments.schemas.events import Started, rapid_object
-from deployments.schemas.tools import CallReader
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.events import Event, Started, rapid_object
 from rapid.events import Delta, Finish, Statistics
+
+WrittenEvent = tuple[str, dict[str, Any]]
 
 
 def usage(statistics: Statistics) -> dict[str, int]:
@@ -32,66 +34,75 @@ class MessageWriter:
 
     def __init__(self, completion: ChatRequest, ignored: list[str]) -> None:
         self._completion, self._ignored = completion, ignored
-        self._calls: CallReader | None = None
-        self._called: list[dict[str, Any]] = []
-        self._num_blocks = 0
-        self._is_open = False  # whether a block of text is
+        self._answer: AnswerReader | None = None
+        self._blocks: list[dict[str, Any]] = []  # the last of them is being written while it ``_is_open``
+        self._is_open = False
         self._id = f"msg_{uuid.uuid4().hex}"
 
-    def events(self, event: Started | Delta | Finish) -> Iterator[tuple[str, dict[str, Any]]]:
+    def events(self, event: Event) -> Iterator[WrittenEvent]:
         """(type, fields) of the events of a stream for ``event``."""
         if isinstance(event, Started):
-            self._calls = CallReader(self._completion.tools_in_use, event.calls) if event.calls else None
+            self._answer = AnswerReader(self._completion, event)
             begun = {"input_tokens": event.prompt_tokens, "output_tokens": 0}
             yield "message_start", {"message": self._message([], None, None, begun)}
-            return
-        text = self._text_of(event)
-        if text:
-            if not self._is_open:
-                yield from self._begin({"type": "text", "text": ""})
-                self._is_open = True
-            yield self._delta({"type": "text_delta", "text": text})
-        if isinstance(event, Finish):
-            if self._is_open:
-                yield self._end()
-            for call in self._called:
-                function = call["function"]
-                yield from self._begin({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
-                yield self._delta({"type": "input_json_delta", "partial_json": function["arguments"]})
-                yield self._end()
-            ended = {"stop_reason": self._reason(event), "stop_sequence": _sequence(event)}
-            yield "message_delta", {"delta": ended, "usage": usage(event.statistics)} | self._rapid(event.statistics)
-            yield "message_stop", {}
+        elif isinstance(event, Delta | Finish) and self._answer is not None:
+            said = self._answer.read(event)
+            yield from self._say("thinking", said.reasoning)
+            yield from self._say("text", said.text)
+            if isinstance(event, Finish):
+                yield from self._end()
+                for call in self._answer.calls:
+                    yield from self._call(call["id"], **call["function"])
+                ended = {"stop_reason": self._reason(event), "stop_sequence": _sequence(event)}
+                more = self._rapid(event.statistics)
+                yield "message_delta", {"delta": ended, "usage": usage(event.statistics)} | more
+                yield "message_stop", {}
 
-    def whole(self, events: list[Started | Delta | Finish]) -> dict[str, Any]:
+    def whole(self, events: list[Event]) -> dict[str, Any]:
         """The whole message."""
-        text = ""
         for event in events:
-            if isinstance(event, Started):
-                self._calls = CallReader(self._completion.tools_in_use, event.calls) if event.calls else None
-            else:
-                text += self._text_of(event)
+            for _ in self.events(event):  # which fill the blocks
+                pass
         finish = events[-1]
         assert isinstance(finish, Finish)
-        blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not self._called else []
-        for call in self._called:
-            function = call["function"]
-            given = json.loads(function["arguments"])
-            blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": given})
+        blocks = self._blocks or [{"type": "text", "text": ""}]
         message = self._message(blocks, self._reason(finish), _sequence(finish), usage(finish.statistics))
         return message | self._rapid(finish.statistics)
 
-    def _text_of(self, event: Delta | Finish) -> str:
-        text = self._calls.push(event.text) if self._calls else event.text
-        if isinstance(event, Finish) and self._calls:
-            rest, self._called = self._calls.finish()
-            text += rest
-        return text
+    def _say(self, kind: str, text: str) -> Iterator[WrittenEvent]:
+        """``text`` as more of the open block, if that is of this ``kind``, or as the beginning of a new one."""
+        if not text:
+            return
+        if not self._is_open or self._blocks[-1]["type"] != kind:
+            yield from self._end()
+            # Only its own server could check a signature, and this one reads no thinking again.
+            yield self._begin({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
+            self._is_open = True
+        self._blocks[-1][kind] += text
+        yield self._delta({"type": f"{kind}_delta", kind: text})
+
+    def _call(self, call_id: str, *, name: str, arguments: str) -> Iterator[WrittenEvent]:
+        yield self._begin({"type": "tool_use", "id": call_id, "name": name, "input": {}})
+        self._blocks[-1]["input"] = json.loads(arguments)
+        yield self._delta({"type": "input_json_delta", "partial_json": arguments})
+        yield "content_block_stop", {"index": len(self._blocks) - 1}
+
+    def _begin(self, block: dict[str, Any]) -> WrittenEvent:
+        self._blocks.append(dict(block))
+        return "content_block_start", {"index": len(self._blocks) - 1, "content_block": block}
+
+    def _delta(self, delta: dict[str, Any]) -> WrittenEvent:
+        return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
+
+    def _end(self) -> Iterator[WrittenEvent]:
+        if self._is_open:
+            yield "content_block_stop", {"index": len(self._blocks) - 1}
+        self._is_open = False
 
     def _reason(self, finish: Finish) -> str:
         if finish.reason == "length":
             return "max_tokens"
-        if self._called:
+        if self._answer and self._answer.calls:
             return "tool_use"
         return "end_turn" if _sequence(finish) is None else "stop_sequence"
 
@@ -110,23 +121,13 @@ class MessageWriter:
     def _rapid(self, statistics: Statistics) -> dict[str, Any]:
         return {"rapid": rapid_object(statistics) | {"ignored": self._ignored}}
 
-    def _begin(self, block: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        yield "content_block_start", {"index": self._num_blocks, "content_block": block}
-
-    def _delta(self, delta: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        return "content_block_delta", {"index": self._num_blocks, "delta": delta}
-
-    def _end(self) -> tuple[str, dict[str, Any]]:
-        self._num_blocks += 1
-        return "content_block_stop", {"index": self._num_blocks - 1}
-
 
 def _sequence(finish: Finish) -> str | None:
     return finish.stop if isinstance(finish.stop, str) else None
 
 
 async def server_sent_message(
-    writer: MessageWriter, events: AsyncGenerator[Started | Delta | Finish | None, None]
+    writer: MessageWriter, events: AsyncGenerator[Event | None, None]
 ) -> AsyncGenerator[str, None]:
     """The message as server-sent events, with a ping for each None."""
 

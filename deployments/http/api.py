@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from deployments.config import AppConfig
 from deployments.http.access import guard
 from deployments.http.anthropic import MessageWriter, server_sent_message
+from deployments.http.embeddings import add_embedding_routes
 from deployments.http.errors import as_chat, handle_errors, read
 from deployments.http.files import add_file_routes
 from deployments.http.openapi import ERRORS, Message, TokenCount, complete, describe_body
@@ -26,8 +27,11 @@ from deployments.http.several import answered_together
 from deployments.http.streaming import begun, streamed
 from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.anthropic import CountTokens, MessagesRequest
-from deployments.schemas.completions import ChatRequest, Completion, Health, TextRequest
-from deployments.schemas.events import Events, usage
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
+from deployments.schemas.events import Events
+from deployments.schemas.health import Health
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.turns import Turns
 from rapid.errors import ModelNotFound
@@ -63,13 +67,13 @@ def make_api(
     def events_of(completion: Completion, request: Request) -> Events:
         check_model(completion.model)
         charge = charge_of(request)
-        new_tokens = completion.n * (completion.tokens_to_write() or config.default_max_tokens)
+        new_tokens = completion.num_written * (completion.tokens_to_write() or config.default_max_tokens)
 
         def answer(one: Completion) -> Events:
-            return _admitted(service.generate(one, charge.client.tenant), places, charge.client.name, one.n)
+            return _admitted(service.generate(one, charge.client.tenant), places, charge.client.name, one.num_written)
 
         answers = [partial(answer, one) for one in completion.each()]
-        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.n)
+        events = answers[0]() if len(answers) == 1 else answered_together(answers, completion.num_written)
         events = charge.counted(events, new_tokens * len(answers))
         return observer.generation(completion, events)
 
@@ -101,6 +105,7 @@ def make_api(
         counted = TokenizeRequest(messages=chat.messages, tools=chat.tools)
         return TokenCount(input_tokens=(await service.tokenize(counted, client_of(request).tenant)).count)
 
+    add_embedding_routes(app, config, service)
     add_response_routes(app, config, service, events_of)
 
     async def model() -> dict[str, Any]:
@@ -165,4 +170,4 @@ async def _answer(completion: Completion, events: Events) -> Response:
         return streamed(server_sent(formatter, await begun(events)))
     async with aclosing(events):
         body = formatter.whole([event async for event in events])
-    return JSONResponse({**body, "usage": usage(*formatter.statistics), **formatter.summary()})
+    return JSONResponse({**body, "usage": formatter.usage(), **formatter.summary()})

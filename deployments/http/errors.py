@@ -20,8 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from deployments.http.not_served import absent
 from deployments.schemas.body import BELONGS
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from rapid.errors import InvalidRequest, RapidError
 
 T = TypeVar("T", bound=BaseModel)
@@ -87,7 +88,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+    what = {404: absent(request.url.path), 405: f"{request.url.path} does not take {request.method}"}
     shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
     headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
     return JSONResponse(_object_of(request.url.path, shown), status_code=error.status_code, headers=headers)

@@ -6,12 +6,13 @@ so they are described here; the form of an upload is described in `deployments.h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 
-from rapid.events import Statistics
+from rapid.events import Statistics, Transfer
 
 REF = "#/components/schemas/{model}"
 
@@ -29,6 +30,27 @@ class ErrorBody(BaseModel):
     """Every answer with a status of 400 or more, and the `error` event of a stream."""
 
     error: Error
+
+
+class MessageError(BaseModel):
+    """An error in words; ``type`` is Anthropic's."""
+
+    type: str
+    message: str
+
+
+class MessageErrorBody(BaseModel):
+    """The same of `/v1/messages`, in Anthropic's form."""
+
+    type: str
+    error: MessageError
+
+
+@dataclass
+class RapidObject(Statistics):
+    """The `rapid` object of an answer; `transfer` where η was chosen."""
+
+    transfer: Transfer | None = None  # type: ignore[assignment]
 
 
 class Usage(BaseModel):
@@ -56,7 +78,7 @@ class Answer(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    rapid: Statistics
+    rapid: RapidObject
 
 
 class Message(BaseModel):
@@ -71,7 +93,7 @@ class Message(BaseModel):
     stop_reason: str | None
     stop_sequence: str | None
     usage: dict[str, int]
-    rapid: Statistics
+    rapid: RapidObject
 
 
 class ResponseObject(BaseModel):
@@ -83,7 +105,7 @@ class ResponseObject(BaseModel):
     status: str
     model: str
     output: list[dict[str, Any]]
-    rapid: Statistics
+    rapid: RapidObject
 
 
 class TokenCount(BaseModel):
@@ -96,6 +118,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many (429)"},
     503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},
 }
+
+MESSAGE_ERRORS = {status: told | {"model": MessageErrorBody} for status, told in ERRORS.items()}
 
 # One server-sent event. Its data is a chunk of the answer, [DONE], or an `ErrorBody` where the event is `error`.
 EVENT = {
@@ -116,7 +140,8 @@ def describe_body(body: type[BaseModel], *, streams: bool = False, answer: type[
             "description": "The answer; with `stream`, chunks of it as server-sent events, `data: [DONE]` at the end",
             "content": {"text/event-stream": {"schema": EVENT}},
         }
-    return {"openapi_extra": {"requestBody": described}, "responses": ERRORS | responses}
+    errors = MESSAGE_ERRORS if answer in (Message, TokenCount) else ERRORS
+    return {"openapi_extra": {"requestBody": described}, "responses": errors | responses}
 
 
 def _allow_null(schema: dict[str, Any]) -> None:

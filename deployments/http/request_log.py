@@ -24,7 +24,7 @@ from deployments.config import AppConfig
 from deployments.http.errors import as_rapid_error, error_response
 from deployments.observability.metrics import RequestMetrics
 from deployments.schemas.completions import Completion
-from deployments.schemas.events import Events, Started, rapid_object
+from deployments.schemas.events import Events, PromptScored, Started, rapid_object
 from rapid.events import Finish, Statistics
 
 logger = logging.getLogger("ray.serve")
@@ -92,7 +92,7 @@ class Observer:
         try:
             async with aclosing(events):
                 async for event in events:
-                    if isinstance(event, Started):
+                    if isinstance(event, Started | PromptScored):
                         yield event
                         continue
                     choice = choices[event.choice]

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
+from deployments.http.answers import AnswerReader, Said
 from deployments.http.errors import server_sent_error
-from deployments.schemas.completions import ChatRequest, Completion
-from deployments.schemas.events import Started, rapid_object, round_object, usage
-from deployments.schemas.tools import CallReader
-from rapid.events import Delta, Finish, NamedToken, Statistics, TokenLogprobs
+from deployments.http.logprobs import TextLogprobs, chat_logprobs, joined, prompt_logprobs
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
+from deployments.schemas.events import Event, PromptScored, Started, rapid_object, round_object, usage
+from deployments.schemas.text import TextRequest
+from rapid.events import Delta, Finish, PromptToken, Statistics, TokenLogprobs
 
 
 class Choice:
     """One choice of an answer: turns its events into text, calls and log-probabilities."""
 
     def __init__(self, completion: Completion, started: Started) -> None:
-        self.is_chat = isinstance(completion, ChatRequest)
-        self.has_logprobs = completion.num_logprobs is not None
-        self._calls = CallReader(completion.tools_in_use, started.calls) if started.calls else None
-        self._called: list[dict[str, Any]] = []
+        self._completion, self.echoed = completion, started.echoed
+        self._is_chat = isinstance(completion, ChatRequest)
+        self._has_logprobs, self._logprobs = completion.num_logprobs is not None, TextLogprobs()
+        self.answer = AnswerReader(completion, started)
         self._is_legacy = isinstance(completion, ChatRequest) and bool(completion.functions)
-        self._offset, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("ignore")
         self._traced: list[dict[str, float]] = []  # the chunks that the trace has named
         self.statistics: Statistics | None = None  # at the end
 
-    def text_of(self, event: Delta | Finish) -> str:
-        """The text of ``event`` that is not part of a call."""
-        text = self._calls.push(event.text) if self._calls else event.text
+    def read(self, event: Delta | Finish) -> Said:
+        """What ``event`` adds to the answer."""
         if isinstance(event, Finish):
             self.statistics = event.statistics
-            if self._calls:
-                rest, self._called = self._calls.finish()
-                text += rest
-        return text
+        return self.answer.read(event)
 
     def round(self, delta: Delta) -> dict[str, Any]:
         """The trace of ``delta``; the retrieved chunks are in it where they changed."""
@@ -48,45 +46,33 @@ class Choice:
 
     def calls(self, *, in_stream: bool = False) -> dict[str, Any]:
         """The calls as fields of a message, or of a stream's delta; empty before the end of the choice."""
-        if not self._called:
+        called = self.answer.calls
+        if not called:
             return {}
         if self._is_legacy:
-            return {"function_call": self._called[0]["function"]}
-        return {"tool_calls": [{"index": i, **call} if in_stream else call for i, call in enumerate(self._called)]}
+            return {"function_call": called[0]["function"]}
+        return {"tool_calls": [{"index": i, **call} if in_stream else call for i, call in enumerate(called)]}
 
     def reason(self, finish: Finish) -> str:
         called = "function_call" if self._is_legacy else "tool_calls"
-        return called if self._called and finish.reason == "stop" else finish.reason
+        return called if self.answer.calls and finish.reason == "stop" else finish.reason
 
     def logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         """``entries`` in the endpoint's form; None where the request asks for none."""
-        if not self.has_logprobs:
+        if not self._has_logprobs:
             return None
-        if self.is_chat:
-            content = [_token(chosen) | {"top_logprobs": [_token(t) for t in top]} for chosen, top in entries]
-            return {"content": content, "refusal": None}
-        offsets = []
-        for chosen, _ in entries:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(chosen.spelled))
-        return {
-            "tokens": [_spelled(chosen) for chosen, _ in entries],
-            "token_logprobs": [chosen.logprob for chosen, _ in entries],
-            "top_logprobs": [{_spelled(t): t.logprob for t in (*top, chosen)} for chosen, top in entries],
-            "text_offset": offsets,
-        }
+        return chat_logprobs(entries) if self._is_chat else self._logprobs.written(entries)
 
-
-def _spelled(token: NamedToken) -> str:
-    """A token's text; where its bytes are no whole characters, the bytes as OpenAI writes them."""
-    try:
-        return token.spelled.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.spelled)
-
-
-def _token(token: NamedToken) -> dict[str, Any]:
-    return {"token": _spelled(token), "logprob": token.logprob, "bytes": list(token.spelled)}
+    def prompt(self, tokens: list[PromptToken]) -> dict[str, Any]:
+        """What the choice says of the prompt's ``tokens``: its text with their log-probabilities, and vLLM's list."""
+        completion, shown = self._completion, dict[str, Any]()
+        if isinstance(completion, TextRequest) and completion.echo:
+            shown = {"text": self.echoed, "logprobs": None}
+            if self._has_logprobs:
+                shown["logprobs"] = self._logprobs.echoed(tokens, self.echoed)
+        if isinstance(completion, TextRequest) and completion.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = prompt_logprobs(tokens)
+        return shown
 
 
 class ResponseFormatter:
@@ -99,8 +85,8 @@ class ResponseFormatter:
         self.completion = completion
         self.is_chat = isinstance(completion, ChatRequest)
         self.choices: dict[int, Choice] = {}  # of the prompts that are known to be read
-        self._num_choices = completion.n * completion.num_prompts
-        self._echoed: dict[int, str] = {}
+        self._num_choices = completion.num_written * completion.num_prompts
+        self._scored: dict[int, list[PromptToken]] = {}  # of each choice's prompt
         self._num_read = self._num_written = 0
         self._id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
@@ -108,7 +94,7 @@ class ResponseFormatter:
     @property
     def statistics(self) -> list[list[Statistics]]:
         """Of the choices that have ended, by prompt."""
-        n = self.completion.n
+        n = self.completion.num_written
         ended = {i: choice.statistics for i, choice in sorted(self.choices.items()) if choice.statistics is not None}
         return [
             own for p in range(self.completion.num_prompts) if (own := [s for i, s in ended.items() if i // n == p])
@@ -121,58 +107,84 @@ class ResponseFormatter:
 
     def begin(self, started: Started) -> list[dict[str, Any]]:
         """The chunks before any text of a prompt's choices: the role of a chat, the echoed prompt of a completion."""
-        n = self.completion.n
-        indices = range(started.prompt * n, (started.prompt + 1) * n)
+        indices = self._of_prompt(started.prompt)
         self.choices |= {i: Choice(self.completion, started) for i in indices}
-        self._echoed |= dict.fromkeys(indices, started.echoed)
         self._num_read += started.prompt_tokens
         if self.is_chat:
             return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}) for i in indices]
-        return [self._chunk(i, {"text": started.echoed, "logprobs": None}) for i in indices if started.echoed]
+        if not started.echoed or self.completion.num_prompt_logprobs is not None:  # it comes with these
+            return []
+        return [self._chunk(i, {"text": started.echoed, "logprobs": None}) for i in indices]
 
-    def chunks(self, event: Started | Delta | Finish) -> list[dict[str, Any]]:
+    def _of_prompt(self, prompt: int) -> range:
+        """The choices of a prompt."""
+        n = self.completion.num_written
+        return range(prompt * n, (prompt + 1) * n)
+
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The chunks of a stream for ``event``."""
         if isinstance(event, Started):
             return self.begin(event)
+        if isinstance(event, PromptScored):
+            asked = [(i, self.choices[i].prompt(event.tokens)) for i in self._of_prompt(event.prompt)]
+            return [self._chunk(i, {"text": "", "logprobs": None} | shown) for i, shown in asked]
         index, choice = event.choice, self.choices[event.choice]
         self._num_written += len(event.tokens) if isinstance(event, Delta) else 0
-        text, logprobs = choice.text_of(event), choice.logprobs(event.logprobs)
+        said, logprobs = choice.read(event), choice.logprobs(event.logprobs)
         sent = []
         traced = choice.round(event) if isinstance(event, Delta) and self.completion.rapid.trace else {}
-        if text or event.logprobs or traced:
-            sent.append(self._part(index, text, logprobs) | traced)
+        if any(said) or event.logprobs or traced:
+            sent.append(self._part(index, said, logprobs) | traced)
         if isinstance(event, Finish):
             if calls := choice.calls(in_stream=True):
                 sent.append(self._chunk(index, {"delta": calls, "logprobs": None}))
-            sent.append(self._part(index, "", None, choice.reason(event), event.statistics))
+            sent.append(self._part(index, Said("", ""), None, choice.reason(event), event.statistics))
         return sent
 
-    def whole(self, events: list[Started | Delta | Finish]) -> dict[str, Any]:
+    def whole(self, events: list[Event]) -> dict[str, Any]:
         """The whole answer. The ``events`` of each choice are in order."""
         by_choice: dict[int, list[Delta | Finish]] = {i: [] for i in range(self._num_choices)}
         for event in events:
             if isinstance(event, Started):
                 self.begin(event)
+            elif isinstance(event, PromptScored):
+                self._scored |= dict.fromkeys(self._of_prompt(event.prompt), event.tokens)
             else:
                 by_choice[event.choice].append(event)
         kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._body(kind, *map(self._whole, by_choice.values()))
+        chosen = [self._best([by_choice[i] for i in self._of_prompt(p)]) for p in range(self.completion.num_prompts)]
+        return self._body(kind, *(self._whole(i, one) for i, one in enumerate(chain.from_iterable(chosen))))
 
-    def _whole(self, events: list[Delta | Finish]) -> dict[str, Any]:
+    def _best(self, choices: list[list[Delta | Finish]]) -> list[list[Delta | Finish]]:
+        """The ``n`` of a prompt's ``choices`` whose tokens are the likeliest on average, the best first."""
+        if len(choices) == self.completion.n:
+            return choices
+        return sorted(choices, key=_mean_logprob, reverse=True)[: self.completion.n]
+
+    def _whole(self, index: int, events: list[Delta | Finish]) -> dict[str, Any]:
         finish = events[-1]
         assert isinstance(finish, Finish)
         choice = self.choices[finish.choice]
-        text = "".join(choice.text_of(event) for event in events)
-        shown: dict[str, Any] = {"text": self._echoed[finish.choice] + text}
+        said = [choice.read(event) for event in events]
+        text, reasoning = "".join(each.text for each in said), "".join(each.reasoning for each in said)
+        prompt = choice.prompt(self._scored[finish.choice]) if finish.choice in self._scored else {}
+        logprobs = choice.logprobs([entry for event in events for entry in event.logprobs])
+        if logprobs and prompt.get("logprobs"):
+            logprobs = joined([prompt["logprobs"], logprobs])
+        shown: dict[str, Any] = prompt | {"text": choice.echoed + text, "logprobs": logprobs}
         if self.is_chat:
             calls = choice.calls()
             message = {"role": "assistant", "content": text if text or not calls else None}
-            shown = {"message": message | calls}
-        shown["logprobs"] = choice.logprobs([entry for event in events for entry in event.logprobs])
-        return self._choice(finish.choice, shown, choice.reason(finish), finish.statistics)
+            if reasoning:
+                message["reasoning_content"] = reasoning
+            shown = {"message": message | calls, "logprobs": logprobs}
+        return self._choice(index, shown, choice.reason(finish), finish.statistics)
 
-    def _part(self, index: int, text: str, logprobs: Any, reason: str | None = None, own: Any = None) -> dict[str, Any]:
-        shown = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
+    def _part(
+        self, index: int, said: Said, logprobs: Any, reason: str | None = None, own: Any = None
+    ) -> dict[str, Any]:
+        delta = {"reasoning_content": said.reasoning, "content": said.text}
+        shown = {"delta": {k: v for k, v in delta.items() if v}} if self.is_chat else {"text": said.text}
         return self._chunk(index, shown | {"logprobs": logprobs}, reason, own)
 
     def _chunk(self, index: int, shown: dict[str, Any], reason: str | None = None, own: Any = None) -> dict[str, Any]:
@@ -197,6 +209,12 @@ class ResponseFormatter:
     def _kind_of_chunk(self) -> str:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
+    def usage(self) -> dict[str, Any]:
+        """The usage of the whole answer."""
+        thought = [choice.answer.reasoning_tokens for choice in self.choices.values()]
+        details = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}} if any(thought) else {}
+        return usage(*self.statistics) | details
+
     def usage_so_far(self) -> dict[str, int]:
         """The usage while the answer is written."""
         read, written = self._num_read, self._num_written
@@ -204,7 +222,7 @@ class ResponseFormatter:
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream whose `stream_options` ask for the usage."""
-        return self._body(self._kind_of_chunk) | {"usage": usage(*self.statistics)} | self.summary()
+        return self._body(self._kind_of_chunk) | {"usage": self.usage()} | self.summary()
 
     def summary(self) -> dict[str, Any]:
         """The `rapid` object of an answer with one choice."""
@@ -214,8 +232,13 @@ class ResponseFormatter:
         return rapid_object(own) | {"ignored": self.completion.ignored}
 
 
+def _mean_logprob(events: list[Delta | Finish]) -> float:
+    logprobs = [entry.chosen.logprob for event in events for entry in event.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
+
+
 async def server_sent(
-    formatter: ResponseFormatter, events: AsyncGenerator[Started | Delta | Finish | None, None]
+    formatter: ResponseFormatter, events: AsyncGenerator[Event | None, None]
 ) -> AsyncGenerator[str, None]:
     """The answer as server-sent events, with a comment for each None. The `rapid` object is on the last chunk."""
     options = formatter.completion.stream_options

@@ -15,7 +15,7 @@ from deployments.http.openapi import ERRORS, ResponseObject, describe_body
 from deployments.http.rate_limits import client_of
 from deployments.http.response_writer import ResponseWriter, server_sent_response
 from deployments.http.streaming import begun, streamed
-from deployments.schemas.completions import ChatRequest
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Events
 from deployments.schemas.messages import ChatMessage
 from deployments.schemas.responses import ResponsesRequest

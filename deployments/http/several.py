@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
-from deployments.schemas.events import Events, Started
-from rapid.events import Delta, Finish
+from deployments.schemas.events import Event, Events, PromptScored, Started
 
 _AT_ONCE = 4  # prompts of one request: it must not fill the engine's places
 
@@ -18,13 +17,13 @@ async def answered_together(answers: Sequence[Callable[[], Events]], num_choices
     The choices of answer i count from i · ``num_choices`` on, and its `Started` says which prompt it is. The first
     error ends all of them.
     """
-    told: asyncio.Queue[Started | Delta | Finish | None] = asyncio.Queue(maxsize=_AT_ONCE)
+    told: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=_AT_ONCE)
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def tell(i: int, answer: Callable[[], Events]) -> None:
         async with places, aclosing(answer()) as events:
             async for event in events:
-                if isinstance(event, Started):
+                if isinstance(event, Started | PromptScored):
                     await told.put(event._replace(prompt=i))
                 else:
                     await told.put(event._replace(choice=event.choice + i * num_choices))

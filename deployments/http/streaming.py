@@ -10,8 +10,7 @@ from typing import TypeVar
 from fastapi.responses import StreamingResponse
 
 from deployments.heartbeat import beating
-from deployments.schemas.events import Events, Started
-from rapid.events import Delta, Finish
+from deployments.schemas.events import Event, Events
 
 T = TypeVar("T")
 
@@ -25,7 +24,7 @@ def streamed(sent: AsyncGenerator[str, None]) -> StreamingResponse:
     return StreamingResponse(sent, media_type="text/event-stream", headers=_HEADERS)
 
 
-async def begun(events: Events) -> AsyncGenerator[Started | Delta | Finish | None, None]:
+async def begun(events: Events) -> AsyncGenerator[Event | None, None]:
     """``events``, with None whenever there was none for a while; returned when the headers may be sent.
 
     An error that comes at once, as when there is no room, is raised, and gets its own status. Later errors come with

@@ -1,6 +1,6 @@
 """The body of Anthropic's `POST /v1/messages`, and the chat that it asks for.
 
-The chat is answered as any other (`deployments.schemas.completions.ChatRequest`). Fields are strict as there.
+The chat is answered as any other (`deployments.schemas.chat.ChatRequest`). Fields are strict as there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pydantic import Discriminator, Field, model_validator
 
 from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, AtMost, Body, wrong
-from deployments.schemas.completions import ChatRequest, RapidFields
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart, FileReference, TextPart
+from deployments.schemas.rapid_fields import RapidFields
+from deployments.schemas.reasoning import ThinkingOption
 from deployments.schemas.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
 
 
@@ -155,10 +157,6 @@ class MessagesToolChoice(Body):
         return {"any": "required"}.get(self.type, self.type)
 
 
-class NoThinking(Body):
-    type: Literal["disabled"]
-
-
 class _Turns(Body):
     """What is said, and what may be called: the fields that are counted."""
 
@@ -167,7 +165,7 @@ class _Turns(Body):
     system: str | Annotated[list[TextBlock], AtMost(1024)] = ""
     tools: Annotated[list[MessagesTool], AtMost(256)] = Field(default_factory=list)
     tool_choice: MessagesToolChoice = MessagesToolChoice(type="auto")
-    thinking: NoThinking | None = None
+    thinking: ThinkingOption | None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of a chat that both bodies ask for."""
@@ -175,7 +173,7 @@ class _Turns(Body):
         messages = [ChatMessage(role="system", content=system)] if system else []
         for turn in self.messages:
             messages += turn.as_messages()
-        fields: dict[str, Any] = {"model": self.model, "messages": messages}
+        fields: dict[str, Any] = {"model": self.model, "messages": messages, **self.given("thinking")}
         if self.tools:
             fields["tools"] = [tool.as_tool() for tool in self.tools]
             fields["tool_choice"] = self.tool_choice.as_choice()

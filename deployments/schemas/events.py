@@ -6,28 +6,39 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from deployments.schemas.reasoning import ReasoningFormat
 from deployments.schemas.tools import CallFormat
-from rapid.events import Delta, Finish, Statistics
+from rapid.events import Delta, Finish, PromptToken, Statistics
 
 
 class Started(NamedTuple):
     """The first event of an answer: its prompt is known, and the target begins to read it.
 
     ``echoed`` is the part of the prompt that is repeated before the answer. ``calls`` is the format of calls, where the
-    model may call tools. ``prompt`` is the number of the prompt among the request's.
+    model may call tools, and ``reasoning`` that of reasoning, where it has one. ``prompt`` is the number of the prompt
+    among the request's.
     """
 
     prompt_tokens: int
     echoed: str = ""
     calls: CallFormat | None = None
+    reasoning: ReasoningFormat | None = None
+    prompt: int = 0
+
+
+class PromptScored(NamedTuple):
+    """How likely the target finds the tokens of a prompt, where the request asks for it."""
+
+    tokens: list[PromptToken]
     prompt: int = 0
 
 
 # The origin of accepted tokens, by the drafter that proposed them, where it is no drafter's model.
 ORIGINS = {"lookup": "lookup", "datastore": "datastore", "self": "self", "hierarchy": "self"}
 
-# For each prompt: `Started`, then a `Delta` a round, and a `Finish` for each choice
-Events = AsyncGenerator[Started | Delta | Finish, None]
+# For each prompt: `Started`, `PromptScored` where that is asked for, a `Delta` a round, and a `Finish` for each choice
+Event = Started | PromptScored | Delta | Finish
+Events = AsyncGenerator[Event, None]
 
 
 def rapid_object(statistics: Statistics) -> dict[str, Any]:

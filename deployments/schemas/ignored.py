@@ -52,9 +52,11 @@ CHAT: Ignorable = {
     "reasoning_effort": ANY,
     "verbosity": ANY,
     "best_of": [1],
+    "include_reasoning": [True],
     "modalities": [["text"]],
 }
-TEXT: Ignorable = {**COMPLETION, "suffix": [""]}
+TEXT: Ignorable = COMPLETION
+EMBEDDINGS: Ignorable = _OPENAI
 STREAM_OPTIONS: Ignorable = {"include_obfuscation": ANY}
 # What servers put into their answers, and chat interfaces into their histories
 MESSAGE: Ignorable = {
@@ -72,6 +74,7 @@ TOOL: Ignorable = {"cache_control": ANY}
 TOOL_CALL: Ignorable = {"index": ANY}
 # Anthropic's
 BLOCK: Ignorable = {**PART, "citations": ANY}
+THINKING_OPTION: Ignorable = {"budget_tokens": ANY}
 THINKING: Ignorable = {"data": ANY, "signature": ANY, "thinking": ANY}
 MESSAGES: Ignorable = {"container": ANY, "metadata": ANY, "service_tier": ANY}
 # Of OpenAI's Responses

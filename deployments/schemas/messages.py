@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from deployments.schemas import ignored
 from deployments.schemas.body import AtMost, Body, wrong
+from deployments.schemas.marks import MISTRAL
 from deployments.schemas.told_tools import with_tools_told
 from deployments.schemas.tools import (
     CalledFunction,
@@ -20,6 +21,7 @@ from deployments.schemas.tools import (
     ToolCall,
     call_format,
     has_place_for_tools,
+    short_id,
     template_of,
 )
 from rapid.errors import InvalidRequest
@@ -117,6 +119,10 @@ class ChatMessage(Body):
         legacy = self.function_call
         return [*self.tool_calls, *([ToolCall(id=f"call_{legacy.name}", function=legacy)] if legacy else [])]
 
+    @property
+    def has_files(self) -> bool:
+        return isinstance(self.content, list) and any(isinstance(part, FilePart) for part in self.content)
+
     def as_json(self) -> dict[str, Any]:
         """The message as a client would send it."""
         return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
@@ -133,12 +139,19 @@ class ChatMessage(Body):
         text, documents = "", []
         for i, part in enumerate(self.content):
             if isinstance(part, FilePart):
-                raise InvalidRequest("files are read in chats, and not here", param="messages")
+                raise InvalidRequest("a file was not read", param="messages")
             text += "\n\n" if i else ""
             if isinstance(part, DocumentText):
                 documents.append((len(text), len(text) + len(part.text)))
             text += part.text
         return Message(role, text, more, tuple(documents))
+
+
+def _with_short_ids(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a message, with calls named as Mistral's templates want it."""
+    calls = [{**call, "id": short_id(call["id"])} for call in more.get("tool_calls", [])]
+    result = {"tool_call_id": short_id(more["tool_call_id"])} if more.get("tool_call_id") else {}
+    return {**more, **result} | ({"tool_calls": calls} if calls else {})
 
 
 def read_messages(
@@ -169,6 +182,8 @@ def read_messages(
             field = f"chat_template_kwargs.{name}"
             raise InvalidRequest(f"{field}: this model's chat template takes no such variable", param=field)
     turns = [message.as_message() for message in messages]
+    if MISTRAL in template_of(tokenizer):
+        turns = [turn._replace(more=_with_short_ids(turn.more)) for turn in turns]
     described = [tool.model_dump(exclude_unset=True) for tool in tools]
     if tools:
         call_format(tokenizer)

@@ -9,8 +9,10 @@ from pydantic import Discriminator, Field, Tag
 
 from deployments.schemas import ignored
 from deployments.schemas.body import MAX_NAME, AtMost, Body
-from deployments.schemas.completions import ChatRequest, RapidFields, StreamOptions
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import StreamOptions
 from deployments.schemas.messages import ChatMessage, FilePart, FileReference, TextPart
+from deployments.schemas.rapid_fields import RapidFields
 from deployments.schemas.response_format import AsObject, AsSchema, AsText, JsonSchema
 from deployments.schemas.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
 

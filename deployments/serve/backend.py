@@ -27,7 +27,7 @@ from rapid.engine.messages import EngineStats, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, Overloaded, RapidError, RetrievalFailed
 from rapid.models.info import ModelInfo
 from rapid.speculation.learned import History
-from retrieval import IndexProgress, RetrievalError
+from retrieval import IndexProgress, RetrievalError, TextLengths
 
 _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new replica has to load its model
 _LEASE_TIMEOUT_S = 5.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
@@ -114,17 +114,28 @@ class RayBackend:
         return retrieval
 
     async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = await self._of_retriever("embed", texts)
+        return vectors
+
+    async def text_lengths(self, texts: list[str]) -> TextLengths:
+        lengths: TextLengths = await self._of_retriever("text_lengths", texts)
+        return lengths
+
+    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+        scores: list[float] = await self._of_retriever("rerank", query, texts)
+        return scores
+
+    async def _of_retriever(self, method: str, *args: Any) -> Any:
         if refusal := self._retrieving.refusal():
             raise refusal
-        embedded = self._retriever.embed.remote(texts)
+        answer = getattr(self._retriever, method).remote(*args)
         with _retrieving(self._retrieving):
             try:
                 async with asyncio.timeout(_DELETE_TIMEOUT_S):
-                    vectors: NDArray[np.float32] = await embedded
+                    return await answer
             except BaseException:
-                embedded.cancel()
+                answer.cancel()
                 raise
-        return vectors
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)

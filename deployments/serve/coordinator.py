@@ -11,12 +11,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.heartbeat import beating
 from deployments.schemas.completions import Completion
-from deployments.schemas.events import Started
+from deployments.schemas.events import Event
 from deployments.serve.backend import RayBackend
 from deployments.service import LocalService
 from rapid.backend.protocol import Role
 from rapid.errors import RapidError
-from rapid.events import Delta, Finish
 from rapid.text.tokenizer import check_same_tokenizer, load_tokenizer
 
 
@@ -42,9 +41,7 @@ class Coordinator:
         await backend.connect()
         self._service = LocalService(config, backend, tokenizer)
 
-    async def generate(
-        self, completion: Completion, tenant: str
-    ) -> AsyncIterator[Started | Delta | Finish | RapidError | None]:
+    async def generate(self, completion: Completion, tenant: str) -> AsyncIterator[Event | RapidError | None]:
         """`LocalService.generate`, with None where it takes its time, and what is wrong with the request at the end."""
         try:
             async with aclosing(beating(self._service.generate(completion, tenant))) as events:

@@ -6,19 +6,23 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.heartbeat import heard
 from deployments.http.api import make_api
-from deployments.schemas.completions import Completion, Health
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events
+from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.serve.metrics import RayExporter
 from deployments.serve.ray_errors import understood
 from rapid.errors import RapidError
+from retrieval import TextLengths
 
 _START_LIMIT_S = 300.0  # for the first word: a new coordinator may have to start
 _SILENCE_LIMIT_S = 8.0
@@ -81,6 +85,18 @@ class RemoteService:
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
         detokenized: Detokenized = await self._call("detokenize", body, tenant)
         return detokenized
+
+    async def text_lengths(self, texts: list[str], tenant: str) -> TextLengths:
+        lengths: TextLengths = await self._call("text_lengths", texts, tenant)
+        return lengths
+
+    async def embed(self, texts: list[str], tenant: str) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = await self._call("embed", texts, tenant)
+        return vectors
+
+    async def rerank(self, query: str, texts: list[str], tenant: str) -> list[float]:
+        scores: list[float] = await self._call("rerank", query, texts, tenant)
+        return scores
 
     async def _call(self, method: str, *args: Any, limit_s: float = _CALL_LIMIT_S) -> Any:
         with understood("the coordinator", _stopped):

@@ -12,7 +12,7 @@ from ray import serve
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.heartbeat import beating
 from deployments.turns import FairPool
-from retrieval import IndexProgress, Retrieval, TenantOptions
+from retrieval import IndexProgress, Retrieval, TenantOptions, TextLengths
 
 _NUM_QUERIES, _QUERIES_OF_A_CLIENT = 4, 2  # in threads at the same time
 _NUM_INDEXED = 2
@@ -58,6 +58,14 @@ class RetrieverReplica:
     async def embed(self, texts: list[str]) -> NDArray[np.float32]:
         """`Embedder.embed`; it remembers the texts that it has embedded lately."""
         return await asyncio.to_thread(self._retriever.embedder.embed, texts)
+
+    async def text_lengths(self, texts: list[str]) -> TextLengths:
+        """`Retriever.lengths`."""
+        return await asyncio.to_thread(self._retriever.lengths, texts)
+
+    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+        """`Retriever.rerank`."""
+        return await asyncio.to_thread(self._retriever.rerank, query, texts)
 
     async def answers(self) -> None:
         """Returns at once, if at all."""

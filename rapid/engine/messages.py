@@ -136,9 +136,10 @@ class VerifyRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Asks how probable ``tokens`` are behind the prompt."""
+    """Asks how probable ``tokens`` are behind the prompt, and how that many most likely tokens are in their places."""
 
     tokens: list[int]
+    num_top: int = 0
 
     def attributes(self) -> dict[str, Any]:
         return {"rapid.scored": len(self.tokens)}
@@ -148,10 +149,13 @@ class ScoreRequest:
 class ScoreResult:
     """``logprobs[i]`` is the natural log-probability of token i, given the prompt and the tokens before it.
 
-    It is that of the model itself: nothing is warped or adjusted.
+    It is that of the model itself: nothing is warped or adjusted. ``ranks[i]`` counts from 1, the likeliest, and
+    ``top[i]`` holds (token, log-probability) of the likeliest, in order.
     """
 
     logprobs: list[float]
+    ranks: list[int]
+    top: list[list[tuple[int, float]]]
 
     def attributes(self) -> dict[str, Any]:
         return {}

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,9 @@ _FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostnam
 _UUIDS = re.compile("uuid[1-8]")  # pydantic's
 _DATA = frozenset(("const", "default", "enum", "example", "examples"))  # keywords that hold no schemas
 
+Marks = Mapping[str, int]  # texts that are special tokens, which no other token spells
+NO_MARKS: Marks = MappingProxyType({})
+
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]] = WeakKeyDictionary()
 _building = threading.Lock()
 
@@ -45,17 +49,17 @@ class Framed(NamedTuple):
     after: str = ""
 
 
-def json_grammar(*alternatives: Framed, param: str = "response_format") -> str:
-    """A grammar of any one of ``alternatives``.
+def json_grammar(*alternatives: Framed, param: str = "response_format", marks: Marks = NO_MARKS) -> str:
+    """A grammar of any one of ``alternatives``. Texts around their JSON that are in ``marks`` are these tokens.
 
     Raises:
         InvalidRequest: a schema is invalid, or has a keyword that cannot be enforced; ``param`` names its field.
     """
-    return _compiled(f"start: {_any_of(alternatives, param)}", param)
+    return _compiled(f"start: {_any_of(alternatives, param, marks)}", param)
 
 
-def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str) -> str:
-    """A grammar of any text in which each ``opening`` begins one of ``alternatives``.
+def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str, marks: Marks = NO_MARKS) -> str:
+    """A grammar of any text in which each ``opening`` begins one of ``alternatives``; ``marks`` as in `json_grammar`.
 
     Args:
         opening: the beginning of the text before each alternative's JSON.
@@ -66,10 +70,15 @@ def json_in_text(*alternatives: Framed, opening: str, several: bool, param: str)
     """
     any_text = "(?s:.*)"
     rests = [one._replace(before=one.before.removeprefix(opening)) for one in alternatives]
+    if opening in marks:  # which no text spells
+        opened, text = f"opened: ANY {_terms(opening, marks)}\nANY: /{any_text}/", f"/{any_text}/"
+    else:
+        opened = f"opened[lazy]: /{any_text}/ {json.dumps(opening)}"
+        text = f"/{any_text}/ & ~/{any_text}{re.escape(opening)}{any_text}/"
     rules = f"""start: (opened json){"*" if several else "?"} TEXT
-        json: {_any_of(rests, param)}
-        opened[lazy]: /{any_text}/ {json.dumps(opening)}
-        TEXT: /{any_text}/ & ~/{any_text}{re.escape(opening)}{any_text}/"""
+        json: {_any_of(rests, param, marks)}
+        {opened}
+        TEXT: {text}"""
     return _compiled(rules, param)
 
 
@@ -110,15 +119,35 @@ def regex_grammar(regex: str, param: str) -> str:
     return lark_grammar(f"start: /{escaped}/", param)
 
 
-def _any_of(alternatives: Sequence[Framed], param: str) -> str:
+def after_reasoning(grammar: str, opening: str, closing: str, *, is_open: bool, marks: Marks = NO_MARKS) -> str:
+    """``grammar`` behind any text between ``opening`` and ``closing``, which need not be there unless ``is_open``.
+
+    ``marks`` are those of `json_grammar`.
+    """
+    begins, thought, text = _terms(opening, marks), "thought SPACE", "/(?s:.*)/"
+    is_token = closing in marks
+    rules = f"""start: {thought if is_open else f"({begins} {thought})?"} @answer
+        {"thought: ANY" if is_token else f"thought[lazy]: {text}"} {_terms(closing, marks)}
+        {f"ANY: {text}" if is_token else ""}
+        SPACE: /\\s{{0,2}}/"""
+    return json.dumps({"grammars": [{"lark_grammar": rules}, {"name": "answer", "lark_grammar": grammar}]})
+
+
+def _any_of(alternatives: Sequence[Framed], param: str, marks: Marks = NO_MARKS) -> str:
     rules = []
     for schema, before, after in alternatives:
         text = json.dumps(schema)
         if fault := fault_of_schema(schema, len(text)):
             raise InvalidRequest(f"{param}: this JSON schema is too large: {fault}", param=param)
         body = f"%json {json.dumps({**_with_known_formats(schema), 'x-guidance': _JSON_OPTIONS})}"
-        rules.append(" ".join([json.dumps(before)] * bool(before) + [body] + [json.dumps(after)] * bool(after)))
+        rules.append(f"{_terms(before, marks)} {body} {_terms(after, marks)}".strip())
     return " | ".join(rules)
+
+
+def _terms(text: str, marks: Marks) -> str:
+    """``text`` as terms of a rule; it may be empty."""
+    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
+    return " ".join(f"<[{marks[piece]}]>" if piece in marks else json.dumps(piece) for piece in pieces if piece)
 
 
 def _with_known_formats(schema: Any) -> Any:

@@ -129,13 +129,15 @@ def read_chat(
 
     Raises:
         ContextLengthExceeded: the prompt has more than ``most_tokens``. One that has a few more may be read.
-        InvalidRequest: there are no messages, or the chat template refuses them.
+        InvalidRequest: there are no messages, or the chat template refuses them or makes nothing of them.
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     text = _rendered(tokenizer, messages, tools, template_kwargs, special_tokens, True)
     check_length(tokenizer, text, most_tokens, "messages")
     tokens = _encode(tokenizer, text, special_tokens, True)
+    if not tokens:
+        raise InvalidRequest("the chat template makes an empty prompt of these messages", param="messages")
     contents, asked, turns = _divided(messages, tokenizer, long_content_tokens)
     return Prompt(tokens, contents, query or asked, turns, tokenizer, True, tools, template_kwargs, special_tokens)
 
@@ -171,6 +173,8 @@ def read_text(
     else:
         check_length(tokenizer, text, most_tokens, "prompt")
         tokens = _encode(tokenizer, text, special_tokens, False)
+        if not tokens:
+            raise InvalidRequest("prompt must not be empty: the tokenizer finds nothing in it", param="prompt")
     contents, asked, turns = _divided([Message("user", text)], tokenizer, long_content_tokens)
     return Prompt(tokens, contents, query or asked, turns, tokenizer, False, _special_tokens=special_tokens)
 

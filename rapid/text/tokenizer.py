@@ -141,13 +141,20 @@ class Detokenizer:
     """Turns tokens into text as they come. It never returns half a character, or a part of a stop string.
 
     ``push`` returns the text that the client may see now. ``stopped`` is the stop string that was found, or None; the
-    text ends before it. The first ``min_tokens`` tokens are not searched for stop strings.
+    text ends before it. The first ``min_tokens`` tokens are not searched for stop strings. Of special tokens only the
+    ``shown`` ones have a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop, self._min_tokens = tuple(stop), min_tokens
+        self._stop, self._min_tokens, self._special = tuple(stop), min_tokens, shown
         self._tokens: list[int] = []
         self._starts: list[int] = []  # where each token's text begins
         self._decoded = ""  # all text so far
@@ -173,7 +180,11 @@ class Detokenizer:
             return ""
         self._tokens.append(token)
         self._starts.append(len(self._decoded))
-        self._decoded += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        if token in self._special:
+            self._decoded += spell(self._tokenizer, token).decode()
+            self._decoder = DecodeStream(skip_special_tokens=True)
+        else:
+            self._decoded += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         return self._release(self._held_back())
 
     def finish(self) -> str:

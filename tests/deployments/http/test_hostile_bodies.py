@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from deployments.http.errors import parse
-from deployments.schemas.completions import ChatRequest, TextRequest
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from rapid.errors import InvalidRequest
 

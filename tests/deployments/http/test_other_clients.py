@@ -23,9 +23,11 @@ from deployments.heartbeat import beating
 from deployments.http.multipart import with_plain_name
 from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.schemas import ignored
-from deployments.schemas.completions import ChatRequest, Completion, TextRequest
+from deployments.schemas.chat import ChatRequest
+from deployments.schemas.completions import Completion
 from deployments.schemas.events import Started
 from deployments.schemas.messages import FileReference
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tools import CallFormat, CallReader, Tool
 from deployments.serve.edge import middlewares
 from rapid.events import Delta, Finish, Statistics
@@ -132,7 +134,10 @@ def test_calls_in_the_history_need_no_perfect_json(bytes_url: str) -> None:
 
 
 TOOLS = [Tool.model_validate({"type": "function", "function": {"name": name}}) for name in "fg"]
-TAGGED, BARE = CallFormat("<tool_call>\n", "arguments", "\n</tool_call>"), CallFormat("", "parameters", "")
+TAGGED, BARE = (
+    CallFormat("<tool_call>\n", "arguments", "\n</tool_call>", "<tool_call>"),
+    CallFormat("", "parameters", ""),
+)
 
 
 @pytest.mark.parametrize(
@@ -323,3 +328,38 @@ def test_the_documentation_names_what_is_ignored() -> None:
     tables = [table for name, table in vars(ignored).items() if name.isupper() and isinstance(table, dict)]
     assert len(tables) > 12
     assert not [name for table in tables for name in table if isinstance(name, str) and f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("path", ["/v1/batches", "/v1/uploads", "/v1/uploads/u/parts", "/metrics", "/v1/audio/speech"])
+def test_what_is_not_served_says_what_to_do_instead(bytes_url: str, path: str) -> None:
+    for answer in (httpx.get(bytes_url + path), httpx.post(bytes_url + path, json={})):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"].startswith(f"there is no {path}: ")
+    assert httpx.get(f"{bytes_url}/v1/audiobook").json()["error"]["message"] == "there is no /v1/audiobook"
+
+
+def test_a_chat_with_a_file_has_the_tokens_that_its_answer_has_read(bytes_url: str) -> None:
+    inline = {"type": "file", "file": {"file_data": base64.b64encode(b"hello " * 40).decode(), "filename": "a.txt"}}
+    messages = [{"role": "user", "content": [inline, {"type": "text", "text": "Who?"}]}]
+    counted = httpx.post(f"{bytes_url}/tokenize", json={"messages": messages}, timeout=60)
+    assert counted.status_code == 200, counted.text
+    asked = ask(bytes_url, messages=messages, rapid={"strategy": "autoregressive"})
+    assert counted.json()["count"] == asked.json()["usage"]["prompt_tokens"] > 240
+    gone = [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-" + "0" * 32}}]}]
+    answer = httpx.post(f"{bytes_url}/tokenize", json={"messages": gone}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "messages.0.content.0.file.file_id")
+
+
+def test_files_of_one_second_are_listed_in_their_order(bytes_url: str) -> None:
+    def upload(i: int) -> str:
+        sent = {"file": (f"{i}.txt", b"text %d" % i)}
+        answer = httpx.post(f"{bytes_url}/v1/files", files=sent, data={"purpose": "user_data"}, timeout=60)
+        return str(answer.json()["id"])
+
+    mine = [upload(i) for i in range(6)]
+    listed = [file["id"] for file in httpx.get(f"{bytes_url}/v1/files?order=asc").json()["data"]]
+    assert [name for name in listed if name in mine] == mine
+    page = httpx.get(f"{bytes_url}/v1/files?limit=2&after={mine[4]}").json()
+    assert [file["id"] for file in page["data"]] == [mine[3], mine[2]] and page["has_more"]
+    for name in mine:
+        httpx.delete(f"{bytes_url}/v1/files/{name}", timeout=60)

@@ -174,8 +174,11 @@ def test_usage_is_the_last_chunk_where_it_is_asked_for(letters_url: str) -> None
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("n", {"n": 9}),
     ("n", {"n": 0}),
-    ("best_of", {"best_of": 3}),
-    ("echo", {"echo": True, "logprobs": 1}),
+    ("best_of", {"best_of": 9}),
+    ("best_of", {"best_of": 1, "n": 2}),
+    ("best_of", {"best_of": 3, "stream": True}),
+    ("best_of", {"best_of": 3, "rapid": {"strategy": "speculative_rag"}}),
+    ("prompt_logprobs", {"prompt_logprobs": 21}),
     ("logprobs", {"logprobs": 21}),
     ("logit_bias", {"logit_bias": {"3": 101}}),
     ("logit_bias", {"logit_bias": {"99": 1}}),
@@ -278,3 +281,17 @@ def test_models_tokens_and_version(smollm_url: str) -> None:
     assert "either prompt or messages" in ask("tokenize")["error"]["message"]
     assert ask("tokenize", model="x", prompt="y")["error"]["code"] == "model_not_found"
     assert httpx.get(f"{smollm_url}/version").json()["version"]
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "lookup", "rapid"])
+def test_best_of_gives_out_the_likeliest_choices_and_counts_all(letters_url: str, strategy: str) -> None:
+    rapid = {"strategy": strategy}
+    every = write(letters_url, rapid, n=4, logprobs=0, temperature=1, seed=7)
+    means = {choice.text: sum(choice.logprobs.token_logprobs) / 24 for choice in every.choices}
+    assert len(means) == 4
+    best = write(letters_url, rapid, n=2, best_of=4, temperature=1, seed=7)
+    assert [choice.text for choice in best.choices] == sorted(means, key=lambda text: -means[text])[:2]
+    assert [choice.index for choice in best.choices] == [0, 1]
+    assert best.choices[0].logprobs is None
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(best.usage, count) == getattr(every.usage, count)

@@ -115,3 +115,11 @@ def test_the_last_tokens_of_a_prompt(smollm_url: str) -> None:
     assert whole["usage"]["prompt_tokens"] > 300 and cut["usage"]["prompt_tokens"] == 50
     long = {"role": "user", "content": "word " * 9000}  # longer than the window
     assert chat(smollm_url, long, max_tokens=1, truncate_prompt_tokens=20)["usage"]["prompt_tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guided_choice", []), ("guided_json", "{"), ("guided_json", "[]"), ("guided_regex", "(")]
+)
+def test_a_wrong_form_is_refused_by_name(bytes_url: str, field: str, value: Any) -> None:
+    body = {"model": "bytes", "messages": [ASKED], "max_tokens": 2, field: value}
+    assert httpx.post(f"{bytes_url}/v1/chat/completions", json=body, timeout=60).status_code == 400

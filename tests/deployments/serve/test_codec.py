@@ -50,7 +50,7 @@ SAMPLES: list[Any] = [
     SelfDraftRequest(3, LIMITS, VIEW),
     RefineRequest(DRAFT, [1, 2], VIEW),
     ScoreRequest([1, 2, 3]),
-    ScoreResult([-0.5, -1.0]),
+    ScoreResult([-0.5, -1.0], [1, 3], [[(7, -0.5)], [(8, -0.25)]]),
     VerifyRequest(DRAFT, True, Trust(0.5, 0.25)),
     Trust(0.5, 0.75),
     Transferred(0.5, 2.0, 3.0, 0.25, 0.5, 0.75),

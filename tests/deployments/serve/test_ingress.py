@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from deployments.schemas.completions import Completion, TextRequest
+from deployments.schemas.completions import Completion
+from deployments.schemas.text import TextRequest
 from deployments.serve.ingress import RemoteService
 from rapid.errors import EngineLost, InvalidRequest, RapidError
 

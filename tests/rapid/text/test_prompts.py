@@ -330,3 +330,13 @@ def test_an_earlier_message_asks_about_a_document_without_a_question(
     assert read_chat([*earlier, user(DOCUMENT)], tokenizer).query == QUESTION
     assert read_chat([*earlier, user(f"{DOCUMENT}\n\nHow many chapters?")], tokenizer).query == "How many chapters?"
     assert read_chat([system("Unsure? Say so."), user(f"{DOCUMENT}\n\nSum it up.")], tokenizer).query == "Sum it up."
+
+
+def test_messages_of_which_a_template_makes_nothing_are_refused(
+    letter_tokenizer: Callable[[int], PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = letter_tokenizer(12)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert read_chat([Message("user", "a")], tokenizer).tokens
+    with pytest.raises(InvalidRequest, match="empty prompt"):
+        read_chat([Message("user", "")], tokenizer)
