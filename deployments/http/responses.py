@@ -151,6 +151,8 @@ class ResponseFormatter:
                 self._scored |= dict.fromkeys(self._of_prompt(event.prompt), event.tokens)
             else:
                 by_choice[event.choice].append(event)
+                if isinstance(event, Finish):  # those that are not given out count as well
+                    self.choices[event.choice].statistics = event.statistics
         kind = "chat.completion" if self.is_chat else "text_completion"
         chosen = [self._best([by_choice[i] for i in self._of_prompt(p)]) for p in range(self.completion.num_prompts)]
         return self._body(kind, *(self._whole(i, one) for i, one in enumerate(chain.from_iterable(chosen))))
