@@ -30,7 +30,7 @@ from benchmarks.common.memory import Memory
 from benchmarks.common.replay import Checker, Replay
 from benchmarks.common.results import write
 from benchmarks.hangs import health, service
-from deployments.config import EngineConfig
+from deployments.engine_config import EngineConfig
 
 # Of the coordinator, answers end with an error; of the others, they go on elsewhere or do without.
 KINDS = {

@@ -7,7 +7,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from cluster.health import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from cluster.placement import REPLICA_CPUS, engine_bundles
-from deployments.config import AppConfig, EngineConfig
+from deployments.config import AppConfig
+from deployments.engine_config import EngineConfig
 from deployments.serve.coordinator import Coordinator
 from deployments.serve.engines import EngineReplica
 from deployments.serve.ingress import Ingress

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from deployments.config import AppConfig, EngineConfig, FilesConfig, RetrieverConfig, read_secrets
+from deployments.config import AppConfig, FilesConfig, RetrieverConfig, read_secrets
+from deployments.engine_config import EngineConfig
 from deployments.files.indexing import in_threads
 from rapid.backend.local import LocalBackend, OnPrefill
 from rapid.engine.engine import Engine

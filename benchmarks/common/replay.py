@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from benchmarks.common.clients import Asked, Question, ask, new_client
 from deployments.builders import build_engine
-from deployments.config import EngineConfig
+from deployments.engine_config import EngineConfig
 from rapid.engine.engine import Engine
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import ForwardRequest, Sequence, Task

@@ -17,8 +17,9 @@ from rich.table import Table
 from cluster.placement import engine_bundles
 from deployments.cli.plan import served
 from deployments.cli.serve import read_endpoint
-from deployments.config import AppConfig, ConfigError, EngineConfig, RetrieverConfig, read_config
+from deployments.config import AppConfig, ConfigError, RetrieverConfig, read_config
 from deployments.datastores import Datastores
+from deployments.engine_config import EngineConfig
 from rapid.datastore.folder import DatastoreFolder
 from rapid.errors import RapidError
 from rapid.kernels.cpu import jit

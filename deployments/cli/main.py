@@ -211,7 +211,8 @@ def _number(value: str | None, kind: type[float]) -> float | str | None:
 
 def _settings(path: Path | None, target: dict[str, Any], drafter: dict[str, Any]) -> "AppConfig":
     """The configuration. Fields of ``target`` and ``drafter`` that are not None replace those of its engines."""
-    from deployments.config import AppConfig, EngineConfig, read_config
+    from deployments.config import AppConfig, read_config
+    from deployments.engine_config import EngineConfig
 
     if path is None and CONFIG.exists():
         path = CONFIG

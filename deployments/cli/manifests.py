@@ -11,7 +11,8 @@ from cluster.manifests.objects import manifests, to_yaml
 from cluster.manifests.rules import violations
 from cluster.manifests.topology import LIGHT_CPUS, Group, Replica, Service
 from cluster.placement import engine_bundles
-from deployments.config import AppConfig, ConfigError, EngineConfig, read_config
+from deployments.config import AppConfig, ConfigError, read_config
+from deployments.engine_config import EngineConfig
 from rapid.errors import RapidError
 from rapid.weights import embedded_models
 

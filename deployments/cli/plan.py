@@ -10,7 +10,8 @@ from cluster.capacity.devices import GPUS, Device
 from cluster.capacity.planner import USABLE_MEMORY, Fleet, Planner, Round, Workload
 from cluster.capacity.shapes import ModelShape, ServedModel, known_shape
 from cluster.capacity.simulation import GAMMAS, Outcome, Setup, every_ratio
-from deployments.config import AppConfig, ConfigError, EngineConfig
+from deployments.config import AppConfig, ConfigError
+from deployments.engine_config import EngineConfig
 from rapid.errors import InvalidRequest
 
 # Of a weight, by quantization; in four bits with the scale and offset of 64 weights on CUDA, of 32 on a CPU.

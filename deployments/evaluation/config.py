@@ -10,7 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from deployments.config import AppConfig, ConfigError, Strict, in_words
+from deployments.config import AppConfig, ConfigError, in_words
+from deployments.engine_config import Strict
 from deployments.schemas.rapid_fields import RapidFields
 from rapid.errors import InvalidRequest
 from rapid.strategies import STRATEGIES

@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.scaling import KV_SHARE
-from deployments.config import EngineConfig
+from deployments.engine_config import EngineConfig
 from deployments.serve.channel import Address, Listener
 from deployments.serve.metrics import EngineMetrics
 from rapid.backend.waiting import TARGET_PATIENCE_S

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from deployments import builders
-from deployments.config import EngineConfig
+from deployments.engine_config import EngineConfig
 
 
 def test_an_engine_takes_most_of_a_gpu_that_it_has_for_itself() -> None:

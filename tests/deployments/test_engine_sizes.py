@@ -11,7 +11,8 @@ import yaml
 from cluster.capacity.shapes import SHAPES
 from deployments.cli.main import main
 from deployments.cli.plan import served
-from deployments.config import AppConfig, ConfigError, EngineConfig
+from deployments.config import AppConfig, ConfigError
+from deployments.engine_config import EngineConfig
 from rapid.kernels.cuda.low_bit import pack
 
 LLAMA = SHAPES["llama-3.1-8b"]

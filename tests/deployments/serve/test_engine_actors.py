@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from deployments import builders
-from deployments.config import EngineConfig
+from deployments.engine_config import EngineConfig
 from deployments.serve import engines
 from deployments.serve.channel import Channel
 from deployments.serve.engines import EngineActor, EngineReplica

@@ -9,7 +9,8 @@ import pytest
 from cluster.placement import REPLICA_CPUS
 from deployments.app import _engine
 from deployments.cli.plan import Demand, as_object, make_report
-from deployments.config import ConfigError, EngineConfig, parse_config
+from deployments.config import ConfigError, parse_config
+from deployments.engine_config import EngineConfig
 
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct"}
 SPREAD = {"model": "meta-llama/Llama-3.1-70B", "device_map": "auto", "num_gpus": 3}
