@@ -15,9 +15,12 @@ REGISTERS_OF_AN_SM = 65536
 SHARED_BYTES_OF_AN_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "sm_120": 100 * 1024}
 
 
+BY_ROWS = ("add_norm_row", "gate_row", "rotate_and_write_heads")  # each program has rows of its own, and no parts
+
+
 def spills_known(row: dict[str, Any]) -> int:
     """The bytes of registers that may go to memory: none, but where it was seen to cost little."""
-    if row["kernel"] in ("add_norm_row", "gate_row", "rotate_and_write_heads"):
+    if row["kernel"] in BY_ROWS:
         return 0
     if row["kernel"] == "multiply":
         return 80 if row["rows"] == 32 else 0
@@ -40,6 +43,8 @@ def test_no_register_is_spilled_and_the_programs_fit_beside_each_other(name: str
     assert {row["target"] for row in rows} == set(SHARED_BYTES_OF_AN_SM)
     for row in rows:
         assert row["spilled_bytes"] <= spills_known(row), row
+        if row["kernel"] in BY_ROWS:
+            continue
         if row["kernel"] == "multiply" and (row["target"], row["rows"]) == ("sm_80", 32):
             continue  # in four bits only three fit there
         if row["kernel"] == "attend_part" and row["target"] == "sm_120":
