@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rapid.errors import RapidError
+from rapid.errors import Overloaded, RapidError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0  # between two requests that try again
 _TRY_S = 5.0  # while one tries, the others do without
@@ -13,8 +13,9 @@ _TRY_S = 5.0  # while one tries, the others do without
 class Breaker:
     """For a part that requests can do without: one request waits in vain, and the next ones do not wait.
 
-    After `failed` the breaker is open, and `refusal` gives the error at once. After a pause, which doubles from failure
-    to failure, it lets one request through; `succeeded` closes it.
+    After `failed` the breaker is open, and `refusal` gives the error at once. After a pause it lets one request through;
+    `succeeded` closes it. The pause doubles from failure to failure, but not where there was no place: one may come free
+    at any moment, and replicas that are started on demand go away again if nobody asks for them.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,8 @@ class Breaker:
         if self._error is not None and not self._is_trying:
             return  # of a request that began to wait before the breaker opened
         self._error, self._is_trying = error, False
-        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
+        longest_s = FIRST_PAUSE_S if isinstance(error, Overloaded) else LONGEST_PAUSE_S
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), longest_s)
         self._next_try = time.monotonic() + self._pause_s
 
     def succeeded(self) -> None:

@@ -19,7 +19,7 @@ from rapid.backend.protocol import Lease, Role
 from rapid.backend.quarantine import QUARANTINE_S, Quarantine
 from rapid.engine import messages
 from rapid.engine.messages import Pulse, SequenceRequest
-from rapid.errors import EngineHung, EngineLost, RequestQuarantined
+from rapid.errors import EngineHung, EngineLost, Overloaded, RequestQuarantined
 from rapid.kernels import compiling
 from rapid.sampling.params import SamplingParams
 
@@ -284,3 +284,16 @@ def test_a_breaker_lets_one_through_after_pauses_that_double(monkeypatch: pytest
         assert part.refusal() is None and part.refusal() is not None  # one tries, and the others do without
     part.succeeded()
     assert part.refusal() is None and not part.is_open
+
+
+def test_a_place_is_asked_for_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a drafter that is started on demand would have gone away again before anyone asks."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    part = Breaker()
+    for _ in range(5):
+        part.failed(Overloaded("no drafter had a place"))
+        now += 0.9
+        assert isinstance(part.refusal(), Overloaded)
+        now += 0.2
+        assert part.refusal() is None
