@@ -13,9 +13,9 @@ _TRY_S = 5.0  # while one tries, the others do without
 class Breaker:
     """For a part that requests can do without: one request waits in vain, and the next ones do not wait.
 
-    After `failed` the breaker is open, and `refusal` gives the error at once. After a pause it lets one request through;
-    `succeeded` closes it. The pause doubles from failure to failure, but not where there was no place: one may come free
-    at any moment, and replicas that are started on demand go away again if nobody asks for them.
+    After `failed` the breaker is open, and `refusal` gives the error at once. After a pause it lets one request
+    through; `succeeded` closes it. The pause doubles from failure to failure, but not where there was no place: one may
+    come free at any moment, and replicas that are started on demand go away again if nobody asks for them.
     """
 
     def __init__(self) -> None:

@@ -168,3 +168,17 @@ def test_finding_takes_time_in_proportion_to_the_text(text: str) -> None:
 def test_the_sentences_that_ask_are_found_in_a_short_text() -> None:
     assert questions(f"You are a clerk. {ASKED} Be polite.") == ASKED
     assert questions("You are a clerk.") == ""
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "What does Mr. Darcy write to Miss Bennet?",
+        "Why does Dr. J. H. Watson limp?",
+        "How far is it, e.g. from St. Paul's, in units of 1.5 miles?",
+        "What does example.com say of Fig. 3?",
+    ],
+)
+def test_a_full_stop_inside_a_question_does_not_end_it(asked: str) -> None:
+    assert questions(f"It is late. {asked} Say so.") == asked
+    assert find_question(f"{DOCUMENT}\n\n{asked}\n\nFormat your response as a list.").query == asked
