@@ -41,8 +41,10 @@ _MARK = re.compile(rf"\s*(?:[-=*_~`\"'.]{{3,}}\w{{0,12}}|{_TAG}|#{{1,4}} \w{{1,2
 _CLOSING_TAG = re.compile(r"\s*[<\[]/[\w |:-]{1,40}[>\]]\s*$")
 _ASKS = re.compile(r"(?:[?？؟⸮\u037e՞፧]|か[。．]?|[吗呢][。．]?)[)\]*]*$")
 # A full stop that ends no sentence: of a title or an abbreviation, of an initial, or inside a number or a name.
-_ABBREVIATIONS = r"Mr Mrs Ms Dr Prof St Sr Jr No vs Fig Eq Inc Ltd Co Mt e\.g i\.e".split()
-_INNER_STOP = "|".join(rf"(?<=\b{each})\." for each in _ABBREVIATIONS) + r"|(?<=\b[A-Z])\.|\.(?=\w)"
+_INNER_STOP = (
+    r"(?<=\b(?:Mr|Ms|Dr|St|Sr|Jr|No|vs|Eq|Co|Mt))\.|(?<=\b(?:Mrs|Fig|Inc|Ltd|e\.g|i\.e))\.|(?<=\bProf)\.|"
+    r"(?<=\b[A-Z])\.|\.(?=\w)"
+)
 _SENTENCE = re.compile(rf"(?:{_INNER_STOP}|[^.!?。！？؟\n])+[.!?。！？؟]*[\"'”’»)\]*]*")
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\(?\w{1,3}[.)])[ \t]+", re.MULTILINE)
 _BLANK_LINE = re.compile(r"\S\s*?\n[ \t\r]*\n\s*?\S")
