@@ -234,18 +234,27 @@ def _separated(keys: str) -> list[str]:
     return [key.strip() for key in keys.split(",") if key.strip()]
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+
+
 def read_config(path: Path) -> AppConfig:
     """The application's configuration from a Ray Serve config file.
 
     Raises:
         ConfigError: the file is missing, is no YAML, or a field is unknown or wrong.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    document = read_yaml(path)
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or not applications or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: must hold a list `applications` with one application")

@@ -26,7 +26,7 @@ class OpenAIServer:
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/"),
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(10, read=None),  # a long document is read for minutes
+            "timeout": httpx.Timeout(10, read=600),  # a long document is read for minutes
             # A proxy that the environment names does not lead to this machine.
             "trust_env": urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
         }

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from deployments.config import AppConfig, ConfigError, in_words
+from deployments.config import AppConfig, ConfigError, in_words, read_yaml
 from deployments.engine_config import Strict
 from deployments.schemas.rapid_fields import RapidFields
 from rapid.errors import InvalidRequest
@@ -155,12 +154,7 @@ def read_evaluation(path: Path, **more: Any) -> Evaluation:
     Raises:
         ConfigError: the file cannot be read, or a field is unknown or wrong.
     """
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    fields = read_yaml(path)
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: must be a mapping with `tasks` and `rows`")
     return parse_evaluation(fields | {k: v for k, v in more.items() if v is not None}, source=str(path))

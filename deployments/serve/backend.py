@@ -54,7 +54,7 @@ class RayBackend:
         self.overlap, self.is_colocated = overlap, is_colocated
         self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
         self._hanging = {role: Breaker() for role in engines}
-        self._retrieving = Breaker()
+        self._retrieving, self._embedding = Breaker(), Breaker()  # apart: slow texts do not cost others their passages
         self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
         self._actors = EngineActors()
@@ -126,13 +126,15 @@ class RayBackend:
         return scores
 
     async def _of_retriever(self, method: str, *args: Any) -> Any:
-        if refusal := self._retrieving.refusal():
+        if refusal := self._embedding.refusal():
             raise refusal
         answer = getattr(self._retriever, method).remote(*args)
-        with _retrieving(self._retrieving):
+        with _retrieving(self._embedding):
             try:
                 async with asyncio.timeout(_DELETE_TIMEOUT_S):
-                    return await answer
+                    found = await answer
+                self._embedding.succeeded()
+                return found
             except BaseException:
                 answer.cancel()
                 raise

@@ -327,6 +327,27 @@ def test_a_retriever_that_keeps_one_waiting_is_not_asked_by_the_next(
     asyncio.run(main())
 
 
+def test_texts_that_take_too_long_to_embed_cost_nobody_their_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.1)
+
+    async def main() -> None:
+        slow = Handle(
+            embed=lambda *_: asyncio.ensure_future(never()),
+            retrieve=lambda *_: Words(None, "the passages"),
+            text_lengths=lambda *_: asyncio.ensure_future(answering("lengths")()),
+        )
+        away = backend(Handle(), Handle(), slow)
+        for _ in range(2):
+            with pytest.raises(RetrievalFailed, match="did not answer in time"):
+                await asyncio.wait_for(away.embed(["text"]), LIMIT_S)
+        assert await away.retrieve(["text"], "query", None) == "the passages"  # type: ignore[comparison-overlap]
+        away._embedding._next_try = 0.0
+        assert await away.text_lengths(["text"]) == "lengths"  # type: ignore[comparison-overlap]
+        assert not away._embedding.is_open
+
+    asyncio.run(main())
+
+
 def test_a_quick_failure_of_the_retriever_costs_nothing_and_is_tried_again() -> None:
     async def main() -> None:
         asked = iter(range(9))
