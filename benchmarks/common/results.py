@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deployments.machine import machine
+
 FOLDER = Path(__file__).parents[1] / "results"
 DATA = Path(__file__).parents[3] / "shared" / "data"
-
-
-def machine() -> dict[str, Any]:
-    """The processor, its cores, and the versions of the relevant packages."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    packages = ("torch", "transformers", "ray", "qdrant-client", "FlagEmbedding")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
 
 
 def write(name: str, results: dict[str, Any], *, part: str = "") -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ from deployments.evaluation.server_runner import ServerRunner
 from deployments.evaluation.summary import Summary, summarize
 from deployments.evaluation.task import EvaluationError, TaskSettings
 from deployments.evaluation.tasks import make_task
+from deployments.machine import machine
 from rapid.text.encoding import encode
 from rapid.text.tokenizer import load_tokenizer
 
@@ -102,8 +106,14 @@ async def evaluate(evaluation: Evaluation, output: Path, watcher: Watcher) -> Su
 
 
 def write(summary: Summary, asked: Sequence[Asked], answers: AnswersFile, output: Path) -> None:
-    """Writes summary.json, report.html and the pictures."""
-    (output / "summary.json").write_text(json.dumps(summary.as_object(), indent=1) + "\n", encoding="utf-8")
+    """Writes summary.json, with the command, the date and the machine, report.html and the pictures."""
+    stamp = {
+        "command": f"rapid {shlex.join(sys.argv[1:])}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+    }
+    written = json.dumps(stamp | summary.as_object(), indent=1)
+    (output / "summary.json").write_text(written + "\n", encoding="utf-8")
     for name, picture in pictures(summary).items():
         (output / f"{name}.svg").write_text(picture, encoding="utf-8", errors="replace")
     page = render(summary, asked, answers.known.values())

@@ -199,6 +199,8 @@ def test_the_command_asks_two_servers_and_shows_one_table(
     out, err = capsys.readouterr()
     assert "rapid at peer is left out" in err and "LC at ours" in out and "LC at peer" in out
     assert {path.name for path in folder.iterdir()} > {"answers.jsonl", "summary.json", "report.html", "speed-t0.svg"}
+    kept = json.loads((folder / "summary.json").read_text())
+    assert kept["command"].startswith("rapid ") and kept["machine"]["cores"] > 0 and kept["date"]
     by_row = {(each.row, each.question): each.scores["match"] for each in read_answers(folder)}
     assert by_row["LC at peer", "1"] == 1 and by_row["LC at peer", "2"] == 0 and by_row["rapid at ours", "2"] == 1
     assert left(*options, "--strategies", "rapid", "--json") == 0
