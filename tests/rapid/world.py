@@ -93,10 +93,12 @@ class PatientBackend(LocalBackend):
 
     def _call(self, lease: Lease, method: str, *message: Any) -> Awaitable[Any]:
         if method == "verify":
-            # What the request sets is read here: the answer is awaited in a task of its own.
-            asked, ahead = _asked.get(None), _ahead.get(None)
+            # All is read here, in the request's own task: the event loop has not turned since a draft was here. A draft
+            # that was waited for is done.
+            asked = _asked.get(None)
+            self.were_here.append(asked is None or not asked.done())
             _asked.set(None)
-            return self._verify(lease, asked, ahead, *message)
+            return self._verify(lease, _ahead.get(None), *message)
         answer = lease.call(method, *message)
         if method == "propose":
             _asked.set(asyncio.ensure_future(answer))
@@ -107,12 +109,9 @@ class PatientBackend(LocalBackend):
     async def _verify(
         self,
         lease: Lease,
-        asked: asyncio.Future[Any] | None,
         ahead: Awaitable[Draft | None] | None,
         request: VerifyRequest,
     ) -> VerifyResult:
-        # A draft that was waited for is done by now; one that was here already was used before its answer came.
-        self.were_here.append(asked is None or not asked.done())
         if ahead is not None:
             await ahead
         return await lease.verify(request)
