@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rapid.backend.leases import TargetLease
 from rapid.backend.protocol import Backend
-from rapid.engine.messages import ScoreRequest, SequenceRequest
+from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
 from rapid.events import NamedToken, PromptToken, Statistics, TokenLogprobs
 from rapid.request import GenerationRequest
@@ -37,10 +37,10 @@ async def prompt_logprobs(request: GenerationRequest, num_top: int, backend: Bac
     if len(tokens) == 1:
         return named
     opened = SequenceRequest(tokens[:1], len(tokens) - 1, request.sampling, salt=request.salt)
-    target = TargetLease(backend, "target", opened, [], Statistics(request.speculation.strategy))
+    target = TargetLease(backend, "target", opened, [], Statistics(request.speculation.strategy), scored=tokens[1:])
     try:
         await target.open()
-        scored = await target.score(ScoreRequest(tokens[1:], min(num_top, len(tokenizer))))
+        scored = await target.score(min(num_top, len(tokenizer)))
     finally:
         await target.close()
     for token, logprob, rank, top in zip(tokens[1:], scored.logprobs, scored.ranks, scored.top, strict=True):

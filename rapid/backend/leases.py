@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
@@ -42,14 +42,22 @@ LONGEST_APART_S = 2.0
 class TargetLease:
     """The sequence that verifies. ``output`` is the request's own list, which grows with every round.
 
+    ``scored`` are the tokens behind the prompt that `score` is about; there are none where the sequence writes.
+
     Every call raises EngineLost if the engine is lost and no other was found within the backend's ``resume_timeout_s``.
     """
 
     def __init__(
-        self, backend: Backend, role: Role, request: SequenceRequest, output: list[int], stats: Statistics
+        self,
+        backend: Backend,
+        role: Role,
+        request: SequenceRequest,
+        output: list[int],
+        stats: Statistics,
+        scored: Sequence[int] = (),
     ) -> None:
         self._backend, self._role, self._stats = backend, role, stats
-        self._request, self._output = request, output
+        self._request, self._output, self._scored = request, output, scored
         self._stack = AsyncExitStack()
         self._lease: Lease | None = None
         self._losses, self._lost_at = 0, 0  # how often an engine was lost after that many tokens
@@ -60,7 +68,7 @@ class TargetLease:
         Raises:
             RequestQuarantined: engines were lost with this request.
         """
-        self._backend.quarantine.check(self._request)
+        self._backend.quarantine.check(self._request, self._scored)
         await self._try_until_open(lambda error: isinstance(error, EngineLost))
 
     async def _open(self) -> None:
@@ -94,8 +102,9 @@ class TargetLease:
         """A draft by the target itself, as a drafter would."""
         return await self._call(lambda lease: lease.propose(request))
 
-    async def score(self, request: ScoreRequest) -> ScoreResult:
-        """How probable given tokens are."""
+    async def score(self, num_top: int = 0) -> ScoreResult:
+        """How probable ``scored`` is, and the ``num_top`` likeliest tokens in each place."""
+        request = ScoreRequest(list(self._scored), num_top)
         return await self._call(lambda lease: lease.score(request))
 
     async def close(self) -> None:
@@ -126,7 +135,7 @@ class TargetLease:
         self._losses = self._losses + 1 if len(self._output) == self._lost_at else 1
         self._lost_at = len(self._output)
         if self._losses > MAX_RESUMPTIONS:
-            raise self._backend.quarantine.add(self._request) from error
+            raise self._backend.quarantine.add(self._request, self._scored) from error
 
     async def _resume(self) -> None:
         started = time.monotonic()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from rapid.backend.leases import TargetLease
 from rapid.backend.protocol import Lease, RetrievedChunk, Role
 from rapid.drafters.session import Session
-from rapid.engine.messages import DraftRequest, ScoreRequest, SequenceRequest
+from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.errors import RapidError
 from rapid.sampling.params import LogitParams
 from rapid.speculation.draft import DraftLimits
@@ -193,8 +193,8 @@ async def _score(session: Session, draft: _Draft) -> dict[str, float]:
     marker, reflection, yes = (encode(prompt.tokenizer, text) for text in (RATIONALE, REFLECTION, YES))
     tokens = [*answer.tokens, *marker, *rationale.tokens, *reflection, *yes]
     opened = SequenceRequest(question, len(tokens) + 1, session.request.sampling, salt=session.request.salt)
-    async with _leased(session, "target", opened) as lease:
-        logprobs = (await lease.score(ScoreRequest(tokens))).logprobs
+    async with _target(session, opened, tokens) as target:
+        logprobs = (await target.score()).logprobs
     behind = len(answer.tokens) + len(marker)
     own = logprobs[: len(answer.tokens)] + logprobs[behind : behind + len(rationale.tokens)]
     worth = {
@@ -225,13 +225,19 @@ def _mean(logprobs: list[float]) -> float:
 async def _leased(session: Session, role: Role, request: SequenceRequest) -> AsyncIterator[Lease | TargetLease]:
     """A sequence whose prompt is read: a drafter's, or a target's that survives its engine."""
     if role == "target":
-        target = TargetLease(session.backend, role, request, [], session.statistics)
-        try:
-            await target.open()
+        async with _target(session, request) as target:
             yield target
-        finally:
-            await target.close()
         return
     async with session.backend.lease(role, request) as lease:
         session.statistics.timings_ms["draft_prefill"] += (await lease.prefill()).elapsed_ms
         yield lease
+
+
+@asynccontextmanager
+async def _target(session: Session, request: SequenceRequest, scored: Sequence[int] = ()) -> AsyncIterator[TargetLease]:
+    target = TargetLease(session.backend, "target", request, [], session.statistics, scored)
+    try:
+        await target.open()
+        yield target
+    finally:
+        await target.close()

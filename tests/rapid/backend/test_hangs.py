@@ -21,6 +21,7 @@ from rapid.engine import messages
 from rapid.engine.messages import Pulse, SequenceRequest
 from rapid.errors import EngineHung, EngineLost, Overloaded, RequestQuarantined
 from rapid.kernels import compiling
+from rapid.prompt_logprobs import prompt_logprobs
 from rapid.sampling.params import SamplingParams
 
 SLOW_PASS_S, COMPILING_S = 0.1, 2.5
@@ -230,6 +231,25 @@ def test_a_request_that_ends_its_engines_is_resumed_twice_and_then_refused(world
             assert backend.num_leases == 3
             backend.num_left = 0
             assert await complete(world.request(prompt=world.prompt("abc")), backend)  # others are answered
+
+    asyncio.run(main())
+
+
+def test_a_prompt_that_ends_engines_when_it_is_scored_is_refused_and_no_other(world: World) -> None:
+    """A sequence that is scored is opened with one token, which many prompts begin with."""
+    backend = HangingBackend(world, "target", "score", num_hangs=3)
+    mine, others = world.prompt("abcab"), world.prompt("abcac")
+    assert mine.tokens[0] == others.tokens[0]
+
+    async def main() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            for how in ("3 engines were lost one after another without a token", "refused for another"):
+                with pytest.raises(RequestQuarantined, match=how):
+                    await prompt_logprobs(world.request(prompt=mine), 1, backend)
+            assert len(await prompt_logprobs(world.request(prompt=others), 1, backend)) == len(others.tokens)
+            assert await complete(world.request(prompt=others), backend)
+            with pytest.raises(RequestQuarantined, match="refused for another"):
+                await complete(world.request(prompt=mine), backend)  # an engine would read the same
 
     asyncio.run(main())
 

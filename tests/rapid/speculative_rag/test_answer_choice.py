@@ -21,7 +21,7 @@ from rapid.backend import leases
 from rapid.backend.local import LocalBackend
 from rapid.backend.protocol import Lease, Role
 from rapid.engine.messages import SequenceRequest
-from rapid.errors import EngineLost, InvalidRequest, RetrievalFailed
+from rapid.errors import EngineLost, InvalidRequest, RequestQuarantined, RetrievalFailed
 from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.params import SpeculationParams
 from rapid.speculative_rag.choice import RATIONALE, RATIONALE_TOKENS, REFLECTION, YES
@@ -225,6 +225,18 @@ def test_a_target_that_dies_while_it_scores_changes_nothing(
     expected, completion = ask(world), ask(world, backend)
     assert_same(completion, expected)
     assert next(seen) > nth
+
+
+def test_an_answer_that_ends_engines_when_it_is_scored_leaves_other_answers_to_its_question(
+    world: World, no_pauses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LONGEST_APART_S", 0.0)
+    left = [True] * 3
+    backend = Backend(world, lambda role, at: (role, at) == ("target", "score") and bool(left) and left.pop())
+    for _ in range(2):
+        with pytest.raises(RequestQuarantined):
+            ask(world, backend, num_answers=1)
+    assert ask(world, backend, num_answers=1, max_tokens=5).tokens
 
 
 def test_a_target_that_stays_away_fails_the_request(world: World) -> None:
