@@ -66,6 +66,7 @@ class Stream:
     resumed: int = 0
     first_token_s: float = 0.0
     prefill_s: float = 0.0  # of all engines that read the prompt
+    resuming_s: float = 0.0  # from the loss of an engine until another had read prompt and output
 
     @property
     def silence_beyond_prefill_s(self) -> float:
@@ -105,6 +106,7 @@ class Stream:
                     if "rapid" in data:
                         self.resumed = data["rapid"]["resumed"]
                         self.prefill_s = data["rapid"]["timings_ms"]["target_prefill"] / 1e3
+                        self.resuming_s = data["rapid"]["timings_ms"]["resuming"] / 1e3
         except httpx.HTTPError as error:
             self.error = f"{type(error).__name__}: {error}"
         finally:
@@ -226,6 +228,8 @@ async def disturbed(case: str, expected: list[str], num_streams: int, new_tokens
         "still_silent": len(hanging),
         "other_text": num_streams - len(same) - sum(s.error is not None for s in streams) - len(hanging),
         "resumed": sum(s.resumed for s in streams),
+        "first_token_s": round(max(s.first_token_s for s in streams), 1),
+        "resuming_s": round(max(s.resuming_s for s in streams), 1),
         "longest_silence_s": round(max(s.longest_silence_s for s in streams), 1),
         "longest_silence_beyond_prefill_s": round(max(s.silence_beyond_prefill_s for s in streams), 1),
         "streams_took_s": round(took_s, 1),

@@ -2,6 +2,10 @@
 
 Both have keys of one service on this machine. The attacks come from a process of its own, eight at a time, each again
 as soon as it is answered. The honest client asks one question after another: a short chat, then `rag` about a document.
+
+The attacker's process shares the cores with the service, which it would not do elsewhere. So one more row, `computing`,
+has a process in its place that computes as long and asks nothing: what is like it is not the server's doing. And each
+row says how much processor time each process had, as a share of one core.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import psutil
 import ray
 from ray import serve
 
 from benchmarks.common.clients import MODEL, passage
+from benchmarks.common.memory import process_name
 from benchmarks.common.results import write
 from cluster.health import ENVIRONMENT
 from deployments.app import build
@@ -37,6 +43,7 @@ CONCURRENT = 8
 NEW_TOKENS = 24
 STAY_S = 1.0  # of a client that leaves
 SETTLE_S = 2.0
+COMPUTING = "computing"
 Attack = Callable[[httpx.AsyncClient, int], Awaitable[httpx.Response]]
 
 
@@ -141,6 +148,10 @@ ATTACKS: dict[str, Attack] = {
 def attack(name: str, stop: Any, answers: Any) -> None:
     """Runs one attack until ``stop`` is set; puts (status, how often) into ``answers``, with 0 for no answer."""
     os.nice(10)  # its own work is not what is measured
+    if name == COMPUTING:
+        while not stop.is_set():
+            sum(range(100_000))
+        return answers.put({})
     statuses: Counter[int] = Counter()
 
     async def again_and_again(first: int) -> None:
@@ -197,6 +208,16 @@ async def honest(seconds: float) -> dict[str, Any]:
     }
 
 
+def cpu_seconds() -> Counter[str]:
+    """What this process and all below it have computed so far, by name; those of a kind together."""
+    spent: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name, times = process_name(process), process.cpu_times()
+            spent[name] += times.user + times.system
+    return spent
+
+
 def _p95(values: list[float]) -> float:
     return statistics.quantiles(values, n=20, method="inclusive")[-1]
 
@@ -209,9 +230,12 @@ def beside(name: str, seconds: float) -> dict[str, Any]:
     hostile.start()
     try:
         time.sleep(SETTLE_S)
+        before, began = cpu_seconds(), time.monotonic()
         seen = asyncio.run(honest(seconds))
+        spent, took_s = cpu_seconds() - before, time.monotonic() - began
         stop.set()
-        return seen | {"answers_to_the_attack": answers.get(timeout=60)}
+        shares = {name: round(s / took_s, 2) for name, s in spent.most_common() if s / took_s >= 0.02}
+        return seen | {"answers_to_the_attack": answers.get(timeout=60), "cores": shares}
     finally:
         stop.set()
         hostile.join(30)
@@ -230,7 +254,7 @@ def worse(alone: dict[str, Any], seen: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=12.0, help="of questions beside each attack")
-    parser.add_argument("--attacks", nargs="*", choices=list(ATTACKS), default=list(ATTACKS))
+    parser.add_argument("--attacks", nargs="*", choices=[COMPUTING, *ATTACKS], default=[COMPUTING, *ATTACKS])
     options = parser.parse_args()
     with service():
         asyncio.run(honest(0))  # the first ones are slower

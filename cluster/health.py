@@ -11,7 +11,10 @@ ENVIRONMENT = {
     # By default Serve stops a replica that failed its checks as gracefully as one that is scaled down, and waits for
     # streams that cannot end.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # Of the HTTP proxies; three must fail, too. By default a proxy that hangs is replaced after a minute.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    # Of the HTTP proxies; three must fail, too. By default a proxy that hangs is replaced after a minute. Its streams
+    # cannot tell their clients anything until then, so it is checked more often than replicas are.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1.5",
+    # What failed its checks is asked to leave all the same, and killed after that time: 5 s by default.
+    "RAY_SERVE_PROXY_GRACEFUL_SHUTDOWN_TIMEOUT_S": "1",
 }

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,10 @@ _DELETE_TIMEOUT_S = 20.0
 
 
 class RayBackend:
-    """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine's process."""
+    """Engines behind Serve deployments: a lease through Serve, everything after it straight to the engine's process.
+
+    ``least`` is how many engines of a role there should always be: one, where nothing is said.
+    """
 
     def __init__(
         self,
@@ -46,13 +50,13 @@ class RayBackend:
         *,
         overlap: bool,
         is_colocated: bool = False,
-        may_be_away: Collection[Role] = (),
+        least: Mapping[Role, int] = MappingProxyType({}),
     ) -> None:
         self.history = History()
         self.quarantine = Quarantine()
         self.resume_timeout_s = _RESUME_TIMEOUT_S
         self.overlap, self.is_colocated = overlap, is_colocated
-        self._engines, self._retriever, self._may_be_away = engines, retriever, may_be_away
+        self._engines, self._retriever, self._least = engines, retriever, least
         self._hanging = {role: Breaker() for role in engines}
         self._retrieving, self._embedding = Breaker(), Breaker()  # apart: slow texts do not cost others their passages
         self._queue = QueueMetrics(engines)
@@ -82,10 +86,11 @@ class RayBackend:
         engines: dict[Role, list[EngineStats]] = {}
         problems: dict[str, str] = {"retriever": silent} if silent else {}
         for role, (stats, problem) in zip(names, found, strict=True):
+            least = self._least.get(role, 1)
             if stats:
                 engines[role] = stats
-            elif problem is None and role not in self._may_be_away:
-                problem = "there is no engine"
+            if problem is None and len(stats) < least:
+                problem = f"there are {len(stats)} of {least} engines" if stats else "there is no engine"
             if problem is not None:
                 problems[role] = problem
         return Vitals(engines, problems)

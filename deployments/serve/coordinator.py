@@ -31,10 +31,11 @@ class Coordinator:
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
         engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
-        away: list[Role] = [] if config.drafting_engine.replicas.min else ["drafter"]
-        backend = RayBackend(
-            engines, retriever, overlap=config.overlaps, is_colocated=config.colocated, may_be_away=away
-        )
+        least: dict[Role, int] = {
+            "target": config.target.replicas.min,
+            "drafter": config.drafting_engine.replicas.min,
+        }
+        backend = RayBackend(engines, retriever, overlap=config.overlaps, is_colocated=config.colocated, least=least)
         tokenizer = load_tokenizer(config.target.model)
         if config.drafting_engine.model != config.target.model:
             check_same_tokenizer(tokenizer, load_tokenizer(config.drafting_engine.model))

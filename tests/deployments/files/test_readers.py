@@ -1,8 +1,9 @@
-"""The processes that read strangers' files: few, one of a tenant, and without anything of this process."""
+"""The processes that read strangers' files: few, one of a tenant, limited, and without anything of this process."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,41 @@ from deployments.files import attachments, extraction
 HTML = b"<html><body>"
 
 
-def test_a_reader_sees_no_variable_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# In the place of the libraries that read HTML: what such a library could do if a file had taken it over.
+SOUP = """
+class BeautifulSoup:
+    title = None
+    def __init__(self, *_): pass
+    def __call__(self, _): return []
+"""
+TAKEN_OVER = """
+import json, resource
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)
+class MarkdownConverter:
+    def __init__(self, **_): pass
+    def convert_soup(self, _):
+        done = []
+        for what in (lambda: open({path!r}, "w").write("x" * 2**20), lambda: bytearray(5 * 2**29)):
+            try:
+                what()
+            except (OSError, MemoryError) as error:
+                done.append(type(error).__name__)
+        return json.dumps(done + [resource.getrlimit(limit)[0] for limit in LIMITS])
+"""
+
+
+def test_a_reader_that_a_file_takes_over_has_little_memory_and_time_and_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bs4.py").write_text(SOUP)
+    (tmp_path / "markdownify.py").write_text(TAKEN_OVER.format(path=str(tmp_path / "written")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text, _ = asyncio.run(extraction.extract(HTML, timeout_s=30))
+    assert json.loads(text) == ["OSError", "MemoryError", 2 * 2**30, 31, 0, 0]
+    assert not (tmp_path / "written").read_text()
+
+
+def test_a_reader_sees_no_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAPID_API_KEYS", "secret")
     reader = tmp_path / "reader.py"
     reader.write_text("import json, os\nprint(json.dumps({'text': ' '.join(os.environ)}))")
@@ -22,7 +57,7 @@ def test_a_reader_sees_no_variable_and_writes_no_file(monkeypatch: pytest.Monkey
     assert set(text.split()) <= {"PYTHONPATH", "LC_CTYPE"}
 
 
-def test_the_limits_hold_for_the_real_reader() -> None:
+def test_a_page_is_read_within_the_limits() -> None:
     page = b"<html><head><title>A</title></head><body><p>Some text.</p></body></html>"
     assert asyncio.run(extraction.extract(page, timeout_s=60)) == ("A\n\nSome text.", "text/html")
 

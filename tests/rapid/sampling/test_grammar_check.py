@@ -73,6 +73,18 @@ def test_a_schema_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json_grammar(Framed({"const": "once"}))
 
 
+def test_the_process_has_little_memory_time_and_stack(tmp_path: Path) -> None:
+    told = """
+import resource, threading
+class LLMatcher:
+    def validate_grammar(grammar):
+        limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+        return f"{limits} {threading.stack_size()}"
+"""
+    (tmp_path / "llguidance.py").write_text(told)
+    assert grammar_check.fault_of_grammar("a third", tmp_path) == f"[{2**30}, 5] {2**20}"
+
+
 def test_the_process_sees_no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What it reads came from a stranger; the keys in this process's environment are none of its business."""
     told = "import os\nclass LLMatcher:\n    validate_grammar = lambda grammar: ' '.join(sorted(os.environ))"

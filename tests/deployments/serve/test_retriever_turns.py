@@ -1,0 +1,89 @@
+"""The Retriever's replica: one client's long documents stand before no other's query, and end with their client."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from deployments import builders
+from deployments.config import FilesConfig, RetrieverConfig
+from deployments.serve.retriever import RetrieverReplica
+from retrieval import Retrieval, TenantOptions
+
+LIMIT_S = 30.0
+FOUND = Retrieval((), 0, 0, 0, 0.0, reaches_threshold=True, confidence=1.0)
+
+
+class Documents:
+    """A retriever whose steps for the client "long" do not end before ``going_on``; it counts them."""
+
+    def __init__(self) -> None:
+        self.going_on, self.begun = threading.Event(), threading.Semaphore(0)
+        self.num_steps = 0
+
+    def steps(self, contents: Sequence[str], query: str, options: TenantOptions) -> Iterator[Retrieval | None]:
+        if options.client == "long":
+            for _ in range(1000):
+                self.num_steps += 1
+                self.begun.release()
+                assert self.going_on.wait(LIMIT_S)
+                yield None
+        yield FOUND
+
+
+@pytest.fixture
+def documents(monkeypatch: pytest.MonkeyPatch) -> Iterator[Documents]:
+    documents = Documents()
+    monkeypatch.setattr(builders, "build_retriever", lambda *_: documents)
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    yield documents
+    documents.going_on.set()
+
+
+def replica() -> Any:
+    return RetrieverReplica.func_or_class(RetrieverConfig(), FilesConfig(), "a model")
+
+
+async def retrieve(where: Any, client: str) -> Retrieval:
+    async with aclosing(where.retrieve([], "", TenantOptions(client=client))) as words:
+        async for word in words:
+            if word is not None:
+                return word
+    raise AssertionError("no answer")
+
+
+def test_long_documents_of_one_client_stand_before_no_other_query(documents: Documents) -> None:
+    async def main() -> None:
+        where = replica()
+        long = [asyncio.create_task(retrieve(where, "long")) for _ in range(8)]
+        for _ in range(2):
+            assert await asyncio.to_thread(documents.begun.acquire, timeout=LIMIT_S)
+        assert await asyncio.wait_for(retrieve(where, "short"), LIMIT_S) == FOUND
+        assert documents.num_steps == 2  # of eight documents
+        for task in long:
+            task.cancel()
+        documents.going_on.set()
+        await asyncio.gather(*long, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_retrieval_ends_behind_the_step_in_which_its_client_leaves(documents: Documents) -> None:
+    async def main() -> None:
+        where = replica()
+        leaving = asyncio.create_task(retrieve(where, "long"))
+        assert await asyncio.to_thread(documents.begun.acquire, timeout=LIMIT_S)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        documents.going_on.set()
+        # Its turn comes when the step under way has ended.
+        await asyncio.wait_for(retrieve(where, "short"), LIMIT_S)
+        await asyncio.to_thread(where._queries._threads.shutdown)
+        assert documents.num_steps == 1
+
+    asyncio.run(main())
