@@ -1,0 +1,132 @@
+"""What requests of one key take from those of another: places, threads that read, and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import local_api
+from starlette.requests import Request
+
+from deployments.config import parse_config
+from deployments.http import errors
+from deployments.http.api import make_api
+from deployments.schemas.events import Events, Started
+from deployments.schemas.tokenize import Tokenized, TokenizeRequest
+from deployments.turns import FairPool
+from rapid.events import Delta, Finish, Statistics
+
+MODEL = "smollm2-135m-instruct"
+ACCESS = {"api_keys": ["a", "b"]}  # with four places, three of a key
+
+
+class Held:
+    """A service whose answers end when the test says so; it counts the choices and texts under way."""
+
+    files = None
+
+    def __init__(self) -> None:
+        self.num_running = self.num_most = 0
+        self.goes_on = asyncio.Event()
+
+    async def _hold(self, num: int) -> None:
+        self.num_running += num
+        self.num_most = max(self.num_most, self.num_running)
+        await self.goes_on.wait()
+        self.num_running -= num
+
+    async def generate(self, completion: Any, tenant: str) -> Events:
+        yield Started(8)
+        await self._hold(completion.num_written)
+        for choice in range(completion.num_written):
+            yield Delta([1], ["x"], 0, 0, "none", 1.0, 0.0, 1.0, [], [], choice=choice)
+            yield Finish("", "length", Statistics("rapid", prompt_tokens=8), choice=choice)
+
+    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
+        await self._hold(1)
+        return Tokenized(count=1, max_model_len=8, tokens=[1])
+
+
+async def most_at_once(path: str, body: dict[str, Any], keys: str) -> int:
+    """How much was under way at most, of one request for each of ``keys``, all sent before any is answered."""
+    service = Held()
+    app = make_api(parse_config({"access": ACCESS, "target": {"max_sequences": 4}}), service)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        asked = [
+            asyncio.create_task(client.post(path, json=body, headers={"Authorization": f"Bearer {key}"}))
+            for key in keys
+        ]
+        for _ in range(200):
+            await asyncio.sleep(0)
+        service.goes_on.set()
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+    return service.num_most
+
+
+def test_each_choice_takes_a_place() -> None:
+    """Of three places two choices have two, and two more do not fit beside them."""
+    two = {"model": MODEL, "prompt": "x", "max_tokens": 1, "n": 2}
+    assert asyncio.run(most_at_once("/v1/completions", two, "aaaa")) == 2
+
+
+def test_what_takes_no_place_is_bounded_for_each_key_too() -> None:
+    assert asyncio.run(most_at_once("/tokenize", {"prompt": "x"}, "aaaaaaaab")) == 3 + 1
+
+
+def test_a_long_body_is_parsed_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, threads = errors.parse, []
+
+    def noted(kind: Any, body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(kind, body)
+
+    async def read(text: str) -> TokenizeRequest:
+        body = json.dumps({"prompt": text}).encode()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        headers = [(b"content-type", b"application/json")]
+        return await errors.read(TokenizeRequest, Request({"type": "http", "headers": headers}, receive))
+
+    monkeypatch.setattr(errors, "parse", noted)
+    assert asyncio.run(read("x" * 100_000)).prompt == "x" * 100_000
+    [thread] = threads
+    assert thread.startswith("parse")
+
+
+@pytest.fixture(scope="module")
+def url(tiny_folder: Path) -> Iterator[str]:
+    target = {"model": str(tiny_folder), "kv_memory_gib": 0.1, "threads": 1}
+    with local_api({"served_model": "letters", "target": target, "colocated": True, "access": ACCESS}) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "letters", "prompt": "abc", "max_tokens": 1}),
+        ("/tokenize", {"prompt": "abc"}),
+        ("/detokenize", {"tokens": [1]}),
+    ],
+)
+def test_each_key_has_turns_of_its_own_where_requests_are_read(
+    url: str, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, readers = FairPool.run, []
+
+    async def noted(self: FairPool, client: str, *call: Any, **options: Any) -> Any:
+        readers.append(client)
+        return await run(self, client, *call, **options)
+
+    monkeypatch.setattr(FairPool, "run", noted)
+    for key in "ab":
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.post(f"{url}{path}", json=body, headers=headers, timeout=60).status_code == 200
+    assert len(readers) == len(set(readers)) == 2
