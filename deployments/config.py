@@ -92,6 +92,9 @@ class AccessConfig(Strict):
     requests_per_minute: int | None = Field(None, ge=1, description="of one key; more is a 429")
     tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion of one key; likewise")
     wrong_keys_per_minute: int = Field(60, ge=1, description="of one address; more is a 429, and right keys still pass")
+    refusals_per_minute: int = Field(
+        60, ge=1, description="4xx answers to one of several keys, or to wrong keys of one address; more come 2 s later"
+    )
     max_in_flight: int | None = Field(
         None,
         ge=1,

@@ -98,7 +98,9 @@ class LocalService:
                 return
             answers: defaultdict[int, list[int]] = defaultdict(list)  # by choice
             with Trace.start(request, self._backend) as trace:
-                async with aclosing(generate_choices(request, completion.num_written, trace.backend)) as events:
+                # No client may have all places, however many choices one of its requests has.
+                most, num = self._config.max_in_flight, completion.num_written
+                async with aclosing(generate_choices(request, num, trace.backend, at_once=most)) as events:
                     async for event in events:
                         if isinstance(event, Finish):
                             trace.finish(event)

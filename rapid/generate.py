@@ -189,9 +189,11 @@ def _count_round(stats: Statistics, source: str, verdict: VerifyResult, num_emit
 
 
 async def generate_choices(
-    request: GenerationRequest, num_choices: int, backend: Backend
+    request: GenerationRequest, num_choices: int, backend: Backend, *, at_once: int | None = None
 ) -> AsyncGenerator[Delta | Finish, None]:
     """Runs `generate` ``num_choices`` times; ``choice`` tells the events apart, and each choice ends with a `Finish`.
+
+    At most ``at_once`` choices are written at the same time (None: all).
 
     The choices share the retrieval, and the keys and values of the prompt. If the request has a seed, choice i has the
     seed plus i: the same request with n = 1 and that seed writes the same text. An error in one choice ends them all.
@@ -201,12 +203,13 @@ async def generate_choices(
             async for delta in only:
                 yield delta
         return
-    shared = _RetrieveOnce(backend)
+    shared, places = _RetrieveOnce(backend), asyncio.Semaphore(at_once or num_choices)
     events: asyncio.Queue[Delta | Finish | Exception] = asyncio.Queue()
 
     async def write(choice: int) -> None:
         try:
-            async with aclosing(generate(_seeded(request, choice), backend, shared.retrieve)) as deltas:
+            writing = generate(_seeded(request, choice), backend, shared.retrieve)
+            async with places, aclosing(writing) as deltas:
                 async for event in deltas:
                     events.put_nowait(event._replace(choice=choice))
         except Exception as error:

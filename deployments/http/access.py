@@ -77,8 +77,9 @@ class _Guard:
         self._app, self._config = app, config.access
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.access.keys]
         self._hosts = {host.lower() for host in config.access.allowed_hosts} or ({"*"} if self._keys else {"localhost"})
-        self._clients = Clients(config.access.requests_per_minute, config.access.tokens_per_minute)
-        self._strangers = Clients(config.access.wrong_keys_per_minute)
+        late = config.access.refusals_per_minute if len(self._keys) > 1 else None
+        self._clients = Clients(config.access.requests_per_minute, config.access.tokens_per_minute, late)
+        self._strangers = Clients(config.access.wrong_keys_per_minute, None, config.access.refusals_per_minute)
         self._turns = Turns(config.max_in_flight, config.target.max_queued)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,7 +142,8 @@ class _Guard:
         # Always all keys: the time that this takes must not tell which key is nearly right.
         is_known = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(is_known):
-            self._strangers.get(address, PUBLIC).admit()
+            scope["rapid.stranger"] = stranger = self._strangers.get(address, PUBLIC)
+            stranger.admit()
             how = (
                 "send it as `Authorization: Bearer <key>`, or as `x-api-key`"
                 if not key
@@ -214,6 +216,9 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if 400 <= message["status"] < 500:
+                refused: Client = self._scope.get("rapid.stranger", self._scope["rapid.charge"].client)
+                await asyncio.sleep(refused.refusal_waits_s())
             self.started = message
             for what, bucket in self._scope["rapid.charge"].client.limits.items():
                 MutableHeaders(scope=message).update(bucket.headers(what))

@@ -18,6 +18,7 @@ from rapid.events import Delta
 HEADERS = [
     f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
 ]
+LATE_REFUSAL_S = 2.0  # far longer than it takes to refuse
 _MAX_CLIENTS = 10_000  # whose rates are remembered
 
 
@@ -60,13 +61,14 @@ class TokenBucket:
 class Client:
     """Where a request comes from. It sees the files of ``tenant`` and waits its turn under ``name``.
 
-    A limit that is None does not hold.
+    A limit that is None does not hold. Of ``refusals`` more than a minute's come late.
     """
 
     tenant: str = PUBLIC
     name: str = PUBLIC
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
+    refusals: TokenBucket | None = None
 
     @property
     def limits(self) -> dict[str, TokenBucket]:
@@ -85,6 +87,15 @@ class Client:
                 raise RateLimited(f"more than {bucket.per_minute} {what} a minute: wait {retry_after} s", retry_after)
         if self.requests is not None:
             self.requests.take(1)
+
+    def refusal_waits_s(self) -> float:
+        """Counts a request that is refused, and says how long its answer waits: who sends many must wait for each."""
+        if self.refusals is None:
+            return 0.0
+        is_late = self.refusals.seconds_until(1) > 0
+        if not is_late:
+            self.refusals.take(1)
+        return LATE_REFUSAL_S if is_late else 0.0
 
     def spend(self, num_tokens: int) -> None:
         if self.tokens is not None:
@@ -151,17 +162,19 @@ class Charge:
 class Clients:
     """The clients whose rates are remembered, by name; the least recently seen is forgotten first."""
 
-    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None = None) -> None:
-        self._requests, self._tokens = requests_per_minute, tokens_per_minute
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None = None,
+        refusals_per_minute: int | None = None,
+    ) -> None:
+        self._limits = requests_per_minute, tokens_per_minute, refusals_per_minute
         self._clients: OrderedDict[str, Client] = OrderedDict()
 
     def get(self, name: str, tenant: str) -> Client:
         """The client called ``name``, with a full allowance where it is new."""
         if name not in self._clients:
-            requests, tokens = self._requests, self._tokens
-            self._clients[name] = Client(
-                tenant, name, TokenBucket(requests) if requests else None, TokenBucket(tokens) if tokens else None
-            )
+            self._clients[name] = Client(tenant, name, *(TokenBucket(most) if most else None for most in self._limits))
         self._clients.move_to_end(name)
         if len(self._clients) > _MAX_CLIENTS:
             self._clients.popitem(last=False)

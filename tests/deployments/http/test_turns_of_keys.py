@@ -14,8 +14,9 @@ import pytest
 from served import local_api
 from starlette.requests import Request
 
+from deployments import service
 from deployments.config import parse_config
-from deployments.http import errors
+from deployments.http import errors, rate_limits
 from deployments.http.api import make_api
 from deployments.schemas.events import Events, Started
 from deployments.schemas.tokenize import Tokenized, TokenizeRequest
@@ -55,8 +56,8 @@ class Held:
 
 async def most_at_once(path: str, body: dict[str, Any], keys: str) -> int:
     """How much was under way at most, of one request for each of ``keys``, all sent before any is answered."""
-    service = Held()
-    app = make_api(parse_config({"access": ACCESS, "target": {"max_sequences": 4}}), service)  # type: ignore[arg-type]
+    held = Held()
+    app = make_api(parse_config({"access": ACCESS, "target": {"max_sequences": 4}}), held)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         asked = [
             asyncio.create_task(client.post(path, json=body, headers={"Authorization": f"Bearer {key}"}))
@@ -64,9 +65,9 @@ async def most_at_once(path: str, body: dict[str, Any], keys: str) -> int:
         ]
         for _ in range(200):
             await asyncio.sleep(0)
-        service.goes_on.set()
+        held.goes_on.set()
         assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
-    return service.num_most
+    return held.num_most
 
 
 def test_each_choice_takes_a_place() -> None:
@@ -130,3 +131,57 @@ def test_each_key_has_turns_of_its_own_where_requests_are_read(
         headers = {"Authorization": f"Bearer {key}"}
         assert httpx.post(f"{url}{path}", json=body, headers=headers, timeout=60).status_code == 200
     assert len(readers) == len(set(readers)) == 2
+
+
+def test_a_request_with_many_choices_leaves_places_to_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of the eight places of this engine; each choice has a sequence of its own."""
+    written = service.generate_choices
+    limits = []
+
+    def noted(request: Any, num: int, backend: Any, *, at_once: int | None) -> Any:
+        limits.append((num, at_once))
+        return written(request, num, backend, at_once=at_once)
+
+    monkeypatch.setattr(service, "generate_choices", noted)
+    body = {"model": "letters", "prompt": "abc", "max_tokens": 1, "n": 8}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer a"}, timeout=60)
+    assert len(answer.json()["choices"]) == 8
+    assert limits == [(8, 6)]
+
+
+async def answered(asked: asyncio.Task[httpx.Response], limit_s: float = 30.0) -> int:
+    return (await asyncio.wait_for(asked, limit_s)).status_code
+
+
+@pytest.mark.parametrize("keys", [("a", "b"), ("wrong", "a")])
+def test_who_is_refused_often_waits_for_it_and_nobody_else_does(
+    keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third refusal of a minute would come after an hour; until then each holds a turn of its key."""
+    monkeypatch.setattr(rate_limits, "LATE_REFUSAL_S", 3600.0)
+    hostile, honest = keys
+    held = Held()
+    held.goes_on.set()
+    access = ACCESS | {"refusals_per_minute": 2}
+    app = make_api(parse_config({"access": access, "target": {"max_sequences": 4}}), held)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+
+            def ask(key: str, **body: Any) -> asyncio.Task[httpx.Response]:
+                headers = {"Authorization": f"Bearer {key}"}
+                return asyncio.create_task(client.post("/tokenize", json=body, headers=headers))
+
+            status = 401 if hostile == "wrong" else 400
+            assert [await answered(ask(hostile, wrong=1)) for _ in range(2)] == [status, status]
+            late = [ask(hostile, wrong=1) for _ in range(3)]
+            assert [await answered(ask(honest, prompt="x")), await answered(ask(honest, wrong=1))] == [200, 400]
+            if hostile != "wrong":
+                late.append(ask(hostile, prompt="x"))  # behind three that have all of the key's turns
+            assert await answered(ask(honest, prompt="x")) == 200
+            assert not any(asked.done() for asked in late)
+            for asked in late:
+                asked.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    asyncio.run(main())
