@@ -54,11 +54,12 @@ class Held:
         return Tokenized(count=1, max_model_len=8, tokens=[1])
 
 
-async def most_at_once(path: str, body: dict[str, Any], keys: str) -> int:
-    """How much was under way at most, of one request for each of ``keys``, all sent before any is answered."""
+async def at_once(path: str, body: dict[str, Any], keys: str, **access: Any) -> tuple[int, list[int]]:
+    """How much was under way at most, and the statuses, of one request for each key; all come before any is answered."""
     held = Held()
-    app = make_api(parse_config({"access": ACCESS, "target": {"max_sequences": 4}}), held)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+    config = parse_config({"access": ACCESS | access, "target": {"max_sequences": 4}})
+    transport = httpx.ASGITransport(make_api(config, held))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         asked = [
             asyncio.create_task(client.post(path, json=body, headers={"Authorization": f"Bearer {key}"}))
             for key in keys
@@ -66,18 +67,23 @@ async def most_at_once(path: str, body: dict[str, Any], keys: str) -> int:
         for _ in range(200):
             await asyncio.sleep(0)
         held.goes_on.set()
-        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
-    return held.num_most
+        return held.num_most, sorted([answer.status_code for answer in await asyncio.gather(*asked)])
 
 
 def test_each_choice_takes_a_place() -> None:
     """Of three places two choices have two, and two more do not fit beside them."""
     two = {"model": MODEL, "prompt": "x", "max_tokens": 1, "n": 2}
-    assert asyncio.run(most_at_once("/v1/completions", two, "aaaa")) == 2
+    assert asyncio.run(at_once("/v1/completions", two, "aaaa")) == (2, [200] * 4)
 
 
 def test_what_takes_no_place_is_bounded_for_each_key_too() -> None:
-    assert asyncio.run(most_at_once("/tokenize", {"prompt": "x"}, "aaaaaaaab")) == 3 + 1
+    assert asyncio.run(at_once("/tokenize", {"prompt": "x"}, "aaaaaaaab")) == (3 + 1, [200] * 9)
+
+
+def test_what_may_be_written_is_reserved_too() -> None:
+    """Of 10,000 tokens a minute two requests may not write 6,000 each at once."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 6000}
+    assert asyncio.run(at_once("/v1/completions", body, "aab", tokens_per_minute=10_000)) == (2, [200, 200, 429])
 
 
 def test_a_long_body_is_parsed_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

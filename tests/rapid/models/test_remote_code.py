@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,3 +48,15 @@ def test_code_in_a_models_folder_is_not_run(
     with pytest.raises(RapidError):
         load(str(strange))
     assert not (strange.parent / "ran").exists()
+
+
+def test_every_call_that_loads_says_so() -> None:
+    """Some load only where a GPU is, or a model comes from the hub."""
+    root, num_calls = Path(__file__).parents[3], 0
+    for file in (path for package in ("rapid", "retrieval", "deployments") for path in (root / package).rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "from_pretrained":
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert said.get("trust_remote_code") == "False", f"{file}:{call.lineno}"
+                num_calls += 1
+    assert num_calls >= 7
