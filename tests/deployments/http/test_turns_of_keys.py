@@ -55,7 +55,7 @@ class Held:
 
 
 async def at_once(path: str, body: dict[str, Any], keys: str, **access: Any) -> tuple[int, list[int]]:
-    """How much was under way at most, and the statuses, of one request for each key; all come before any is answered."""
+    """How much was under way at most, and the statuses, of one request for each key; all come before an answer."""
     held = Held()
     config = parse_config({"access": ACCESS | access, "target": {"max_sequences": 4}})
     transport = httpx.ASGITransport(make_api(config, held))  # type: ignore[arg-type]
