@@ -1,4 +1,4 @@
-"""How soon Serve replaces a replica that does not answer."""
+"""How soon Serve replaces a process that does not answer."""
 
 from __future__ import annotations
 
@@ -17,4 +17,7 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1.5",
     # What failed its checks is asked to leave all the same, and killed after that time: 5 s by default.
     "RAY_SERVE_PROXY_GRACEFUL_SHUTDOWN_TIMEOUT_S": "1",
+    # Ray asks a process to end, and kills it so much later; one that is stopped keeps its connections until then. By
+    # default that takes five seconds.
+    "RAY_kill_worker_timeout_milliseconds": "1000",
 }
