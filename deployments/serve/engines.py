@@ -203,16 +203,16 @@ class EngineReplica:
             return ray.remote(kind).options(**options, scheduling_strategy=bundle).remote(config)
 
         self._engine = start(EngineActor, 0)
-        followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
-        watched = [rank.alive.remote() for rank in (self._engine, *followers)]
+        self._followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
+        watched = [rank.alive.remote() for rank in (self._engine, *self._followers)]
         placement = None
-        if followers:
+        if self._followers:
             placement = RankPlacement(0, config.tensor_parallel, await self._engine.address.remote())
-            watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(followers, 1)]
+            watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(self._followers, 1)]
         self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
         self._info, self._address = await self._engine.load.remote(placement, drafts)
-        self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *followers)))
+        self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *self._followers)))
         self._stats: EngineStats = await self._engine.stats.remote()
         self._heard = time.monotonic()
         self._listening = asyncio.create_task(self._end_with_a_hang(config.pass_timeout_s))
@@ -226,13 +226,17 @@ class EngineReplica:
         os._exit(1)
 
     async def _end_with_a_hang(self, pass_timeout_s: float) -> None:
-        """Asks the engine every second how it is."""
+        """Asks the engine every second how it is, and the other ranks whether they are there.
+
+        A pass waits for all ranks, and without them its age would tell: of ranks that are always slow, far too late.
+        """
         hang = None
         while hang is None:
             await asyncio.sleep(_LISTEN_EVERY_S)
             try:
                 async with asyncio.timeout(_ANSWER_WITHIN_S):
-                    self._stats = await self._engine.stats.remote()
+                    others = [rank.pid.remote() for rank in self._followers]
+                    self._stats, *_ = await asyncio.gather(self._engine.stats.remote(), *others)
             except TimeoutError:
                 hang = f"no answer for {_ANSWER_WITHIN_S:g} s"
             except RayError:

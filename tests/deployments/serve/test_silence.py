@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import replace
@@ -370,14 +370,15 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
     return codes
 
 
-def replica(engine: Handle, *pids: int) -> Any:
+def replica(engine: Handle, *pids: int, followers: Sequence[Handle] = ()) -> Any:
     made = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
     made._engine, made._pids, made._stats, made._heard = engine, pids, stats(), time.monotonic()
+    made._followers = followers
     made._metrics, made._replica = SimpleNamespace(update=lambda _: None), "one"
     return made
 
 
-@pytest.mark.parametrize("hang", ["a stopped process", "a stuck pass"])
+@pytest.mark.parametrize("hang", ["a stopped process", "a stuck pass", "a stopped rank"])
 def test_a_replica_kills_an_engine_that_hangs_and_ends(
     hang: str, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,8 +387,12 @@ def test_a_replica_kills_an_engine_that_hangs_and_ends(
     monkeypatch.setattr(engines, "_ANSWER_WITHIN_S", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     process.send_signal(signal.SIGSTOP)
-    asked = never if hang == "a stopped process" else answering(stats(Pulse(21.0, 0.01)))
-    asyncio.run(asyncio.wait_for(replica(Handle(stats=asked), process.pid)._end_with_a_hang(20.0), LIMIT_S))
+    # For a pass that waits for a rank ten seconds are nothing much here.
+    passes = {"a stuck pass": Pulse(21.0, 0.01), "a stopped rank": Pulse(10.0, 3.0)}
+    asked = answering(stats(passes[hang])) if hang in passes else never
+    ranks = [Handle(pid=answering(7)), Handle(pid=never if hang == "a stopped rank" else answering(8))]
+    hanging = replica(Handle(stats=asked), process.pid, followers=ranks)
+    asyncio.run(asyncio.wait_for(hanging._end_with_a_hang(20.0), LIMIT_S))
     assert process.wait(LIMIT_S) == -signal.SIGKILL
     assert exits.get_nowait() == 1
 
