@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
+from deployments.schemas.tokenize import MAX_WINDOWS, TokenizeRequest
 from rapid.errors import ContextLengthExceeded
 from rapid.text.encoding import _spelling, count, count_beyond, encode, encode_in_pieces
 from rapid.text.prompts import Message, read_chat, read_text
@@ -178,10 +180,15 @@ def test_a_text_far_beyond_the_window_is_not_read_to_its_end(chat_tokenizer: Pre
             return super().__call__(text, **options)
 
     counting = Counting(tokenizer_object=chat_tokenizer.backend_tokenizer, chat_template=chat_tokenizer.chat_template)
-    for text in ("a b c d e f g h " * 250_000, " " * 4_000_000):
+    reading: list[Callable[[str], object]] = [
+        lambda text: read_chat([Message("user", text)], counting, most_tokens=8192),
+        lambda text: read_text(text, counting, most_tokens=8192),
+        lambda text: TokenizeRequest(prompt=text).answer(counting, 8192 // MAX_WINDOWS),
+    ]
+    for text, read in product(("a b c d e f g h " * 250_000, " " * 4_000_000), reading):
         backend_calls.clear()
         with pytest.raises(ContextLengthExceeded, match="at least") as caught:
-            read_chat([Message("user", text)], counting, most_tokens=8192)
+            read(text)
         assert caught.value.prompt_tokens > 8192
         assert sum(backend_calls) <= 3 * 16_384 or text.isspace()
     for making in TEXTS.values():
