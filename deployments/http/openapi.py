@@ -7,7 +7,7 @@ so they are described here; the form of an upload is described in `deployments.h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
@@ -112,6 +112,12 @@ class TokenCount(BaseModel):
     """What a message would have as its prompt."""
 
     input_tokens: int
+
+
+class InputTokens(TokenCount):
+    """What a response would have as its prompt."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
