@@ -174,7 +174,7 @@ def usage(statistics: Statistics, reasoning_tokens: int) -> dict[str, Any]:
     read, written = statistics.prompt_tokens, statistics.emitted
     return {
         "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        "input_tokens_details": {"cached_tokens": statistics.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": written,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": read + written,

@@ -92,7 +92,8 @@ def add_response_routes(
     @app.post("/v1/responses/{response_id}/cancel", responses=ERRORS)
     async def cancel(request: Request, response_id: str) -> None:
         await service.responses.get(client_of(request).tenant, response_id)
-        raise InvalidRequest("only responses in the background are cancelled: close the connection of another instead")
+        message = "background: only responses in the background are cancelled: close the connection of another instead"
+        raise InvalidRequest(message, param="background")
 
 
 def _items(body: ResponsesRequest) -> list[dict[str, Any]]:
