@@ -121,7 +121,10 @@ class InputTokens(TokenCount):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many (429)"},
+    "4XX": {"model": ErrorBody, "description": "The request is wrong"},
+    413: {"model": ErrorBody, "description": "The body, or what it unpacks to, is too large"},
+    415: {"model": ErrorBody, "description": "The body's media type or encoding, or the file's, is not read here"},
+    429: {"model": ErrorBody, "description": "There are too many requests or tokens: try again"},
     503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},
 }
 
