@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=18_000, help="of each prompt, about")
     options = parser.parse_args()
-    with with_window(options.tokens * 3 // 2) as model, served({"model": model, "threads": 1}) as url:
+    with with_window(options.tokens * 3 // 2) as model, served(target={"model": model, "threads": 1}) as url:
         rows = asyncio.run(run(url, options.tokens))
     write("proxy", {"silence_limit_s": SILENCE_S, "streams": rows})
     if not all(row["is_complete"] and not row["given_up"] for row in rows):

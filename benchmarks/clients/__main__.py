@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {}
     pythons = {name: install(name) for name in options.only}
-    with nullcontext(options.url) if options.url else served({"dtype": "float32"}) as url:
+    with nullcontext(options.url) if options.url else served(target={"dtype": "float32"}) as url:
         for name in options.only:
             found = version(name, pythons[name])
             results[name] = {"version": found, "features": run(name, pythons[name], url) if found else []}

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ START_S = 240
 
 
 @contextmanager
-def served(target: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """The server of `serve_config.yaml` on a free port, its target with the settings in ``target``; yields its URL."""
+def served(**settings: Any) -> Iterator[str]:
+    """The server of `serve_config.yaml` on a free port, with ``settings`` besides; yields its URL."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         document = yaml.safe_load(Path("serve_config.yaml").read_text())
         document["http_options"]["port"] = port
         args = document["applications"][0]["args"]
-        args["target"] |= target or {}
-        args["files"] = {"folder": f"{folder}/files"}
+        for name, value in {"files": {"folder": f"{folder}/files"}, **settings}.items():
+            args[name] = {**args.get(name, {}), **value} if isinstance(value, dict) else value
         config = Path(folder) / "serve_config.yaml"
         config.write_text(yaml.safe_dump(document))
         probe.close()

@@ -23,6 +23,7 @@ from benchmarks.common.served import served
 from benchmarks.documented_examples.examples import Example, names_of, read_table, send
 from benchmarks.documented_examples.shapes import faults
 
+MOST = 64  # tokens of an answer to a request that names no number
 _REQUEST_S = 120
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a running server")
     options = parser.parse_args()
-    with nullcontext(options.url) if options.url else served() as url:
+    with nullcontext(options.url) if options.url else served(default_max_tokens=MOST) as url:
         rows = run(url)
     counts = {kind: sum(row["outcome"] == kind for row in rows) for kind in ("answered", "refused", "failed")}
     faulty = sum(bool(row["faults"]) for row in rows)
