@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -71,8 +72,6 @@ class Terminal:
             print(json.dumps([answer.as_object() for answer in answers], ensure_ascii=False, indent=2))
             return
         dtype = run.info("target").dtype
-        if not self._stdout.is_terminal:
-            self._stdout.width = max(self._stdout.width, 160)
         self._stdout.print(comparison(answers, dtype=dtype, is_greedy=request.sampling.temperature == 0))
         for answer in answers:
             beginning = textwrap.shorten(answer.text, ANSWER_CHARS, placeholder=" …")
@@ -161,28 +160,26 @@ def _prompt_parts(stats: Statistics) -> list[str]:
 
 
 def comparison(answers: Sequence[Answer], *, dtype: str, is_greedy: bool) -> Table:
-    """A column for each answer, of which the first is what the others are compared with."""
+    """A row for each answer; all are compared with the first. It fits 80 columns."""
     first = answers[0]
-    table = Table(title="One question, every strategy", title_justify="left")
-    table.add_column("")
+    table = Table(title="One question, every strategy", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
+    for heading in ("read", "wrote", "prefill\ns", "decode\ns", "tokens\n/s", "speed", "drafts\nkept", "same\ntext"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for answer in answers:
-        table.add_column(answer.statistics.strategy, justify="right", no_wrap=True)
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
-    row("prompt tokens read", *(_tokens_read(answer) for answer in answers))
-    row("tokens written", *(f"{answer.statistics.emitted:,}" for answer in answers))
-    row("prefill s", *(f"{answer.prefill_s:.2f}" for answer in answers))
-    row("decode s", *(f"{answer.decode_s:.2f}" for answer in answers))
-    row("tokens/s", *(f"{answer.tokens_per_second:.1f}" for answer in answers))
-    row("decoding speed", *(f"{answer.tokens_per_second / first.tokens_per_second:.2f}×" for answer in answers))
-    rates = [answer.statistics.acceptance_rate for answer in answers]
-    row("acceptance", *(NONE if rate is None else f"{rate:.0%}" for rate in rates))
-    row("accepted length", *(f"{answer.statistics.mean_accepted_length or 0:.2f}" for answer in answers))
-    same = [("yes" if answer.text == first.text else "no") if is_greedy else NONE for answer in answers]
-    row("same text", NONE, *same[1:])
-    row("total s", *(f"{answer.statistics.timings_ms['total'] / 1e3:.2f}" for answer in answers))
+        stats = answer.statistics
+        same = ("yes" if answer.text == first.text else "no") if is_greedy and answer is not first else NONE
+        table.add_row(
+            stats.strategy,
+            _tokens_read(answer),
+            f"{stats.emitted:,}",
+            f"{answer.prefill_s:.2f}",
+            f"{answer.decode_s:.2f}",
+            f"{answer.tokens_per_second:.1f}",
+            f"{answer.tokens_per_second / first.tokens_per_second:.2f}×",
+            NONE if stats.acceptance_rate is None else f"{stats.acceptance_rate:.0%}",
+            same,
+        )
     table.caption = _caption(answers, dtype, is_greedy)
     table.caption_justify = "left"
     return table
@@ -190,7 +187,7 @@ def comparison(answers: Sequence[Answer], *, dtype: str, is_greedy: bool) -> Tab
 
 def _tokens_read(answer: Answer) -> str:
     """By the target, and by the drafter where there is one."""
-    return " + ".join(f"{answer.tokens_read[role]:,}" for role in ("target", "drafter") if role in answer.tokens_read)
+    return "+".join(f"{answer.tokens_read[role]:,}" for role in ("target", "drafter") if role in answer.tokens_read)
 
 
 def _caption(answers: Sequence[Answer], dtype: str, is_greedy: bool) -> str:

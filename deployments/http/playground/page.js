@@ -17,6 +17,8 @@ function options() {
       num_draft_tokens: number("gamma") ?? "auto",
       transfer_strength: numberOrWord("strength"),
       transfer_temperature: number("transfer"),
+      transfer_divergence: number("divergence"),
+      refresh: byId("refresh").value || undefined,
       verification: byId("verification").value || undefined,
       retrieval: {
         method: byId("method").value || undefined,

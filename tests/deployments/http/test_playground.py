@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 from served import MODEL, QUESTION, document, health, seconds_until_free
 
 from benchmarks.screenshots import chromium
+from deployments.schemas.rapid_fields import RapidFields, RetrievalFields
 
 # Node writes through a pipe that Playwright leaves to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -262,6 +263,36 @@ def test_an_answer_that_breaks_off_says_why(page: Page) -> None:
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     ask(page)
     expect(page.get_by_role("alert")).to_contain_text("the target was lost Ask again")
+
+
+def test_every_setting_is_asked_for(page: Page) -> None:
+    filled = {
+        "Transfer strength": "auto",
+        "Transfer temperature": "0.5",
+        "nats that it may move": "0.25",
+        "Passages kept": "256",
+        "Longest passage": "64",
+    }
+    chosen = {"Verification": "augmented", "Search by": "hybrid", "Search again": "auto"}
+    prepare(page, tokens=2)
+    for label, value in filled.items():
+        page.get_by_label(label).fill(value)
+    for label, value in chosen.items():
+        page.get_by_label(label).select_option(value)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_role("button", name="Ask").click()
+    assert RapidFields.model_validate(sent.value.post_data_json["rapid"]) == RapidFields(
+        strategy="rapid",
+        num_draft_tokens=3,
+        transfer_strength="auto",
+        transfer_temperature=0.5,
+        transfer_divergence=0.25,
+        verification="augmented",
+        refresh="auto",
+        retrieval=RetrievalFields(method="hybrid", max_tokens=256, chunk_tokens=64),
+        trace=True,
+    )
+    expect(page.locator("#ask")).to_be_enabled(timeout=TIMEOUT_MS)
 
 
 def test_nothing_is_sent_without_a_question(page: Page) -> None:
