@@ -75,7 +75,7 @@ async def run(url: str, num_tokens: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=18_000, help="of each prompt, about")
+    parser.add_argument("--tokens", type=int, default=8_500, help="of each prompt, about")
     options = parser.parse_args()
     with with_window(options.tokens * 3 // 2) as model, served(target={"model": model, "threads": 1}) as url:
         rows = asyncio.run(run(url, options.tokens))
