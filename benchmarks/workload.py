@@ -1,7 +1,8 @@
 """Decode speed by kind of work, against plain decoding: what drafting gains on what people ask of documents.
 
 Each question is prefilled once. Then plain decoding and the strategies decode it in turns, as often as ``--repeats``
-says, and a question's ratio is that of their median speeds. Texts are sampled without a seed, so each run writes its
+says, and a question's ratio is that of their median speeds. With ``--at-once`` several questions are decoded together;
+the ratio of all is that of their summed speeds. Texts are sampled without a seed, so each run writes its
 own. Beside the ratios stands the share of 8-grams that repeat earlier ones: a text that goes round in circles is easy
 to look up.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import rapid  # noqa: F401 (before torch)
 
@@ -27,6 +30,7 @@ from rapid.speculation.params import SpeculationParams
 from rapid.text.prompts import Prompt
 from rapid.text.tokenizer import load_tokenizer
 
+T = TypeVar("T")
 PLAIN, STRATEGIES = "autoregressive", ("rapid", "speculative", "lookup")
 
 
@@ -42,17 +46,30 @@ def request_of(kind: Kind, prompt: Prompt, settings: AppConfig, new_tokens: int,
 
 
 async def measure(
-    backend: LocalBackend, settings: AppConfig, kind: Kind, prompt: Prompt, options: argparse.Namespace
-) -> dict[str, list[Run]]:
-    """The runs of one question, by strategy."""
-    for how in ({"strategy": PLAIN}, {"strategy": "rapid", "num_draft_tokens": 1}):  # both models read their prompts
-        await timed(backend, request_of(kind, prompt, settings, 2, **how))
-    runs: dict[str, list[Run]] = {strategy: [] for strategy in (PLAIN, *options.strategies)}
+    backend: LocalBackend, settings: AppConfig, kind: Kind, asked: list[Prompt], options: argparse.Namespace
+) -> list[dict[str, list[Run]]]:
+    """The runs of each question by strategy, all questions at once."""
+    for prompt in asked:
+        for how in (
+            {"strategy": PLAIN},
+            {"strategy": "rapid", "num_draft_tokens": 1},
+        ):  # both models read their prompts
+            await timed(backend, request_of(kind, prompt, settings, 2, **how))
+    runs: list[dict[str, list[Run]]] = [{name: [] for name in (PLAIN, *options.strategies)} for _ in asked]
     for repeat in range(options.repeats):
-        for strategy in list(runs)[:: -1 if repeat % 2 else 1]:
-            request = request_of(kind, prompt, settings, options.new_tokens, strategy=strategy)
-            runs[strategy].append(await timed(backend, request))
+        for strategy in list(runs[0])[:: -1 if repeat % 2 else 1]:
+            requests = [request_of(kind, prompt, settings, options.new_tokens, strategy=strategy) for prompt in asked]
+            together = await asyncio.gather(*(timed(backend, request) for request in requests))
+            for own, run in zip(runs, together, strict=True):
+                own[strategy].append(run)
     return runs
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``; the last may be shorter."""
+    remaining = iter(items)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch
 
 
 def row_of(document: Document, question: str, prompt: Prompt, runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -106,6 +123,8 @@ def summary(kind: Kind, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "repeated": round(statistics.mean(each["repeated"] for each in own), 3),
             "from_the_prompt": round(statistics.mean(each["from_the_prompt"] for each in own), 3),
         }
+        speeds = [sum(row[which]["tokens_per_second"] for row in rows) for which in (name, PLAIN)]
+        line[name]["ratio_of_all"] = round(speeds[0] / speeds[1], 3)
         for half, is_tuned in (("tuned", True), ("not_tuned", False)):
             if part := [row[name]["ratio"] for row in rows if row["tuned"] is is_tuned]:
                 line[name][f"ratio_{half}"] = round(statistics.median(part), 3)
@@ -131,6 +150,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="".join(every), help="letters")
     parser.add_argument("--prompt-tokens", type=int, default=7000)
     parser.add_argument("--questions", type=int, default=12, help="of each kind; six documents take turns")
+    parser.add_argument("--at-once", type=int, default=1, help="questions that are decoded together")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
@@ -143,16 +163,19 @@ def main() -> None:
         with local_backend(settings) as backend:
             for letter in options.kinds:
                 kind, rows = every[letter], []
-                for document, question, prompt in prompts(kind, tokenizer, options.prompt_tokens, options.questions):
-                    runs = asyncio.run(measure(backend, settings, kind, prompt, options))
-                    rows.append(row_of(document, question, prompt, runs))
-                    ratios = "  ".join(f"{name} {rows[-1][name]['ratio']:.2f}" for name in options.strategies)
-                    plain = rows[-1][PLAIN]["tokens_per_second"]
-                    print(f"  {document.name[:24]:24} plain {plain:5.1f}/s  {ratios}", flush=True)
+                asked = prompts(kind, tokenizer, options.prompt_tokens, options.questions)
+                for group in batched(asked, options.at_once):
+                    runs = asyncio.run(measure(backend, settings, kind, [prompt for *_, prompt in group], options))
+                    for (document, question, prompt), own in zip(group, runs, strict=True):
+                        rows.append(row_of(document, question, prompt, own))
+                        ratios = "  ".join(f"{name} {rows[-1][name]['ratio']:.2f}" for name in options.strategies)
+                        plain = rows[-1][PLAIN]["tokens_per_second"]
+                        print(f"  {document.name[:24]:24} plain {plain:5.1f}/s  {ratios}", flush=True)
                 table[letter] = summary(kind, rows) | {"rows": rows}
                 _print(letter, table[letter])
-    part = options.part or ("" if options.prompt_tokens == 7000 else str(options.prompt_tokens))
-    chosen = {name: getattr(options, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
+    together = f"{options.at_once}_at_once" if options.at_once > 1 else ""
+    part = options.part or together or ("" if options.prompt_tokens == 7000 else str(options.prompt_tokens))
+    chosen = {name: getattr(options, name) for name in ("prompt_tokens", "at_once", "new_tokens", "repeats")}
     write("workload", chosen | {"kinds": table}, part=part)
 
 
