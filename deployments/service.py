@@ -18,6 +18,7 @@ from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
 from deployments.observability.tracing import Trace
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events, PromptScored, Started
 from deployments.schemas.health import Health
@@ -47,7 +48,7 @@ class Service(Protocol):
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
     async def window(self) -> int: ...
-    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized: ...
+    async def tokenize(self, body: TokenizeRequest | ChatRequest, tenant: str) -> Tokenized: ...
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized: ...
     async def text_lengths(self, texts: list[str], tenant: str) -> TextLengths: ...
     async def embed(self, texts: list[str], tenant: str) -> NDArray[np.float32]: ...
@@ -135,19 +136,20 @@ class LocalService:
         """How many tokens the target can read and write together."""
         return self._backend.info("target").window
 
-    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
-        """
+    async def tokenize(self, body: TokenizeRequest | ChatRequest, tenant: str) -> Tokenized:
+        """The tokens of a text, or of the prompt that a chat would have.
+
         Raises:
             InvalidRequest: the chat template refuses the messages, or the text is far too long.
             FileNotStored: a file of a message is not there.
         """
         special, window = self._config.special_tokens_in_text, await self.window()
         async with self.files.attachments.read(body, tenant) as (whole, _):
-            return await self._readers.run(tenant, whole.answer, self._tokenizer, window, special_tokens=special)
+            return await self._readers.run(tenant, whole.tokenized, self._tokenizer, window, special_tokens=special)
 
     async def detokenize(self, body: DetokenizeRequest, tenant: str) -> Detokenized:
         """
         Raises:
             InvalidRequest: there is no such token.
         """
-        return await self._readers.run(tenant, body.answer, self._tokenizer)
+        return await self._readers.run(tenant, body.detokenized, self._tokenizer)

@@ -14,22 +14,17 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.results import FOLDER, write
+from benchmarks.common.served import served
 from rapid.weights.embedded_models import local_path
 
 HERE = Path(__file__).parent
@@ -50,7 +45,7 @@ CLIENTS = {  # script → packages whose versions are told, or the program that 
     "jdk": [],
 }
 PROGRAMS = {"curl": ["curl", "--version"], "jdk": ["java", "--version"]}
-START_S, CLIENT_S = 240, 300
+CLIENT_S = 300
 
 
 def install(name: str) -> Path:
@@ -66,41 +61,6 @@ def install(name: str) -> Path:
         subprocess.run([*command, "-r", requirements], check=True)
         stamp.write_text(pins)
     return python.absolute()
-
-
-@contextmanager
-def served() -> Iterator[str]:
-    """`rapid serve` on a free port; yields its URL."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        document = yaml.safe_load(Path("serve_config.yaml").read_text())
-        document["http_options"]["port"] = port
-        args = document["applications"][0]["args"]
-        args["target"]["dtype"], args["files"] = "float32", {"folder": f"{folder}/files"}
-        config = Path(folder) / "serve_config.yaml"
-        config.write_text(yaml.safe_dump(document))
-        probe.close()
-        command = [sys.executable, "-c", "from deployments.cli.main import main; main()", "serve", str(config)]
-        server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(url, server)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(timeout=120)
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise SystemExit(f"no server on {url} after {START_S} s, or it ended")
 
 
 def run(name: str, python: Path, url: str) -> list[dict[str, Any]]:
@@ -172,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {}
     pythons = {name: install(name) for name in options.only}
-    with nullcontext(options.url) if options.url else served() as url:
+    with nullcontext(options.url) if options.url else served(target={"dtype": "float32"}) as url:
         for name in options.only:
             found = version(name, pythons[name])
             results[name] = {"version": found, "features": run(name, pythons[name], url) if found else []}

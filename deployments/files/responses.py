@@ -31,7 +31,7 @@ class ResponseNotStored(RapidError):
 class Responses(Protocol):
     """`StoredResponses`, or those of another process."""
 
-    async def get(self, tenant: str, response_id: str) -> dict[str, Any]: ...
+    async def get(self, tenant: str, response_id: str, param: str = "response_id") -> dict[str, Any]: ...
     async def put(self, tenant: str, response_id: str, record: dict[str, Any]) -> None: ...
     async def delete(self, tenant: str, response_id: str) -> None: ...
 
@@ -42,12 +42,12 @@ class StoredResponses:
     def __init__(self, folder: Path, keep_hours: float, max_bytes: float) -> None:
         self._folder, self._keep_s, self._max_bytes = folder, keep_hours * 3600, max_bytes
 
-    async def get(self, tenant: str, response_id: str) -> dict[str, Any]:
+    async def get(self, tenant: str, response_id: str, param: str = "response_id") -> dict[str, Any]:
         """
         Raises:
-            ResponseNotStored: there is no such answer any more.
+            ResponseNotStored: there is no such answer any more; the error names ``param``.
         """
-        return await asyncio.to_thread(self._get, tenant, response_id)
+        return await asyncio.to_thread(self._get, tenant, response_id, param)
 
     async def put(self, tenant: str, response_id: str, record: dict[str, Any]) -> None:
         """Stores an answer; the oldest of the tenant go where there is no room.
@@ -62,11 +62,11 @@ class StoredResponses:
         Raises:
             ResponseNotStored: there is no such answer any more.
         """
-        await asyncio.to_thread(self._get, tenant, response_id)
+        await asyncio.to_thread(self._get, tenant, response_id, "response_id")
         self._place(tenant, response_id).unlink(missing_ok=True)
 
-    def _get(self, tenant: str, response_id: str) -> dict[str, Any]:
-        absent = ResponseNotStored(f"there is no response {response_id!r}", param="previous_response_id")
+    def _get(self, tenant: str, response_id: str, param: str) -> dict[str, Any]:
+        absent = ResponseNotStored(f"there is no response {response_id!r}", param=param)
         if not _ID.fullmatch(response_id):  # another string could be a path to any file
             raise absent
         place = self._place(tenant, response_id)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from typing import Any
 
 from deployments.http.answers import AnswerReader
 from deployments.http.errors import anthropic_error, as_rapid_error
+from deployments.http.streaming import told
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Event, Started, rapid_object
 from rapid.events import Delta, Finish, Statistics
@@ -126,23 +125,17 @@ def _sequence(finish: Finish) -> str | None:
     return finish.stop if isinstance(finish.stop, str) else None
 
 
-async def server_sent_message(
-    writer: MessageWriter, events: AsyncGenerator[Event | None, None]
-) -> AsyncGenerator[str, None]:
+def server_sent_message(writer: MessageWriter, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str, None]:
     """The message as server-sent events, with a ping for each None."""
 
     def sent(kind: str, fields: dict[str, Any]) -> str:
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields}, ensure_ascii=False)}\n\n"
 
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if event is None:
-                    yield sent("ping", {})
-                else:
-                    for kind, fields in writer.events(event):
-                        yield sent(kind, fields)
-    except asyncio.CancelledError:
-        raise
-    except Exception as error:
-        yield f"event: error\ndata: {json.dumps(anthropic_error(as_rapid_error(error)), ensure_ascii=False)}\n\n"
+    async def tell(event: Event) -> AsyncGenerator[str, None]:
+        for kind, fields in writer.events(event):
+            yield sent(kind, fields)
+
+    def failed(error: Exception) -> str:
+        return f"event: error\ndata: {json.dumps(anthropic_error(as_rapid_error(error)), ensure_ascii=False)}\n\n"
+
+    return told(events, tell, failed, beat=sent("ping", {}))

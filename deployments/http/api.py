@@ -90,7 +90,7 @@ def make_api(
     @app.post("/v1/messages", **describe_body(MessagesRequest, streams=True, answer=Message))
     async def messages(request: Request) -> Response:
         body = await read(MessagesRequest, request)
-        completion = as_chat(body.chat)
+        completion = as_chat(body.chat, body.chat_names)
         events = events_of(completion, request)
         writer = MessageWriter(completion, body.ignored)
         if body.stream:
@@ -100,13 +100,13 @@ def make_api(
 
     @app.post("/v1/messages/count_tokens", **describe_body(CountTokens, answer=TokenCount))
     async def count_tokens(request: Request) -> TokenCount:
-        chat = as_chat((await read(CountTokens, request)).chat)
+        body = await read(CountTokens, request)
+        chat = as_chat(body.chat, body.chat_names)
         check_model(chat.model)
-        counted = TokenizeRequest(messages=chat.messages, tools=chat.tools)
-        return TokenCount(input_tokens=(await service.tokenize(counted, client_of(request).tenant)).count)
+        return TokenCount(input_tokens=(await service.tokenize(chat, client_of(request).tenant)).count)
 
     add_embedding_routes(app, config, service)
-    add_response_routes(app, config, service, events_of)
+    add_response_routes(app, config, service, events_of, check_model)
 
     async def model() -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -187,8 +187,8 @@ def parse(kind: type[T], body: bytes) -> T:
     raise InvalidRequest(f"{name}: {said}" if name else said, param=name)
 
 
-def as_chat(make: Callable[[], ChatRequest]) -> ChatRequest:
-    """The chat that ``make`` makes of another body.
+def as_chat(make: Callable[[], ChatRequest], names: Mapping[str, str]) -> ChatRequest:
+    """The chat that ``make`` makes of another body; ``names`` says what that calls a chat's fields.
 
     Raises:
         InvalidRequest: its fields do not go together.
@@ -197,7 +197,9 @@ def as_chat(make: Callable[[], ChatRequest]) -> ChatRequest:
         return make()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or first.get("ctx", {}).get("field", "")
+        name = names.get(field, field)
+        raise InvalidRequest(f"{name}: {first['msg']}", param=name) from error
 
 
 def _field(wrong: Any, sent: Any) -> list[str]:

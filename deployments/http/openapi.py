@@ -7,7 +7,7 @@ so they are described here; the form of an upload is described in `deployments.h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
@@ -114,8 +114,17 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
+class InputTokens(TokenCount):
+    """What a response would have as its prompt."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many (429)"},
+    "4XX": {"model": ErrorBody, "description": "The request is wrong"},
+    413: {"model": ErrorBody, "description": "The body, or what it unpacks to, is too large"},
+    415: {"model": ErrorBody, "description": "The body's media type or encoding, or the file's, is not read here"},
+    429: {"model": ErrorBody, "description": "There are too many requests or tokens: try again"},
     503: {"model": ErrorBody, "description": "A part of the service is gone or full: try again"},
 }
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing
 from typing import Any
 
 from deployments.http.answers import AnswerReader
 from deployments.http.errors import as_rapid_error, error_object
+from deployments.http.streaming import told
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.events import Event, Started, rapid_object
 from deployments.schemas.messages import ChatMessage
@@ -174,7 +173,7 @@ def usage(statistics: Statistics, reasoning_tokens: int) -> dict[str, Any]:
     read, written = statistics.prompt_tokens, statistics.emitted
     return {
         "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        "input_tokens_details": {"cached_tokens": statistics.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": written,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": read + written,
@@ -195,7 +194,7 @@ def _no_logprobs(kind: str) -> dict[str, Any]:
     return {"logprobs": []} if kind == "message" else {}
 
 
-async def server_sent_response(
+def server_sent_response(
     writer: ResponseWriter, events: AsyncGenerator[Event | None, None], store: Store
 ) -> AsyncGenerator[str, None]:
     """The response as server-sent events, with a comment for each None; it is stored before its last event."""
@@ -207,17 +206,10 @@ async def server_sent_response(
         data = {"type": kind, "sequence_number": number - 1, **fields}
         return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if event is None:
-                    yield ": keep-alive\n\n"
-                    continue
-                for kind, fields in writer.events(event):
-                    if kind in ("response.completed", "response.incomplete"):
-                        await store(writer.response, writer.said())
-                    yield sent(kind, fields)
-    except asyncio.CancelledError:
-        raise
-    except Exception as error:
-        yield sent(*writer.failed(error))
+    async def tell(event: Event) -> AsyncGenerator[str, None]:
+        for kind, fields in writer.events(event):
+            if kind in ("response.completed", "response.incomplete"):
+                await store(writer.response, writer.said())
+            yield sent(kind, fields)
+
+    return told(events, tell, lambda error: sent(*writer.failed(error)))

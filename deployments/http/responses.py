@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from itertools import chain
 from typing import Any
 
 from deployments.http.answers import AnswerReader, Said
 from deployments.http.errors import server_sent_error
 from deployments.http.logprobs import TextLogprobs, chat_logprobs, joined, prompt_logprobs
+from deployments.http.streaming import told
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Event, PromptScored, Started, rapid_object, round_object, usage
@@ -239,9 +238,7 @@ def _mean_logprob(events: list[Delta | Finish]) -> float:
     return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
-async def server_sent(
-    formatter: ResponseFormatter, events: AsyncGenerator[Event | None, None]
-) -> AsyncGenerator[str, None]:
+def server_sent(formatter: ResponseFormatter, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str, None]:
     """The answer as server-sent events, with a comment for each None. The `rapid` object is on the last chunk."""
     options = formatter.completion.stream_options
 
@@ -251,21 +248,13 @@ async def server_sent(
             more = {"usage": formatter.usage_so_far() if options.continuous_usage_stats else None}
         return f"data: {json.dumps(body | more, ensure_ascii=False)}\n\n"
 
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if event is None:
-                    yield ": keep-alive\n\n"
-                    continue
-                chunks = formatter.chunks(event)
-                if formatter.is_finished and not options.include_usage:
-                    chunks[-1] |= formatter.summary()
-                for chunk in chunks:
-                    yield sent(chunk)
-        if options.include_usage:
-            yield sent(formatter.usage_chunk())
-    except asyncio.CancelledError:
-        raise
-    except Exception as error:
-        yield server_sent_error(error)
-    yield "data: [DONE]\n\n"
+    async def tell(event: Event) -> AsyncGenerator[str, None]:
+        chunks = formatter.chunks(event)
+        if formatter.is_finished and options.include_usage:
+            chunks.append(formatter.usage_chunk())
+        elif formatter.is_finished:
+            chunks[-1] |= formatter.summary()
+        for chunk in chunks:
+            yield sent(chunk)
+
+    return told(events, tell, server_sent_error, end="data: [DONE]\n\n")

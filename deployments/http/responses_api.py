@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.config import AppConfig
 from deployments.http.errors import as_chat, read
-from deployments.http.openapi import ERRORS, ResponseObject, describe_body
+from deployments.http.openapi import ERRORS, InputTokens, ResponseObject, describe_body
 from deployments.http.rate_limits import client_of
 from deployments.http.response_writer import ResponseWriter, server_sent_response
 from deployments.http.streaming import begun, streamed
@@ -26,20 +26,28 @@ if TYPE_CHECKING:
 
 
 def add_response_routes(
-    app: FastAPI, config: AppConfig, service: Service, events_of: Callable[[ChatRequest, Request], Events]
+    app: FastAPI,
+    config: AppConfig,
+    service: Service,
+    events_of: Callable[[ChatRequest, Request], Events],
+    check_model: Callable[[str], None],
 ) -> None:
-    """`/v1/responses`; ``events_of`` begins to answer a chat."""
+    """`/v1/responses`; ``events_of`` begins to answer a chat, ``check_model`` refuses the names of other models."""
     keeps = config.files.keep_responses_hours > 0
+
+    async def before(body: ResponsesRequest, tenant: str) -> list[ChatMessage]:
+        """The messages of the responses that ``body`` goes on from."""
+        if body.previous_response_id is None:
+            return []
+        record = await service.responses.get(tenant, body.previous_response_id, "previous_response_id")
+        return [ChatMessage.model_validate(message) for message in record["messages"]]
 
     @app.post("/v1/responses", **describe_body(ResponsesRequest, streams=True, answer=ResponseObject))
     async def respond(request: Request) -> Response:
         body = await read(ResponsesRequest, request)
         tenant = client_of(request).tenant
-        earlier: list[ChatMessage] = []
-        if body.previous_response_id is not None:
-            record = await service.responses.get(tenant, body.previous_response_id)
-            earlier = [ChatMessage.model_validate(message) for message in record["messages"]]
-        completion = as_chat(lambda: body.chat(earlier))
+        earlier = await before(body, tenant)
+        completion = as_chat(lambda: body.chat(earlier), body.chat_names)
         writer = ResponseWriter(body, completion, is_kept=keeps and body.store)
 
         async def store(response: dict[str, Any], said: ChatMessage) -> None:
@@ -55,6 +63,15 @@ def add_response_routes(
             response = writer.whole([event async for event in events])
         await store(response, writer.said())
         return JSONResponse(response)
+
+    @app.post("/v1/responses/input_tokens", **describe_body(ResponsesRequest, answer=InputTokens))
+    async def input_tokens(request: Request) -> InputTokens:
+        body = await read(ResponsesRequest, request)
+        tenant = client_of(request).tenant
+        earlier = await before(body, tenant)
+        chat = as_chat(lambda: body.chat(earlier), body.chat_names)
+        check_model(chat.model)
+        return InputTokens(input_tokens=(await service.tokenize(chat, tenant)).count)
 
     @app.get("/v1/responses/{response_id}", responses=ERRORS)
     async def retrieve(request: Request, response_id: str) -> dict[str, Any]:
@@ -75,7 +92,8 @@ def add_response_routes(
     @app.post("/v1/responses/{response_id}/cancel", responses=ERRORS)
     async def cancel(request: Request, response_id: str) -> None:
         await service.responses.get(client_of(request).tenant, response_id)
-        raise InvalidRequest("only responses in the background are cancelled: close the connection of another instead")
+        message = "background: only responses in the background are cancelled: close the connection of another instead"
+        raise InvalidRequest(message, param="background")
 
 
 def _items(body: ResponsesRequest) -> list[dict[str, Any]]:

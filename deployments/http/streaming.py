@@ -1,9 +1,9 @@
-"""The beginning of a stream: when its headers are sent, and what is said while nothing is written."""
+"""Streams: when their headers are sent, what is said while nothing is written, and how an error ends them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -30,16 +30,40 @@ async def begun(events: Events) -> AsyncGenerator[Event | None, None]:
     An error that comes at once, as when there is no room, is raised, and gets its own status. Later errors come with
     the events.
     """
-    told = beating(events, _BEAT_S)
-    await anext(told)  # its first beat
-    started = await anext(told)
+    beats = beating(events, _BEAT_S)
+    await anext(beats)  # its first
+    started = await anext(beats)
     while started is None:
-        started = await anext(told)
-    second = asyncio.ensure_future(anext(told))
+        started = await anext(beats)
+    second = asyncio.ensure_future(anext(beats))
     await asyncio.wait([second], timeout=_STATUS_WITHIN_S)
     if second.done():
         second.result()
-    return _chained(started, second, told)
+    return _chained(started, second, beats)
+
+
+async def told(
+    events: AsyncGenerator[Event | None, None],
+    tell: Callable[[Event], AsyncGenerator[str, None]],
+    failed: Callable[[Exception], str],
+    *,
+    beat: str = ": keep-alive\n\n",
+    end: str = "",
+) -> AsyncGenerator[str, None]:
+    """What ``tell`` makes of each event, ``beat`` for each None, what ``failed`` makes of an error, and ``end``."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event is None:
+                    yield beat
+                    continue
+                async with aclosing(tell(event)) as texts:
+                    async for text in texts:
+                        yield text
+    except Exception as error:
+        yield failed(error)
+    if end:
+        yield end
 
 
 async def _chained(first: T, second: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

@@ -6,7 +6,8 @@ The chat is answered as any other (`deployments.schemas.chat.ChatRequest`). Fiel
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
 
@@ -16,6 +17,7 @@ from deployments.schemas.chat import ChatRequest
 from deployments.schemas.messages import ChatMessage, DocumentText, FilePart, FileReference, TextPart
 from deployments.schemas.rapid_fields import RapidFields
 from deployments.schemas.reasoning import ThinkingOption
+from deployments.schemas.response_format import AsSchema, JsonSchema
 from deployments.schemas.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
 
 
@@ -157,8 +159,24 @@ class MessagesToolChoice(Body):
         return {"any": "required"}.get(self.type, self.type)
 
 
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+    def as_format(self) -> AsSchema:
+        return AsSchema(type="json_schema", json_schema=JsonSchema(name="output", schema=self.json_schema))
+
+
+class OutputConfig(Body):
+    ignores = ignored.OUTPUT_CONFIG
+
+    format: OutputFormat | None = None
+
+
 class _Turns(Body):
     """What is said, and what may be called: the fields that are counted."""
+
+    chat_names: ClassVar[Mapping[str, str]] = {"response_format": "output_config.format", "stop": "stop_sequences"}
 
     model: str = Field(max_length=MAX_NAME)
     messages: Annotated[list[Turn], AtMost(4096)]
@@ -166,6 +184,7 @@ class _Turns(Body):
     tools: Annotated[list[MessagesTool], AtMost(256)] = Field(default_factory=list)
     tool_choice: MessagesToolChoice = MessagesToolChoice(type="auto")
     thinking: ThinkingOption | None = None
+    output_config: OutputConfig = OutputConfig()
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of a chat that both bodies ask for."""
@@ -178,6 +197,8 @@ class _Turns(Body):
             fields["tools"] = [tool.as_tool() for tool in self.tools]
             fields["tool_choice"] = self.tool_choice.as_choice()
             fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+        if self.output_config.format:
+            fields["response_format"] = self.output_config.format.as_format()
         if self.messages and self.messages[-1].role == "assistant":  # the answer goes on with it
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         return fields

@@ -12,6 +12,7 @@ from deployments.schemas.completions import FORMS, MAX_LOGPROBS, Completion
 from deployments.schemas.marks import special_marks
 from deployments.schemas.messages import ChatMessage, read_messages
 from deployments.schemas.reasoning import ReasoningFormat, ThinkingOption, reasoning_format
+from deployments.schemas.tokenize import MAX_WINDOWS, Tokenized
 from deployments.schemas.tools import (
     Function,
     NamedFunction,
@@ -80,6 +81,11 @@ class ChatRequest(Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase, window: int, *, special_tokens: bool = False) -> Tokenized:
+        """The prompt's tokens, as `TokenizeRequest.tokenized`."""
+        tokens = self._prompt(tokenizer, special_tokens=special_tokens, most_tokens=MAX_WINDOWS * window).tokens
+        return Tokenized(count=len(tokens), max_model_len=window, tokens=tokens)
 
     def reasoning(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> ReasoningFormat | None:
         return reasoning_format(tokenizer, prompt.tokens)

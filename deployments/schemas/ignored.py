@@ -76,6 +76,7 @@ TOOL_CALL: Ignorable = {"index": ANY}
 BLOCK: Ignorable = {**PART, "citations": ANY}
 THINKING_OPTION: Ignorable = {"budget_tokens": ANY}
 THINKING: Ignorable = {"data": ANY, "signature": ANY, "thinking": ANY}
+OUTPUT_CONFIG: Ignorable = {"effort": ANY}
 MESSAGES: Ignorable = {"container": ANY, "metadata": ANY, "service_tier": ANY}
 # Of OpenAI's Responses
 RESPONSES: Ignorable = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -152,6 +152,7 @@ class ResponsesRequest(Body):
     """`POST /v1/responses`."""
 
     ignores = ignored.RESPONSES
+    chat_names: ClassVar[Mapping[str, str]] = {"response_format": "text.format"}
 
     model: str = Field(max_length=MAX_NAME)
     input: str | Annotated[list[Item], AtMost(4096)]

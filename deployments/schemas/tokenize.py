@@ -41,7 +41,7 @@ class TokenizeRequest(Body):
                 raise wrong(field, "goes with messages")
         return self
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase, window: int, *, special_tokens: bool = False) -> Tokenized:
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase, window: int, *, special_tokens: bool = False) -> Tokenized:
         """The tokens; ``window`` is how many the model can read, ``special_tokens`` as in `read_chat`.
 
         Raises:
@@ -77,7 +77,7 @@ class DetokenizeRequest(Body):
     model: str | None = Field(None, max_length=MAX_NAME)
     tokens: Annotated[list[int], AtMost(MAX_TOKENS)]
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase) -> Detokenized:
+    def detokenized(self, tokenizer: PreTrainedTokenizerBase) -> Detokenized:
         """The text, special tokens included.
 
         Raises:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.heartbeat import heard
 from deployments.http.api import make_api
+from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Events
 from deployments.schemas.health import Health
@@ -78,7 +79,7 @@ class RemoteService:
         window: int = await self._call("window")
         return window
 
-    async def tokenize(self, body: TokenizeRequest, tenant: str) -> Tokenized:
+    async def tokenize(self, body: TokenizeRequest | ChatRequest, tenant: str) -> Tokenized:
         tokenized: Tokenized = await self._call("tokenize", body, tenant)
         return tokenized
 

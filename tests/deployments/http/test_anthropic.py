@@ -117,10 +117,29 @@ def test_a_begun_answer_goes_on(bytes_url: str) -> None:
     )
 
 
-def test_tokens_are_counted(bytes_url: str) -> None:
-    body = {key: value for key, value in ASK.items() if key in ("model", "messages")}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"system": "Be brief."},
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": {"type": "none"}},
+        {"messages": [HI, {"role": "assistant", "content": "I am"}]},
+    ],
+)
+def test_tokens_are_counted_as_the_message_reads_them(bytes_url: str, more: dict[str, Any]) -> None:
+    body = {key: value for key, value in ASK.items() if key in ("model", "messages")} | more
     counted = httpx.post(f"{bytes_url}/v1/messages/count_tokens", json=body).json()
-    assert counted == {"input_tokens": chat(bytes_url)["usage"]["prompt_tokens"]}
+    usage = post(bytes_url, **more).json()["usage"]
+    assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
+
+
+def test_an_output_format_is_a_grammar(bytes_url: str) -> None:
+    schema = TOOL["input_schema"]
+    config = {"effort": "low", "format": {"type": "json_schema", "schema": schema}}
+    message = post(bytes_url, output_config=config, max_tokens=80).json()
+    assert json.loads(message["content"][0]["text"])["city"] in ("Rome", "Oslo")
+    assert message["rapid"]["ignored"] == ["output_config.effort"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +152,9 @@ def test_tokens_are_counted(bytes_url: str) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "invalid_request_error", "thinking"),
         ({"temperature": 11}, 400, "invalid_request_error", "temperature"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "name"),
+        ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences: must be"),
+        ({"tools": [TOOL], "output_config": {"format": {"type": "json_schema", "schema": {}}}},
+         400, "invalid_request_error", "output_config.format: cannot be had"),
     ],
 )  # fmt: skip
 def test_errors_have_anthropic_s_form(bytes_url: str, more: dict[str, Any], status: int, kind: str, words: str) -> None:

@@ -230,12 +230,13 @@ def test_a_grammar_holds_behind_the_reasoning_and_drafts_cross_the_border(
 
 @pytest.fixture(scope="module")
 def thinking_url(bytes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A random model whose template opens the reasoning; it never closes it."""
+    """A random model whose template opens the reasoning, unless told not to; it never closes it."""
     folder = tmp_path_factory.mktemp("thinking")
     shutil.copytree(bytes_folder, folder, dirs_exist_ok=True)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}<think>\n"
+    opening = "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}" + opening
     tokenizer.save_pretrained(folder)
     engine = {"model": str(folder), "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
     with local_api({"served_model": "bytes", "target": engine, "drafter": engine}) as url:
@@ -260,3 +261,14 @@ def test_every_strategy_reasons_alike_and_a_grammar_waits_for_the_end(thinking_u
         assert write("autoregressive", **more, thinking={"type": "enabled"})["choices"][0]["message"] == message
         for strategy in ("lookup", "rapid", "magicdec"):
             assert write(strategy, **more)["choices"][0]["message"] == message
+
+
+def test_the_tokens_of_a_message_are_counted_with_its_reasoning_or_without(thinking_url: str) -> None:
+    counts = []
+    for kind in ("enabled", "disabled"):
+        body = {**CHAT, "model": "bytes", "thinking": {"type": kind}}
+        counted = httpx.post(f"{thinking_url}/v1/messages/count_tokens", json=body).json()["input_tokens"]
+        usage = httpx.post(f"{thinking_url}/v1/messages", json={**body, "max_tokens": 1}, timeout=60).json()["usage"]
+        assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+        counts.append(counted)
+    assert counts[0] - counts[1] == len("<think>\n")

@@ -72,6 +72,16 @@ def test_a_conversation_goes_on(bytes_url: str) -> None:
     assert end.response.output_text == content(chat(bytes_url, HI, said, and_, answered, third))
 
 
+def test_input_tokens_are_those_that_a_response_reads(bytes_url: str) -> None:
+    first = client(bytes_url).responses.create(**ASK, instructions="Be brief.")
+    for more in ({"instructions": "Be brief."}, {"previous_response_id": first.id}, {"tools": [TOOL]}):
+        counted = httpx.post(f"{bytes_url}/v1/responses/input_tokens", json={**ASK, **more}).json()
+        read = client(bytes_url).responses.create(**ASK, **more).usage
+        assert read and counted == {"object": "response.input_tokens", "input_tokens": read.input_tokens}
+    other = httpx.post(f"{bytes_url}/v1/responses/input_tokens", json={**ASK, "model": "other"}).json()["error"]
+    assert other["param"] == "model"
+
+
 def test_it_is_kept_and_deleted(bytes_url: str) -> None:
     api = client(bytes_url).responses
     made = api.create(**ASK)
@@ -83,6 +93,8 @@ def test_it_is_kept_and_deleted(bytes_url: str) -> None:
     for ask in (lambda: api.retrieve(made.id), lambda: api.create(**ASK, previous_response_id=made.id)):
         with pytest.raises(NotFoundError):
             ask()
+    absent = httpx.get(f"{bytes_url}/v1/responses/{made.id}/input_items").json()["error"]
+    assert absent["param"] == "response_id"
     with pytest.raises(NotFoundError):
         api.retrieve(api.create(**ASK, store=False).id)
 
@@ -143,6 +155,7 @@ def test_calls_beside_one_another_are_one_message() -> None:
         ({"conversation": "c"}, "conversation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"previous_response_id": "../../etc"}, "previous_response_id"),
+        ({"tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "text.format"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(bytes_url: str, more: dict[str, Any], param: str) -> None:

@@ -186,6 +186,24 @@ def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None
     client.files.delete(again)
 
 
+def test_documents_are_ranked_by_the_retriever(url: str) -> None:
+    body = {"model": MODEL, "query": "Who counts the birds?", "return_documents": True}
+    documents = ["Interest rates rose again.", "Ann counts the birds every morning.", "The cat sat on the mat."]
+    answer = httpx.post(f"{url}/v1/rerank", json={**body, "documents": documents, "top_n": 2}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["results"]
+    assert (first["index"], first["document"]) == (1, {"text": documents[1]})
+    # By cosine, which the vectors that the same retriever gives out have too.
+    embedded = httpx.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": [body["query"], *documents]}).json()
+    query, *vectors = (row["embedding"] for row in embedded["data"])
+    cosines = [sum(a * b for a, b in zip(query, vector, strict=True)) for vector in vectors]
+    ranked = sorted(range(3), key=lambda i: -cosines[i])[:2]
+    assert [first["index"], second["index"]] == ranked
+    assert [first["relevance_score"], second["relevance_score"]] == pytest.approx(
+        [cosines[i] for i in ranked], abs=1e-4
+    )
+
+
 def test_models_and_health(client: OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     state = health(url)
