@@ -62,6 +62,7 @@ class LocalBackend:
         self._drafting, self._retrieving = Breaker(), Breaker()
         self.resume_timeout_s = 0.0
         self.overlap, self.is_colocated = overlap, drafter is target
+        target.gathers = drafter is not target  # both compute on one thread
         self._engines: dict[Role, Engine] = {"target": target, "drafter": drafter}
         self._retrieve, self._embed = retrieve, embed
         self._on_prefill = on_prefill

@@ -51,9 +51,9 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._arrivals)
 
-    def is_decoding(self, since: float) -> bool:
-        """Whether an open sequence had a pass after ``since`` that was no prefill."""
-        return any(sequence.decoded_at > since for sequence in self._sequences.values())
+    def num_decoding(self, since: float) -> int:
+        """How many open sequences had a pass after ``since`` that was no prefill."""
+        return sum(sequence.decoded_at > since for sequence in self._sequences.values())
 
     def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
         """A future of the sequence, which a later `update` admits; ``logits`` adjusts the sequence's logits.

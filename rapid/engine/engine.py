@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+_STEPS_AT_ONCE = 16  # of drafts, before another engine of the process has its turn
+_GATHER_S = 0.004
 _BETWEEN_ROUNDS = 1.0  # seconds in which a sequence that decoded is expected to decode on
 
 
@@ -54,7 +56,9 @@ class Engine:
     sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
     in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
     is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for; those of whole drafts are
-    recorded only if the engine ``drafts``.
+    recorded only if the engine ``drafts``. An engine that shares the process's compute thread with a drafter's engine
+    ``gathers``: before a pass it waits a few milliseconds for sequences that are between two rounds. Else the requests
+    would fall into groups, of which each waits for the drafts and the verifications of the others.
 
     ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
     pending and every later call then fails with EngineLost.
@@ -79,6 +83,7 @@ class Engine:
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
         max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS[model.layout.device.type]
         self._pacer = Pacer(max_batch_tokens, step_budget_ms, model.balanced_context)
+        self.gathers = False
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
         self._tasks = RunningTasks()
@@ -195,6 +200,7 @@ class Engine:
                     while not (self._submitted or self._tasks or self._ending):
                         self._wake.wait(timeout=1.0)
                         self._update_admission()
+                    self._gather()
                 if self._ending is None:
                     with self._clock.running():
                         compute(self._work)
@@ -206,6 +212,15 @@ class Engine:
             self._fail_everything()
         self.ended.set_result(None)
 
+    def _gather(self) -> None:
+        """Waits a little for sequences that are between two rounds, if this engine ``gathers``; needs `_wake`."""
+        until = time.monotonic() + _GATHER_S * self.gathers
+        while (left_s := until - time.monotonic()) > 0:
+            num_expected = self._admission.num_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
+            if len(self._submitted) + len(self._tasks) >= num_expected:
+                return
+            self._wake.wait(left_s)
+
     @torch.inference_mode()
     def _record(self, graphs: GraphLimits, drafts: bool) -> None:
         recorded = self.model.record(self._pool, graphs)
@@ -214,16 +229,23 @@ class Engine:
 
     @torch.inference_mode()
     def _work(self) -> None:
-        while self._submitted:
-            self._tasks.start(*self._submitted.popleft())
-        self._tasks.drop_unwanted()
-        if self._tasks:
-            with torch.cuda.device_of(self._pool.keys[0]):  # for the kernels of sampling; the thread has other engines
-                self._step()
+        # The thread has other engines. Drafts are short, and requests wait for each other's: computed to their end,
+        # they are verified in one pass, and not by turns with the drafts of the rest.
+        with self._wake:
+            self._gather()  # also here: the last drafts ended just before this engine's turn
+        for _ in range(_STEPS_AT_ONCE):
+            while self._submitted:
+                self._tasks.start(*self._submitted.popleft())
+            self._tasks.drop_unwanted()
+            if self._tasks:
+                with torch.cuda.device_of(self._pool.keys[0]):  # for the kernels of sampling
+                    self._step()
+            if not self._tasks.are_drafting:
+                break
 
     def _update_admission(self) -> None:
         self._admission.update({running.request.sequence.id for running in self._tasks})
-        self._decoding = self._admission.is_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
+        self._decoding = self._admission.num_decoding(since=time.monotonic() - _BETWEEN_ROUNDS) > 0
 
     def _step(self) -> None:
         """One iteration: schedule, run a pass, send the rows back, read out what is wanted of them."""

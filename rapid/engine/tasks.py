@@ -32,6 +32,7 @@ class RunningTask:
         self.task, self.future = task, future
         self.num_done = 0
         self.readout: Readout | None = None
+        self.is_drafting = False  # whether it has drawn a token, or is about to
 
     def resume(self, answer: object) -> None:
         """Runs the task to its next request; raises the exception that ends it (StopIteration with its result)."""
@@ -42,8 +43,10 @@ class RunningTask:
             wish = self.task.send(None)
         if isinstance(wish, ForwardRequest):
             self.request, self.num_done, self.readout = wish, 0, None
+            self.is_drafting |= wish.drawing is not None
         else:
             self.readout = wish
+            self.is_drafting |= isinstance(wish, Draw)
 
     @property
     def num_left(self) -> int:
@@ -76,6 +79,11 @@ class RunningTasks:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    @property
+    def are_drafting(self) -> bool:
+        """Whether a task draws a draft, token by token."""
+        return any(running.is_drafting for running in self._running)
 
     def start(self, task: Task[Any], future: Future[Any]) -> None:
         """Runs ``task`` to its first request, unless nobody wants it any more."""

@@ -1,0 +1,83 @@
+"""Two engines on one thread: drafts are computed to their end, and what is verified is gathered."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from gate import Gate
+from running import VOCAB, decode, done, eventually, opened, proposal, random_tokens, verification
+
+from rapid.backend.local import LocalBackend
+from rapid.engine import engine as engine_module
+from rapid.engine import torch_thread
+from rapid.engine.engine import Engine
+from rapid.models.model import Model
+from rapid.speculation.draft import Draft, DraftLimits
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Model]) -> Model:
+    return tiny_model(VOCAB)
+
+
+def test_a_draft_is_computed_to_its_end_before_the_other_engine_has_its_turn(
+    tiny_model: Callable[..., Model], engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"target": tiny_model(VOCAB, seed=1), "drafter": tiny_model(VOCAB, seed=2)}
+    target, drafter = (engine(each) for each in models.values())
+    verified, drafted = opened(target, random_tokens(20, seed=3)), opened(drafter, random_tokens(20, seed=3))
+    order: list[str] = []
+    verifying: list[Any] = []
+    for name, each in models.items():
+
+        def forward(*args: Any, name: str = name, of: Callable[..., Any] = each.forward, **options: Any) -> Any:
+            order.append(name)
+            if not verifying:  # it comes while the first draft step runs
+                verifying.append(target.submit(verification(verified, Draft(0))))
+                eventually(lambda: torch_thread._THREAD._work_queue.qsize() > 0)
+            return of(*args, **options)
+
+        monkeypatch.setattr(each, "forward", forward)
+    done(drafter.submit(proposal(drafted, 0, [], DraftLimits(5), 8, frozenset())))
+    done(verifying[0])
+    assert order == ["drafter"] * 5 + ["target"]
+
+
+def test_a_pass_waits_for_sequences_that_are_between_rounds(
+    model: Model, engine: MakeEngine, gates: Callable[[Model], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_GATHER_S", 30.0)
+    running = engine(model)
+    sequences = [opened(running, random_tokens(20, seed=i)) for i in (4, 5)]
+    for sequence in sequences:
+        decode(running, sequence, 1)
+    running.gathers = True
+    gate = gates(model)
+    gate.open()
+    gathering, wait = threading.Event(), running._wake.wait
+
+    def noticed(timeout: float | None = None) -> bool:
+        if timeout != 1.0:  # that of an engine without work
+            gathering.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(running._wake, "wait", noticed)
+    first = running.submit(verification(sequences[0], Draft(1)))
+    assert gathering.wait(30)
+    done(running.submit(verification(sequences[1], Draft(1))))
+    done(first)
+    assert gate.passes == [[1, 1]]
+    running.close(sequences[0])
+    done(running.submit(verification(sequences[1], Draft(2))))  # nobody waits for what is closed
+    assert gate.passes == [[1, 1], [1]]
+
+
+def test_only_a_target_beside_a_drafter_gathers(model: Model, engine: MakeEngine) -> None:
+    target, drafter = engine(model), engine(model)
+    LocalBackend(target, target, lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert not target.gathers
+    LocalBackend(target, drafter, lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert target.gathers and not drafter.gathers
