@@ -34,7 +34,10 @@ T = TypeVar("T")
 PLAIN, STRATEGIES = "autoregressive", ("rapid", "speculative", "lookup")
 
 
-def request_of(kind: Kind, prompt: Prompt, settings: AppConfig, new_tokens: int, **how: Any) -> GenerationRequest:
+def request_of(
+    kind: Kind, prompt: Prompt, settings: AppConfig, new_tokens: int, *, to_the_end: bool = False, **how: Any
+) -> GenerationRequest:
+    """``to_the_end``: the answer has ``new_tokens``, so that others beside it always have the same company."""
     return GenerationRequest(
         prompt=prompt,
         sampling=kind.sampling,
@@ -42,6 +45,7 @@ def request_of(kind: Kind, prompt: Prompt, settings: AppConfig, new_tokens: int,
         retrieval=settings.retriever.options,
         max_tokens=new_tokens,
         logits=kind.logits,
+        ignore_eos=to_the_end,
     )
 
 
@@ -58,7 +62,12 @@ async def measure(
     runs: list[dict[str, list[Run]]] = [{name: [] for name in (PLAIN, *options.strategies)} for _ in asked]
     for repeat in range(options.repeats):
         for strategy in list(runs[0])[:: -1 if repeat % 2 else 1]:
-            requests = [request_of(kind, prompt, settings, options.new_tokens, strategy=strategy) for prompt in asked]
+            requests = [
+                request_of(
+                    kind, prompt, settings, options.new_tokens, to_the_end=options.at_once > 1, strategy=strategy
+                )
+                for prompt in asked
+            ]
             together = await asyncio.gather(*(timed(backend, request) for request in requests))
             for own, run in zip(runs, together, strict=True):
                 own[strategy].append(run)

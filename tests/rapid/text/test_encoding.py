@@ -183,7 +183,7 @@ def test_a_text_far_beyond_the_window_is_not_read_to_its_end(chat_tokenizer: Pre
     reading: list[Callable[[str], object]] = [
         lambda text: read_chat([Message("user", text)], counting, most_tokens=8192),
         lambda text: read_text(text, counting, most_tokens=8192),
-        lambda text: TokenizeRequest(prompt=text).answer(counting, 8192 // MAX_WINDOWS),
+        lambda text: TokenizeRequest(prompt=text).tokenized(counting, 8192 // MAX_WINDOWS),
     ]
     for text, read in product(("a b c d e f g h " * 250_000, " " * 4_000_000), reading):
         backend_calls.clear()
