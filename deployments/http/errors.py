@@ -95,8 +95,12 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> str:
-    """The methods that the path of ``request`` takes: each has its own route, and Starlette names only one route's."""
+    """The methods that the path of ``request`` takes: each has its own route, and Starlette names only one route's.
+
+    A path that is named stands before one that ends with an id.
+    """
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    routes = [route for route in routes if route.path == request.url.path] or routes
     return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 

@@ -220,6 +220,7 @@ def test_openai_client_raises_its_own_errors(client: OpenAI, url: str) -> None:
     assert caught.value.param == "messages"
     assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "there is no /nowhere"
     assert httpx.put(f"{url}/v1/files/x").headers["Allow"] == "DELETE, GET"
+    assert httpx.put(f"{url}/v1/responses/input_tokens").headers["Allow"] == "POST"  # though an id would match, too
     assert RateLimitError.status_code == 429
 
 
