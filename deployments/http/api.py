@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from deployments.config import AppConfig
 from deployments.http.access import guard
@@ -25,7 +25,7 @@ from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.http.responses_api import add_response_routes
 from deployments.http.several import answered_together
 from deployments.http.streaming import begun, streamed
-from deployments.observability.metrics import MetricsExporter, NoExporter, RequestMetrics
+from deployments.observability.metrics import EXPOSITION, MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
@@ -53,7 +53,8 @@ def make_api(
     handle_errors(app)
     complete(app)
     guard(app, config)
-    observer = Observer(config, RequestMetrics(exporter or NoExporter()))
+    exporter = exporter or NoExporter()
+    observer = Observer(config, RequestMetrics(exporter))
     # Around the guard, so that refused requests are counted, too.
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
@@ -143,6 +144,10 @@ def make_api(
     @app.get("/version", responses=ERRORS)
     async def version() -> dict[str, str]:
         return {"version": metadata.version("rapid-serve")}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
+    async def metrics() -> Response:
+        return Response(await exporter.text(), media_type=EXPOSITION)
 
     shown = page()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _INSTEAD = {
-    "/metrics": "Ray exports the metrics on every node's own port (docs/observability.md)",
     "/v1/assistants": "the Responses API at /v1/responses does what assistants did",
     "/v1/audio": "text alone is read and written here",
     "/v1/batches": "send the requests at once: each key's wait their turn, and several prompts go in one request",

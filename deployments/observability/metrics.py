@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rapid.events import Delta, Finish, Statistics
 
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' name of the form of `MetricsExporter.text`
 _SECONDS = [10.0**power * step for power in range(-3, 3) for step in (1, 2, 5)]  # 1 ms to 500 s
 _SCORES = [step / 20 for step in range(1, 21)]
 _LAST_POSITION = 15  # of a draft's tokens; every later one counts as this one
@@ -55,6 +56,9 @@ class MetricsExporter(Protocol):
     def increment(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
     def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
     def set(self, name: str, value: float) -> None: ...
+    async def text(self) -> str:
+        """What was published, by all processes, as Prometheus reads it."""
+        ...
 
 
 class NoExporter:
@@ -63,6 +67,8 @@ class NoExporter:
     def increment(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
     def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
     def set(self, name: str, value: float) -> None: ...
+    async def text(self) -> str:
+        return ""
 
 
 class RequestMetrics:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from deployments.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from deployments.serve.scrape import ClusterMetrics
 
 if TYPE_CHECKING:
     from rapid.engine.messages import EngineStats
@@ -26,6 +27,7 @@ class RayExporter:
             for name, (words, labels, buckets) in HISTOGRAMS.items()
         }
         self._gauges = {name: Gauge(f"rapid_{name}", words) for name, words in GAUGES.items()}
+        self.text = ClusterMetrics().text
 
     def increment(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
         self._counters[name].inc(amount, dict(labels))

@@ -171,6 +171,18 @@ def test_metrics_add_up_to_what_the_answers_say(cluster: Cluster, answers: list[
     assert total(samples, "ray_rapid_kv_bytes", deployment="Target", state="total") > 3e5
 
 
+def test_one_scrape_of_the_api_has_what_the_nodes_export(cluster: Cluster, answers: list[dict[str, Any]]) -> None:
+    exported = {sample for sample in cluster.scrape() if sample[0].startswith("ray_rapid_")}
+    answer = httpx.get(f"{cluster.url}/metrics", timeout=30)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(answer.text))
+    assert len({family.name for family in families}) == len(families)
+    told = {(s.name, frozenset(s.labels.items())) for family in families for s in family.samples}
+    assert exported <= told and all(name.startswith(("ray_rapid_", "ray_serve_")) for name, _ in told)
+    answered = {"endpoint": "/v1/completions", "status": "200"}.items()
+    assert any(name == "ray_rapid_requests_total" and answered <= dict(labels).items() for name, labels in told)
+
+
 def test_errors_are_counted_by_their_status(cluster: Cluster) -> None:
     assert [cluster.post(max_tokens=-2).status_code, cluster.post(model="other").status_code] == [400, 404]
     assert httpx.get(f"{cluster.url}/nowhere/of-a-clients-own").status_code == 404
