@@ -56,6 +56,7 @@ class FilesConfig(Strict):
     folder: str | None = Field(None, description="$RAPID_FILES, else files/ in the models' cache, when not set")
     max_stored_mb: float = Field(1024, gt=0, description="what one key's files and their text may take; more is a 413")
     max_files: int = Field(1000, ge=1, description="of one key; more is a 413")
+    max_upload_mb: float = Field(128, gt=0, description="of one file that comes in parts (/v1/uploads); more is a 413")
     expire_after_s: int | None = Field(None, ge=1, description="a file is deleted so long after its upload")
     read_timeout_s: float = Field(60, gt=0, description="for the text of one PDF or HTML file")
     keep_responses_hours: float = Field(24, ge=0, description="of /v1/responses that are stored; 0 stores none")
@@ -105,7 +106,7 @@ class AccessConfig(Strict):
         (), description="names that clients may know this server by, * is all; localhost without keys when not set"
     )
     max_json_mb: float = Field(4, gt=0, description="a larger body of JSON is a 413")
-    max_body_mb: float = Field(64, gt=0, description="a larger upload is a 413")
+    max_body_mb: float = Field(68, gt=0, description="a larger upload is a 413; OpenAI's clients send parts of 64 MiB")
     request_timeout_s: float | None = Field(
         None, gt=0, description="for a whole request; 408 or 504, or an error event in a stream that has begun"
     )

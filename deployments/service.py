@@ -17,6 +17,7 @@ from deployments.embedding import TextModels
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
+from deployments.files.uploads import Uploads
 from deployments.observability.tracing import Trace
 from deployments.schemas.chat import ChatRequest
 from deployments.schemas.completions import Completion
@@ -44,6 +45,8 @@ class Service(Protocol):
     def files(self) -> Files: ...
     @property
     def responses(self) -> Responses: ...
+    @property
+    def uploads(self) -> Uploads: ...
 
     def generate(self, completion: Completion, tenant: str) -> Events: ...
     async def health(self) -> Health: ...
@@ -63,6 +66,7 @@ class LocalService:
         self._readers = FairPool(_NUM_READERS, "read")
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
+        self.uploads = self.files.uploads
         files = config.files
         models = TextModels(backend, config.target.max_queued)
         self.text_lengths, self.embed, self.rerank = models.lengths, models.embed, models.rerank

@@ -25,6 +25,7 @@ The package deployments adds subclasses of RapidError:
         TimedOut                     request_timeout          504   deployments.http.access
         RateLimited                  rate_limit_exceeded      429   deployments.http.rate_limits
         FileNotStored                file_not_found           404   deployments.files.records
+        UploadNotStored              upload_not_found         404   deployments.files.parts
 
 Where an error is raised it may set another code or status. `retrieval.errors.RetrievalError` is no RapidError: the
 package retrieval works without this one, and the backends turn its error into RetrievalFailed.

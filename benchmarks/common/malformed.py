@@ -41,6 +41,7 @@ PATH_ENDS = ("/", "/x", "%00", "/../..", "%ff", "?model=%ud800", ";a", "//", "?"
 FILES = (b"abc", b"", b"\xff\xfe", b"a\0b", b"PK\x03\x04", b"%PDF-1.7\n", b"<html><p>" * 300, b"\xef\xbb\xbf")
 NAMES = (b"Purpose", b'"', b"\xff", b"a" * 5000, "é".encode(), b'x"; filename="a', b"file\0")
 BOUNDARY = b"--x\r\n"
+FIELDS = {b"file": b"abc", b"data": b"abc", b"purpose": b"user_data"}  # of forms that are valid
 PATH_VALUES = ("a", "-1", "%00", "..%2f..%2fetc%2fpasswd", "%ed%a0%80", "a" * 3000)
 
 
@@ -84,7 +85,7 @@ class Attacker:
             "no JSON": lambda _: self._chance.randbytes(self._chance.randrange(200)),
         }
         self._form_makers = {
-            "wrong value": lambda body: self._with_part(body, self._part(self._pick(b"file", b"purpose"))),
+            "wrong value": lambda body: self._with_part(body, self._part(self._pick(*FIELDS))),
             "unknown field": lambda body: self._with_part(body, self._part(self._pick(*NAMES))),
             "duplicated key": lambda body: self._with_part(body, self._pick(*body.split(BOUNDARY)[1:])),
             "giant string": lambda body: self._with_part(body, self._part(b"purpose", b"ab " * 500_000)),
@@ -151,14 +152,15 @@ class Attacker:
         if not contents:
             return "", b""
         if "multipart/form-data" in contents:
-            parts = [self._part(b"file", b"abc"), self._part(b"purpose", b"user_data")]
+            fields = contents["multipart/form-data"]["schema"]["properties"]
+            parts = [self._part(name, value) for name, value in FIELDS.items() if name.decode() in fields]
             return "multipart/form-data; boundary=x", BOUNDARY + BOUNDARY.join(parts) + b"--x--\r\n"
         [(content_type, described)] = contents.items()
         return content_type, json.dumps(self._example(described["schema"])).encode()
 
     def _part(self, name: bytes, value: bytes | None = None) -> bytes:
         """A form's field, or a file if ``name`` is that of one, behind a boundary."""
-        filename = b'; filename="%s"' % self._pick(b"a", b"a.pdf", b"../a", b"") if name == b"file" else b""
+        filename = b'; filename="%s"' % self._pick(b"a", b"a.pdf", b"../a", b"") if name in (b"file", b"data") else b""
         value = self._pick(*FILES, *map(str.encode, VALUES[:20])) if value is None else value
         return b'Content-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name, filename, value)
 

@@ -14,6 +14,7 @@ from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
 from deployments.files.records import PURPOSES, Content, FileNotStored, Upload, name_of
 from deployments.files.store import FileStore
+from deployments.files.uploads import StoredUploads
 from deployments.turns import FairPool
 from rapid.engine.messages import SequenceRequest
 from rapid.errors import ContextLengthExceeded, InvalidRequest
@@ -48,6 +49,7 @@ class LocalFiles:
 
     Attributes:
         attachments: the same files as parts of a chat.
+        uploads: those that come in parts.
     """
 
     def __init__(
@@ -65,13 +67,21 @@ class LocalFiles:
         made_with = f"{config.retriever.embedder}, {chunk_tokens} tokens of {config.target.model}, {VECTORS}"
         self._indexer = FileIndexer(backend, self._store, datastores, chunk_tokens=chunk_tokens, made_with=made_with)
         self.attachments = Attachments(config, self._store, self._indexer, backend, tokenizer, readers, datastores)
+        self.uploads = StoredUploads(self._store, self, config.files.max_upload_mb * 1e6)
 
     async def upload(
-        self, tenant: str, filename: str, purpose: str, data: bytes, expires_after_s: int | None = None
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        data: bytes,
+        expires_after_s: int | None = None,
+        upload_id: str | None = None,
     ) -> dict[str, Any]:
         """Reads a file and starts to embed it. Bytes that were read before are not read again.
 
-        ``expires_after_s`` later nobody can read it any more; the configuration may say that this is sooner.
+        ``expires_after_s`` later nobody can read it any more; the configuration may say that this is sooner. A file
+        that came in parts has the room of ``upload_id``.
 
         Raises:
             InvalidRequest: the file has no readable text, or the tenant has no room for it.
@@ -79,7 +89,7 @@ class LocalFiles:
         self._remove_expired()
         if purpose not in PURPOSES:
             raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
-        await asyncio.to_thread(self._store.check_room, tenant, len(data))
+        await asyncio.to_thread(self._store.check_room, tenant, len(data), upload_id)
         salt = self._config.salt_of(tenant)
         name = await asyncio.to_thread(name_of, data, salt)
         try:
@@ -90,7 +100,7 @@ class LocalFiles:
             text, media_type = await extract_text(data, filename, tenant, timeout_s=timeout_s, param="file")
             content = await self._readers.run(tenant, self._describe, text, media_type, salt)
         expires_after_s = min(filter(None, (expires_after_s, self._config.files.expire_after_s)), default=None)
-        how = (tenant, filename, purpose, data, text, content, expires_after_s)
+        how = (tenant, filename, purpose, data, text, content, expires_after_s, upload_id)
         upload = await asyncio.to_thread(self._store.put, *how)
         self._indexer.retry(name)
         return self._object(upload, self._store.content(name))

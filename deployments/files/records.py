@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rapid.errors import RapidError
 
 PURPOSES = ("user_data", "assistants")
+LEAST_EXPIRY_S, MOST_EXPIRY_S = 3_600, 2_592_000  # until a file expires, as OpenAI has it
 
 
 class FileNotStored(RapidError):

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import time
-import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from deployments.files.writing import write_whole
 from rapid.errors import InvalidRequest, RapidError
 
 _ID = re.compile(r"resp_[0-9a-f]{32}")
@@ -86,11 +85,8 @@ class StoredResponses:
             message = f"this conversation is larger than {limit}, which is all that is kept: set store to false"
             raise InvalidRequest(message, param="store", code="storage_limit_exceeded", status=413)
         place = self._place(tenant, response_id)
-        place.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(place.parent, len(data))
-        unfinished = place.with_name(f".{uuid.uuid4().hex}")
-        unfinished.write_bytes(data)
-        os.replace(unfinished, place)
+        write_whole(place, data)
 
     def _make_room(self, folder: Path, num_bytes: int) -> None:
         known = []

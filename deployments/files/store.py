@@ -3,6 +3,7 @@
     tenants/<tenant>/<file id>.json  one upload: its name, purpose, and which content it has
     contents/<SHA-256>/original      the bytes as they came; `text` is what was read from them, `state.json` a `Content`
     claims/<SHA-256 of a text>       locked by the process that writes or deletes that text's vectors
+    tenants/<tenant>/uploads         files that come in parts (`deployments.files.parts`)
     uses, texts, ending              who has what (`deployments.files.index`)
     lock                             held while a file is added or removed
 
@@ -23,7 +24,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from deployments.files.index import Index
+from deployments.files.parts import PartStore
 from deployments.files.records import Content, FileNotStored, Upload, name_of
+from deployments.files.writing import write_whole
 from rapid.errors import InvalidRequest
 
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -37,7 +40,7 @@ class FileStore:
 
     def __init__(self, folder: Path, max_bytes: float, max_files: int) -> None:
         self._folder, self._max_bytes, self._max_files = folder, max_bytes, max_files
-        self._index = Index(folder)
+        self._index, self.parts = Index(folder), PartStore(folder)
 
     def put(
         self,
@@ -48,8 +51,11 @@ class FileStore:
         text: str,
         content: Content,
         expires_after_s: int | None = None,
+        upload_id: str | None = None,
     ) -> Upload:
         """Stores a new upload. Where the same bytes are stored already, their `Content` stays as it is.
+
+        A file that came in parts has the room of ``upload_id``.
 
         Raises:
             InvalidRequest: the tenant has no room for it.
@@ -59,8 +65,8 @@ class FileStore:
         file_id, stored = f"file-{time.time_ns():016x}{uuid.uuid4().hex[:16]}", len(data) + len(text.encode())
         expires_at = None if expires_after_s is None else now + expires_after_s
         upload = Upload(file_id, filename, purpose, len(data), now, name, stored=stored, expires_at=expires_at)
-        with self._locked():  # also while the room is looked at: uploads at once must not have the same room
-            self.check_room(tenant, stored)
+        with self.locked():  # also while the room is looked at: uploads at once must not have the same room
+            self.check_room(tenant, stored, upload_id)
             self._index.add(name, content.text_sha256, file_id)
             try:
                 self._put_content(name, data, text, content)
@@ -85,19 +91,22 @@ class FileStore:
             shutil.rmtree(place, ignore_errors=True)  # the rest of a removal that broke off
             made.rename(place)
 
-    def check_room(self, tenant: str, num_bytes: int) -> None:
-        """
+    def check_room(self, tenant: str, num_bytes: int, upload_id: str | None = None) -> None:
+        """Counts the tenant's files, and what its open uploads but ``upload_id`` have announced.
+
         Raises:
-            InvalidRequest: the tenant's files and one of ``num_bytes`` more would be above a limit.
+            InvalidRequest: with a file of ``num_bytes`` more they would be above a limit.
         """
         uploads = self._uploads(tenant)
-        if len(uploads) >= self._max_files:
+        announced = [other.bytes for other in self.parts.uploads(tenant) if other.is_open and other.id != upload_id]
+        if len(uploads) + len(announced) >= self._max_files:
             message = f"you may have {self._max_files} files: delete some first (DELETE /v1/files/{{id}})"
             raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
-        stored = sum(max(upload.bytes, upload.stored) for upload in uploads)
+        stored = sum(max(upload.bytes, upload.stored) for upload in uploads) + sum(announced)
         if stored + num_bytes > self._max_bytes:
             limit = f"{self._max_bytes / 1e6:g} MB"
             message = f"your files and their text may take {limit}: delete some first (DELETE /v1/files/{{id}})"
+            message += f", or cancel uploads that are open: they keep {sum(announced) / 1e6:g} MB" if announced else ""
             raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
 
     def uploads(self, tenant: str) -> list[Upload]:
@@ -126,7 +135,7 @@ class FileStore:
 
     def retire(self, tenant: str, file_id: str) -> str:
         """Begins the deletion of a file, or repeats it. Returns the file's content; no request reads the file now."""
-        with self._locked():
+        with self.locked():
             upload = replace(self.upload(tenant, file_id), is_going=True)
             _write(self._record(tenant, file_id), asdict(upload))
             self._index.retire(upload.content, file_id)
@@ -141,7 +150,7 @@ class FileStore:
         The caller holds the claim on that text. The vectors count as deleted from now on: a later upload embeds them
         again even if their deletion fails.
         """
-        with self._locked():
+        with self.locked():
             content = self.content(name)
             alike = [other for other in self._index.contents_with(content.text_sha256) if self._is_stored(other)]
             for other in (staying := [other for other in alike if self._index.is_staying(other)]):
@@ -155,7 +164,7 @@ class FileStore:
 
     def remove(self, tenant: str, file_id: str) -> None:
         """Ends the deletion of a file. The last file of a content, going or not, takes the bytes and the text along."""
-        with self._locked():
+        with self.locked():
             upload = self.upload(tenant, file_id)
             name = upload.content
             if self._index.is_the_last(name, file_id):
@@ -184,7 +193,7 @@ class FileStore:
 
     def update(self, name: str, content: Content) -> None:
         """Replaces what is known of a content. Raises FileNotStored where the content is gone or going."""
-        with self._locked():
+        with self.locked():
             if not self.has(name):
                 raise FileNotStored("the file was deleted")
             self._set(name, content)
@@ -198,9 +207,12 @@ class FileStore:
         return self._bytes(name, "original")
 
     @contextmanager
-    def claimed(self, text_sha256: str) -> Iterator[bool]:
-        """Claims a text's vectors; yields whether that succeeded. The system frees the claims of a dead process."""
-        path = self._folder / "claims" / text_sha256
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Claims the vectors of the text with the SHA-256 ``name``, or the end of the upload ``name``.
+
+        Yields whether that succeeded. The system frees the claims of a dead process.
+        """
+        path = self._folder / "claims" / name
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
             try:
@@ -216,7 +228,8 @@ class FileStore:
                     path.unlink()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Holds the folder's lock for the block."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -262,7 +275,4 @@ def _read(path: Path) -> Upload | None:
 
 
 def _write(path: Path, record: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}")
-    unfinished.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(record).encode())

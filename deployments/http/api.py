@@ -25,6 +25,7 @@ from deployments.http.responses import ResponseFormatter, server_sent
 from deployments.http.responses_api import add_response_routes
 from deployments.http.several import answered_together
 from deployments.http.streaming import begun, streamed
+from deployments.http.uploads import add_upload_routes
 from deployments.observability.metrics import EXPOSITION, MetricsExporter, NoExporter, RequestMetrics
 from deployments.schemas.anthropic import CountTokens, MessagesRequest
 from deployments.schemas.chat import ChatRequest
@@ -58,6 +59,7 @@ def make_api(
     # Around the guard, so that refused requests are counted, too.
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
+    add_upload_routes(app, service)
     model_name, started = config.model_name, int(time.time())
     places = Turns(config.max_in_flight, config.target.max_queued, in_all=config.max_admitted)
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
 
-from deployments.files.records import PURPOSES
+from deployments.files.records import LEAST_EXPIRY_S, MOST_EXPIRY_S, PURPOSES
 from deployments.http.multipart import form, is_form
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import charge_of, client_of
@@ -18,7 +18,6 @@ from rapid.errors import InvalidRequest
 if TYPE_CHECKING:
     from deployments.files.files import Files
 
-_LEAST_S, _MOST_S = 3_600, 2_592_000  # until a file expires, as OpenAI has it
 # The route reads the form itself: a file may be large, and errors have OpenAI's shape.
 _FORM: dict[str, Any] = {
     "type": "object",
@@ -26,7 +25,7 @@ _FORM: dict[str, Any] = {
         "file": {"type": "string", "format": "binary"},
         "purpose": {"type": "string", "enum": list(PURPOSES), "default": PURPOSES[0]},
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-        "expires_after[seconds]": {"type": "integer", "minimum": _LEAST_S, "maximum": _MOST_S},
+        "expires_after[seconds]": {"type": "integer", "minimum": LEAST_EXPIRY_S, "maximum": MOST_EXPIRY_S},
     },
     "required": ["file"],
     "additionalProperties": False,
@@ -112,7 +111,7 @@ def _expiry(fields: FormData) -> int | None:
         return None
     if anchor != "created_at":
         raise InvalidRequest('a file expires after its "created_at"', param="expires_after[anchor]")
-    if not str(seconds).isdecimal() or not _LEAST_S <= int(str(seconds)[:9]) <= _MOST_S:
-        limits = f"give {_LEAST_S} to {_MOST_S} seconds"
+    if not str(seconds).isdecimal() or not LEAST_EXPIRY_S <= int(str(seconds)[:9]) <= MOST_EXPIRY_S:
+        limits = f"give {LEAST_EXPIRY_S} to {MOST_EXPIRY_S} seconds"
         raise InvalidRequest(limits, param="expires_after[seconds]")
     return int(str(seconds))

@@ -15,7 +15,6 @@ _INSTEAD = {
     "/v1/moderations": "no model that judges texts is served here",
     "/v1/realtime": "answers are streamed over HTTP, as server-sent events",
     "/v1/threads": "the Responses API at /v1/responses does what threads did",
-    "/v1/uploads": "send the file whole to /v1/files",
     "/v1/vector_stores": "name files in a chat: what they say about its question is found by the server",
     "/v1/videos": "text alone is read and written here",
 }

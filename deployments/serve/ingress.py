@@ -48,6 +48,16 @@ class RemoteResponses:
         self.get, self.put, self.delete = (partial(call, f"responses.{name}") for name in ("get", "put", "delete"))
 
 
+class RemoteUploads:
+    """`deployments.files.uploads.Uploads` of the Coordinator, over ``call``."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        names = ("create", "list_open", "get", "add_part", "complete", "cancel")
+        self.create, self.list_open, self.get, self.add_part, self.complete, self.cancel = (
+            partial(call, f"uploads.{name}") for name in names
+        )
+
+
 class RemoteService:
     """The Coordinator's `LocalService`, from another process. Every error that it raises is a RapidError.
 
@@ -57,6 +67,7 @@ class RemoteService:
     def __init__(self, coordinator: DeploymentHandle) -> None:
         self._coordinator = coordinator
         self.files, self.responses = RemoteFiles(self._call), RemoteResponses(self._call)
+        self.uploads = RemoteUploads(self._call)
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         events = self._coordinator.options(stream=True).generate.remote(completion, tenant)

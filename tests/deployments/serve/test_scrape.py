@@ -88,7 +88,7 @@ def test_a_family_of_two_nodes_is_one_family_with_the_samples_of_both() -> None:
         "ray_rapid_seconds": read(HEAD)["ray_rapid_seconds"],
         "ray_serve_replicas": read(WORKER)["ray_serve_replicas"],
     }
-    assert merged([HEAD]).count("# ") == 4 and merged([]) == ""
+    assert merged([HEAD, WORKER]).count("# ") == 6 and merged([]) == ""
 
 
 def test_a_node_that_is_gone_is_told_and_the_others_are_read() -> None:
