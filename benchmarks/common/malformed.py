@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -258,21 +258,30 @@ async def _send(url: str, attack: Attack) -> bytes:
     length = sum(map(len, attack.pieces)) + (10 if attack.cut else 0)
     head = f"{attack.method} {attack.path} HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
     head += f"Content-Type: {attack.content_type}\r\n" if attack.content_type else ""
-    answer = b""
+    answer = bytearray()
+    # A server may answer and close before it has read the request: what it said is lost to who reads it afterwards.
+    reading = asyncio.create_task(_read(reader, answer))
     try:
-        writer.write(f"{head}Content-Length: {length}\r\n\r\n".encode())
-        for piece in attack.pieces:
-            writer.write(piece)
-            await writer.drain()
-            if len(attack.pieces) > 1:
-                await asyncio.sleep(PAUSE_S)
-        while not attack.cut and (got := await reader.read(2**16)):
-            answer += got
-    except ConnectionError:  # a server may answer and close before it has read the request
-        pass
+        with suppress(ConnectionError):
+            writer.write(f"{head}Content-Length: {length}\r\n\r\n".encode())
+            for piece in attack.pieces:
+                writer.write(piece)
+                await writer.drain()
+                if len(attack.pieces) > 1:
+                    await asyncio.sleep(PAUSE_S)
+        if not attack.cut:
+            await reading
     finally:
+        reading.cancel()
         writer.close()
-    return answer
+    return bytes(answer)
+
+
+async def _read(reader: asyncio.StreamReader, answer: bytearray) -> None:
+    """Adds all that comes to ``answer``."""
+    with suppress(ConnectionError):
+        while got := await reader.read(2**16):
+            answer += got
 
 
 @contextmanager
