@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+def run(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(story, 30))
+
+
 def refused(error: pytest.ExceptionInfo[RapidError]) -> tuple[int, str, str | None]:
     return error.value.status, error.value.code, error.value.param
 
@@ -97,7 +102,7 @@ def test_parts_become_a_file_in_the_order_that_is_named(world: World) -> None:
         world.store.remove(OURS, done.file["id"])
         assert (await world.uploads.get(OURS, upload_id)).status == "completed"  # and its file is gone
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_what_is_announced_is_taken_from_the_room_until_the_upload_ends(
@@ -122,7 +127,7 @@ def test_what_is_announced_is_taken_from_the_room_until_the_upload_ends(
         monkeypatch.setattr(parts, "OPEN_S", 0)  # their hour is over, whether or not anybody has asked since
         world.store.check_room(OURS, 40)
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_open_uploads_count_as_files(world: World) -> None:
@@ -133,10 +138,26 @@ def test_open_uploads_count_as_files(world: World) -> None:
         for upload_id in opened:
             await world.complete(upload_id, await world.add(upload_id, b"x"))
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_requests_at_once_have_no_more_room_than_one_after_another(world: World) -> None:
+def test_requests_at_once_have_no_more_room_than_one_after_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_room, sizes = FileStore.check_room, PartStore.sizes
+
+    def checked_slowly(store: FileStore, *how: Any) -> None:
+        check_room(store, *how)
+        time.sleep(0.02)  # whoever could look meanwhile would see the same room
+
+    def counted_slowly(store: PartStore, *which: str) -> dict[str, int]:
+        found = sizes(store, *which)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(FileStore, "check_room", checked_slowly)
+    monkeypatch.setattr(PartStore, "sizes", counted_slowly)
+
     async def story() -> None:
         created = await asyncio.gather(*(world.create(60) for _ in range(8)), return_exceptions=True)
         [upload_id] = [found for found in created if isinstance(found, str)]
@@ -145,7 +166,7 @@ def test_requests_at_once_have_no_more_room_than_one_after_another(world: World)
         assert len(whole) == 2 and world.left(upload_id) == sorted([*whole, "record.json"])
         assert {refusal.param for refusal in added if isinstance(refusal, InvalidRequest)} == {"data"}
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_an_hour_later_nobody_finds_an_upload_and_the_next_request_removes_it(
@@ -170,7 +191,7 @@ def test_an_hour_later_nobody_finds_an_upload_and_the_next_request_removes_it(
         assert await world.uploads.list_open(OURS) == []
         assert not list(world.folder.glob("tenants/*/uploads/*"))
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_one_request_ends_an_upload(world: World) -> None:
@@ -191,7 +212,7 @@ def test_one_request_ends_an_upload(world: World) -> None:
             await behind
         assert len(world.store.uploads(OURS)) == 1
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_a_file_that_is_refused_leaves_its_upload_open(world: World) -> None:
@@ -206,7 +227,7 @@ def test_a_file_that_is_refused_leaves_its_upload_open(world: World) -> None:
         world.files.error = None
         assert (await world.complete(upload_id, part_id)).status == "completed"
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_a_part_that_comes_while_its_upload_is_cancelled_leaves_nothing(
@@ -228,7 +249,7 @@ def test_a_part_that_comes_while_its_upload_is_cancelled_leaves_nothing(
             await world.add(upload_id, b"abc")
         assert world.left(upload_id) == ["record.json"]
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_uploads_and_their_parts_are_not_without_number(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +272,7 @@ def test_uploads_and_their_parts_are_not_without_number(world: World, monkeypatc
         with pytest.raises(InvalidRequest, match="2 parts"):
             await world.add(opened[0], b"x")
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_an_upload_reads_no_record_of_another_key(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,4 +290,4 @@ def test_an_upload_reads_no_record_of_another_key(world: World, monkeypatch: pyt
         await world.complete(upload_id, await world.add(upload_id, b"x"))
         assert read and not [path for path in read if "theirs" in path.parts]
 
-    asyncio.run(story())
+    run(story())
