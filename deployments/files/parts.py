@@ -15,13 +15,13 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from deployments.files.writing import unfinished, write_whole
+from deployments.files.disk import write_whole
 from rapid.errors import RapidError
 
 OPEN_S = 3600  # OpenAI's: an hour after its beginning nobody finds an upload
@@ -109,9 +109,19 @@ class PartStore:
                 if path.name != "record.json":
                     path.unlink(missing_ok=True)
 
-    def unfinished(self, tenant: str, upload_id: str, data: bytes) -> AbstractContextManager[Path]:
-        """``data`` beside the parts of an upload, for `add`."""
-        return unfinished(self._place(tenant, upload_id), data)
+    @contextmanager
+    def unfinished(self, tenant: str, upload_id: str, data: bytes) -> Iterator[Path]:
+        """A file with ``data`` beside the parts of an upload, for `add`; it is removed where that does not take it.
+
+        Raises:
+            FileNotFoundError: the upload is not there.
+        """
+        path = self._place(tenant, upload_id) / f".{uuid.uuid4().hex}"
+        try:
+            path.write_bytes(data)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def add(self, written: Path) -> str:
         """Makes what `unfinished` has written a part, and returns the part's id."""

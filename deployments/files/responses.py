@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from deployments.files.writing import write_whole
+from deployments.files.disk import write_whole
 from rapid.errors import InvalidRequest, RapidError
 
 _ID = re.compile(r"resp_[0-9a-f]{32}")
@@ -85,6 +85,7 @@ class StoredResponses:
             message = f"this conversation is larger than {limit}, which is all that is kept: set store to false"
             raise InvalidRequest(message, param="store", code="storage_limit_exceeded", status=413)
         place = self._place(tenant, response_id)
+        place.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(place.parent, len(data))
         write_whole(place, data)
 

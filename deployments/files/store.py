@@ -23,10 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from deployments.files.disk import locked, write_whole
 from deployments.files.index import Index
 from deployments.files.parts import PartStore
 from deployments.files.records import Content, FileNotStored, Upload, name_of
-from deployments.files.writing import write_whole
 from rapid.errors import InvalidRequest
 
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -230,9 +230,7 @@ class FileStore:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder's lock for the block."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self._folder):
             if self._index.is_missing:
                 self._index.build(
                     ((upload.content, upload.id, upload.is_going) for upload in self._uploads("*")),

@@ -54,7 +54,7 @@ class Coordinator:
             yield error
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Any other method of `LocalService`, or, as "files.<method>" and so on, of its files, responses, uploads."""
+        """Any other method of `LocalService`, or of one of its parts, as "files.<method>"."""
         try:
             return await attrgetter(method)(self._service)(*args)
         except RapidError as error:

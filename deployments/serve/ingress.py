@@ -31,31 +31,14 @@ _CALL_LIMIT_S = 600.0  # an upload is read, a document is warmed
 _HEALTH_LIMIT_S = 6.0
 
 
-class RemoteFiles:
-    """`deployments.files.files.Files` of the Coordinator, over ``call``."""
+class RemotePart:
+    """One of the parts that the Coordinator's `LocalService` has (``name``), over ``call``."""
 
-    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
-        names = ("upload", "list_files", "get", "content", "delete", "warm")
-        self.upload, self.list_files, self.get, self.content, self.delete, self.warm = (
-            partial(call, f"files.{name}") for name in names
-        )
+    def __init__(self, call: Callable[..., Awaitable[Any]], name: str) -> None:
+        self._call, self._name = call, name
 
-
-class RemoteResponses:
-    """`deployments.files.responses.Responses` of the Coordinator, over ``call``."""
-
-    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
-        self.get, self.put, self.delete = (partial(call, f"responses.{name}") for name in ("get", "put", "delete"))
-
-
-class RemoteUploads:
-    """`deployments.files.uploads.Uploads` of the Coordinator, over ``call``."""
-
-    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
-        names = ("create", "list_open", "get", "add_part", "complete", "cancel")
-        self.create, self.list_open, self.get, self.add_part, self.complete, self.cancel = (
-            partial(call, f"uploads.{name}") for name in names
-        )
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        return partial(self._call, f"{self._name}.{method}")
 
 
 class RemoteService:
@@ -66,8 +49,9 @@ class RemoteService:
 
     def __init__(self, coordinator: DeploymentHandle) -> None:
         self._coordinator = coordinator
-        self.files, self.responses = RemoteFiles(self._call), RemoteResponses(self._call)
-        self.uploads = RemoteUploads(self._call)
+        self.files, self.uploads, self.responses = (
+            RemotePart(self._call, part) for part in ("files", "uploads", "responses")
+        )
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
         events = self._coordinator.options(stream=True).generate.remote(completion, tenant)

@@ -200,10 +200,11 @@ def test_an_upload_is_its_keys_own(client: OpenAI) -> None:
 
 def test_what_is_announced_is_kept_free_of_files(serve: Callable[..., Any], tmp_path: Path) -> None:
     with serve(tmp_path, {"max_stored_mb": 0.001}) as url, client_at(url) as client:
-        upload_id = create(client, 500)
+        data = b"a" * 400 + b"\n" * 200  # with its text, which has no end of line, it takes all of the room
+        upload_id = create(client, len(data))
         for ask, param in (
-            (lambda: client.files.create(file=("a.txt", b"a" * 501), purpose="user_data"), "file"),
-            (lambda: create(client, 501), "bytes"),
+            (lambda: client.files.create(file=("a.txt", b"a" * 401), purpose="user_data"), "file"),
+            (lambda: create(client, 401), "bytes"),
         ):
             with pytest.raises(openai.APIStatusError, match="uploads that are open") as caught:
                 ask()
@@ -212,8 +213,8 @@ def test_what_is_announced_is_kept_free_of_files(serve: Callable[..., Any], tmp_
                 "storage_limit_exceeded",
                 param,
             )
-        done = client.uploads.complete(upload_id, part_ids=[add(client, upload_id, b"a" * 500)])
-        assert done.status == "completed"  # with its text it takes all of the room
+        done = client.uploads.complete(upload_id, part_ids=[add(client, upload_id, data)])
+        assert done.status == "completed"
         with pytest.raises(openai.APIStatusError, match="delete some first"):
             create(client, 1)
         assert done.file is not None and client.files.delete(done.file.id).deleted
