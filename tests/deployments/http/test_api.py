@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ def url(smollm_url: str) -> str:
 
 
 @pytest.fixture(scope="module")
+@cache  # nobody closes it, and the collector might take its socket before its client
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import httpx
@@ -33,6 +34,7 @@ def expected() -> np.ndarray:
     return np.stack(rows)
 
 
+@cache  # nobody closes it, and the collector might take its socket before its client
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import httpx
@@ -28,6 +29,7 @@ OURS = {
 }  # which OpenAI's client sends in extra_body
 
 
+@cache  # nobody closes it, and the collector might take its socket before its client
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rapid.errors import InvalidRequest
 ASK: dict[str, Any] = {"model": "bytes", "input": "Hi", "max_output_tokens": 12, "temperature": 0}
 
 
+@cache  # nobody closes it, and the collector might take its socket before its client
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
