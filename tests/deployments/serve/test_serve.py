@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from openai import OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 from served import (
     JSON_TYPE,
     MODEL,
@@ -184,6 +184,19 @@ def test_a_file_goes_through_all_processes(client: OpenAI, folder: Path) -> None
     again = uploaded()
     assert warmed(again)["cached_tokens"] < 64  # the engine had forgotten all but the template's beginning
     client.files.delete(again)
+
+
+def test_a_file_in_parts_goes_through_all_processes(client: OpenAI) -> None:
+    text = document(8).encode()
+    upload = client.uploads.upload_file_chunked(
+        file=text, filename="a.txt", bytes=len(text), mime_type="text/plain", purpose="user_data", part_size=500
+    )
+    assert upload.file is not None and client.files.content(upload.file.id).read() == text
+    with pytest.raises(BadRequestError, match="is completed"):
+        client.uploads.cancel(upload.id)
+    with pytest.raises(NotFoundError):
+        client.uploads.parts.create("upload_" + "0" * 32, data=b"abc")
+    client.files.delete(upload.file.id)
 
 
 def test_documents_are_ranked_by_the_retriever(url: str) -> None:
