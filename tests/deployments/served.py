@@ -89,13 +89,14 @@ def local_api(config: dict[str, Any]) -> Iterator[str]:
 
 
 def document(index: int, characters: int = 1600) -> str:
-    """A passage of a novel where the shared texts are at hand, else one made of numbered sentences."""
+    """A passage of a novel where the shared texts are at hand, else of a short tale with numbered sentences behind."""
     novel = Path(__file__).parents[3] / "shared" / "data" / "moby-dick.txt"
     if novel.exists():
         start = 30_000 + index * 40_000
         return novel.read_text(encoding="utf-8")[start : start + characters]
+    tale = (Path(__file__).parents[1] / "data" / "ferry.txt").read_text(encoding="utf-8")
     sentences = (f"In room {n} of house {index} lives a person who counts {n * 7} birds.\n" for n in range(1000))
-    return "".join(sentences)[:characters]
+    return (tale[index * 500 :] + "".join(sentences))[:characters]
 
 
 def chat(index: int = 0, question: str = QUESTION) -> list[Any]:

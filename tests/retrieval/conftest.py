@@ -15,7 +15,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def prose() -> str:
-    """About 60,000 characters of hard-wrapped English: a novel where there is one, else made up."""
+    """About 60,000 characters of English: a novel where there is one, else a short tale and made-up sentences."""
     novel = DATA / "moby-dick.txt"
     if novel.is_file():
         return novel.read_text(encoding="utf-8")[30_000:90_000]
@@ -23,7 +23,8 @@ def prose() -> str:
     vocabulary = "the whale of a ship and captain was harpoon ocean mast sailed password lighthouse message about is"
     words = vocabulary.split()
     sentences = (" ".join(rng.choices(words, k=rng.randint(4, 20))).capitalize() + "." for _ in range(1100))
-    return "".join(sentence + rng.choice([" ", " ", "\n", "\n\n"]) for sentence in sentences)
+    tale = (Path(__file__).parents[1] / "data" / "ferry.txt").read_text(encoding="utf-8")
+    return tale + "".join(sentence + rng.choice([" ", " ", "\n", "\n\n"]) for sentence in sentences)
 
 
 def byte_level_bpe(corpus: str, *, trim_offsets: bool) -> PreTrainedTokenizerFast:
