@@ -121,6 +121,17 @@ async def answer(
     }
 
 
+async def answers(
+    backend: LocalBackend, settings: AppConfig, case: Case, arms: list[str], temperature: float, most_nats: float
+) -> dict[str, dict[str, Any]]:
+    """By ``arms``. The first one reads the prompt; the others find it read, and are answered together."""
+    how = backend, settings, case
+    first, *others = arms
+    rows = [await answer(*how, first, temperature, most_nats)]
+    rows += await asyncio.gather(*(answer(*how, arm, temperature, most_nats) for arm in others))
+    return dict(zip(arms, rows, strict=True))
+
+
 def interval(gains: list[int]) -> tuple[float, float]:
     """95% of the means of samples drawn with replacement."""
     draws = np.random.default_rng(2).choice(np.array(gains), (10_000, len(gains))).mean(-1)
@@ -181,32 +192,32 @@ def main() -> None:
     options.answers.parent.mkdir(parents=True, exist_ok=True)
     settings, tokenizer = config(), load_tokenizer(MODEL)
     todo = [
-        (case, temperature, arm)
+        (case, temperature, missing)
         for length in options.lengths
         for case in cases(tokenizer, length, options.golds, options.questions)
         for temperature in options.temperatures
-        for arm in ARMS
-        if (length, case.gold, temperature, case.number, arm) not in found
+        if (missing := [arm for arm in ARMS if (length, case.gold, temperature, case.number, arm) not in found])
     ]
     with local_backend(settings) as backend, options.answers.open("a", encoding="utf-8") as file:
-        for done, (case, temperature, arm) in enumerate(todo):
+        for done, (case, temperature, missing) in enumerate(todo):
             if time.monotonic() > ends:
                 break
-            row = asyncio.run(answer(backend, settings, case, arm, temperature, options.most_nats))
-            key = case.length, case.gold, temperature, case.number, arm
-            found[key] = {"key": key} | row
-            file.write(json.dumps(found[key], ensure_ascii=False) + "\n")
+            rows = asyncio.run(answers(backend, settings, case, missing, temperature, options.most_nats))
+            for arm, row in rows.items():
+                key = case.length, case.gold, temperature, case.number, arm
+                found[key] = {"key": key} | row
+                file.write(json.dumps(found[key], ensure_ascii=False) + "\n")
             file.flush()
             if sys.stderr.isatty() or done % len(ARMS) == 0:
-                print(f"{done + 1} of {len(todo)} answers", file=sys.stderr, flush=True)
-    rows = summary(found)
-    for row in rows:
+                print(f"{done + 1} of {len(todo)} questions", file=sys.stderr, flush=True)
+    table = summary(found)
+    for row in table:
         low, high = row["gain_95"]
         print(
             f"{row['context_tokens']:6} gold {row['gold']:6} T {row['temperature']:3} {row['arm']:15} "
             f"{row['right']:6.1%} of {row['questions']:4}  {row['gain']:+6.1%} ({low:+.1%} to {high:+.1%})"
         )
-    write("transfer", {"most_nats": options.most_nats, "new_tokens": NEW_TOKENS, "rows": rows})
+    write("transfer", {"most_nats": options.most_nats, "new_tokens": NEW_TOKENS, "rows": table})
 
 
 if __name__ == "__main__":
