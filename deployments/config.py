@@ -102,6 +102,7 @@ class AccessConfig(Strict):
         description="choices (`n`) and other requests of one key at the same time, more wait; with several keys 3/4 of "
         "the places when not set",
     )
+    batch_in_flight: int = Field(2, ge=1, description="requests of one key's batch that are answered at the same time")
     allowed_hosts: tuple[str, ...] = Field(
         (), description="names that clients may know this server by, * is all; localhost without keys when not set"
     )

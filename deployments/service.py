@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from deployments.config import AppConfig
 from deployments.datastores import Datastores
 from deployments.embedding import TextModels
+from deployments.files.batch_records import Batches
+from deployments.files.batches import StoredBatches
 from deployments.files.files import Files, LocalFiles
 from deployments.files.indexing import IndexingBackend
 from deployments.files.responses import Responses, StoredResponses
@@ -46,6 +48,8 @@ class Service(Protocol):
     @property
     def responses(self) -> Responses: ...
     @property
+    def batches(self) -> Batches: ...
+    @property
     def uploads(self) -> Uploads: ...
 
     def generate(self, completion: Completion, tenant: str) -> Events: ...
@@ -68,6 +72,7 @@ class LocalService:
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
         self.uploads = self.files.uploads
         files = config.files
+        self.batches = StoredBatches(files.path, self.files)
         models = TextModels(backend, config.target.max_queued)
         self.text_lengths, self.embed, self.rerank = models.lengths, models.embed, models.rerank
         self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)

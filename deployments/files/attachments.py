@@ -138,7 +138,9 @@ class Attachments:
             )
             return text
         try:
-            name = self._store.readable(tenant, part.file.file_id).content
+            upload = self._store.readable(tenant, part.file.file_id)
+            upload.check_is_read(f"{where}.file_id")
+            name = upload.content
             text = used[name] = await asyncio.to_thread(self._store.text, name)
         except RapidError as error:
             error.param = f"{where}.file_id"

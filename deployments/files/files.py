@@ -12,7 +12,7 @@ from deployments.config import AppConfig
 from deployments.datastores import Datastores
 from deployments.files.attachments import Attachments, extract_text
 from deployments.files.indexing import FileIndexer, IndexingBackend
-from deployments.files.records import PURPOSES, Content, FileNotStored, Upload, name_of
+from deployments.files.records import BATCH, BATCH_OUTPUT, PURPOSES, Content, FileNotStored, Upload, name_of
 from deployments.files.store import FileStore
 from deployments.files.uploads import StoredUploads
 from deployments.turns import FairPool
@@ -88,8 +88,11 @@ class LocalFiles:
         """
         self._remove_expired()
         if purpose not in PURPOSES:
-            raise InvalidRequest(f"files are read in chats here: one of {', '.join(PURPOSES)}", param="purpose")
+            raise InvalidRequest(f"must be one of {', '.join(PURPOSES)}", param="purpose")
         await asyncio.to_thread(self._store.check_room, tenant, len(data), upload_id)
+        if purpose == BATCH:
+            content = self._unread(data, tenant)
+            return await self._put(tenant, filename, purpose, data, "", content, expires_after_s, upload_id)
         salt = self._config.salt_of(tenant)
         name = await asyncio.to_thread(name_of, data, salt)
         try:
@@ -99,11 +102,18 @@ class LocalFiles:
             timeout_s = self._config.files.read_timeout_s
             text, media_type = await extract_text(data, filename, tenant, timeout_s=timeout_s, param="file")
             content = await self._readers.run(tenant, self._describe, text, media_type, salt)
-        expires_after_s = min(filter(None, (expires_after_s, self._config.files.expire_after_s)), default=None)
-        how = (tenant, filename, purpose, data, text, content, expires_after_s, upload_id)
-        upload = await asyncio.to_thread(self._store.put, *how)
         self._indexer.retry(name)
-        return self._object(upload, self._store.content(name))
+        return await self._put(tenant, filename, purpose, data, text, content, expires_after_s, upload_id)
+
+    async def add_output(self, tenant: str, filename: str, data: bytes, expires_after_s: int | None) -> str:
+        """Stores what a batch has answered, and returns the file's id. Its room was looked at answer by answer."""
+        content = self._unread(data, tenant)
+        stored = await self._put(tenant, filename, BATCH_OUTPUT, data, "", content, expires_after_s)
+        return str(stored["id"])
+
+    async def check_room(self, tenant: str, num_bytes: int) -> None:
+        """`FileStore.check_room`."""
+        await asyncio.to_thread(self._store.check_room, tenant, num_bytes)
 
     async def list_files(self, tenant: str) -> list[dict[str, Any]]:
         """OpenAI's file objects, the oldest first."""
@@ -148,7 +158,9 @@ class LocalFiles:
         Raises:
             ContextLengthExceeded: the file does not fit the target's window.
         """
-        name = self._store.readable(tenant, file_id).content
+        upload = self._store.readable(tenant, file_id)
+        upload.check_is_read("file_id")
+        name = upload.content
         text = await asyncio.to_thread(self._store.text, name)
         window = self._backend.info("target").window
         prompt = await self._readers.run(tenant, self._shared_prefix, text, window)
@@ -189,6 +201,27 @@ class LocalFiles:
             with suppress(FileNotStored):
                 stored.append((upload, self._store.content(upload.content)))
         return stored
+
+    async def _put(
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        data: bytes,
+        text: str,
+        content: Content,
+        expires_after_s: int | None,
+        upload_id: str | None = None,
+    ) -> dict[str, Any]:
+        expires_after_s = min(filter(None, (expires_after_s, self._config.files.expire_after_s)), default=None)
+        how = (tenant, filename, purpose, data, text, content, expires_after_s, upload_id)
+        upload = await asyncio.to_thread(self._store.put, *how)
+        return self._object(upload, self._store.content(upload.content))
+
+    def _unread(self, data: bytes, tenant: str) -> Content:
+        """The content of ``data`` that nothing is read from: another than that of the same bytes as a document."""
+        salt = self._config.salt_of(tenant) + BATCH
+        return Content("application/jsonl", name_of(data, salt), tokens=0, salt=salt, is_read=False)
 
     def _describe(self, text: str, media_type: str, salt: str) -> Content:
         num_tokens = count(self._tokenizer, text)

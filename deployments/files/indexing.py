@@ -77,7 +77,7 @@ class FileIndexer:
     def ensure(self, name: str, content: Content) -> None:
         """Starts the embedding of a content unless it is done, is under way, has failed, or the content is going."""
         is_everywhere = self.is_done(content) and self._datastores.has_file(content.salt, content.text_sha256)
-        is_wanted = not content.is_going and not is_everywhere
+        is_wanted = content.is_read and not content.is_going and not is_everywhere
         if is_wanted and name not in self._running and name not in self._errors:
             task = self._running[name] = asyncio.create_task(self._embed(name))
             task.add_done_callback(lambda _: self._running.pop(name))

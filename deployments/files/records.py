@@ -3,9 +3,10 @@
 import hashlib
 from dataclasses import dataclass
 
-from rapid.errors import RapidError
+from rapid.errors import InvalidRequest, RapidError
 
-PURPOSES = ("user_data", "assistants")
+BATCH, BATCH_OUTPUT = "batch", "batch_output"  # requests and their answers, which no chat reads
+PURPOSES = ("user_data", "assistants", BATCH)  # of what clients upload
 LEAST_EXPIRY_S, MOST_EXPIRY_S = 3_600, 2_592_000  # until a file expires, as OpenAI has it
 
 
@@ -34,13 +35,22 @@ class Upload:
     stored: int = 0
     expires_at: int | None = None
 
+    def check_is_read(self, param: str) -> None:
+        """
+        Raises:
+            InvalidRequest: it holds requests or answers of a batch, and no text for a chat.
+        """
+        if self.purpose in (BATCH, BATCH_OUTPUT):
+            raise InvalidRequest(f"no chat reads a file whose purpose is {self.purpose}", param=param)
+
 
 @dataclass(frozen=True)
 class Content:
     """One content: its text, and how many of its ``chunks`` are ``embedded``.
 
     ``made_with`` names what the chunks depend on; ``vectors`` is their namespace in the vector store. A content
-    ``is_going`` when every file that has it is. Contents with another ``salt`` are other contents.
+    ``is_going`` when every file that has it is. Contents with another ``salt`` are other contents. One that is not
+    ``is_read`` has no text and no vectors.
     """
 
     media_type: str
@@ -52,9 +62,10 @@ class Content:
     embedded: int = 0
     is_going: bool = False
     salt: str = ""
+    is_read: bool = True
 
     def is_embedded(self, made_with: str) -> bool:
-        return self.made_with == made_with and self.embedded == self.chunks
+        return not self.is_read or (self.made_with == made_with and self.embedded == self.chunks)
 
 
 def name_of(data: bytes, salt: str) -> str:

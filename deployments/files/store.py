@@ -26,7 +26,7 @@ from pathlib import Path
 from deployments.files.disk import locked, write_whole
 from deployments.files.index import Index
 from deployments.files.parts import PartStore
-from deployments.files.records import Content, FileNotStored, Upload, name_of
+from deployments.files.records import BATCH_OUTPUT, Content, FileNotStored, Upload, name_of
 from rapid.errors import InvalidRequest
 
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -66,7 +66,8 @@ class FileStore:
         expires_at = None if expires_after_s is None else now + expires_after_s
         upload = Upload(file_id, filename, purpose, len(data), now, name, stored=stored, expires_at=expires_at)
         with self.locked():  # also while the room is looked at: uploads at once must not have the same room
-            self.check_room(tenant, stored, upload_id)
+            if purpose != BATCH_OUTPUT:  # for whose answers there was room when they came
+                self.check_room(tenant, stored, upload_id)
             self._index.add(name, content.text_sha256, file_id)
             try:
                 self._put_content(name, data, text, content)
@@ -103,6 +104,7 @@ class FileStore:
             message = f"you may have {self._max_files} files: delete some first (DELETE /v1/files/{{id}})"
             raise InvalidRequest(message, code="storage_limit_exceeded", status=413, param="file")
         stored = sum(max(upload.bytes, upload.stored) for upload in uploads) + sum(announced)
+        stored += sum(answers.stat().st_size for answers in self._folder.glob(f"tenants/{tenant}/batches/*.answers"))
         if stored + num_bytes > self._max_bytes:
             limit = f"{self._max_bytes / 1e6:g} MB"
             message = f"your files and their text may take {limit}: delete some first (DELETE /v1/files/{{id}})"
@@ -152,6 +154,8 @@ class FileStore:
         """
         with self.locked():
             content = self.content(name)
+            if not content.is_read:
+                return None
             alike = [other for other in self._index.contents_with(content.text_sha256) if self._is_stored(other)]
             for other in (staying := [other for other in alike if self._index.is_staying(other)]):
                 if not self.content(other).vectors:  # it shares them, and has not asked for them yet

@@ -20,10 +20,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import PUBLIC, AppConfig
+from deployments.files.batch_records import Record
 from deployments.http.errors import error_response, is_json, server_sent_error
 from deployments.http.internal_headers import check_headers
 from deployments.http.multipart import is_form
-from deployments.http.rate_limits import HEADERS, Charge, Client, Clients
+from deployments.http.rate_limits import ASKED_FOR, HEADERS, Charge, Client, Clients
 from deployments.turns import Turns
 from rapid.errors import InvalidRequest, RapidError
 
@@ -131,6 +132,8 @@ class _Guard:
 
     def _client(self, scope: Scope) -> Client:
         """Raises InvalidKey, or RateLimited where too many keys of this address were wrong."""
+        if batch := scope.get(ASKED_FOR):
+            return self._client_of_batch(batch)
         address = scope["client"][0] if scope.get("client") else ""
         if not self._keys:
             return self._clients.get(address, PUBLIC)
@@ -152,6 +155,13 @@ class _Guard:
             raise InvalidKey(f"an API key is needed: {how}")
         tenant = digest.hex()[:32]
         return self._clients.get(tenant, tenant)
+
+    def _client_of_batch(self, batch: Record) -> Client:
+        """Raises InvalidKey where the key that made the batch is valid no more."""
+        valid = [key.hex()[:32] for key in self._keys] or [PUBLIC]
+        if batch.tenant not in valid:
+            raise InvalidKey("the key that made this batch is not valid any more")
+        return self._clients.get(batch.client, batch.tenant)
 
     def _timed_out(self, has_body: bool) -> TimedOut:
         limit = f"{self._config.request_timeout_s:g} s"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from deployments.config import AppConfig
 from deployments.http.access import guard
 from deployments.http.anthropic import MessageWriter, server_sent_message
+from deployments.http.batch_runner import BatchRunner
+from deployments.http.batches import add_batch_routes
 from deployments.http.embeddings import add_embedding_routes
 from deployments.http.errors import as_chat, handle_errors, read
 from deployments.http.files import add_file_routes
@@ -50,7 +53,16 @@ def make_api(
         exporter: publishes the metrics of requests; without one they are not published.
         returns_id: whether answers name their request in a header (`request_log.Middleware`).
     """
-    app = FastAPI(title="RAPID", description="Retrieval-augmented speculative decoding behind OpenAI's API.")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        runner.wake()  # for batches that an earlier process has left
+        yield
+        await runner.close()
+
+    described = "Retrieval-augmented speculative decoding behind OpenAI's API."
+    app = FastAPI(title="RAPID", description=described, lifespan=lifespan)
+    runner = BatchRunner(app, service, config.access.batch_in_flight)
     handle_errors(app)
     complete(app)
     guard(app, config)
@@ -59,6 +71,7 @@ def make_api(
     # Around the guard, so that refused requests are counted, too.
     app.add_middleware(Middleware, observer=observer, returns_id=returns_id)
     add_file_routes(app, service.files)
+    add_batch_routes(app, service, runner)
     add_upload_routes(app, service)
     model_name, started = config.model_name, int(time.time())
     places = Turns(config.max_in_flight, config.target.max_queued, in_all=config.max_admitted)

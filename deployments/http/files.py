@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
 
 from deployments.files.records import LEAST_EXPIRY_S, MOST_EXPIRY_S, PURPOSES
+from deployments.http.listing import listed
 from deployments.http.multipart import form, is_form
 from deployments.http.openapi import ERRORS
 from deployments.http.rate_limits import charge_of, client_of
@@ -65,14 +66,7 @@ def add_file_routes(app: FastAPI, files: Files) -> None:
         found = [file for file in every if purpose in (None, file["purpose"])]
         if order == "desc":
             found.reverse()
-        ids = [file["id"] for file in found]
-        if after is not None:
-            if after not in ids:
-                raise InvalidRequest(f"there is no file {after!r} in this list", param="after")
-            found = found[ids.index(after) + 1 :]
-        page = found[:limit]
-        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": page, **ends, "has_more": len(page) < len(found)}
+        return listed(found, limit, after, "file")
 
     @app.get("/v1/files/{file_id}", responses=ERRORS)
     async def get(request: Request, file_id: str) -> dict[str, Any]:

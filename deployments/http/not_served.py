@@ -5,7 +5,6 @@ from __future__ import annotations
 _INSTEAD = {
     "/v1/assistants": "the Responses API at /v1/responses does what assistants did",
     "/v1/audio": "text alone is read and written here",
-    "/v1/batches": "send the requests at once: each key's wait their turn, and several prompts go in one request",
     "/v1/chat/completions": "chats are not kept: those of /v1/responses are",
     "/v1/complete": "/v1/messages and /v1/completions are served",
     "/v1/conversations": "previous_response_id of /v1/responses goes on with a conversation",

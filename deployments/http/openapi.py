@@ -108,6 +108,20 @@ class ResponseObject(BaseModel):
     rapid: RapidObject
 
 
+class BatchObject(BaseModel):
+    """A batch, OpenAI's."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    endpoint: str
+    status: str
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    request_counts: dict[str, int]
+
+
 class TokenCount(BaseModel):
     """What a message would have as its prompt."""
 

@@ -18,6 +18,7 @@ from rapid.events import Delta
 HEADERS = [
     f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
 ]
+ASKED_FOR = "rapid.asked_for"  # in the scope of a batch's request: the `files.batch_records.Record` that it belongs to
 LATE_REFUSAL_S = 2.0  # far longer than it takes to refuse
 _MAX_CLIENTS = 10_000  # whose rates are remembered
 

@@ -49,8 +49,8 @@ class RemoteService:
 
     def __init__(self, coordinator: DeploymentHandle) -> None:
         self._coordinator = coordinator
-        self.files, self.uploads, self.responses = (
-            RemotePart(self._call, part) for part in ("files", "uploads", "responses")
+        self.files, self.uploads, self.batches, self.responses = (
+            RemotePart(self._call, part) for part in ("files", "uploads", "batches", "responses")
         )
 
     async def generate(self, completion: Completion, tenant: str) -> Events:

@@ -330,7 +330,7 @@ def test_the_documentation_names_what_is_ignored() -> None:
     assert not [name for table in tables for name in table if isinstance(name, str) and f"`{name}`" not in text]
 
 
-@pytest.mark.parametrize("path", ["/v1/batches", "/v1/audio/speech"])
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/threads/t/runs"])
 def test_what_is_not_served_says_what_to_do_instead(bytes_url: str, path: str) -> None:
     for answer in (httpx.get(bytes_url + path), httpx.post(bytes_url + path, json={})):
         assert answer.status_code == 404

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from openai import APIConnectionError, APIError
+from openai import APIConnectionError, APIError, OpenAI
 from served import LETTERS, ON_RAY, complete, health, local_api, pieces, seconds_until_free, served
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -115,3 +116,30 @@ def test_a_stream_whose_ingress_dies_is_cut_off_and_the_next_request_is_served(u
         list(running)
     assert complete(url, SPECULATIVE)[0] == expected[:24]  # it waits for the next ingress
     seconds_until_free(url, 60)  # what nobody reads is written to its end
+
+
+def test_a_batch_whose_ingress_dies_is_answered_by_the_next_one(url: str, expected: str) -> None:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+    body = {"model": model, "prompt": LETTERS, "max_tokens": 100, "temperature": 0, "rapid": SPECULATIVE}
+    line = {"method": "POST", "url": "/v1/completions", "body": body}
+    asked = "\n".join(json.dumps(line | {"custom_id": str(i)}) for i in range(20))
+    source = client.files.create(file=("asked.jsonl", asked.encode()), purpose="batch")
+    made = client.batches.create(input_file_id=source.id, endpoint="/v1/completions", completion_window="24h")
+
+    def num_answered() -> int:
+        counts = client.batches.retrieve(made.id).request_counts
+        return counts.completed if counts else 0
+
+    wait_until(lambda: num_answered() > 0)
+    [ingress] = processes("ServeReplica:rapid:Ingress")
+    ingress.kill()
+    assert complete(url, SPECULATIVE)[0] == expected[:24]  # it waits for the next ingress
+    done = num_answered()
+    assert 0 < done < 20
+    wait_until(lambda: client.batches.retrieve(made.id).status not in ("validating", "in_progress", "finalizing"))
+    batch = client.batches.retrieve(made.id)
+    assert batch.output_file_id is not None and batch.request_counts is not None
+    answers = [json.loads(answer) for answer in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(20))
+    assert {answer["response"]["body"]["choices"][0]["text"] for answer in answers} == {expected[:100]}
