@@ -39,6 +39,7 @@ CLIENTS = {  # script → packages whose versions are told, or the program that 
     "pydantic_ai": ["pydantic-ai-slim"],
     "instructor": ["instructor"],
     "openai_agents": ["openai-agents"],
+    "outlines": ["outlines"],
     "llm": ["llm"],
     "lm_eval": ["lm-eval"],
     "curl": [],

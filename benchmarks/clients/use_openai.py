@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 
 import numpy as np
 from harness import CITY, MESSAGES, MODEL, V1, WEATHER, check, feature, greedy, is_city, main
@@ -98,6 +99,35 @@ def files():
     same = client.responses.create(model=MODEL, input=[item], temperature=0, max_output_tokens=16)
     check(same.output_text, answer.choices[0].message.content)
     check(client.files.delete(stored.id).deleted, True)
+
+
+@feature("uploads")
+def uploads():
+    data = b"The door is green. The roof is red." * 4000
+    upload = client.uploads.upload_file_chunked(
+        file=data, filename="colours.txt", bytes=len(data), mime_type="text/plain", purpose="user_data", part_size=2**16
+    )
+    check(upload.status, "completed")
+    check(client.files.content(upload.file.id).read(), data)
+    client.files.delete(upload.file.id)
+
+
+@feature("batches")
+def batches():
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": ASK}
+    lines = [json.dumps(line), json.dumps(line | {"custom_id": "b", "body": {**ASK, "top_p": 9.0}})]
+    source = client.files.create(file=("asked.jsonl", "\n".join(lines).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=source.id, endpoint=line["url"], completion_window="24h")
+    while batch.status in ("validating", "in_progress", "finalizing"):
+        time.sleep(0.5)
+        batch = client.batches.retrieve(batch.id)
+    check((batch.status, batch.request_counts.completed, batch.request_counts.failed), ("completed", 1, 1))
+    answer = json.loads(client.files.content(batch.output_file_id).text)
+    check(answer["response"]["body"]["choices"][0]["message"]["content"], greedy())
+    failed = json.loads(client.files.content(batch.error_file_id).text)
+    check((failed["custom_id"], failed["response"]["status_code"]), ("b", 400))
+    for stored in (source.id, batch.output_file_id, batch.error_file_id):
+        client.files.delete(stored)
 
 
 @feature("errors")
