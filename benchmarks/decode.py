@@ -3,7 +3,8 @@
 Each prompt is prefilled once, and every later run finds it in the KV cache, RAPID's and the peers' alike. So the timed
 part is decoding: from the first token to the last; of `speculative_rag`, whose answer comes whole, it is drafting and
 scoring. `rest` has a datastore of the two novels that the prompts are passages of, and `rapid` has none. Only the
-prompts are fixed: every setting is the default.
+prompts are fixed: every setting is the default. Where a prompt is longer than the model's window its positions are
+scaled; then only the speed means something.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import rapid  # noqa: F401 (before torch)
 import torch
 
 from benchmarks.common import peers
-from benchmarks.common.local import MODEL, Run, config, run
+from benchmarks.common.local import MODEL, Run, config, run, with_window
 from benchmarks.common.novels import build
 from benchmarks.common.questions import Question, questions
 from benchmarks.common.results import write
@@ -35,6 +37,7 @@ from rapid.engine.torch_thread import compute
 from rapid.text.tokenizer import fingerprint, load_tokenizer
 
 STRATEGIES = ("autoregressive", "rapid", "lookup", "rest", "magicdec", "triforce", "speculative_rag")
+LONGEST_FOR_PEERS = 7_500  # tokens
 
 
 async def ours(
@@ -138,9 +141,14 @@ def main() -> None:
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--part", help="writes decode_PART.json; the prompt's tokens when that is short")
     options = parser.parse_args()
-    settings = config()
+    if not options.without_peers and options.prompt_tokens > LONGEST_FOR_PEERS:
+        parser.error(f"peers read at most {LONGEST_FOR_PEERS} tokens: add --without-peers")
     asked = list(questions(load_tokenizer(MODEL), options.prompt_tokens))[: options.questions]
-    with tempfile.TemporaryDirectory() as place, local_backend(settings) as backend:
+    with ExitStack() as open_while_measured:
+        target = open_while_measured.enter_context(with_window(options.prompt_tokens + options.new_tokens + 512))
+        place = open_while_measured.enter_context(tempfile.TemporaryDirectory())
+        settings = config(target=target)
+        backend = open_while_measured.enter_context(local_backend(settings))
         build(Path(place), MODEL)
         novels = Datastore(DatastoreFolder(Path(place), fingerprint(load_tokenizer(MODEL))).segments())
         rows = asyncio.run(ours(backend, settings, asked, options.new_tokens, novels))
@@ -159,7 +167,8 @@ def main() -> None:
             "worst_ratio": min(ratios),
         }
         print(f"{strategy:15} {results[strategy]}")
-    part = options.part or ("" if options.prompt_tokens > 6000 else str(options.prompt_tokens))
+    is_usual = 6000 < options.prompt_tokens <= LONGEST_FOR_PEERS
+    part = options.part or ("" if is_usual else str(options.prompt_tokens))
     write("decode", results, part=part)
     if not options.without_peers:
         results["peers"] = compute(theirs, asked, options.peer_documents, options.peer_tokens, shorts)
