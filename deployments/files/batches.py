@@ -175,9 +175,7 @@ class StoredBatches:
         Raises:
             BatchTaken: another process answers the batch.
         """
-        answers = await asyncio.to_thread(self._finalize, claimed)
-        good = [line for line in answers if not _has_failed(json.loads(line))]
-        bad = [line for line in answers if _has_failed(json.loads(line))]
+        good, bad, usage = await asyncio.to_thread(self._finalize, claimed)
         made: dict[str, str] = {}
         for field_name, lines, name in (("output_file_id", good, "output"), ("error_file_id", bad, "error")):
             if lines:
@@ -185,16 +183,21 @@ class StoredBatches:
                 made[field_name] = await self._files.add_output(
                     claimed.tenant, file_name, data, claimed.output_expires_s
                 )
-        await asyncio.to_thread(self._end, claimed, status, made, errors, _usage(good))
+        await asyncio.to_thread(self._end, claimed, status, made, errors, usage)
 
-    def _finalize(self, claimed: Record) -> list[bytes]:
+    def _finalize(self, claimed: Record) -> tuple[list[bytes], list[bytes], dict[str, int] | None]:
+        """The lines of what was answered, those of what failed, and the tokens of the first."""
         with self._held(claimed) as record:
             if record.batch["status"] == "in_progress":
                 record.move("finalizing")
             answers, finished = self._path(record, "answers"), self._path(record, "finished")
             if answers.exists():  # from now on they do not count beside the files that are made of them
                 answers.rename(finished)
-            return finished.read_bytes().splitlines(keepends=True) if finished.exists() else []
+            lines = finished.read_bytes().splitlines(keepends=True) if finished.exists() else []
+        # Read here, in a thread: the answers of a night hold up the streams of nobody.
+        bad = [_has_failed(json.loads(line)) for line in lines]
+        good = [line for line, is_bad in zip(lines, bad, strict=True) if not is_bad]
+        return good, [line for line, is_bad in zip(lines, bad, strict=True) if is_bad], _usage(good)
 
     def _end(
         self,

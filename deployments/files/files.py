@@ -91,7 +91,7 @@ class LocalFiles:
             raise InvalidRequest(f"must be one of {', '.join(PURPOSES)}", param="purpose")
         await asyncio.to_thread(self._store.check_room, tenant, len(data), upload_id)
         if purpose == BATCH:
-            content = self._unread(data, tenant)
+            content = await asyncio.to_thread(self._unread, data, tenant)
             return await self._put(tenant, filename, purpose, data, "", content, expires_after_s, upload_id)
         salt = self._config.salt_of(tenant)
         name = await asyncio.to_thread(name_of, data, salt)
@@ -107,7 +107,7 @@ class LocalFiles:
 
     async def add_output(self, tenant: str, filename: str, data: bytes, expires_after_s: int | None) -> str:
         """Stores what a batch has answered, and returns the file's id. Its room was looked at answer by answer."""
-        content = self._unread(data, tenant)
+        content = await asyncio.to_thread(self._unread, data, tenant)
         stored = await self._put(tenant, filename, BATCH_OUTPUT, data, "", content, expires_after_s)
         return str(stored["id"])
 
