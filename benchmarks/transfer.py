@@ -122,14 +122,15 @@ async def answer(
 
 
 async def answers(
-    backend: LocalBackend, settings: AppConfig, case: Case, arms: list[str], temperature: float, most_nats: float
-) -> dict[str, dict[str, Any]]:
-    """By ``arms``. The first one reads the prompt; the others find it read, and are answered together."""
-    how = backend, settings, case
-    first, *others = arms
-    rows = [await answer(*how, first, temperature, most_nats)]
-    rows += await asyncio.gather(*(answer(*how, arm, temperature, most_nats) for arm in others))
-    return dict(zip(arms, rows, strict=True))
+    backend: LocalBackend, settings: AppConfig, case: Case, asked: list[tuple[float, str]], most_nats: float
+) -> list[dict[str, Any]]:
+    """Of each temperature and arm. The first one reads the prompt; the others find it read, and run together."""
+
+    async def its_answer(temperature: float, arm: str) -> dict[str, Any]:
+        return await answer(backend, settings, case, arm, temperature, most_nats)
+
+    first, *others = asked
+    return [await its_answer(*first), *await asyncio.gather(*(its_answer(*other) for other in others))]
 
 
 def interval(gains: list[int]) -> tuple[float, float]:
@@ -190,26 +191,33 @@ def main() -> None:
     options = parser.parse_args()
     found, ends = read_answers(options.answers), time.monotonic() + 60 * options.minutes
     options.answers.parent.mkdir(parents=True, exist_ok=True)
-    settings, tokenizer = config(), load_tokenizer(MODEL)
+    settings = config(max_sequences=len(ARMS) * len(options.temperatures))
+    tokenizer = load_tokenizer(MODEL)
     todo = [
-        (case, temperature, missing)
+        (case, missing)
         for length in options.lengths
         for case in cases(tokenizer, length, options.golds, options.questions)
-        for temperature in options.temperatures
-        if (missing := [arm for arm in ARMS if (length, case.gold, temperature, case.number, arm) not in found])
+        if (
+            missing := [
+                (temperature, arm)
+                for temperature in options.temperatures
+                for arm in ARMS
+                if (length, case.gold, temperature, case.number, arm) not in found
+            ]
+        )
     ]
     with local_backend(settings) as backend, options.answers.open("a", encoding="utf-8") as file:
-        for done, (case, temperature, missing) in enumerate(todo):
+        for done, (case, missing) in enumerate(todo):
             if time.monotonic() > ends:
                 break
-            rows = asyncio.run(answers(backend, settings, case, missing, temperature, options.most_nats))
-            for arm, row in rows.items():
+            rows = asyncio.run(answers(backend, settings, case, missing, options.most_nats))
+            for (temperature, arm), row in zip(missing, rows, strict=True):
                 key = case.length, case.gold, temperature, case.number, arm
                 found[key] = {"key": key} | row
                 file.write(json.dumps(found[key], ensure_ascii=False) + "\n")
             file.flush()
             if sys.stderr.isatty() or done % len(ARMS) == 0:
-                print(f"{done + 1} of {len(todo)} questions", file=sys.stderr, flush=True)
+                print(f"{done + 1} of {len(todo)} contexts", file=sys.stderr, flush=True)
     table = summary(found)
     for row in table:
         low, high = row["gain_95"]

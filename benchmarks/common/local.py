@@ -26,13 +26,19 @@ MODEL = "smollm2-135m-instruct"
 
 
 def config(
-    dtype: str = "auto", quantization: str = "int4", *, target: str = MODEL, threads: int | None = None
+    dtype: str = "auto",
+    quantization: str = "int4",
+    *,
+    target: str = MODEL,
+    threads: int | None = None,
+    max_sequences: int = 8,
 ) -> AppConfig:
     """The settings of serve_config.yaml, with the ``target`` in ``dtype``."""
+    engine = {"threads": threads, "max_sequences": max_sequences}
     return parse_config(
         {
-            "target": {"model": target, "dtype": dtype, "threads": threads},
-            "drafter": {"model": MODEL, "quantization": quantization, "kv_dtype": "int8", "threads": threads},
+            "target": {"model": target, "dtype": dtype, **engine},
+            "drafter": {"model": MODEL, "quantization": quantization, "kv_dtype": "int8", **engine},
             "retriever": {"options": {"chunk_tokens": 256}},
         }
     )
