@@ -65,18 +65,18 @@ class Stream:
     longest_silence_s: float = 0.0  # behind the first token
     resumed: int = 0
     first_token_s: float = 0.0
-    prefill_s: float = 0.0  # of all engines that read the prompt
+    prefill_s: float = 0.0
     resuming_s: float = 0.0  # from the loss of an engine until another had read prompt and output
+    resuming_prefill_s: float = 0.0  # the part of it in which that engine read
 
     def silence_beyond_prefill_s(self, *, from_the_start: bool) -> float:
         """The longest silence, without the second prefill where another engine took over.
 
-        The first prefill took no longer than the first token, so the second took at least the rest of both. With
-        ``from_the_start`` the wait for the first token counts too, without the prefill.
+        With ``from_the_start`` the wait for the first token counts too, without the first prefill.
         """
         if from_the_start and not self.resumed and not self.error:
             return max(self.longest_silence_s, self.first_token_s - self.prefill_s)
-        return self.longest_silence_s - max(0.0, self.prefill_s - self.first_token_s)
+        return self.longest_silence_s - self.resuming_prefill_s
 
     async def read(self, client: httpx.AsyncClient, index: int, new_tokens: int) -> None:
         passage = (DATA / "moby-dick.txt").read_text(encoding="utf-8")[30_000 + 40_000 * index :][:1600]
@@ -112,8 +112,9 @@ class Stream:
                     self.num_events += 1
                     if "rapid" in data:
                         self.resumed = data["rapid"]["resumed"]
-                        self.prefill_s = data["rapid"]["timings_ms"]["target_prefill"] / 1e3
-                        self.resuming_s = data["rapid"]["timings_ms"]["resuming"] / 1e3
+                        seconds = {name: ms / 1e3 for name, ms in data["rapid"]["timings_ms"].items()}
+                        self.prefill_s, self.resuming_s = seconds["target_prefill"], seconds["resuming"]
+                        self.resuming_prefill_s = seconds["resuming_prefill"]
         except httpx.HTTPError as error:
             self.error = f"{type(error).__name__}: {error}"
         finally:

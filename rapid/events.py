@@ -53,7 +53,8 @@ class Statistics:
     ``confidence`` is the retrieval's, 0 to 1; None where nothing was retrieved from.
     ``queueing`` is the time until the target's engine admitted the sequence.
     ``transport`` is the part of the rounds that is neither drafting nor verification: messages and waiting.
-    ``resuming`` is the time to continue on another engine after the target's engine was lost, ``resumed`` times.
+    ``resuming`` is the time to continue on another engine after the target's engine was lost, ``resumed`` times;
+    ``resuming_prefill`` is the part of it in which that engine read the prompt and the output so far.
     """
 
     strategy: str
@@ -90,6 +91,7 @@ class Statistics:
                 "verification",
                 "transport",
                 "resuming",
+                "resuming_prefill",
                 "total",
             ),
             0.0,

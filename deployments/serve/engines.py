@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -114,17 +114,25 @@ class EngineActor(RankActor):
 
     The calls of a request's rounds go over the lease's own channel, without Ray. The sequence is closed when the
     channel ends, whatever became of the coordinator that asked. The process ends when its engine is broken.
+
+    How the engine is (`stats`, and a lease's `pulse`) is told when the processes of all ranks answer: a pass waits for
+    all of them, and its age alone would tell of one that is stopped far too late where passes are always slow.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self._leases: dict[str, LeasedSequence] = {}
         self._opening: dict[str, Future[Sequence]] = {}
+        self._followers: Iterable[Any] = ()
+        self._hearing: asyncio.Future[Any] | None = None
 
-    async def load(self, placement: RankPlacement | None, drafts: bool) -> tuple[ModelInfo, Address]:
-        """Loads the model, with the other ranks where there are any, starts the engine, and says where it answers."""
+    async def load(
+        self, placement: RankPlacement | None, drafts: bool, followers: Iterable[Any] = ()
+    ) -> tuple[ModelInfo, Address]:
+        """Loads the model, with the ``followers`` where there are any, starts the engine, and says where it answers."""
         from deployments.builders import build_engine
 
+        self._followers = followers
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement, drafts=drafts)
@@ -135,7 +143,19 @@ class EngineActor(RankActor):
 
     async def stats(self) -> EngineStats | None:
         """None until the model is loaded."""
-        return self._engine.stats() if hasattr(self, "_engine") else None
+        if not hasattr(self, "_engine"):
+            return None
+        await self._hear_all_ranks()
+        return self._engine.stats()
+
+    async def _hear_all_ranks(self) -> None:
+        """Returns when the other ranks have answered; who asks meanwhile waits for the same answers.
+
+        A rank that is gone counts as heard: the replica ends the engine with it.
+        """
+        if self._hearing is None or self._hearing.done():
+            self._hearing = asyncio.gather(*(rank.pid.remote() for rank in self._followers), return_exceptions=True)
+        await asyncio.shield(self._hearing)
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         await asyncio.wrap_future(self._engine.forget(tokens, salt))
@@ -163,6 +183,8 @@ class EngineActor(RankActor):
         leased = self._leases.get(lease_id)
         self._engine.get(leased.sequence.id if leased else 0)  # which is in use again
         assert leased is not None
+        if method == "pulse":
+            await self._hear_all_ranks()
         return await leased.call(method, *message)
 
     async def close(self, lease_id: str) -> None:
@@ -203,16 +225,16 @@ class EngineReplica:
             return ray.remote(kind).options(**options, scheduling_strategy=bundle).remote(config)
 
         self._engine = start(EngineActor, 0)
-        self._followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
-        watched = [rank.alive.remote() for rank in (self._engine, *self._followers)]
+        followers = [start(RankActor, rank) for rank in range(1, config.tensor_parallel)]
+        watched = [rank.alive.remote() for rank in (self._engine, *followers)]
         placement = None
-        if self._followers:
+        if followers:
             placement = RankPlacement(0, config.tensor_parallel, await self._engine.address.remote())
-            watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(self._followers, 1)]
+            watched += [f.follow.remote(replace(placement, rank=i)) for i, f in enumerate(followers, 1)]
         self._watching = asyncio.create_task(self._end_with_first_of(watched))
         # Waiting here keeps the replica, and so the application, out of service until the model is loaded.
-        self._info, self._address = await self._engine.load.remote(placement, drafts)
-        self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *self._followers)))
+        self._info, self._address = await self._engine.load.remote(placement, drafts, followers)
+        self._pids = await asyncio.gather(*(rank.pid.remote() for rank in (self._engine, *followers)))
         self._stats: EngineStats = await self._engine.stats.remote()
         self._heard = time.monotonic()
         self._listening = asyncio.create_task(self._end_with_a_hang(config.pass_timeout_s))
@@ -226,17 +248,13 @@ class EngineReplica:
         os._exit(1)
 
     async def _end_with_a_hang(self, pass_timeout_s: float) -> None:
-        """Asks the engine every second how it is, and the other ranks whether they are there.
-
-        A pass waits for all ranks, and without them its age would tell: of ranks that are always slow, far too late.
-        """
+        """Asks the engine every second how it is, and with it all of its ranks."""
         hang = None
         while hang is None:
             await asyncio.sleep(_LISTEN_EVERY_S)
             try:
                 async with asyncio.timeout(_ANSWER_WITHIN_S):
-                    others = [rank.pid.remote() for rank in self._followers]
-                    self._stats, *_ = await asyncio.gather(self._engine.stats.remote(), *others)
+                    self._stats = await self._engine.stats.remote()
             except TimeoutError:
                 hang = f"no answer for {_ANSWER_WITHIN_S:g} s"
             except RayError:

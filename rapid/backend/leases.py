@@ -84,7 +84,8 @@ class TargetLease:
         self._lease = lease
         if not request.written:
             self._stats.cached_tokens = prefilled.cached_tokens
-        self._stats.timings_ms["target_prefill"] += prefilled.elapsed_ms
+        timing = "resuming_prefill" if self._stats.resumed else "target_prefill"
+        self._stats.timings_ms[timing] += prefilled.elapsed_ms
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         """Verifies one round."""

@@ -10,15 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from deployments import builders
 from deployments.engine_config import EngineConfig
 from deployments.serve import engines
+from deployments.serve.backend import lease_over
 from deployments.serve.channel import Channel
 from deployments.serve.engines import EngineActor, EngineReplica
+from rapid.backend.waiting import while_it_goes_on
 from rapid.engine.engine import Engine
-from rapid.engine.messages import SequenceRequest
-from rapid.errors import EngineLost
+from rapid.engine.messages import Pulse, SequenceRequest
+from rapid.errors import EngineHung, EngineLost
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 
@@ -107,13 +110,14 @@ def test_a_replica_ends_with_any_of_its_ranks(
             """The handle of a rank, all of whose calls are under way for as long as the test says nothing else."""
 
             def __init__(self, rank: int) -> None:
+                self.asked: dict[str, tuple[Any, ...]] = {}
                 self.calls = {name: asyncio.get_running_loop().create_future() for name in ("alive", "follow", "load")}
                 if rank == 0:
                     self.calls["address"] = asyncio.get_running_loop().create_future()
                     self.calls["address"].set_result("host:1")
 
             def __getattr__(self, name: str) -> Any:
-                return SimpleNamespace(remote=lambda *_: self.calls[name])
+                return SimpleNamespace(remote=lambda *args: self.asked.update({name: args}) or self.calls[name])
 
         actors: list[Actor] = []
 
@@ -131,15 +135,50 @@ def test_a_replica_ends_with_any_of_its_ranks(
         monkeypatch.setattr(engines, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
         replica = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
         starting = asyncio.create_task(replica.__init__(EngineConfig(tensor_parallel=3), drafts=True))
-        while len(actors) < 3 or not hasattr(replica, "_watching"):
+        while len(actors) < 3 or "load" not in actors[0].asked:
             await asyncio.sleep(0)
-        assert exits.empty()
+        assert exits.empty() and actors[0].asked["load"][2] == actors[1:]  # whom the engine asks how they are
         actors[2].calls[gone].set_exception(EngineLost("it heard nothing any more"))
         await asyncio.wait_for(replica._watching, 10)
         assert exits.get_nowait() == 1
         starting.cancel()
 
     asyncio.run(main())
+
+
+def test_how_an_engine_is_is_told_when_all_of_its_ranks_answer(actor: EngineActor) -> None:
+    """Its own process goes on when another rank is stopped, and its pass waits: where passes are slow, for long."""
+    asked, going_on = iter(range(99)), asyncio.Event()
+
+    async def stopped() -> int:
+        next(asked)
+        await going_on.wait()
+        return 7
+
+    async def gone() -> int:
+        raise ActorDiedError
+
+    ranks = [SimpleNamespace(pid=SimpleNamespace(remote=pid)) for pid in (stopped, gone)]
+
+    async def main() -> None:
+        _, address = await actor.load(None, drafts=True, followers=ranks)
+        await actor.open("a", REQUEST)
+        channel = await Channel.connect(address.for_channel("a"), "a")
+        lease = lease_over(channel)
+        never = asyncio.get_running_loop().create_future()
+        with pytest.raises(EngineHung, match="the engine's process has not answered"):
+            await while_it_goes_on(never, lease.pulse, patience_s=0.1, limit_s=5.0)
+        waiting = [asyncio.ensure_future(how()) for how in (lease.pulse, actor.stats)]
+        assert not (await asyncio.wait(waiting, timeout=0.1))[0] and next(asked) == 1  # both wait for the first answer
+        going_on.set()
+        pulse, stats = await asyncio.gather(*waiting)
+        assert stats.pulse == pulse == Pulse(0.0, None)
+        await lease.pulse()
+        assert next(asked) == 3
+        channel.close()
+        actor._listener.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_an_engine_that_is_being_loaded_has_nothing_to_say() -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import replace
@@ -370,15 +370,14 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
     return codes
 
 
-def replica(engine: Handle, *pids: int, followers: Sequence[Handle] = ()) -> Any:
+def replica(engine: Handle, *pids: int) -> Any:
     made = EngineReplica.func_or_class.__new__(EngineReplica.func_or_class)
     made._engine, made._pids, made._stats, made._heard = engine, pids, stats(), time.monotonic()
-    made._followers = followers
     made._metrics, made._replica = SimpleNamespace(update=lambda _: None), "one"
     return made
 
 
-@pytest.mark.parametrize("hang", ["a stopped process", "a stuck pass", "a stopped rank"])
+@pytest.mark.parametrize("hang", ["a stopped process", "a stuck pass"])
 def test_a_replica_kills_an_engine_that_hangs_and_ends(
     hang: str, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,11 +386,8 @@ def test_a_replica_kills_an_engine_that_hangs_and_ends(
     monkeypatch.setattr(engines, "_ANSWER_WITHIN_S", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     process.send_signal(signal.SIGSTOP)
-    # For a pass that waits for a rank ten seconds are nothing much here.
-    passes = {"a stuck pass": Pulse(21.0, 0.01), "a stopped rank": Pulse(10.0, 3.0)}
-    asked = answering(stats(passes[hang])) if hang in passes else never
-    ranks = [Handle(pid=answering(7)), Handle(pid=never if hang == "a stopped rank" else answering(8))]
-    hanging = replica(Handle(stats=asked), process.pid, followers=ranks)
+    asked = answering(stats(Pulse(21.0, 0.01))) if hang == "a stuck pass" else never
+    hanging = replica(Handle(stats=asked), process.pid)
     asyncio.run(asyncio.wait_for(hanging._end_with_a_hang(20.0), LIMIT_S))
     assert process.wait(LIMIT_S) == -signal.SIGKILL
     assert exits.get_nowait() == 1

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,19 @@ def test_a_target_that_dies_in_any_round_changes_nothing(world: World, strategy:
         assert resumed.tokens == expected.tokens
         assert resumed.statistics.resumed == 1
         assert resumed.statistics.emitted == len(expected.tokens)
+
+
+def test_what_another_engine_reads_is_counted_apart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    took_ms = iter((3.0, 5.0))
+
+    async def timed(self: _FaultyCalls, method: str, *message: Any) -> Any:
+        result = await checked(self, method, *message)
+        return replace(result, elapsed_ms=next(took_ms)) if method == "prefill" else result
+
+    checked = _FaultyCalls._checked
+    monkeypatch.setattr(_FaultyCalls, "_checked", timed)
+    times = answer(world, nth("target", "after", 1), strategy="autoregressive").statistics.timings_ms
+    assert (times["target_prefill"], times["resuming_prefill"]) == (3.0, 5.0)
 
 
 def test_penalties_go_on_counting_where_the_target_died(world: World) -> None:
