@@ -349,15 +349,45 @@ def test_even_who_knows_the_key_sends_no_code(tmp_path: Path) -> None:
     assert not exploded.exists()
 
 
-def test_where_ray_uses_tls_the_channel_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=rapid"]
-    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
-    places = {"RAY_TLS_SERVER_CERT": certificate, "RAY_TLS_SERVER_KEY": key, "RAY_TLS_CA_CERT": certificate}
-    for name, value in {"RAY_USE_TLS": "1", **places}.items():
-        monkeypatch.setenv(name, str(value))
+class Certificates:
+    """Says in the environment which certificate an end shows: Ray's own, or one that nobody vouches for."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self._monkeypatch = folder, monkeypatch
+        for name in ("ray", "stranger"):
+            made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+            files = ["-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem"]
+            subprocess.run([*made, *files], check=True, capture_output=True, timeout=60)
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        monkeypatch.setenv("RAY_TLS_CA_CERT", str(folder / "ray.pem"))
+
+    def of(self, name: str) -> None:
+        self._monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(self._folder / f"{name}.pem"))
+        self._monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(self._folder / f"{name}.key"))
+
+
+@pytest.fixture
+def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Certificates:
+    return Certificates(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("listens", "calls"), [("ray", "stranger"), ("stranger", "ray")])
+def test_each_end_asks_for_a_certificate_of_rays(certificates: Certificates, listens: str, calls: str) -> None:
+    """Also of one that knows the key."""
 
     async def main() -> None:
+        certificates.of(listens)
+        async with listening(Engine()) as address:
+            certificates.of(calls)
+            with pytest.raises(OSError):
+                await asyncio.wait_for(Channel.connect(address.for_channel("a"), "a"), 10)
+
+    asyncio.run(main())
+
+
+def test_where_ray_uses_tls_the_channel_does(certificates: Certificates) -> None:
+    async def main() -> None:
+        certificates.of("ray")
         async with listening(Engine()) as address:
             async with (tap := Tapped(address.for_channel("a"))).between() as tapped:
                 channel = await Channel.connect(tapped, "a")
