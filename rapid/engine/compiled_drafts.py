@@ -26,6 +26,7 @@ class CompiledDrafts:
 
     def __init__(self, steps: CompiledSteps, vocab_size: int) -> None:
         self._steps, self._all_ids = steps, torch.arange(vocab_size)
+        _kernel()  # compiled now, and not during a request
 
     def run(
         self,
