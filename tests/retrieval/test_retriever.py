@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import threading
@@ -344,6 +345,15 @@ def test_what_requests_keep_is_bounded_for_each_client(embedder, store, tokenize
         assert keep(text)
     assert in_store(store) * 2 * 256 * 4 < most + a_text
     assert keep(texts[1]) and not keep(texts[5], "honest")
+
+
+def test_what_was_used_last_stays_longest(monkeypatch):
+    moments = itertools.count()
+    monkeypatch.setattr("retrieval.kept.time.time", lambda: float(next(moments)))
+    kept = KeptVectors(max_mb=2 * (4096 + 4 * 100) / 1e6)  # room for two of a hundred numbers
+    assert kept.reserve("first", "me", 100) == kept.reserve("second", "me", 100) == []
+    kept.use("first")
+    assert kept.reserve("third", "me", 100) == ["second"]
 
 
 def test_what_makes_room_for_the_same_request_is_still_found(embedder, store, tokenizer, prose):

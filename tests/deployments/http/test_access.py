@@ -264,8 +264,9 @@ def test_the_edge_takes_them_away_and_names_that_are_too_long() -> None:
 def test_a_body_that_does_not_come_counts_as_a_client_that_left(
     trickles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.serve.edge._SILENT_S", 0.02)
-    monkeypatch.setattr("deployments.serve.edge._BODY_S", 0.1)
+    ended, other = ("_BODY_S", "_SILENT_S") if trickles else ("_SILENT_S", "_BODY_S")  # each limit ends it alone
+    monkeypatch.setattr(f"deployments.serve.edge.{ended}", 0.1)
+    monkeypatch.setattr(f"deployments.serve.edge.{other}", 1e6)
 
     async def story() -> None:
         received: list[str] = []
@@ -281,7 +282,7 @@ def test_a_body_that_does_not_come_counts_as_a_client_that_left(
             return {"type": "http.request", "body": b"{", "more_body": True}
 
         edge = Edge(app)({"type": "http", "headers": []}, receive, None)  # type: ignore[arg-type]
-        await asyncio.wait_for(edge, 30)
+        await asyncio.wait_for(edge, 10)
         assert received[0] == "http.request" and received[-1] == "http.disconnect"
 
     asyncio.run(story())

@@ -229,3 +229,9 @@ def test_parts_cost_nothing_and_the_file_its_tokens(serve: Callable[..., Any], t
         assert int(part.headers["x-ratelimit-remaining-tokens"]) > 900  # its bytes would be 500 tokens
         done = client.uploads.with_raw_response.complete(upload_id, part_ids=[part.parse().id])
         assert done.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+def test_a_file_in_one_piece_costs_the_tokens_of_its_text(serve: Callable[..., Any], tmp_path: Path) -> None:
+    with serve(tmp_path, tokens_per_minute=1000) as url, client_at(url) as client:
+        stored = client.files.with_raw_response.create(file=("a.txt", b"abc " * 500), purpose="user_data")
+        assert stored.headers["x-ratelimit-remaining-tokens"] == "0"  # its bytes would be 500 tokens

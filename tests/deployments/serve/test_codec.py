@@ -121,9 +121,10 @@ def test_what_is_not_in_the_table_does_not_travel() -> None:
 
 def test_no_bytes_make_anything_else() -> None:
     """Damaged messages and others' formats are refused, or are values."""
-    array = msgpack.ExtType(101, msgpack.packb(["|O", [1], bytes(8)]))
+    objects, text = (msgpack.ExtType(101, msgpack.packb([kind, [1], bytes(8)])) for kind in ("|O", "<U2"))
     cut = msgpack.ExtType(2, msgpack.packb([0, [1], [[5], b"", b""], [0.5], 0.0, 0.0, 0]))
-    for data in (msgpack.packb(array), msgpack.packb(cut), msgpack.packb(msgpack.ExtType(99, b"\x90")), b"", b"\xc1"):
+    unknown = msgpack.ExtType(99, b"\x90")
+    for data in (*map(msgpack.packb, (objects, text, cut, unknown)), b"", b"\xc1"):
         with pytest.raises(ValueError):
             unpack(data)
     rng = random.Random(0)
