@@ -264,14 +264,20 @@ def test_a_search_of_long_namespaces_lets_others_in_between(monkeypatch):
     angles = np.linspace(0.2, 1.2, 600)
     store.add("first", rows(*angles[::2]))
     store.add("second", rows(*angles[1::2]))
-    copy, found = store._copy, []
+    copy, upsert, found, batches = store._copy, store._client.upsert, [], []
+
+    def counted(collection, points):
+        batches.append(len(points))
+        upsert(collection, points)
 
     def watched(collection, to):
         copy(collection, to)
         found.append(in_another_thread(lambda: store.search(["mine"], Query(EAST, None), limit=1)))
 
     monkeypatch.setattr(store, "_copy", watched)
+    monkeypatch.setattr(store._client, "upsert", counted)
     hits = store.search(["first", "second"], Query(EAST, None), limit=600)
+    assert batches == 2 * [256, 44]  # between two of them, too
     assert len(found) == 2 and len(hits.ranking) == 600
     assert list(hits.ranking) == [(("first", "second")[i % 2], i // 2) for i in range(600)]
 
