@@ -51,10 +51,10 @@ def test_there_are_few_segments_and_none_is_larger_than_it_may_be(tmp_path: Path
     folder = DatastoreFolder(tmp_path, "tokenizer", max_segment_tokens=1000)
     for i in range(200):
         folder.add(str(i), [i] * 20)
+        assert len(list(tmp_path.glob("*.npy"))) == len(folder.segments())  # what was taken in is gone at once
     sizes = [len(segment.tokens) for segment in folder.segments()]
     assert sum(sizes) == 200 * 21
     assert max(sizes) <= 1000 + 50 and len(sizes) < 15  # separators are not counted
-    assert len(list(tmp_path.glob("*.npy"))) == len(sizes)  # what was taken in is gone
 
 
 def test_a_text_longer_than_a_segment_is_cut_and_goes_as_one(tmp_path: Path) -> None:
