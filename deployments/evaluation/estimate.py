@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-# A prompt that is read as for the first time, a document that is new to the system, and one that it knows.
+# A prompt that is read as for the first time, a document that is new to the row, and one that it was asked about.
 Kind = Literal["unread", "new", "known"]
 
 

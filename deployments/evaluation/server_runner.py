@@ -21,9 +21,10 @@ class ServerRunner:
     def __init__(self, system: System) -> None:
         assert system.url is not None
         self._url, self._server = system.url, OpenAIServer(system.url)
-        first = self._server.first_model()
-        self.is_rapid = first.get("owned_by") == "rapid"
-        self._model = system.model or str(first["id"])
+        # A server may name no model at all and yet have the one that is asked for.
+        known = self._server.models() if system.model else [self._server.first_model()]
+        self.is_rapid = any(model.get("owned_by") == "rapid" for model in known)
+        self._model = system.model or str(known[0]["id"])
 
     def refusal(self, row: Row) -> str | None:
         if row.retrieve_from != "read":
