@@ -31,7 +31,10 @@ from deployments.evaluation.config import Evaluation, parse_evaluation
 from deployments.evaluation.evaluate import evaluate
 from rapid.weights import embedded_models
 
-NQ_TOKENS, QMSUM_TOKENS = 4000, 2000
+TASKS = [
+    {"name": "nq:depth=shared", "as_name": "nq", "context_tokens": 4000, "max_tokens": 32, "limit": 12},
+    {"name": "qmsum:keep=evidence", "as_name": "qmsum", "context_tokens": 2000, "max_tokens": 48, "limit": 8},
+]
 
 
 @contextmanager
@@ -57,19 +60,15 @@ def peer() -> Iterator[str]:
             server.wait(timeout=60)
 
 
-def evaluation(ours: str, theirs: str, data: Path, limit: int) -> Evaluation:
+def evaluation(ours: str, theirs: str, data: Path, limit: int | None) -> Evaluation:
     """The rows of three systems. All are compared with this server's target alone."""
     transfer = {"strategy": "rapid", "transfer_strength": 10.0, "transfer_temperature": 1.0}
-    kept = {"retrieval": {"max_tokens": 512}}
+    kept = {"retrieval": {"max_tokens": 512, "keep": True}}  # vectors, as the models in this process do
     fields: dict[str, Any] = {
         "data": data,
         "tokenizer": MODEL,
         "limit": limit,
-        "unread": 1,
-        "tasks": [
-            {"name": "nq:depth=shared", "as_name": "nq", "context_tokens": NQ_TOKENS, "max_tokens": 32},
-            {"name": "qmsum:keep=evidence", "as_name": "qmsum", "context_tokens": QMSUM_TOKENS, "max_tokens": 48},
-        ],
+        "tasks": TASKS,
         "systems": {
             "ours": {"url": f"{ours}/v1"},
             "theirs": {"url": f"{theirs}/v1", "model": MODEL},
@@ -104,17 +103,17 @@ def seconds(answers: list[Answer]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--limit", type=int, help="the most questions of each task")
+    parser.add_argument("--output", type=Path, default=Path("evaluation_url"))
     options = parser.parse_args()
     terminal = EvalTerminal()
-    with tempfile.TemporaryDirectory() as folder, served() as ours, peer() as theirs:
-        with terminal:
-            asked = evaluation(ours, theirs, options.data, options.limit)
-            summary = asyncio.run(evaluate(asked, Path(folder), terminal))
-        terminal.show(summary, Path(folder))
-        results = summary.as_object()
-        results["evaluation"]["data"] = "DATA"
-        write("eval_url", results | {"seconds_an_answer": seconds(read_answers(Path(folder)))})
+    with served() as ours, peer() as theirs, terminal:
+        asked = evaluation(ours, theirs, options.data, options.limit)
+        summary = asyncio.run(evaluate(asked, options.output, terminal))
+    terminal.show(summary, options.output)
+    results = summary.as_object()
+    results["evaluation"]["data"] = "DATA"
+    write("eval_url", results | {"seconds_an_answer": seconds(read_answers(options.output))})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import httpx
 
 from rapid.errors import RapidError
 
+UNREACHABLE = 503  # also the status of a server that cannot be asked at all
+
 
 class OpenAIServer:
     """Asks the server at ``url``, which ends with its version: http://127.0.0.1:8000/v1.
@@ -69,7 +71,7 @@ class OpenAIServer:
         try:
             yield
         except httpx.HTTPError as error:
-            raise RapidError(f"{url} cannot be asked: {error or type(error).__name__}", status=503) from error
+            raise RapidError(f"{url} cannot be asked: {error or type(error).__name__}", status=UNREACHABLE) from error
         except (ValueError, LookupError) as error:
             raise RapidError(f"what answers at {url} does not speak OpenAI's API: {error!r}") from error
 

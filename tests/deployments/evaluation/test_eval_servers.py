@@ -51,12 +51,15 @@ def server() -> Iterator[Serve]:
     running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
 
     def start(
-        chunks: Chunks, *, owner: str = "other", status: int = 200, names: tuple[str, ...] = ("a model",)
+        chunks: Chunks, *, owner: str = "other", status: int = 200, names: tuple[str, ...] | None = ("a model",)
     ) -> tuple[str, list[dict[str, Any]]]:
         seen: list[dict[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if names is None:
+                    self._send(500, "text/plain", "Internal Server Error")
+                    return
                 models = [{"id": name, "owned_by": owner} for name in names]
                 self._send(200, "application/json", json.dumps({"data": models}))
 
@@ -111,12 +114,18 @@ def test_a_peer_that_counts_nothing_is_counted_by_its_chunks(server: Serve) -> N
     assert (reply.tokens, reply.decoded, reply.has_read) == (None, 2, None)
 
 
-def test_a_peer_that_names_no_model_is_asked_for_the_named_one(server: Serve) -> None:
-    url, seen = server(said("a"), names=())
+@pytest.mark.parametrize("names", [(), None])
+def test_a_peer_that_names_no_model_is_asked_for_the_named_one(server: Serve, names: tuple[str, ...] | None) -> None:
+    url, seen = server(said("a"), names=names)
     assert asyncio.run(ServerRunner(System(url=url, model="named")).answer(ask())).text == "a"
     assert seen[0]["model"] == "named"
-    with pytest.raises(RapidError, match="names no model: say which"):
+    with pytest.raises(RapidError, match="names no model: say which" if names is not None else "500"):
         ServerRunner(System(url=url))
+
+
+def test_a_server_that_is_not_there_is_no_peer() -> None:
+    with pytest.raises(RapidError, match="cannot be asked"):
+        ServerRunner(System(url="http://127.0.0.1:1/v1", model="named"))
 
 
 @pytest.mark.parametrize("error", ["it broke", {"message": "it broke"}])
