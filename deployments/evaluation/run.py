@@ -170,9 +170,10 @@ class Run:
                 ran.systems[name] = runner.about()
                 self._leave_out(name, runner, ran, [*probes, *others])
                 await self._ask(runner, [work for work in probes if work.row.name not in ran.left_out])
+                estimated_s = time.perf_counter() - started + self._left_s()
                 if ran.estimated_s is None:
-                    ran.estimated_s = time.perf_counter() - started + self._left_s()
-                    self._watcher.estimates(ran.estimated_s)
+                    ran.estimated_s = estimated_s
+                self._watcher.estimates(estimated_s)  # again for each system, which may be slower than the first
                 await self._ask(runner, [work for work in others if work.row.name not in ran.left_out])
         ran.took_s = time.perf_counter() - started
         return ran

@@ -258,6 +258,12 @@ def test_the_estimate_is_made_of_the_first_questions(tmp_path: Path) -> None:
     watcher = Silent()
     summary = asyncio.run(run(evaluation(), tmp_path, FakeRunner(), watcher))
     assert len(watcher.estimated) == 1 and summary.ran.estimated_s == watcher.estimated[0]
+    # Another system may be slower than the first: its first questions are waited for too, and the estimate said again.
+    rows = [{"name": "LC"}, {"name": "slow", "system": "slow"}]
+    asked_for = evaluation(rows=rows, systems={"here": {}, "slow": {"url": "http://slow/v1"}})
+    watcher = Silent()
+    summary = asyncio.run(run(asked_for, tmp_path / "two", FakeRunner(), watcher))
+    assert len(watcher.estimated) == 2 and summary.ran.estimated_s == watcher.estimated[0]
     assert watcher.left[-1] == 0
 
 
