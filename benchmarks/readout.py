@@ -53,6 +53,9 @@ class Prepared:
     def record(self, *_):
         pass
 
+    def compiled_steps(self):
+        pass
+
     @torch.inference_mode()
     def forward(self, entries, **_):
         for cache, tokens, _ in entries:

@@ -81,7 +81,7 @@ async def generate(
                     logger.warning("going on without a drafter: %s", error.message)
                     await drafter.lost()
                     plan = PLAIN_ROUND
-            transfers = drafter is not None and drafter.sampled and strategy.transfers
+            transfers = drafter is not None and drafter.sampled and strategy.transfers and not session.unsure
             # The engine also rolls back: afterwards its sequence ends with the last token of the verdict.
             verdict = await target.verify(VerifyRequest(draft, transfers, session.trust))
             session.learn(verdict)

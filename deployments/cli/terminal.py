@@ -137,7 +137,7 @@ def statistics_block(answer: Answer, target: ModelInfo, drafter: ModelInfo, load
         scores = (f"{'[bold]' if a['chosen'] else '[dim]'}{a['score']:.2g}[/]" for a in stats.answers)
         line("answers", f"{len(stats.answers)} drafted, scored", *scores)
     if stats.fallback:
-        line("fallback", f"[yellow]no drafter: {NO_DRAFTS.get(stats.fallback, stats.fallback)}[/yellow]")
+        line("fallback", f"[yellow]{_fallback(stats)}[/yellow]")
     line("prompt", *_prompt_parts(stats))
     if stats.chunks:
         block.add_row(
@@ -197,12 +197,14 @@ def _caption(answers: Sequence[Answer], dtype: str, is_greedy: bool) -> str:
         lines.append("Texts that are sampled differ by chance, so they are not compared.")
     elif dtype != "float32":
         lines.append(f"In {dtype} near ties may fall otherwise in a batch; with --dtype float32 hardly ever.")
-    lines += [
-        f"No drafter: {NO_DRAFTS.get(a.statistics.fallback, a.statistics.fallback)}."
-        for a in answers[-1:]
-        if a.statistics.fallback
-    ]
+    lines += [f"{_fallback(a.statistics).capitalize()}." for a in answers[-1:] if a.statistics.fallback]
     return "\n".join(lines)
+
+
+def _fallback(stats: Statistics) -> str:
+    """What is missing, and why."""
+    missing = "transfer" if stats.fallback == "nothing_above_threshold" and stats.draft_prompt_tokens else "drafter"
+    return f"no {missing}: {NO_DRAFTS.get(stats.fallback or '', stats.fallback)}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -138,7 +138,7 @@ class RetrievalDrafter(SamplingDrafter):
                 self._request = self._request or await self._read()
                 if self._request is not None:
                     await self._open_with(self._request)
-                    statistics.fallback = None
+                    statistics.fallback = "nothing_above_threshold" if self._session.unsure else None
                 return
             except Exception as error:  # a failure of the drafter must not fail the request
                 logger.warning("going on without a drafter: %s", error)
@@ -151,8 +151,12 @@ class RetrievalDrafter(SamplingDrafter):
             pause = max(FIRST_PAUSE_S, 2 * pause)
 
     async def _prompt(self) -> list[int] | None:
-        """What the drafter reads; None, with the reason in the statistics, if there is nothing."""
-        return await self._session.retrieved_prompt()
+        """What the drafter reads; None, with the reason in the statistics, if there is nothing.
+
+        Any q will do for drafts that do not move the output, so the best passages are read whatever their scores are.
+        A greedy transfer is not without a say of q.
+        """
+        return await self._session.retrieved_prompt(at_any_score=not self._session.transfers_greedily)
 
     async def _read(self) -> SequenceRequest | None:
         """The request for the drafter's sequence; None, with the reason in the statistics, if it cannot read."""

@@ -21,7 +21,8 @@ class Session:
     """``output`` holds all tokens that were written so far; it grows with every round.
 
     ``by_the_clock`` says whether choices may depend on measured times: they may not where a seed has to be honoured.
-    ``trust`` bounds the transfer where η is chosen: how sure retrieval is, and the agreement of p and q so far.
+    ``trust`` bounds the transfer where η is chosen: how sure retrieval is, and the agreement of p and q so far. The
+    session is ``unsure`` if no passage reached the threshold: then the best ones are drafted from, without transfer.
     ``max_new_tokens`` is the room that each of the request's sequences needs; ``logits`` says how the logits are
     adjusted. Both are set once the prompt is known to fit. ``target`` is the sequence that verifies, which has read the
     prompt before any drafter is started. ``learned`` is what the request knows of its rounds.
@@ -39,6 +40,7 @@ class Session:
         # Greedily a transfer chooses each token with a q: the drafters whose q is none have no part in it.
         self.transfers_greedily = request.speculation.transfers_greedily(request.sampling)
         self.trust = Trust(confidence=0.0)
+        self.unsure = False
         self._retrieve = retrieve
         self._retrieved: Retrieval | None = None
         self._kind = _kind(request)
@@ -103,6 +105,7 @@ class Session:
         """From now on the passages of ``retrieval`` are those that count."""
         statistics = self.statistics
         self.trust = self.trust._replace(confidence=retrieval.confidence)
+        self.unsure = not retrieval.reaches_threshold
         statistics.confidence = round(retrieval.confidence, 4)
         statistics.context_tokens, statistics.retrieved_tokens = retrieval.context_tokens, retrieval.retrieved_tokens
         statistics.chunks = [

@@ -6,7 +6,7 @@ are on the device. So a draft is one launch for the host, where it was one for e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from rapid.engine.readout import Drawing, Drawn, draft_keys, drawn_values
 from rapid.kernels.interface import BatchEntry
 from rapid.kernels.transfer import upload
+from rapid.models.draft_head import DraftHead
 from rapid.models.recorded_cuda import MAX_PENDING, GraphRunner, Steps
 from rapid.sampling.row_params import RowParams, truncates
 from rapid.speculation.drawing import draw_in_graph
@@ -53,15 +54,20 @@ class DraftGraphs:
     def __len__(self) -> int:
         return len(self._replays)
 
-    def num_steps(self, entries: Sequence[BatchEntry], drawings: Sequence[Drawing]) -> int:
-        """How many tokens a graph draws for each of ``entries``; 0 if there is no such graph."""
-        kind = self._kind(entries, drawings)
-        return 0 if kind is None else kind.shape.steps
+    def run(
+        self,
+        entries: Sequence[BatchEntry],
+        heads: Sequence[DraftHead | None],
+        drawings: Sequence[Drawing],
+        abandoned: Callable[[], bool],
+    ) -> tuple[list[Drawn], int] | None:
+        """As many tokens as a graph draws for each of ``entries``, and the number of passes; None without a graph.
 
-    def run(self, entries: Sequence[BatchEntry], drawings: Sequence[Drawing]) -> list[Drawn]:
-        """Draws `num_steps` tokens for each of ``entries``, whose caches have all but the last of them afterwards."""
-        kind = self._kind(entries, drawings)
-        assert kind is not None
+        The caches have all but the last of the tokens afterwards.
+        """
+        kind = None if any(heads) else self._kind(entries, drawings)
+        if kind is None:
+            return None
         n, steps = len(entries), kind.shape.steps
         places = [(each.seed, each.round_start, each.step, each.draft_top_k) for each in drawings]
         self._places[:n] = upload(places, "int64", self._device)
@@ -70,7 +76,7 @@ class DraftGraphs:
         for cache, tokens, _ in entries:
             cache.advance(len(tokens) + steps - 1)
         values = self._values[:steps, :n].clone()  # the next draft overwrites them
-        return [self._drawn(values[:, i], drawing) for i, drawing in enumerate(drawings)]
+        return [self._drawn(values[:, i], drawing) for i, drawing in enumerate(drawings)], steps
 
     def _kind(self, entries: Sequence[BatchEntry], drawings: Sequence[Drawing]) -> _Kind | None:
         sequences = next((n for n in NUM_SEQUENCES if n >= len(entries)), None)
@@ -79,7 +85,9 @@ class DraftGraphs:
         if sequences is None or max(counts) > MAX_PENDING:
             return None
         if any(
-            each.sampling.temperature > 0 and (each.is_greedy or each.draft_top_k > MOST_TOP_K) for each in drawings
+            each.following is not None
+            or (each.sampling.temperature > 0 and (each.is_greedy or each.draft_top_k > MOST_TOP_K))
+            for each in drawings
         ):
             return None
         truncating = any(truncates(each.sampling, self._vocab_size) for each in drawings)

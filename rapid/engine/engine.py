@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rapid.engine.admission import Admission
+from rapid.engine.compiled_drafts import CompiledDrafts
 from rapid.engine.draft_graphs import DraftGraphs
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.engine.pacing import MAX_BATCH_TOKENS, STEP_BUDGET_MS, Pacer
@@ -78,7 +79,7 @@ class Engine:
     ) -> None:
         self.model = model
         self._pool = model.new_pool(kv_bytes)
-        self._drafts: DraftGraphs | None = None
+        self._drafts: DraftGraphs | CompiledDrafts | None = None
         compute(self._record, graphs, drafts)  # now, because recording during a request would delay it
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
         max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS[model.layout.device.type]
@@ -226,6 +227,8 @@ class Engine:
         recorded = self.model.record(self._pool, graphs)
         if recorded is not None and drafts:
             self._drafts = DraftGraphs(recorded, self.model.vocab_size, self.model.layout.device)
+        elif drafts and (steps := self.model.compiled_steps()) is not None:
+            self._drafts = CompiledDrafts(steps, self.model.vocab_size)
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -309,18 +312,19 @@ class Engine:
         entries: list[BatchEntry],
         watchers: list[QueryWatcher | None],
     ) -> tuple[list[Tensor] | list[Drawn], int]:
-        """What a pass gives each task; or several passes, if all tasks draft and a graph holds them. And how many."""
+        """What a pass gives each task; or several passes, if all tasks draft and can go on by themselves. How many."""
         ready = [r.request for r, n in scheduled if n == r.num_left and r.request.view is None]
         drawings = [request.drawing for request in ready if request.drawing is not None]
         heads = [r.request.sequence.head for r, _ in scheduled]
-        if self._drafts is not None and len(drawings) == len(scheduled) and not any(heads):
-            num_steps = self._drafts.num_steps(entries, drawings)
-            if num_steps:
-                return self._drafts.run(entries, drawings), num_steps
-        rows = self.model.forward(
-            entries, heads=heads, abandoned=lambda: all(r.is_unwanted for r, _ in scheduled), watchers=watchers
-        )
-        return rows, 1
+
+        def abandoned() -> bool:
+            return all(r.is_unwanted for r, _ in scheduled)
+
+        if self._drafts is not None and len(drawings) == len(scheduled):
+            drawn = self._drafts.run(entries, heads, drawings, abandoned)
+            if drawn is not None:
+                return drawn
+        return self.model.forward(entries, heads=heads, abandoned=abandoned, watchers=watchers), 1
 
     def _run_in_parts(self, parts: list[list[tuple[RunningTask, int]]], num_tokens: int) -> None:
         """Smaller passes after one of ``num_tokens`` for which there was no memory."""

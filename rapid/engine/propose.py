@@ -176,26 +176,32 @@ def draw_on(
     num_unread = num_first = num_drawn = 0
     drawn_at: list[Moment] = []
     num_read = 0
+    follows_grammar = sequence.logits is not None and sequence.logits.has_grammar
     following = None
-    if sequence.logits is not None and not sequence.logits.has_grammar:
+    if sequence.logits is not None and not follows_grammar:
         following = sequence.logits.following(sequence.emitted(draft.offset) + draft.tokens)
+
+    def goes_on(token: int, confidence: float) -> bool:
+        confidences.append(confidence)
+        return token not in eos and not limits.stop_after(confidences)
+
     while True:
-        num_wanted = min(_tokens_at_a_time(sequence, limits), limits.max_tokens - len(draft.tokens))
+        num_left = limits.max_tokens - len(draft.tokens)
+        num_wanted = min(_tokens_at_a_time(sequence, limits), num_left)
+        # Where the host has each token at once, a pass may draw several and ask behind each whether to go on.
+        num_most = num_wanted - num_unread if is_asynchronous(sequence.device) else min(num_left, _FEW)
         step = draft.offset - start + len(draft.tokens) + num_unread
-        drawing = Drawing(warping, is_greedy, draft_top_k, sequence.seed, start, step, num_wanted - num_unread)
+        confidences = list(draft.confidences)
+        drawing = Drawing(warping, is_greedy, draft_top_k, sequence.seed, start, step, num_most, following, goes_on)
         table = view(num_read) if view else None
         num_read += len(feed)
-        if sequence.logits is None:
-            drawn = yield ForwardRequest(sequence, feed, 1, table, drawing=drawing)
-        else:
+        if follows_grammar:
+            assert sequence.logits is not None
             logits = yield ForwardRequest(sequence, feed, 1, table)
-            if following is not None:
-                logits = following(logits)
-            else:
-                logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
+            logits = sequence.logits(logits, sequence.emitted(draft.offset) + draft.tokens)
             drawn = yield Draw(logits, drawing, None if sequence.head is None else sequence.head.ids)
-            if following is not None:
-                following.write(drawn.last)
+        else:
+            drawn = yield ForwardRequest(sequence, feed, 1, table, drawing=drawing)
         feed = drawn.last
         unread.append(drawn.values)
         num_unread += len(drawn.values)

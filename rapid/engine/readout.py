@@ -7,7 +7,7 @@ an iteration has at most one. So a draft that is read at its end makes the host 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from rapid.engine.grouping import in_groups, joined
 from rapid.engine.refine import Refine
 from rapid.engine.verdicts import Verify
 from rapid.kernels.transfer import download, upload
+from rapid.sampling.logits_processor import Following
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
@@ -43,6 +44,8 @@ class Drawing(NamedTuple):
 
     ``sampling`` makes q of the logits, one-hot at temperature 0; if ``is_greedy`` a token is the likeliest of q. Else
     the random numbers are those from step ``step`` on in the round that begins at output position ``round_start``.
+    ``following`` adjusts the logits, and is told of the tokens. Where the host has each token at once, ``goes_on`` says
+    whether another shall follow a token of that confidence.
     """
 
     sampling: SamplingParams
@@ -52,6 +55,8 @@ class Drawing(NamedTuple):
     round_start: int
     step: int
     num_tokens: int
+    following: Following | None = None
+    goes_on: Callable[[int, float], bool] = lambda token, confidence: True
 
 
 class Draw(NamedTuple):
@@ -108,7 +113,10 @@ def _kind_of_draw(wish: Draw) -> Hashable:
 
 def _draw(wishes: Sequence[Draw]) -> list[Drawn]:
     """Draws for wishes with one ``draft_top_k`` and rows of one length, or for greedy ones whose q is one-hot."""
-    logits, drawings = joined([each.logits for each in wishes]), [each.drawing for each in wishes]
+    drawings, rows = [each.drawing for each in wishes], []
+    for each, drawing in zip(wishes, drawings, strict=True):
+        rows.append(each.logits if drawing.following is None else drawing.following(each.logits))
+    logits = joined(rows)
     listed = [each.ids for each in wishes if each.ids is not None]
     ids = torch.stack(listed) if listed else None
     if drawings[0].sampling.temperature == 0:
@@ -120,7 +128,11 @@ def _draw(wishes: Sequence[Draw]) -> list[Drawn]:
             keys = draft_keys(places)
         params = RowParams.of([each.sampling for each in drawings], logits.device)
         drawn = draw(logits, params, drawings[0].draft_top_k, keys, ids)
-    return list(map(Drawn, drawn.tokens.split(1), drawn_values(drawn).split(1)))
+    tokens = drawn.tokens.split(1)
+    for token, drawing in zip(tokens, drawings, strict=True):
+        if drawing.following is not None:
+            drawing.following.write(token)
+    return list(map(Drawn, tokens, drawn_values(drawn).split(1)))
 
 
 def draft_keys(places: Tensor, more: int = 0) -> Tensor:

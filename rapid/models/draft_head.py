@@ -13,15 +13,18 @@ from rapid.models.draft_vocabulary import DraftVocabulary
 
 
 class DraftHead:
-    """Logits [rows, N] over ``vocabulary`` from hidden states [rows, hidden]; ``ids`` [N] are the columns' tokens."""
+    """Logits [rows, N] over ``vocabulary`` from hidden states [rows, hidden]; ``ids`` [N] are the columns' tokens.
+
+    ``rows`` is the layer that gives the logits.
+    """
 
     def __init__(self, head: CompiledLinear, vocabulary: DraftVocabulary) -> None:
         self.vocabulary, self._head = vocabulary, head
         self.ids: Tensor = upload(vocabulary.ids, "int64", torch.device("cpu"))
-        self._rows = head.of_outputs(self.ids)
+        self.rows = head.of_outputs(self.ids)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._rows(x)
+        return self.rows(x)
 
     def add(self, tokens: Iterable[int]) -> bool:
         """Gives ``tokens`` columns where they have none; whether the vocabulary changed."""
@@ -29,5 +32,5 @@ class DraftHead:
         if columns:
             places = torch.tensor(columns)
             self.ids[places] = torch.from_numpy(self.vocabulary.ids[columns])
-            self._rows.copy_outputs(places, self._head, self.ids[places])
+            self.rows.copy_outputs(places, self._head, self.ids[places])
         return bool(columns)

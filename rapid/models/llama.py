@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid.errors import ModelFileError, PassAbandoned
+from rapid.kernels.cpu.linear import CompiledLinear
 from rapid.kernels.cuda.fused import choose_rows
 from rapid.kernels.interface import Batch, Rotation
 from rapid.kernels.linear import Linear, make_linear
+from rapid.models.compiled_steps import CompiledSteps
 from rapid.models.fp8_range import fit_fp8
 from rapid.models.layers import Heads, Layer, RMSNorm
 from rapid.models.recorded_cpu import CompiledLayers
@@ -153,6 +155,12 @@ class Decoder:
         rows = rows.to(x.device)
         last, more = x[rows].to(self._head_device), None if more is None else more[rows].to(self._head_device)
         return self._norm.added(last, more)[1]
+
+    def compiled_steps(self) -> CompiledSteps | None:
+        """Draft steps in few calls; None where a kernel is missing."""
+        if self._compiled is None or not isinstance(self.head, CompiledLinear):
+            return None
+        return CompiledSteps(self._compiled, self._embedding, self._rotary, self._norm, self.head)
 
     def _through(
         self, layer: Layer, i: int, x: Tensor, more: Tensor | None, rotation: Rotation, batch: Batch

@@ -22,6 +22,7 @@ from rapid.kernels.linear import check_scheme
 from rapid.kernels.transfer import upload
 from rapid.kernels.watching import WatchedBatch
 from rapid.kv_cache.pool import KVLayout, KVPool
+from rapid.models.compiled_steps import CompiledSteps
 from rapid.models.draft_head import DraftHead
 from rapid.models.draft_vocabulary import DraftVocabulary, Size, num_columns
 from rapid.models.info import GraphLimits, ModelInfo
@@ -130,6 +131,10 @@ class Model:
             return None
         self._graphs[pool] = GraphRunner(self._decoder, kernel, pool, recorder, window=self.info.window, limits=limits)
         return self._graphs[pool]
+
+    def compiled_steps(self) -> CompiledSteps | None:
+        """Draft steps in few calls, on a CPU; None where a kernel is missing."""
+        return self._decoder.compiled_steps()
 
     @torch.inference_mode()
     def draft_head(self, size: Size, wanted: Iterable[int]) -> DraftHead | None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rapid.errors import PassAbandoned
 from rapid.kernels.cpu.attention import RunBatch
 from rapid.kernels.cpu.attention_plan import WorkPlan, attention_kernel
-from rapid.kernels.cpu.call_list import CallList
+from rapid.kernels.cpu.call_list import Call, CallTable
 from rapid.kernels.cpu.jit import COUNTERS, Kernel
 from rapid.kernels.cpu.linear import CompiledLinear
 from rapid.kernels.cpu.rows import (
@@ -49,7 +49,7 @@ class CompiledLayers:
 
     def __init__(self, layers: Sequence[Layer], heads: Heads) -> None:
         self._layers, self._heads = layers, heads
-        self._passes: dict[tuple[int, int, torch.dtype], _Pass] = {}
+        self._passes: dict[tuple[int, int, torch.dtype], CompiledPass] = {}
         self._lock = threading.Lock()
 
     @staticmethod
@@ -71,11 +71,29 @@ class CompiledLayers:
         Raises:
             PassAbandoned: ``abandoned``, called before every layer, returned True.
         """
-        key = len(x), torch.get_num_threads(), batch.pool.layout.stored_dtype
-        with self._lock:
+        with self.passes(batch.pool) as passes:
+            one = passes(len(x))
+            one.x.copy_(x)
+            one.feed(cos, sin, batch.slots, batch.plan(self._heads.query, self._heads.scaling))
+            for layer in one.layers:
+                if abandoned():
+                    raise PassAbandoned
+                layer()
+            return one.x.clone()
+
+    @contextmanager
+    def passes(self, pool: KVPool) -> Iterator[Callable[[int], CompiledPass]]:
+        """Passes over ``pool``, by the number of their rows, as long as the context lasts."""
+
+        def of(rows: int) -> CompiledPass:
+            key = rows, torch.get_num_threads(), pool.layout.stored_dtype
             if key not in self._passes:
-                self._passes[key] = _Pass(self._layers, self._heads, *key)
-            return self._passes[key].run(x, cos, sin, batch, abandoned)
+                self._passes[key] = CompiledPass(self._layers, self._heads, *key)
+            self._passes[key].point_to(pool)
+            return self._passes[key]
+
+        with self._lock:
+            yield of
 
 
 def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLinear, CompiledLinear]:
@@ -86,61 +104,57 @@ def _products(layer: Layer) -> tuple[CompiledLinear, CompiledLinear, CompiledLin
     )
 
 
-class _Pass:
-    """The kernel calls of a pass over ``rows`` rows by ``threads`` threads, and the memory that they use."""
+class CompiledPass:
+    """The kernel calls of a pass over ``rows`` rows by ``threads`` threads, and the memory that they use.
+
+    ``x`` [rows, hidden] is read and overwritten. A pass is a call of all ``layers``, or of ``all_layers``.
+    """
 
     def __init__(self, layers: Sequence[Layer], heads: Heads, rows: int, threads: int, stored: torch.dtype) -> None:
         self._stored = stored  # the type of stored keys and values
-        self._rows, self._threads, self._heads = rows, threads, heads
-        self._calls: list[tuple[Kernel, int, tuple[int, ...]]] = []  # kernel, threads, arguments
+        self._rows, self._threads, self.heads = rows, threads, heads
+        self._calls: list[Call] = []
         self._attending: list[int] = []  # indices of the attention calls, one a layer
         self._storing: list[int] = []  # indices of the calls that store keys; the next call stores values
         self._scratch: list[Tensor] = []
         self._pool: weakref.ref[KVPool] | None = None
         qkv, output, gate_up, down = _products(layers[0])
-        self._x, self._normed, self._part = (self._room(qkv.num_inputs) for _ in range(3))
+        self.x, self._normed, self._part = (self._room(qkv.num_inputs) for _ in range(3))
         self._qkv, self._attended = self._room(qkv.num_outputs), self._room(output.num_inputs)
         self._gate_up, self._gated = self._room(gate_up.num_outputs), self._room(down.num_inputs)
         self._cos, self._sin = self._room(heads.d), self._room(heads.d)
         self._slots = torch.empty(rows, dtype=torch.int64)
         ends = [0, *(self._write(layer) for layer in layers)]
-        width = max(len(arguments) for _, _, arguments in self._calls)
-        self._words = np.zeros((len(self._calls), COUNTERS + width), np.int64)
-        calls = []
-        for line, (kernel, num_threads, arguments) in zip(self._words, self._calls, strict=True):
-            line[COUNTERS : COUNTERS + len(arguments)] = arguments
-            calls.append((kernel, line.ctypes.data, num_threads))
-        self._layers = [CallList(calls[start:end]) for start, end in itertools.pairwise(ends)]
+        self._table = CallTable(self._calls)
+        self.layers = [self._table.part(start, end) for start, end in itertools.pairwise(ends)]
+        self.all_layers = self._table.part(0, len(self._calls))
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, batch: RunBatch, abandoned: Callable[[], bool]) -> Tensor:
-        for own, given in ((self._x, x), (self._cos, cos), (self._sin, sin), (self._slots, batch.slots)):
+    def feed(self, cos: Tensor, sin: Tensor, slots: Tensor, plan: WorkPlan) -> None:
+        """Says where the rows are: their angles [rows, d], the slots [rows] of their keys, and what they attend to."""
+        for own, given in ((self._cos, cos), (self._sin, sin), (self._slots, slots)):
             own.copy_(given)
-        if self._pool is None or self._pool() is not batch.pool:
-            self._point_to(batch.pool)
-        plan = batch.plan(self._heads.query, self._heads.scaling)
-        self._words[:, :COUNTERS] = 0
-        self._words[self._attending, COUNTERS : COUNTERS + len(plan.words)] = plan.words
-        for layer in self._layers:
-            if abandoned():
-                raise PassAbandoned
-            layer()
-        return self._x.clone()
+        self._table.reset()
+        self._table.words[self._attending, COUNTERS : COUNTERS + len(plan.words)] = plan.words
 
-    def _point_to(self, pool: KVPool) -> None:
+    def point_to(self, pool: KVPool) -> None:
+        """The next passes read and write the pages of ``pool``."""
+        if self._pool is not None and self._pool() is pool:
+            return
+        words = self._table.words
         for i, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
             # The last arguments of the call; a row of the table may have room for more.
-            attending, end = self._words[self._attending[i]], COUNTERS + len(self._calls[self._attending[i]][2])
+            attending, end = words[self._attending[i]], COUNTERS + len(self._calls[self._attending[i]][2])
             attending[end - 3 : end] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
             for call, cache in ((self._storing[i], keys), (self._storing[i] + 1, values)):
-                storing, end = self._words[call], COUNTERS + len(self._calls[call][2])
+                storing, end = words[call], COUNTERS + len(self._calls[call][2])
                 storing[end - 2 : end] = cache.data_ptr(), cache.stride(0)
         self._pool = weakref.ref(pool)
 
     def _write(self, layer: Layer) -> int:
         """Writes a layer's calls; returns the number of calls so far."""
-        heads, d = self._heads, self._heads.d
+        heads, d = self.heads, self.heads.d
         qkv, output, gate_up, down = _products(layer)
-        self._norm(layer.attention_norm, self._rows, self._x, self._normed)
+        self._norm(layer.attention_norm, self._rows, self.x, self._normed)
         self._product(qkv, self._normed, self._qkv)
         keys, values = self._qkv[:, heads.query * d :], self._qkv[:, (heads.query + heads.kv) * d :]
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -159,12 +173,12 @@ class _Pass:
         given = self._qkv, self._qkv.stride(0) * self._qkv.itemsize, self._attended, 0, 0, 0
         self._call(attention, self._threads, *WorkPlan.NO_WORDS, *given)
         self._product(output, self._attended, self._part)
-        self._add(self._x, self._part)
-        self._norm(layer.mlp_norm, self._rows, self._x, self._normed)
+        self._add(self.x, self._part)
+        self._norm(layer.mlp_norm, self._rows, self.x, self._normed)
         self._product(gate_up, self._normed, self._gate_up)
         self._call(gate_kernel(_DTYPE, self._gated.shape[1]), 1, self._rows, self._gate_up, self._gated)
         self._product(down, self._gated, self._part)
-        self._add(self._x, self._part)
+        self._add(self.x, self._part)
         return len(self._calls)
 
     def _norm(self, norm: RMSNorm, rows: int, x: Tensor, output: Tensor) -> None:

@@ -117,7 +117,8 @@ class LogitProcessor:
 class Following:
     """Adjusts one row after another as `LogitProcessor` does, of a text that grows on the device, not on the host.
 
-    What the tokens before a row do to it is kept as rows, [V or N], and each written token changes one number of them.
+    What the tokens before a row do to it is kept as rows, [V or N], and each written token changes one number of them:
+    ``in_text`` and ``is_written`` (the prompt's tokens are in the text, too), and ``lowered``, which is subtracted.
     """
 
     def __init__(self, processor: LogitProcessor, output: list[int]) -> None:
@@ -126,36 +127,46 @@ class Following:
         tokens, counts = _counts(output, ())
         columns, has_column = processor._columns(tokens)
         ids, counted = _tensors(columns, counts[0, has_column], device)
+        self.params = params
         self._columns = None if vocabulary is None else upload(vocabulary.columns, "int64", device)
-        self._in_text = processor._in_prompt.index_fill(0, ids, True)
-        self._is_written = torch.zeros_like(self._in_text).index_fill_(0, ids, True)
+        self.in_text = processor._in_prompt.index_fill(0, ids, True)
+        self.is_written = torch.zeros_like(self.in_text).index_fill_(0, ids, True)
         lowered = params.frequency_penalty * counted + params.presence_penalty
-        self._lowered = torch.zeros(len(self._in_text), device=device).index_copy_(0, ids, lowered)
+        self.lowered = torch.zeros(len(self.in_text), device=device).index_copy_(0, ids, lowered)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text has as many tokens as it must have."""
+        return self._num_written >= self.params.min_tokens
+
+    def bias(self) -> Tensor:
+        """What is added to each logit, [V or N]."""
+        return torch.zeros_like(self.lowered).index_add_(0, *self._processor._bias)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """``logits`` [1, V or N] of the next token."""
-        processor, params = self._processor, self._processor._params
+        processor, params = self._processor, self.params
         if params.logit_bias:
             ids, bias = processor._bias
             logits = logits.index_add(-1, ids, bias.unsqueeze(0))
         if params.repetition_penalty != 1:
-            logits = torch.where(self._in_text, processor._repeated(logits), logits)
+            logits = torch.where(self.in_text, processor._repeated(logits), logits)
         if params.frequency_penalty or params.presence_penalty:
-            logits = logits - self._lowered
-        if self._num_written < params.min_tokens:
+            logits = logits - self.lowered
+        if not self.may_end:
             logits = logits.index_fill(-1, processor._ends, -torch.inf)
         return logits
 
     def write(self, token: Tensor) -> None:
         """``token`` [1] is written, on the device."""
-        params, column = self._processor._params, token if self._columns is None else self._columns[token]
+        params, column = self.params, token if self._columns is None else self._columns[token]
         self._num_written += 1
         if params.repetition_penalty != 1:
-            self._in_text.index_fill_(0, column, True)
+            self.in_text.index_fill_(0, column, True)
         if params.frequency_penalty or params.presence_penalty:
-            lowered = params.frequency_penalty + params.presence_penalty * ~self._is_written[column]
-            self._lowered.index_add_(0, column, lowered)
-            self._is_written.index_fill_(0, column, True)
+            lowered = params.frequency_penalty + params.presence_penalty * ~self.is_written[column]
+            self.lowered.index_add_(0, column, lowered)
+            self.is_written.index_fill_(0, column, True)
 
 
 def _counts(output: list[int], draft: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -18,8 +18,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64, like the two factors of SplitMix64
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64, like the two factors of SplitMix64
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 class Purpose(IntEnum):
@@ -48,12 +48,12 @@ class Noise:
         round_start = self._start if purpose is Purpose.DRAFT else 0
         # Positions are below 2^31, so position, round and purpose have bits of their own.
         counter = (self._start << 32) + (round_start << 2) + purpose
-        return _mix(((steps << 32) + counter) * _GOLDEN + self._hashed.unsqueeze(-1))
+        return _mix(((steps << 32) + counter) * GOLDEN + self._hashed.unsqueeze(-1))
 
 
 def uniform(keys: Tensor) -> Tensor:
     """One number for each key, in the open interval (0, 1), with 52 bits: float64, the shape of ``keys``."""
-    return _open_interval(_mix(keys + _GOLDEN))
+    return _open_interval(_mix(keys + GOLDEN))
 
 
 def exponential(keys: Tensor, ids: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def exponential(keys: Tensor, ids: Tensor) -> Tensor:
     They decide a draw: the item of the largest weight_i / E_i wins. So P(i) = weight_i / Σ weights, an item of weight 0
     never wins if there is another, and a change of the weights changes the draw only if it changes which item is first.
     """
-    return _open_interval(_mix((ids + 1) * _GOLDEN + keys.unsqueeze(-1))).log_().neg_()
+    return _open_interval(_mix((ids + 1) * GOLDEN + keys.unsqueeze(-1))).log_().neg_()
 
 
 def _open_interval(hashed: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def _open_interval(hashed: Tensor) -> Tensor:
 def _mix(counter: Tensor) -> Tensor:
     """SplitMix64's finalizer, a bijection of 64 bits; the arithmetic of int64 wraps around."""
     mixed = counter ^ ((counter >> 30) & (2**34 - 1))
-    mixed.mul_(_FIRST)
+    mixed.mul_(FIRST)
     mixed ^= (mixed >> 27) & (2**37 - 1)
-    mixed.mul_(_SECOND)
+    mixed.mul_(SECOND)
     mixed ^= (mixed >> 31) & (2**33 - 1)
     return mixed

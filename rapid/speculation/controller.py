@@ -19,7 +19,8 @@ MAX_DRAFT_TOKENS = 16
 _PLAIN_ROUNDS = 3  # at the start of a request
 _DECAY = 0.9  # of the running rate, per round
 _NEWEST = 0.2  # the weight of the newest round in how many sequences share a pass
-_FIRST_REST, _LONGEST_REST = 48, 192  # rounds that a drafter rests between two tries, while it does not pay
+_BELIEF = 4.0  # rounds that the expectation before the first one is worth: a token or two is bad luck, not a proof
+_FIRST_REST, _LONGEST_REST = 24, 192  # rounds that a drafter rests between two tries, while it does not pay
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ PLAIN_ROUND = RoundPlan()
 class _Record:
     """One drafter's rounds in this request: decayed tokens and milliseconds, and its rest while it does not pay."""
 
-    tokens: float = 0.0
-    ms: float = 0.0
+    tokens: float
+    ms: float
     rest: int = _FIRST_REST
     resting: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per millisecond."""
+        return self.tokens / self.ms
 
 
 class DraftController:
@@ -103,10 +109,10 @@ class DraftController:
         if self._timed and self._plain_rounds < _PLAIN_ROUNDS:  # the baseline for drafting
             return PLAIN_ROUND
         best, rate = PLAIN_ROUND, 1 / self._costs.plain
-        paying = [offer for offer in offers if offer.known is None and self._pays(offer.label)]
+        paying = [offer for offer in offers if offer.known is None and self._pays(offer)]
         if paying:
-            offer = max(paying, key=lambda offer: self._rate(offer.label))
-            rate = max(rate, self._rate(offer.label))
+            offer = max(paying, key=lambda offer: self._record(offer).rate)
+            rate = max(rate, self._record(offer).rate)
             waiting = self._num_verifying / self._num_drafting if self._shares_device else 1.0
             step = self._costs.of_draft(offer.label) * max(1.0, waiting) + self._extra(offer.label)
             # The acceptance of the next token is known once it is drawn; until then the mean is the estimate.
@@ -136,7 +142,7 @@ class DraftController:
             took = round_ms - catching_up if self._timed else self._expected_ms(plan.source, num_drafted)
             record.tokens = _DECAY * record.tokens + outcome.num_accepted + 1
             record.ms = _DECAY * record.ms + took
-            if self._rate(plan.source) * self._costs.plain >= 1:
+            if record.rate * self._costs.plain >= 1:
                 record.rest = _FIRST_REST
 
     def _measure(self, plan: RoundPlan, outcome: VerifyResult, draft_ms: float, round_ms: float) -> None:
@@ -156,23 +162,24 @@ class DraftController:
         """The time of one more token to verify, for all requests that wait for it."""
         return self._costs.of_extra(label) * self._num_verifying
 
-    def _record(self, label: str) -> _Record:
-        return self._records.setdefault(label, _Record())
+    def _record(self, offer: Offer) -> _Record:
+        """The drafter's record. It begins with the rounds that its mean acceptance and the costs let one expect."""
+        record = self._records.get(offer.label)
+        if record is None:
+            expected = [
+                (sum(offer.mean**i for i in range(n + 1)), self._expected_ms(offer.label, n)) for n in range(1, 5)
+            ]
+            tokens, ms = max(expected, key=lambda one: one[0] / one[1])
+            record = self._records[offer.label] = _Record(_BELIEF * tokens, _BELIEF * ms)
+        return record
 
     def _expected_ms(self, label: str, num_drafted: int) -> float:
         return self._costs.plain + num_drafted * (self._costs.of_draft(label) + self._costs.of_extra(label))
 
-    def _rate(self, label: str) -> float:
-        """Tokens per millisecond of this drafter's rounds; before the first round, the rate that the priors give."""
-        record = self._record(label)
-        if record.ms == 0:  # a hopeful estimate counts as the first round, so that drafting is tried at all
-            record.tokens, record.ms = sum(HOPE**i for i in range(4)), self._expected_ms(label, 3)
-        return record.tokens / record.ms
-
-    def _pays(self, label: str) -> bool:
-        if self._rate(label) * self._costs.plain >= 1:
+    def _pays(self, offer: Offer) -> bool:
+        record = self._record(offer)
+        if record.rate * self._costs.plain >= 1:
             return True
-        record = self._record(label)
         if record.resting < record.rest:
             return False
         record.rest = min(2 * record.rest, _LONGEST_REST)  # try again, and wait longer if that fails too

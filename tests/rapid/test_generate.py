@@ -11,6 +11,7 @@ from world import Retrieval, World, first_eight, greedily, run, unsure
 from rapid.backend.local import LocalBackend
 from rapid.engine.engine import Engine
 from rapid.errors import ContextLengthExceeded, InvalidRequest, ModelMismatch
+from rapid.events import Statistics
 from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.controller import MAX_DRAFT_TOKENS
@@ -179,10 +180,18 @@ def test_rag_beyond_the_window_reads_the_best_passages_however_unsure(make_world
 
 
 @pytest.mark.parametrize("strategy", ["speculative", "rapid"])
-def test_a_drafter_reads_no_passage_below_the_threshold(world: World, strategy: str) -> None:
-    stats = run(world.request(strategy=strategy), world.backend(unsure)).statistics
-    assert (stats.fallback, stats.draft_prompt_tokens, stats.chunks) == ("nothing_above_threshold", 0, [])
-    assert stats.confidence == 0.125
+def test_drafts_from_passages_below_the_threshold_do_not_move_the_output(world: World, strategy: str) -> None:
+    def text(retrieve: Any, strength: float) -> tuple[list[int], Statistics]:
+        sampling = SamplingParams(temperature=1.0, seed=5)
+        request = world.request(strategy=strategy, sampling=sampling, max_tokens=40, transfer_strength=strength)
+        completion = run(request, world.backend(retrieve))
+        return completion.tokens, completion.statistics
+
+    tokens, stats = text(unsure, 50.0)
+    assert (stats.fallback, stats.confidence) == ("nothing_above_threshold", 0.125)
+    assert stats.draft_prompt_tokens > 0 and stats.chunks and stats.drafted > 0
+    assert tokens == text(first_eight, 0.0)[0]
+    assert (tokens == text(first_eight, 50.0)[0]) == (strategy == "speculative")
 
 
 def nothing(contents: list[str], query: str, options: Any) -> Retrieval:

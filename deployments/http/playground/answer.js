@@ -14,7 +14,7 @@ const ORIGINS = {
 const FALLBACKS = {
   no_datastore: "No datastore is configured, so there was nothing to draft from.",
   no_long_context: "Nothing was retrieved: the text is short enough for the model to read at once, so no drafter took part.",
-  nothing_above_threshold: "No passage was near enough to the question, so no drafter took part.",
+  nothing_above_threshold: "No passage was near enough to the question: drafts from the best ones did not move the answer.",
   drafter_window_exceeded: "The passages did not fit the drafter’s window, so it took no part.",
   overloaded: "The drafter had no room, so it took no part at the end.",
   retrieval_failed: "The retriever did not answer, so no drafter took part.",

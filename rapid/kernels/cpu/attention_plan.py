@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,18 @@ class WorkPlan:
             *(items.data_ptr(), len(items), merges.data_ptr(), len(merges)),
             *(pages.data_ptr(), self._scratch.data_ptr(), self._scratch.stride(0), self._partials.data_ptr()),
         )
+
+    def extend(self, length: int) -> bool:
+        """Makes of the plan of one sequence's one new token that of its next one, which makes it ``length``.
+
+        Returns False if the plan stays: the token needs another block.
+        """
+        items = self._tables[0].numpy()
+        if _blocks(length) != len(items) // self._num_kv_heads:
+            return False
+        items[:, 1] = length
+        np.minimum(items[:, 4] + BLOCK, length, out=items[:, 5])
+        return True
 
     def _add(self, spans: Sequence[QuerySpan], num_pages: int, partial: int) -> int:
         """Adds the items of sequences that share ``num_pages``. Returns the place behind their partial outputs.

@@ -11,20 +11,46 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rapid.kernels.cpu.ir_builder import KernelBuilder, constant, kind
 from rapid.kernels.cpu.jit import COUNTERS, Kernel, ir
 
-Call = tuple[Kernel, int, int]  # the kernel, where its arguments lie behind their counters, and the number of threads
+Call = tuple[Kernel, int, tuple[int, ...]]  # the kernel, the number of threads, and the arguments
+
+
+class CallTable:
+    """``calls`` in their order; ``words`` [calls, COUNTERS + most arguments] holds their arguments behind the counters.
+
+    The arguments may be changed, between two runs. Before each run the counters must be 0.
+    """
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        width = max(len(arguments) for _, _, arguments in calls)
+        self.words = np.zeros((len(calls), COUNTERS + width), np.int64)
+        for line, (_, _, arguments) in zip(self.words, calls, strict=True):
+            line[COUNTERS : COUNTERS + len(arguments)] = arguments
+        entries = [
+            (kernel.address, line.ctypes.data, threads)
+            for line, (kernel, threads, _) in zip(self.words, calls, strict=True)
+        ]
+        self._entries = np.array(entries, np.int64)
+
+    def part(self, start: int, end: int) -> CallList:
+        """The calls from ``start`` to before ``end``."""
+        return CallList(self, self._entries[start:end])
+
+    def reset(self) -> None:
+        """Makes the counters 0."""
+        self.words[:, :COUNTERS] = 0
 
 
 class CallList:
-    """``calls`` in their order, as a function. The arguments' memory must live as long."""
+    """Some calls of a `CallTable`, as a function."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._table = np.array([(kernel.address, place, threads) for kernel, place, threads in calls], np.int64)
-        self._arguments = np.array([*[0] * COUNTERS, self._table.ctypes.data, len(calls)], np.int64)
-        self._run: Callable[[], object] = _list_kernel().bound(self._arguments.ctypes.data)
+    def __init__(self, table: CallTable, entries: NDArray[np.int64]) -> None:
+        self._memory = table, np.array([*[0] * COUNTERS, entries.ctypes.data, len(entries)], np.int64)
+        self._run: Callable[[], object] = _list_kernel().bound(self._memory[1].ctypes.data)
 
     def __call__(self) -> None:
         self._run()

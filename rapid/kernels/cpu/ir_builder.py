@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,15 @@ class KernelBuilder:
     def smaller(self, a: Any, b: Any) -> Any:
         a, b = self.integer(a), self.integer(b)
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+
+    def larger(self, a: Any, b: Any) -> Any:
+        a, b = self.integer(a), self.integer(b)
+        return self.builder.select(self.builder.icmp_signed(">", a, b), a, b)
+
+    def room(self, num_bytes: int) -> Any:
+        """The address of memory that is the function's own."""
+        place = self._variables.alloca(ir.ArrayType(kind("i8"), num_bytes))
+        return self.builder.ptrtoint(place, kind("i64"))
 
     def load(self, of: Any, address: Any) -> Any:
         pointer = self.builder.inttoptr(self.integer(address), of.as_pointer())
@@ -100,6 +109,18 @@ class KernelBuilder:
         self.builder.position_at_end(body)
         yield index.value
         index.value = self.plus(index.value, step)
+        self.builder.branch(head)
+        self.builder.position_at_end(end)
+
+    @contextmanager
+    def loop_while(self, condition: Callable[[], Any]) -> Iterator[None]:
+        """``while condition()``."""
+        head, body, end = (self.function.append_basic_block(name) for name in ("while", "do", "done"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        self.builder.cbranch(condition(), body, end)
+        self.builder.position_at_end(body)
+        yield
         self.builder.branch(head)
         self.builder.position_at_end(end)
 
@@ -230,7 +251,7 @@ class Variable:
 
 @functools.cache
 def kind(name: str, lanes: int = 1) -> Any:
-    """LLVM's type "i64", "i32", "i16", "i8", "f32" or "bf16", or a vector of them."""
+    """LLVM's type "i64", "i32", "i16", "i8", "f64", "f32" or "bf16", or a vector of them."""
 
     class BFloat16(ir.Type):  # type: ignore[misc]
         """A type that llvmlite does not have."""
@@ -246,6 +267,7 @@ def kind(name: str, lanes: int = 1) -> Any:
         "i16": ir.IntType(16),
         "i8": ir.IntType(8),
         "f32": ir.FloatType(),
+        "f64": ir.DoubleType(),
     }
     return known[name] if name in known else BFloat16()
 

@@ -101,13 +101,16 @@ def test_a_seed_repeats_and_seeds_differ(client: OpenAI) -> None:
     assert answer(1) == answer(1) != answer(2)
 
 
-def test_nothing_retrieved_says_so_and_decodes_plainly(client: OpenAI) -> None:
-    rapid = {"strategy": "speculative", "num_draft_tokens": 4, "retrieval": {"threshold": 0.99}}
-    answer = client.chat.completions.create(
-        model=MODEL, messages=chat(), max_tokens=4, temperature=0, extra_body={"rapid": rapid}
-    )
-    statistics = answer.model_extra["rapid"]  # type: ignore[index]
-    assert statistics["fallback"] == "nothing_above_threshold" and statistics["rounds"] == 4
+def test_nothing_above_the_threshold_says_so_and_writes_the_target_s_own_text(client: OpenAI) -> None:
+    def answer(**rapid: Any) -> Any:
+        options: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "extra_body": {"rapid": rapid}}
+        return client.chat.completions.create(model=MODEL, messages=chat(), **options)
+
+    drafted = answer(strategy="speculative", num_draft_tokens=4, retrieval={"threshold": 0.99})
+    statistics = drafted.model_extra["rapid"]
+    assert statistics["fallback"] == "nothing_above_threshold" and statistics["drafted"] > 0
+    plain = answer(strategy="autoregressive")
+    assert drafted.choices[0].message.content == plain.choices[0].message.content
 
 
 @pytest.mark.parametrize("method", ["dense", "sparse", "hybrid"])

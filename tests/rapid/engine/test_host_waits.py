@@ -67,6 +67,9 @@ class _Valueless:
     def record(self, *_: object) -> None:
         """Nothing is recorded."""
 
+    def compiled_steps(self) -> None:
+        """Nothing is compiled."""
+
     def forward(self, entries: list[BatchEntry], **_: Any) -> list[Tensor]:
         self.fed += [tokens for _, tokens, _ in entries]
         for cache, tokens, _ in entries:
