@@ -13,6 +13,8 @@ import httpx
 
 from rapid.errors import RapidError
 
+UNREACHABLE = 503  # also the status of a server that cannot be asked at all
+
 
 class OpenAIServer:
     """Asks the server at ``url``, which ends with its version: http://127.0.0.1:8000/v1.
@@ -31,13 +33,18 @@ class OpenAIServer:
             "trust_env": urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
         }
 
-    def first_model(self) -> dict[str, Any]:
-        """The first model that the server names, as it describes it: `id`, `owned_by` and others."""
+    def models(self) -> list[dict[str, Any]]:
+        """The models that the server names, as it describes them: `id`, `owned_by` and others. There may be none."""
         with self._in_words(), httpx.Client(**self._options) as client:
             response = client.get("/models")
             _check(response, response.content)
-            model: dict[str, Any] = response.json()["data"][0]
-            return {"id": str(model["id"])} | model
+            return [{"id": str(model["id"])} | model for model in response.json()["data"]]
+
+    def first_model(self) -> dict[str, Any]:
+        """The first of `models`."""
+        if not (models := self.models()):
+            raise RapidError(f"{self._options['base_url']} names no model: say which one to ask", status=400)
+        return models[0]
 
     async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of the answer to a chat, as the server sends them; the usage is in the last ones."""
@@ -53,7 +60,8 @@ class OpenAIServer:
                         continue
                     chunk = json.loads(line.removeprefix("data: "))
                     if "error" in chunk:
-                        raise RapidError(chunk["error"]["message"])
+                        error = chunk["error"]
+                        raise RapidError(error["message"] if isinstance(error, dict) else str(error))
                     text_of(chunk)  # which other formats do not have
                     yield chunk
 
@@ -63,7 +71,7 @@ class OpenAIServer:
         try:
             yield
         except httpx.HTTPError as error:
-            raise RapidError(f"{url} cannot be asked: {error or type(error).__name__}", status=503) from error
+            raise RapidError(f"{url} cannot be asked: {error or type(error).__name__}", status=UNREACHABLE) from error
         except (ValueError, LookupError) as error:
             raise RapidError(f"what answers at {url} does not speak OpenAI's API: {error!r}") from error
 

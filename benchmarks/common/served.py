@@ -37,14 +37,15 @@ def served(**settings: Any) -> Iterator[str]:
         server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_for(url, server)
+            wait_for(url, server)
             yield url
         finally:
             server.terminate()
             server.wait(timeout=120)
 
 
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Returns as soon as ``server`` answers at ``url``/health; ends the process with a message if it does not."""
     deadline = time.monotonic() + START_S
     while server.poll() is None and time.monotonic() < deadline:
         try:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-# A prompt that is read as for the first time, a document that is new to the system, and one that it knows.
+# A prompt that is read as for the first time, a document that is new to the row, and one that it was asked about.
 Kind = Literal["unread", "new", "known"]
 
 
@@ -45,9 +45,10 @@ class Estimate:
         """The seconds for all that is left, one after another; None while nothing is known."""
         if not self._sums:
             return None
-        return sum(number * self._expected_s(cell) for cell, number in self._left.items() if number > 0)
+        return sum(number * self.expected_s(cell) for cell, number in self._left.items() if number > 0)
 
-    def _expected_s(self, cell: Cell) -> float:
+    def expected_s(self, cell: Cell) -> float:
+        """The seconds of an answer of ``cell``; something must have been learnt."""
         for level in _levels(cell):
             if level in self._sums:
                 seconds, number = self._sums[level]

@@ -104,13 +104,16 @@ def plan(evaluation: Evaluation, asked: Sequence[Asked], system: str) -> tuple[l
     wanted = {
         (each.choice.label, row.name): {question.id for question in each.of(row)} for each in asked for row in rows
     }
-    read: set[tuple[str, str]] = set()
+    read: set[tuple[str, ...]] = set()
 
     def work(each: Asked, question: Question) -> Iterator[Work]:
         label = each.choice.label
-        document = (label, _document(question))
         for row in rows:
-            for temperature in evaluation.temperatures if question.id in wanted[label, row.name] else ():
+            if question.id not in wanted[label, row.name]:
+                continue
+            # One row reads a document for all, and the first that retrieves embeds it: each has its own first time.
+            document = (label, row.name, each.source(question, row) or _document(question))
+            for temperature in evaluation.temperatures:
                 kind: Kind = "known" if document in read else "new"
                 if question in each.questions[: unread[label]] and temperature == evaluation.temperatures[0]:
                     kind = "unread"
@@ -167,9 +170,10 @@ class Run:
                 ran.systems[name] = runner.about()
                 self._leave_out(name, runner, ran, [*probes, *others])
                 await self._ask(runner, [work for work in probes if work.row.name not in ran.left_out])
+                estimated_s = time.perf_counter() - started + self._left_s()
                 if ran.estimated_s is None:
-                    ran.estimated_s = time.perf_counter() - started + self._left_s()
-                    self._watcher.estimates(ran.estimated_s)
+                    ran.estimated_s = estimated_s
+                self._watcher.estimates(estimated_s)  # again for each system, which may be slower than the first
                 await self._ask(runner, [work for work in others if work.row.name not in ran.left_out])
         ran.took_s = time.perf_counter() - started
         return ran

@@ -8,7 +8,8 @@ from typing import Any
 
 from deployments.evaluation.config import Row, System
 from deployments.evaluation.runner import Ask, Origins, Passage, Reply, decoding, has_read
-from deployments.openai_client import OpenAIServer, text_of
+from deployments.openai_client import UNREACHABLE, OpenAIServer, text_of
+from rapid.errors import RapidError
 
 
 class ServerRunner:
@@ -21,9 +22,18 @@ class ServerRunner:
     def __init__(self, system: System) -> None:
         assert system.url is not None
         self._url, self._server = system.url, OpenAIServer(system.url)
-        first = self._server.first_model()
-        self.is_rapid = first.get("owned_by") == "rapid"
-        self._model = system.model or str(first["id"])
+        known = self._known() if system.model else [self._server.first_model()]
+        self.is_rapid = any(model.get("owned_by") == "rapid" for model in known)
+        self._model = system.model or str(known[0]["id"])
+
+    def _known(self) -> list[dict[str, Any]]:
+        """The models that the server names. Some name none, or fail to, and yet have the one that is asked for."""
+        try:
+            return self._server.models()
+        except RapidError as error:
+            if error.status == UNREACHABLE:
+                raise
+            return []
 
     def refusal(self, row: Row) -> str | None:
         if row.retrieve_from != "read":

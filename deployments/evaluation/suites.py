@@ -20,6 +20,9 @@ Fields = dict[str, Any]
 UPWARD = "upward"
 _WEAK_BITS = 4
 _SMALL_RETRIEVAL = 512  # tokens, of contexts that are a twentieth of the paper's
+# In the small form: questions of each task for a row whose quality is LC's anyway or whose answers are dear, and for
+# the rows of the second target, which reads everything once more.
+_FEW, _MANY = 3, 30
 _SAMPLED = (0.0, 0.3)
 # At temperature 0 the transfer needs a temperature of its own; else the output would be the target's greedy text.
 _TRANSFER: Fields = {"strategy": "rapid", "transfer_temperature": 1.0}
@@ -65,7 +68,7 @@ def _row(name: str, strategy: str | None = None, **more: Any) -> Fields:
 
 
 def _paper_main(models: _Models) -> Fields:
-    few: Fields = {"limit": 6} if models.is_small else {}
+    few: Fields = {"limit": _FEW} if models.is_small else {}
     exact: Fields = few | {"note": "exact: its output is distributed as LC's"} if models.is_small else few
     rows = [
         _row(LC, "autoregressive"),
@@ -74,7 +77,7 @@ def _paper_main(models: _Models) -> Fields:
         _row("MagicDec", "magicdec", **exact),
         _row("TriForce", "triforce", **exact),
         _row("REST", "rest", **exact),
-        _row("Speculative RAG", "speculative_rag", **few | ({"limit": 3} if models.is_small else {})),
+        _row("Speculative RAG", "speculative_rag", **few),
         _row("RAPID", **_TRANSFER, transfer_strength=_SELF),
         _row("RAPID, η auto", **_TRANSFER, transfer_strength="auto", **few),
         _row(
@@ -91,14 +94,20 @@ def _paper_main(models: _Models) -> Fields:
         systems[UPWARD] = models.upward
         which = f"the target's weights are rounded to {_WEAK_BITS} bits a row, the drafter's are whole"
         note = {"note": which} if models.is_small else {}
-        most: Fields = {"limit": 60} if models.is_small else {}
+        most: Fields = {"limit": _MANY} if models.is_small else {}
         up: Fields = {"system": UPWARD, "baseline": f"{LC} upward"}
         rows += [
             _row(f"{LC} upward", "autoregressive", system=UPWARD, **note, **most),
             _row("RAG of the drafter", "rag", rag_model="drafter", **up, **few),
             _row("RAPID upward", **_TRANSFER, transfer_strength=_ETA_UP, **up, **note, **most),
         ]
-    return {"systems": systems, "rows": rows, "temperatures": _SAMPLED, "tasks": _main_tasks(models.is_small)}
+    tasks = _main_tasks(models.is_small)
+    return _unread(models, 2) | {"systems": systems, "rows": rows, "temperatures": _SAMPLED, "tasks": tasks}
+
+
+def _unread(models: _Models, number: int) -> Fields:
+    """How many questions every row reads for itself: in the small form only where reading is what is looked at."""
+    return {"unread": number} if models.is_small else {}
 
 
 def _main_tasks(is_small: bool) -> list[Fields]:
@@ -110,8 +119,8 @@ def _main_tasks(is_small: bool) -> list[Fields]:
         {"name": "qmsum:keep=evidence", "as_name": "qmsum", "limit": 60, "context_tokens": 2000, "max_tokens": 32},
         {"name": "loogle_short:keep=evidence", "as_name": "loogle", "limit": 60, "context_tokens": 2000,
          "max_tokens": 24},
-        {"name": "xquad_en", "limit": 100, "context_tokens": 6000, "max_tokens": 12},
-        {"name": "xquad_zh", "limit": 100, "context_tokens": 6000, "max_tokens": 16},
+        {"name": "xquad_en", "limit": 100, "context_tokens": 3000, "max_tokens": 12},
+        {"name": "xquad_zh", "limit": 100, "context_tokens": 3000, "max_tokens": 16},
         *({"name": f"ruler_{kind}", "limit": 4, "context_tokens": 2000, "max_tokens": 32} for kind in _RULER),
     ]  # fmt: skip
 
@@ -134,7 +143,7 @@ def _eta(models: _Models) -> Fields:
         for eta in etas:
             how = _TRANSFER | {"transfer_strength": eta, "retrieval": _ALWAYS}
             rows.append(_row(f"η = {eta:g}, {line}", **how, retrieve_from=source, line=line, at=eta))
-    return {
+    return _unread(models, 0) | {
         "systems": {HERE: models.own},
         "rows": rows,
         "temperatures": _SAMPLED,
@@ -145,7 +154,7 @@ def _eta(models: _Models) -> Fields:
 
 def _context_length(models: _Models) -> Fields:
     lengths = (1000, 2000, 4000, 6000, 7000) if models.is_small else (8_000, 16_000, 32_000, 64_000, 127_000)
-    return {
+    return _unread(models, len(lengths)) | {
         "systems": {HERE: models.own},
         "rows": [
             _row(LC, "autoregressive"),
@@ -168,7 +177,7 @@ def _retrieval_length(models: _Models) -> Fields:
         rows.append(_row(f"RAG of {length}", "rag", **kept, line="RAG", at=length))
         how = _TRANSFER | {"transfer_strength": _SELF} | kept
         rows.append(_row(f"RAPID of {length}", **how, line="RAPID", at=length))
-    return {
+    return _unread(models, 1) | {
         "systems": {HERE: models.own},
         "rows": rows,
         "axis": "tokens retrieved",
@@ -182,13 +191,13 @@ def _retrieval_method(models: _Models) -> Fields:
         kept = {"retrieval": {"method": method} | _ALWAYS}
         rows.append(_row(f"RAG, {method}", "rag", **kept))
         rows.append(_row(f"RAPID, {method}", **_TRANSFER | {"transfer_strength": _SELF} | kept))
-    return {"systems": {HERE: models.own}, "rows": rows, "tasks": [_document_task(models)]}
+    return _unread(models, 1) | {"systems": {HERE: models.own}, "rows": rows, "tasks": [_document_task(models)]}
 
 
 def _dialogue(models: _Models) -> Fields:
     size = {"context_tokens": 6000, "limit": 30, "max_tokens": 96} if models.is_small else {"context_tokens": 122_000}
     turns = 2 if models.is_small else 5
-    return {
+    return _unread(models, 1) | {
         "systems": {HERE: models.own},
         "rows": [
             _row(LC, "autoregressive"),

@@ -74,7 +74,9 @@ class Document:
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [len(self._tokenizer.encode(piece + self.joiner)) for piece in self.pieces]
+        # The joiner stands before the piece, as it does in the text: at an end two line feeds may be one token, and
+        # between texts two. A part would then be too long, and each question about it would be cut elsewhere.
+        return [len(self._tokenizer.encode(self.joiner + piece)) for piece in self.pieces]
 
 
 def evidence_kept(texts: Sequence[str], prompt: str) -> str:

@@ -124,15 +124,25 @@ def test_seeds_are_of_question_row_and_temperature(tmp_path: Path) -> None:
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_a_documents_questions_stand_together_and_its_first_reader_is_known() -> None:
+def test_a_documents_questions_stand_together_and_a_rows_first_of_each_is_known() -> None:
     asked_for = evaluation(unread=1)
     asked = Asked(asked_for.tasks[0], Words(), list(Words().questions()))
     probes, others = plan(asked_for, [asked], "here")
     assert [work.question.id for work in probes[::3]] == ["q0", "q1", "q2"]
     assert [work.question.id for work in others[::3]] == ["q3", "q4", "q5"]
     kinds = [work.kind for work in [*probes, *others]]
-    # The first question is read by each row for itself; then the first row reads each document for all.
-    assert kinds == ["unread"] * 3 + ["new"] + ["known"] * 5 + ["new"] + ["known"] * 8
+    # The first question is read by each row for itself. Then a document is new to each row once: the first row reads it
+    # for all, and the first that retrieves embeds it.
+    assert kinds == ["unread"] * 3 + ["new"] * 3 + ["known"] * 3 + ["new"] * 3 + ["known"] * 6
+
+
+def test_the_document_that_a_row_retrieves_from_is_new_to_it_once() -> None:
+    rows = [{"name": "LC"}, {"name": "whole", "rapid": {"strategy": "rapid"}, "retrieve_from": "whole"}]
+    asked_for = evaluation(rows=rows, unread=0)
+    questions = [replace(question, whole="all of the book", document=question.id) for question in Words().questions()]
+    probes, others = plan(asked_for, [Asked(asked_for.tasks[0], Words(), questions)], "here")
+    kinds = {name: [work.kind for work in [*probes, *others] if work.row.name == name] for name in ("LC", "whole")}
+    assert kinds == {"LC": ["new"] * 6, "whole": ["new"] + ["known"] * 5}
 
 
 def test_a_row_with_a_limit_is_asked_questions_that_lie_evenly() -> None:
@@ -248,6 +258,12 @@ def test_the_estimate_is_made_of_the_first_questions(tmp_path: Path) -> None:
     watcher = Silent()
     summary = asyncio.run(run(evaluation(), tmp_path, FakeRunner(), watcher))
     assert len(watcher.estimated) == 1 and summary.ran.estimated_s == watcher.estimated[0]
+    # Another system may be slower than the first: its first questions are waited for too, and the estimate said again.
+    rows = [{"name": "LC"}, {"name": "slow", "system": "slow"}]
+    asked_for = evaluation(rows=rows, systems={"here": {}, "slow": {"url": "http://slow/v1"}})
+    watcher = Silent()
+    summary = asyncio.run(run(asked_for, tmp_path / "two", FakeRunner(), watcher))
+    assert len(watcher.estimated) == 2 and summary.ran.estimated_s == watcher.estimated[0]
     assert watcher.left[-1] == 0
 
 

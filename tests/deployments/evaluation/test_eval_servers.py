@@ -50,12 +50,18 @@ def server() -> Iterator[Serve]:
     """Starts servers of OpenAI's API that stream given chunks; each gives its URL, and the bodies it was sent."""
     running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
 
-    def start(chunks: Chunks, *, owner: str = "other", status: int = 200) -> tuple[str, list[dict[str, Any]]]:
+    def start(
+        chunks: Chunks, *, owner: str = "other", status: int = 200, names: tuple[str, ...] | None = ("a model",)
+    ) -> tuple[str, list[dict[str, Any]]]:
         seen: list[dict[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._send(200, "application/json", json.dumps({"data": [{"id": "a model", "owned_by": owner}]}))
+                if names is None:
+                    self._send(500, "text/plain", "Internal Server Error")
+                    return
+                models = [{"id": name, "owned_by": owner} for name in names]
+                self._send(200, "application/json", json.dumps({"data": models}))
 
             def do_POST(self) -> None:
                 seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -106,6 +112,27 @@ def test_a_peer_that_counts_nothing_is_counted_by_its_chunks(server: Serve) -> N
     url, _ = server(said("a", "b", "c"))
     reply = asyncio.run(ServerRunner(System(url=url, model="named")).answer(ask()))
     assert (reply.tokens, reply.decoded, reply.has_read) == (None, 2, None)
+
+
+@pytest.mark.parametrize("names", [(), None])
+def test_a_peer_that_names_no_model_is_asked_for_the_named_one(server: Serve, names: tuple[str, ...] | None) -> None:
+    url, seen = server(said("a"), names=names)
+    assert asyncio.run(ServerRunner(System(url=url, model="named")).answer(ask())).text == "a"
+    assert seen[0]["model"] == "named"
+    with pytest.raises(RapidError, match="names no model: say which" if names is not None else "500"):
+        ServerRunner(System(url=url))
+
+
+def test_a_server_that_is_not_there_is_no_peer() -> None:
+    with pytest.raises(RapidError, match="cannot be asked"):
+        ServerRunner(System(url="http://127.0.0.1:1/v1", model="named"))
+
+
+@pytest.mark.parametrize("error", ["it broke", {"message": "it broke"}])
+def test_an_error_in_the_middle_of_an_answer_is_told(server: Serve, error: Any) -> None:
+    url, _ = server([*said("a"), {"error": error}])
+    with pytest.raises(RapidError, match="it broke"):
+        asyncio.run(ServerRunner(System(url=url)).answer(ask()))
 
 
 def test_our_server_is_asked_by_strategy_and_tells_of_every_token(server: Serve) -> None:
@@ -265,6 +292,17 @@ def test_suites_are_evaluations_in_both_sizes(name: str) -> None:
         assert [row.name for row in again.rows] == [row.name for row in suite.rows]
         if name == "paper-main":
             assert ("upward" in suite.systems) == (args.target.model != args.drafter.model or args == AppConfig())
+
+
+def test_the_small_main_suite_is_as_large_as_it_says_and_fits_an_hour() -> None:
+    from deployments.evaluation.config import parse_evaluation
+
+    suite = parse_evaluation(suite_of("paper-main", AppConfig()), source="paper-main")
+    limits = {task.label: task.limit or 0 for task in suite.tasks}
+    assert limits["nq"] >= 200 and limits["qmsum"] >= 60 and limits["loogle"] >= 60
+    assert limits["xquad_en"] >= 100 and limits["xquad_zh"] >= 100 and suite.temperatures == (0.0, 0.3)
+    answers = sum(min(row.limit or limit, limit) for row in suite.rows for limit in limits.values()) * 2
+    assert answers < 4800  # of 0.7 s
 
 
 def test_advice_is_the_better_row_or_the_fastest_equal_one(questions: Path, tmp_path: Path) -> None:

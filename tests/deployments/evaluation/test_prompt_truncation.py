@@ -1,5 +1,7 @@
 """What is cut off: the middle of a prompt, as the benchmarks do, and documents into parts."""
 
+import re
+
 import pytest
 from words import Words
 
@@ -52,13 +54,29 @@ def test_parts_overlap_by_half_and_cover_everything():
 
 
 def test_a_document_is_read_where_its_evidence_is():
-    # A piece has three tokens, with the end of its line.
+    # A piece has two tokens, the first with the end of the line before it.
     document = Document(["a a", "b b", "c c", "d d", "e e"], "\n", Words())
-    assert document.read(document.part_with([3], 6)) == "c c\nd d"
-    assert document.part_with([0], 6) == document.part_with([1], 6) == range(0, 2)
-    assert document.part_with([], 6) == range(0, 2)
-    assert document.part_with([0, 3, 4], 6) == range(3, 5)
+    assert document.read(document.part_with([3], 4)) == "c c\nd d"
+    assert document.part_with([0], 4) == document.part_with([1], 4) == range(0, 2)
+    assert document.part_with([], 4) == range(0, 2)
+    assert document.part_with([0, 3, 4], 4) == range(3, 5)
     assert document.part_with([0, 3, 4], 100) == range(0, 5)
+
+
+class LineFeeds:
+    """As in GPT-2's rule, a line feed is a token, but those at the end of a text are one; so are the words."""
+
+    def encode(self, text):
+        return re.findall(r"\n+$|\n|[^\s]+", text)
+
+    def decode(self, tokens):
+        return "".join(tokens)
+
+
+def test_a_part_has_no_more_tokens_than_its_room_whatever_joins_its_pieces():
+    document = Document([f"w{i}" for i in range(20)], "\n\n", LineFeeds())
+    for i in range(20):
+        assert len(LineFeeds().encode(document.read(document.part_with([i], 12)))) <= 12
 
 
 def test_evidence_kept():
