@@ -21,6 +21,8 @@ from torch import Tensor
 
 from benchmarks.common import sorted_sampling as reference
 from benchmarks.common.results import write
+from rapid.engine.compiled_drafts import TokenDrawer
+from rapid.engine.readout import Drawing
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.params import LogitParams, SamplingParams
@@ -89,6 +91,14 @@ def costs(vocab_size: int, num_rows: int, spread: float, num_calls: int) -> list
         lambda: reference.adjusted(PENALTIES, logits, output, draft),
     )
     calls["drawing one token"] = (lambda: drawn(probs), lambda: drawn_by_reference(probs))
+    drawing = Drawing(every, False, 64, 1, 0, 0, num_rows, processor.following([*output, *draft]))
+    drawer, rows_of = TokenDrawer(drawing, torch.arange(vocab_size), num_rows), logits.bfloat16()
+
+    def drafted() -> None:
+        for step, row in enumerate(rows_of):
+            drawer.kernel.alone(*drawer.arguments(step, row))
+
+    calls["everything, of a draft's token: one kernel"] = drafted, together(every)[1]
     calls["temperature, top_p, penalties, bias, drawing"] = together(STEPS["temperature, top_p 0.9"])
     calls["everything"] = together(every)
     rows = []

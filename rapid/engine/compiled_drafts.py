@@ -43,15 +43,19 @@ class CompiledDrafts:
         (cache, feed, _), (own,), (drawing,) = entries[0], heads[:1], drawings[:1]
         head, ids = self._steps.head(own), self._all_ids if own is None else own.ids
         room = cache.capacity - cache.length - len(feed) + 1
-        if len(entries) > 1 or not self._steps.supports(cache, feed, head) or not _Drawer.supports(drawing, len(ids)):
+        if (
+            len(entries) > 1
+            or not self._steps.supports(cache, feed, head)
+            or not TokenDrawer.supports(drawing, len(ids))
+        ):
             return None
-        drawer = _Drawer(drawing, ids, min(drawing.num_tokens, room))
+        drawer = TokenDrawer(drawing, ids, min(drawing.num_tokens, room))
         num_passes = self._steps.run(cache, feed, head, drawer, drawer.num_steps, abandoned)
         cache.advance(len(feed) + num_passes - 1)
         return [drawer.tokens_of(num_passes)], num_passes
 
 
-class _Drawer:
+class TokenDrawer:
     """Draws up to ``num_steps`` tokens for one ``drawing``; ``ids`` [N] are those of the columns."""
 
     def __init__(self, drawing: Drawing, ids: Tensor, num_steps: int) -> None:

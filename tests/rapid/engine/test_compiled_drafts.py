@@ -11,7 +11,7 @@ import torch
 from running import contents, done, random_tokens
 from transformers import PreTrainedModel
 
-from rapid.engine.compiled_drafts import CompiledDrafts, _Drawer
+from rapid.engine.compiled_drafts import CompiledDrafts, TokenDrawer
 from rapid.engine.engine import Engine
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.engine.propose import propose
@@ -67,7 +67,7 @@ def test_each_token_is_drawn_as_by_pytorch(params: LogitParams | None, is_greedy
     for number, sampling in enumerate(sampled):
         ours, theirs = (following(params, vocabulary, [5, 5, 2000]) for _ in range(2))
         drawing = Drawing(sampling, is_greedy or sampling.temperature == 0, 16, number, 7, 2, 4, ours)
-        drawer = _Drawer(drawing, ids, 4)
+        drawer = TokenDrawer(drawing, ids, 4)
         for step in range(4):
             logits = values[torch.randperm(len(values), generator=generator)[None, :N]]
             drawer.kernel.alone(*drawer.arguments(step, logits))
