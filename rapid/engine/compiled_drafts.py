@@ -15,10 +15,11 @@ from rapid.kernels.cpu.jit import Kernel
 from rapid.kernels.interface import BatchEntry
 from rapid.models.compiled_steps import CompiledSteps
 from rapid.models.draft_head import DraftHead
-from rapid.sampling import noise
+from rapid.sampling import noise, truncation_ir
 from rapid.sampling.logits_processor import Following
+from rapid.sampling.truncation_ir import MOST
 from rapid.speculation import drawing_ir
-from rapid.speculation.drawing_ir import MOST, write_drawing
+from rapid.speculation.drawing_ir import write_drawing
 
 
 class CompiledDrafts:
@@ -112,4 +113,4 @@ def _adjustment(following: Following | None, width: int) -> tuple[tuple[Tensor, 
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel("drawing", write_drawing, drawing_ir.__file__, noise.__file__)
+    return Kernel("drawing", write_drawing, drawing_ir.__file__, noise.__file__, truncation_ir.__file__)
