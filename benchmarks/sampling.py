@@ -26,7 +26,8 @@ from rapid.engine.readout import Drawing
 from rapid.sampling.logits_processor import LogitProcessor
 from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.params import LogitParams, SamplingParams
-from rapid.sampling.sampler import probabilities, sample
+from rapid.sampling.row_params import RowParams
+from rapid.sampling.sampler import first_to_come, probabilities, sample, warp_to_few
 
 STEPS: dict[str, SamplingParams] = {
     "temperature": SamplingParams(temperature=0.7),
@@ -74,12 +75,21 @@ def costs(vocab_size: int, num_rows: int, spread: float, num_calls: int) -> list
     def drawn_by_reference(probs: Tensor) -> Tensor:
         return reference.sample(probs[:1], torch.rand(1, generator=numbers, dtype=torch.float64))
 
+    def warped(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+        """As the engine does it: the few tokens that are kept, or else all probabilities."""
+        few = warp_to_few(logits, RowParams.of([params], logits.device))
+        return (few[0][:1], few[1][:1]) if few else (torch.arange(vocab_size)[None], probabilities(logits, params)[:1])
+
     def warp(params: SamplingParams) -> Calls:
-        return lambda: probabilities(logits, params), lambda: reference.probabilities(logits, params)
+        return lambda: warped(logits, params), lambda: reference.probabilities(logits, params)
 
     def together(params: SamplingParams) -> Calls:
+        def ours() -> Tensor:
+            ids, probs = warped(processor(logits, output, draft), params)
+            return first_to_come(probs, ids, noise.keys(Purpose.NEXT, step)) if ids.shape[1] <= 64 else drawn(probs)
+
         return (
-            lambda: drawn(probabilities(processor(logits, output, draft), params)),
+            ours,
             lambda: drawn_by_reference(
                 reference.probabilities(reference.adjusted(PENALTIES, logits, output, draft), params)
             ),

@@ -16,7 +16,7 @@ from rapid.kernels.transfer import upload
 from rapid.sampling.noise import Noise
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams, truncates
-from rapid.sampling.sampler import warp
+from rapid.sampling.sampler import warp, warp_to_few
 from rapid.speculation.draft import Draft, Logprobs, Pairs, Transferred
 from rapid.speculation.trust_region import Region, choose, running_agreement
 from rapid.speculation.verification import (
@@ -127,13 +127,16 @@ def _by_rule(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Fo
     """Sampled verdicts by one rule, and the laws of those whose log-probabilities are wanted."""
     hows, rule, device = [each.how for each in wishes], wishes[0].how.rule, logits.device
     params = _row_params(wishes, device)
+    places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
+    noise = Noise(places[:, 0], places[:, 1])
+    reads_all = any(how.num_logprobs is not None or isinstance(how.strength, Bound) for how in hows)
+    few = None if reads_all else warp_to_few(logits, params)
+    if few is not None:
+        return _Found(_verify_few(rule, drafts, *few, _strengths(hows, logits)[0], noise))
     target_probs = warp(logits, params)
     strength, chosen = _strengths(hows, drafts.scored(target_probs))
-    places = upload([(each.how.seed, each.draft.offset) for each in wishes], "int64", device)
-    of_some = drafts.longest and device.type == "cpu" and params.truncate(logits.shape[-1])
-    verdict = (_verify_possible if of_some else verify)(
-        rule, drafts, target_probs, strength, Noise(places[:, 0], places[:, 1])
-    )
+    of_some = device.type == "cpu" and params.truncate(logits.shape[-1])
+    verdict = (_verify_possible if of_some else verify)(rule, drafts, target_probs, strength, noise)
     probs_of_each = target_probs.split([len(each.logits) for each in wishes])
     strength_of_each = strength.split([len(how.distributions) for how in hows])
     laws = [
@@ -151,10 +154,22 @@ def _verify_possible(rule: Rule, drafts: DraftRows, target_probs: Tensor, streng
     possible = target_probs.amax(0) > 0
     possible[drafts.ids] = possible[drafts.tokens] = True
     ids = possible.nonzero().squeeze(-1)
-    places = torch.empty(len(possible), dtype=torch.long)
-    places[ids] = torch.arange(len(ids))
-    drafts = drafts._replace(tokens=places[drafts.tokens], ids=places[drafts.ids])
-    return verify(rule, drafts, target_probs.index_select(-1, ids), strength, noise, ids)
+    return verify(rule, _over(ids, drafts), target_probs.index_select(-1, ids), strength, noise, ids)
+
+
+def _verify_few(
+    rule: Rule, drafts: DraftRows, tokens: Tensor, probs: Tensor, strength: Tensor, noise: Noise
+) -> Verdict:
+    """The same where each row's p is given as ``tokens`` [N + B, k] and their ``probs``."""
+    ids = torch.cat([tokens[probs > 0], drafts.ids.flatten(), drafts.tokens]).unique()
+    places = torch.searchsorted(ids, tokens).clamp_max(len(ids) - 1)  # those of no probability may be anywhere
+    target_probs = probs.new_zeros(len(probs), len(ids)).scatter_add_(-1, places, probs)
+    return verify(rule, _over(ids, drafts), target_probs, strength, noise, ids)
+
+
+def _over(ids: Tensor, drafts: DraftRows) -> DraftRows:
+    """``drafts`` that name the columns of the tokens ``ids``, which are in ascending order."""
+    return drafts._replace(tokens=torch.searchsorted(ids, drafts.tokens), ids=torch.searchsorted(ids, drafts.ids))
 
 
 def _by_augmented_logits(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
