@@ -36,6 +36,7 @@ from rapid.errors import EngineLost, PassAbandoned, SequenceClosed
 from rapid.kernels.interface import BatchEntry, QueryWatcher
 from rapid.kv_cache.memory import is_out_of_memory
 from rapid.models.info import GraphLimits
+from rapid.sampling import sampler
 from rapid.sampling.logits_processor import LogitProcessor
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Engine:
         self.model = model
         self._pool = model.new_pool(kv_bytes)
         self._drafts: DraftGraphs | CompiledDrafts | None = None
-        compute(self._record, graphs, drafts)  # now, because recording during a request would delay it
+        compute(self._prepare, graphs, drafts)  # now, because it would delay a request
         self._admission = Admission(self._pool, model.info.name, max_queued=max_queued, idle_timeout=idle_timeout)
         max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS[model.layout.device.type]
         self._pacer = Pacer(max_batch_tokens, step_budget_ms, model.balanced_context)
@@ -223,7 +224,9 @@ class Engine:
             self._wake.wait(left_s)
 
     @torch.inference_mode()
-    def _record(self, graphs: GraphLimits, drafts: bool) -> None:
+    def _prepare(self, graphs: GraphLimits, drafts: bool) -> None:
+        """Records and compiles what requests will need."""
+        sampler.warm_up(self.model.vocab_size, self.model.layout.device)
         recorded = self.model.record(self._pool, graphs)
         if recorded is not None and drafts:
             self._drafts = DraftGraphs(recorded, self.model.vocab_size, self.model.layout.device)

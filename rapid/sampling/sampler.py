@@ -66,6 +66,11 @@ def _few_kernel() -> Kernel:
     return Kernel("truncation", write_truncation, truncation_ir.__file__)
 
 
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Warps one row of so many logits: what has to be compiled is compiled now, and not during a request."""
+    warp_to_few(torch.zeros(1, vocab_size, device=device), RowParams.of([SamplingParams(top_k=1)], device))
+
+
 def tempered(logits: Tensor, params: RowParams) -> Tensor:
     """softmax(z/T) of rows [R, V]; at temperature 0 some distribution."""
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.

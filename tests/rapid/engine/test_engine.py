@@ -27,7 +27,9 @@ from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
 from rapid.engine.verify import prefill
 from rapid.errors import SequenceClosed
+from rapid.kernels.cpu.jit import available
 from rapid.models.model import Model
+from rapid.sampling import sampler
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import Draft, VerifyResult, certain_draft
 
@@ -281,6 +283,14 @@ def test_more_rows_than_the_budget_run_alone(model: Model, engine: MakeEngine, g
     assert done(verifying) == (9, VOCAB)
     assert [9] in gate.passes
     assert all(sum(sizes) <= 4 for sizes in gate.passes if sizes != [9])
+
+
+@pytest.mark.skipif(not available(), reason="this machine compiles no kernels")
+def test_the_kernel_of_top_p_is_compiled_while_the_engine_starts(tiny_model: MakeModel, engine: MakeEngine) -> None:
+    """Else the first request that truncates waits for the compiler, and with it all requests in its pass."""
+    sampler._few_kernel.cache_clear()
+    engine(tiny_model(128))
+    assert sampler._few_kernel.cache_info().currsize == 1
 
 
 def test_stats_count_what_was_done(model: Model, engine: MakeEngine) -> None:
