@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, floats, kind, words
+from rapid.kernels.cpu.ir_builder import LANES, LOG2_E, KernelBuilder, constant, every_float, floats, kind, words
 from rapid.kernels.cpu.jit import COUNTERS
 
 BLOCK = 256  # positions in one item of work
-_AHEAD = 2  # pages to prefetch
+AHEAD = 2  # pages to prefetch
+_LEAST = -1e30  # the largest score of a row that sees no position of a block
 # The fields of an item, of a merge and of the arguments. Items and merges lie in tables, one in each line.
 _ITEM = ("row", "length", "new", "head", "first", "last", "pages", "partial")
 _MERGE = ("row", "new", "head", "partial", "blocks", "apart")
@@ -35,6 +36,13 @@ class Scratch:
 
 class Attention:
     """Writes the kernel. Row r of a sequence and KV head is query head r mod group of new token r div group."""
+
+    name = "bfloat16"
+
+    @staticmethod
+    def scratch_bytes(rows: int, d: int) -> int:
+        """The memory that a thread needs for an item of so many rows."""
+        return Scratch(rows, d).size
 
     def __init__(self, module: Any, num_kv_heads: int, group: int, d: int, scaling: float) -> None:
         self._scaling = scaling
@@ -118,7 +126,7 @@ class Attention:
                 ]
             for i, row in enumerate(rows):
                 code.store(row, code.plus(turned, (start // 2 + i) * LANES * 4))
-                code.prefetch(code.plus(keys, _AHEAD * LANES * self._d * 2 + (start // 2 + i) * 64), 64)
+                code.prefetch(code.plus(keys, AHEAD * LANES * self._d * 2 + (start // 2 + i) * 64), 64)
         return code.finish()
 
     def _scores(self, num_rows: int) -> Any:
@@ -146,38 +154,48 @@ class Attention:
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = code.plus(scores, code.times(row, BLOCK * 4))
-            top = self._mask_scores(code, line, row, first, width, length, new)
+            top = self._largest_score(code, line, row, first, width, length, new)
             total = code.variable(every_float(0.0))
             with code.loop(0, width, LANES) as column:
                 # Weights take half the room of scores, so they never overwrite scores that are still needed.
-                score = code.load(wide, code.plus(line, code.times(column, 4)))
-                weight = code.exp(code.builder.fsub(score, code.splat(top)))
+                weight = self._weight(code, code.load(wide, code.plus(line, code.times(column, 4))), top)
                 total.value = code.builder.fadd(total.value, weight)
                 code.store(code.rounded(weight), code.plus(line, code.times(column, 2)))
-            result = code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d)
-            code.store(top, result)
-            code.store(code.sum(total.value), code.plus(result, 4))
+            self._note(code, top, total.value, code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d))
         return code.finish()
 
-    def _mask_scores(
+    def _largest_score(
         self, code: KernelBuilder, line: Any, row: Any, first: Any, width: Any, length: Any, new: Any
     ) -> Any:
-        """Scales the scores of a row, makes those of invisible positions −inf, and returns the largest."""
+        """The largest score of a row before scaling; the scores of positions that it does not see become −inf."""
         lanes = constant(words(), list(range(LANES)))
-        narrow, wide = kind("i32"), floats()
         # The row sees `seen` positions of the sequence, and the first `limit` columns of this block.
         seen = code.plus(code.builder.sub(length, new), code.divided(row, self._group), 1)
-        limit = code.builder.trunc(code.smaller(width, code.builder.sub(seen, first)), narrow)
-        largest = code.variable(every_float(-3e38))
-        with code.loop(0, width, LANES) as column:
+        limit = code.smaller(width, code.builder.sub(seen, first))
+        largest = code.variable(every_float(_LEAST))
+        full = code.builder.and_(code.larger(limit, 0), code.integer(-LANES))  # of pages that are seen whole
+        with code.loop(0, full, LANES) as column:
+            largest.value = code.maximum(code.load(floats(), code.plus(line, code.times(column, 4))), largest.value)
+        limits = code.splat(code.builder.trunc(limit, kind("i32")))
+        with code.loop(full, width, LANES) as column:
             here = code.plus(line, code.times(column, 4))
-            columns = code.builder.add(lanes, code.splat(code.builder.trunc(column, narrow)))
-            visible = code.builder.icmp_signed("<", columns, code.splat(limit))
-            score = code.builder.fmul(code.load(wide, here), every_float(self._scaling))
-            score = code.builder.select(visible, score, every_float(-float("inf")))
+            columns = code.builder.add(lanes, code.splat(code.builder.trunc(column, kind("i32"))))
+            visible = code.builder.icmp_signed("<", columns, limits)
+            score = code.builder.select(visible, code.load(floats(), here), every_float(-float("inf")))
             code.store(score, here)
-            largest.value = code.intrinsic("llvm.maxnum.v16f32", wide, largest.value, score)
+            largest.value = code.maximum(score, largest.value)
         return code.intrinsic("llvm.vector.reduce.fmax.v16f32", kind("f32"), largest.value)
+
+    def _weight(self, code: KernelBuilder, scores: Any, top: Any) -> Any:
+        """exp of the ``scores`` less the largest, after scaling."""
+        factor = self._scaling * LOG2_E
+        less = code.splat(code.builder.fmul(top, constant(kind("f32"), -factor)))
+        return code.exp2(code.fma(scores, every_float(factor), less))
+
+    def _note(self, code: KernelBuilder, top: Any, total: Any, place: Any) -> None:
+        """Stores a row's largest score and its sum of weights."""
+        code.store(code.builder.fmul(top, constant(kind("f32"), self._scaling)), place)
+        code.store(code.sum(total), code.plus(place, 4))
 
     def _sums(self, num_rows: int) -> Any:
         """(row, weights, values, pages, first, last, partial): weighted sums of a block's values."""
@@ -207,7 +225,7 @@ class Attention:
         with code.loop(first, code.builder.sub(last, code.integer(LANES - 1)), LANES) as position:
             value = code.plus(values, self._page(code, pages, position))
             for t in range(0, LANES, 2):
-                code.prefetch(code.plus(value, (_AHEAD * LANES + t) * self._d * 2), 2 * self._d * 2)
+                code.prefetch(code.plus(value, (AHEAD * LANES + t) * self._d * 2), 2 * self._d * 2)
                 column = code.plus(code.builder.sub(position, first), t)
                 add(code.plus(value, t * self._d * 2), column, both=True)
         # The rest of the last page.

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rapid.kernels.cpu import attention_ir, int8_attention_ir
-from rapid.kernels.cpu.attention_ir import BLOCK, Attention, Scratch
-from rapid.kernels.cpu.int8_attention_ir import Int8Attention, Int8Scratch
+from rapid.kernels.cpu import attention_ir, int8_attention_ir, tiled_attention_ir, tiles_ir
+from rapid.kernels.cpu.attention_ir import BLOCK, Attention
+from rapid.kernels.cpu.int8_attention_ir import Int8Attention
 from rapid.kernels.cpu.ir_builder import LANES
-from rapid.kernels.cpu.jit import Kernel, available
+from rapid.kernels.cpu.jit import Kernel, available, multiplies_tiles
+from rapid.kernels.cpu.tiled_attention_ir import TiledAttention
 from rapid.kernels.prefix import PrefixGroup
 from rapid.kv_cache.pool import KVLayout, KVPool
 
@@ -79,8 +80,8 @@ class WorkPlan:
         self._pages.append(0)  # the kernel loads it, and does not use it, if a block ends with the last page
         self._tables = [torch.tensor(table) for table in (self._items, self._merges, self._pages)]
         most = max(item[2] for item in self._items) * self._group
-        scratch = (Int8Scratch if layout.stored_dtype == torch.int8 else Scratch)(most, layout.head_dim)
-        self._scratch = torch.empty(torch.get_num_threads(), scratch.size, dtype=torch.uint8)
+        scratch_bytes = _writer(layout.stored_dtype).scratch_bytes(most, layout.head_dim)
+        self._scratch = torch.empty(torch.get_num_threads(), scratch_bytes, dtype=torch.uint8)
         self._partials = torch.empty(partial, layout.head_dim + 2)
         heads = layout.num_kv_heads, self._group
         self._kernel = attention_kernel(layout.stored_dtype, heads, layout.head_dim, scaling)
@@ -153,8 +154,13 @@ def _blocks(length: int) -> int:
 @functools.cache
 def attention_kernel(dtype: torch.dtype, heads: tuple[int, int], d: int, scaling: float) -> Kernel:
     """The kernel over pages of ``dtype``; ``heads`` are KV heads, and query heads of each."""
-    writer, sources = Attention, [attention_ir.__file__]
-    if dtype == torch.int8:
-        writer, sources = Int8Attention, [*sources, int8_attention_ir.__file__]
-    name = f"attention-{str(dtype).removeprefix('torch.')}-{heads[0]}x{heads[1]}x{d}-{scaling}"
+    writer = _writer(dtype)
+    name = f"attention-{writer.name}-{heads[0]}x{heads[1]}x{d}-{scaling}"
+    sources = (str(module.__file__) for module in (attention_ir, int8_attention_ir, tiled_attention_ir, tiles_ir))
     return Kernel(name, lambda module: writer(module, *heads, d, scaling).write(), *sources)
+
+
+def _writer(dtype: torch.dtype) -> type[Attention]:
+    if dtype == torch.int8:
+        return Int8Attention
+    return TiledAttention if multiplies_tiles() else Attention

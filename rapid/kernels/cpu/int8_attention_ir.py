@@ -61,6 +61,12 @@ class Int8Scratch:
 class Int8Attention(Attention):
     """Writes the kernel. It differs from that over bfloat16 pages in an item of work, and merges items as that does."""
 
+    name = "int8"
+
+    @staticmethod
+    def scratch_bytes(rows: int, d: int) -> int:
+        return Int8Scratch(rows, d).size
+
     def _item(self) -> Callable[..., None]:
         query_rows, scale, weights = self._round_query(), self._scale_values(), self._int8_weights()
         sizes = range(1, 5)
@@ -175,21 +181,18 @@ class Int8Attention(Attention):
         width = code.builder.sub(last, first)
         with code.loop(0, rows) as row:
             line = self._line(code, scratch, row)
-            top = self._mask_scores(code, line, row, first, width, length, new)
+            top = self._largest_score(code, line, row, first, width, length, new)
             total = code.variable(every_float(0.0))
             with code.loop(0, width, LANES) as column:
                 # Halves take half the room of scores, so they never overwrite scores that are still needed.
-                score = code.load(floats(), code.plus(line, code.times(column, 4)))
-                weight = code.exp(code.builder.fsub(score, code.splat(top)))
+                weight = self._weight(code, code.load(floats(), code.plus(line, code.times(column, 4))), top)
                 total.value = code.builder.fadd(total.value, weight)
                 factor = code.load(floats(), code.plus(factors, code.times(column, 4)))
                 whole = code.builder.bitcast(code.fma(weight, factor, every_float(_ROUND)), words())
                 for half, number in enumerate((code.builder.lshr(whole, every_word(8)), whole)):
                     place = code.plus(line, code.times(column, 2), half * LANES)
                     code.store(code.builder.trunc(number, kind("i8", LANES)), place)
-            result = code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d)
-            code.store(top, result)
-            code.store(code.sum(total.value), code.plus(result, 4))
+            self._note(code, top, total.value, code.plus(partial, code.times(row, self._partial_bytes), 4 * self._d))
         return code.finish()
 
     def _int8_sums(self, num_rows: int) -> Any:

@@ -30,6 +30,7 @@ try:
 except ImportError:
     llvm = ir = None
 
+_ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18  # the numbers of Linux on x86-64
 COUNTERS = 2  # the first arguments of every kernel; threads increment them to get the next item of work
 
 
@@ -63,6 +64,16 @@ def multiplies_int8() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16 (AMX), and the system lets this process have some."""
+    features = llvm.get_host_cpu_features()
+    if not (multiplies_bfloat16() and features.get("amx-tile") and features.get("amx-bf16")):
+        return False
+    # Linux keeps 8 KB more for each thread that has tiles, so a process has to ask for them (arch_prctl).
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILES) == 0)
+
+
 class Kernel:
     """A compiled function of a pointer to its arguments.
 
@@ -86,8 +97,11 @@ class Kernel:
             "GOMP_parallel",
         ):  # of this library, if the process has loaded two
             llvm.add_symbol(symbol, ctypes.cast(library[symbol], ctypes.c_void_p).value)
+        features = llvm.get_host_cpu_features().flatten()
+        if "+avx512fp16" in features:  # LLVM would move 16-bit integers one by one through the registers of halves
+            features += ",-avx512fp16"
         machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+            cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
         )
         kept = cache_dir() / "kernels" / f"{name}-{_version(sources)}.o"
         code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)

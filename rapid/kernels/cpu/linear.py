@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapid.kernels.cpu import int4_linear_ir
+from rapid.kernels.cpu import int4_linear_ir, tiles_ir
 from rapid.kernels.cpu.int4_linear_ir import FLOATS, GROUP, PANELS, write_int4_product
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, every_float, floats, kind, words
-from rapid.kernels.cpu.jit import COUNTERS, Kernel
+from rapid.kernels.cpu.jit import COUNTERS, Kernel, multiplies_tiles
+from rapid.kernels.cpu.tiles_ir import FIRST_COLUMNS, FIRST_ROWS, TOTALS, Tiles
 from rapid.kernels.quantization import to_int4, to_int8
 
 _TILE = 8  # rows: with two panels, sixteen sums in registers
+_FEW = 2  # rows: their sums in registers are no slower than tiles
 _AHEAD = 2048  # bytes to prefetch
 _ARGUMENTS = (
     *("items", "groups", "weights", "panel_bytes", "scales", "offsets"),
@@ -131,6 +134,8 @@ def _kernel(bits: int) -> Kernel:
     if bits == 4:
         source = int4_linear_ir.__file__
         return Kernel("product-4", lambda module: write_int4_product(module, _ARGUMENTS), __file__, source)
+    if bits == 16 and multiplies_tiles():
+        return Kernel("product-tiles", lambda module: _TiledProduct(module, bits).write(), __file__, tiles_ir.__file__)
     return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write(), __file__)
 
 
@@ -142,7 +147,7 @@ class _Product:
         self._group_bytes = GROUP * LANES * bits // 8  # of a panel
 
     def write(self) -> None:
-        tiles = [self._tile(size) for size in range(1, _TILE + 1)]
+        multiply = self._rows(_TILE)
         code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
@@ -151,12 +156,21 @@ class _Product:
             weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
             scales = code.plus(given["scales"], code.times(panel, LANES * 4))
             outputs = code.plus(given["output"], code.times(item, PANELS * LANES * 2))
-            with code.tiles(given["rows"], _TILE) as (row, size):
-                x = code.plus(given["x"], code.times(row, given["x_bytes"]))
-                output = code.plus(outputs, code.times(row, given["output_bytes"]))
-                sizes = given["x_bytes"], given["panel_bytes"], given["groups"], given["output_bytes"]
-                code.choose(tiles, size, x, weights, scales, output, *sizes)
+            sizes = given["x_bytes"], given["panel_bytes"], given["groups"], given["output_bytes"]
+            multiply(code, given["rows"], given["x"], weights, scales, outputs, *sizes)
         code.finish()
+
+    def _rows(self, most: int) -> Callable[..., None]:
+        """Writes the functions for up to ``most`` rows; returns what writes their calls, for any number of rows."""
+        tiles = [self._tile(size) for size in range(1, most + 1)]
+
+        def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, scales: Any, output: Any, *sizes: Any) -> None:
+            x_bytes, *_, output_bytes = sizes
+            with code.tiles(rows, most) as (row, size):
+                own = code.plus(x, code.times(row, x_bytes)), weights, scales
+                code.choose(tiles, size, *own, code.plus(output, code.times(row, output_bytes)), *sizes)
+
+        return calls
 
     def _tile(self, num_rows: int) -> Any:
         """Two panels times ``num_rows`` rows."""
@@ -201,3 +215,63 @@ class _Product:
         # The numbers are exact in the upper half of a float32.
         upper = code.builder.bitcast(numbers, kind("i16", 4 * LANES))
         return code.builder.bitcast(code.shuffle(upper, upper, range(1, 4 * LANES, 2)), words())
+
+
+class _TiledProduct(_Product):
+    """Writes the kernel for weights of 16 bits and CPUs that multiply tiles: a panel's group of inputs is one tile."""
+
+    def _rows(self, most: int) -> Callable[..., None]:
+        few = super()._rows(_FEW)
+        one, two = (self._tiles(count) for count in (1, 2))
+        pair = 2 * tiles_ir.ROWS
+
+        def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, scales: Any, output: Any, *sizes: Any) -> None:
+            x_bytes, *_, output_bytes = sizes
+
+            def call(function: Any, row: Any, size: Any) -> None:
+                source, target = (
+                    code.plus(x, code.times(row, x_bytes)),
+                    code.plus(output, code.times(row, output_bytes)),
+                )
+                code.call(function, size, source, weights, target, *sizes)
+
+            is_few = code.builder.icmp_signed("<=", rows, code.integer(_FEW))
+            with code.builder.if_else(is_few) as (then, otherwise):
+                with then:
+                    few(code, rows, x, weights, scales, output, *sizes)
+                with otherwise:
+                    end = code.times(code.divided(rows, pair), pair)
+                    with code.loop(0, end, pair) as row:
+                        call(two, row, tiles_ir.ROWS)
+                    with code.loop(end, rows, tiles_ir.ROWS) as row:
+                        call(one, row, code.smaller(tiles_ir.ROWS, code.builder.sub(rows, row)))
+
+        return calls
+
+    def _tiles(self, count: int) -> Any:
+        """Two panels times ``count`` tiles of rows: so two tiles that are loaded serve four products."""
+        code = KernelBuilder(self._module, f"tiles{count}", 8)
+        num_rows, x, weights, output, x_bytes, panel_bytes, groups, output_bytes = code.parameters
+        tiles = Tiles(code, num_rows)
+        products = [(row, panel) for row in range(count) for panel in range(PANELS)]
+        for total in TOTALS[: len(products)]:
+            tiles.zero(total)
+        with code.loop(0, groups) as group:
+            for row in range(count):
+                rows = code.plus(x, code.times(x_bytes, row * tiles_ir.ROWS), code.times(group, GROUP * 2))
+                tiles.load(FIRST_ROWS + row, rows, x_bytes)
+            for panel in range(PANELS):
+                place = code.plus(weights, code.times(panel, panel_bytes), code.times(group, self._group_bytes))
+                code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
+                tiles.load(FIRST_COLUMNS + panel, place)
+            for total, (row, panel) in zip(TOTALS, products, strict=False):
+                tiles.multiply(total, FIRST_ROWS + row, FIRST_COLUMNS + panel)
+        sums = code.room(tiles_ir.SIZE)
+        for total, (row, panel) in zip(TOTALS, products, strict=False):
+            tiles.store(total, sums)
+            target = code.plus(output, code.times(output_bytes, row * tiles_ir.ROWS), panel * LANES * 2)
+            with code.loop(0, num_rows) as line:
+                numbers = code.load(floats(), code.plus(sums, code.times(line, tiles_ir.ROW_BYTES)))
+                code.store(code.rounded(numbers), code.plus(target, code.times(line, output_bytes)))
+        tiles.release()
+        return code.finish()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rapid.kernels.cpu import attention
 from rapid.kernels.cpu.attention import MANY, RunAttention
+from rapid.kernels.cpu.jit import available
 from rapid.kernels.cuda.attention import PagedAttention, gathered_sdpa
 from rapid.kernels.interface import AttentionBackend, BatchEntry
 from rapid.kv_cache.pool import KVCache, KVLayout, KVPool
@@ -72,8 +73,12 @@ def assert_right(
     d: int = 16,
     scattered: bool = True,
     garbage: float = 0.0,
+    lean: float = 0.0,
 ) -> None:
-    """A batch of sequences with (cached, new) tokens each gets what plain attention gives each alone."""
+    """A batch of sequences with (cached, new) tokens each gets what plain attention gives each alone.
+
+    Keys ``lean`` to one side and queries to the other, so that all scores are far below 0.
+    """
     generator = torch.Generator().manual_seed(1)
     num_kv_heads, group = heads
     layout = KVLayout(num_kv_heads, d, dtype, devices=(torch.device("cpu"),))
@@ -83,13 +88,16 @@ def assert_right(
         rows.fill_(garbage)
     order = torch.randperm(pool.num_pages, generator=generator) if scattered else torch.arange(pool.num_pages)
     pages = [part.tolist() for part in order.split(num_pages)]
-    sequences = [torch.randn(2, num_kv_heads, sum(shape), d, generator=generator).to(dtype) for shape in shapes]
+    sequences = [torch.randn(2, num_kv_heads, sum(shape), d, generator=generator) for shape in shapes]
+    for rows in sequences:
+        rows[0] += lean
+    sequences = [rows.to(dtype) for rows in sequences]
     entries = []
     for own, rows, (cached, new) in zip(pages, sequences, shapes, strict=True):
         cache = filled_cache(pool, own, rows[:, :, :cached], kernel is KERNELS["paged"])
         entries.append(BatchEntry(cache, [0] * new, 0))
     total = sum(new for _, new in shapes)
-    query = torch.randn(total, num_kv_heads * group, d, generator=generator).to(dtype)
+    query = (torch.randn(total, num_kv_heads * group, d, generator=generator) - lean).to(dtype)
     keys, values = (
         torch.cat([rows[side, :, cached:] for rows, (cached, _) in zip(sequences, shapes, strict=True)], 1)
         for side in (0, 1)
@@ -109,6 +117,14 @@ def test_one_sequence(
 ) -> None:
     """Few and many query tokens, empty and filled caches, any number of query heads per KV head."""
     assert_right(kernel, dtype, heads, [(cached, num_new)], d=d)
+
+
+@pytest.mark.parametrize("d", [64, 96])
+def test_scores_may_be_far_below_zero(d: int) -> None:
+    """In the compiled kernel, whose scores are in float32: others round them to bfloat16."""
+    if not available():
+        pytest.skip("there are no compiled kernels here")
+    assert_right(KERNELS["run"], torch.bfloat16, (2, 2), [(40, 4), (600, 1), (0, 30)], d=d, lean=8.0)
 
 
 @each_case

@@ -48,6 +48,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_code, "multiplies_bfloat16", lambda: False)
         patch.setattr(kernel_code, "multiplies_int8", lambda: False)
+        for module in (compiled_attention, compiled_linear):
+            patch.setattr(module, "multiplies_tiles", lambda: False)
         patch.setattr(jit, "cache_dir", lambda: folder)
         patch.setattr(jit, "_compile", compile_and_look)
         patch.setattr(compiled_linear, "_TILE", 3)  # rows: eight take seven times as long to compile
