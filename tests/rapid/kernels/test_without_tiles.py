@@ -34,6 +34,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("shape", [(64, 576), (40, 80), (33, 17)], ids=str)
 def test_products(num_rows: int, shape: tuple[int, int]) -> None:
     test_linear.test_dense_weights_are_exact(torch.bfloat16, shape, True, num_rows)
+    test_linear.test_quantised_weights_are_off_by_half_a_step_at_most("int4", True, num_rows)
 
 
 @pytest.mark.parametrize("d", [64, 96])
