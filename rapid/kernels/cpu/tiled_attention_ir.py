@@ -21,8 +21,8 @@ class TiledScratch(Scratch):
 
     def __init__(self, rows: int, d: int) -> None:
         rows = -(-rows // tiles_ir.ROWS) * tiles_ir.ROWS
-        self.turned = 0  # keys of a page, and later values of two: tiles of columns
-        self.query = len(TOTALS) * tiles_ir.SIZE + d // 2 * ROW_BYTES  # [rows, d]
+        self.turned = 0  # keys of a page, and later values of two pages or of the block: tiles of columns
+        self.query = BLOCK * d * 2  # [rows, d]
         self.scores = self.query + rows * d * 2
         self.size = self.scores + rows * BLOCK * 4
 
@@ -52,10 +52,16 @@ class TiledAttention(Attention):
             code.call(gather, source, given["query_bytes"], rows, query)
             code.call(scores, keys, pages, own["first"], own["last"], scratch, query, rows, table)
             code.call(weights, table, rows, own["first"], own["last"], own["length"], own["new"], partial)
+            # The first sixteen rows mix the values of two pages at a time, which stay in the nearest cache. If there
+            # are more, those of the whole block are kept for them.
+            kept = code.builder.icmp_signed(">", rows, code.integer(tiles_ir.ROWS))
+            step = code.builder.select(kept, code.integer(INPUTS * self._d * 2), code.integer(0))
             with code.tiles(rows, tiles_ir.ROWS) as (row, size):
                 lines = code.plus(table, code.times(row, BLOCK * 4))
                 target = code.plus(partial, code.times(row, self._partial_bytes))
-                code.call(sums, values, pages, own["first"], own["last"], scratch, lines, size, target)
+                is_first = code.builder.zext(code.builder.icmp_signed("==", row, code.integer(0)), kind("i64"))
+                place = own["first"], own["last"], scratch, step, is_first
+                code.call(sums, values, pages, *place, lines, size, target)
 
         return calls
 
@@ -91,30 +97,35 @@ class TiledAttention(Attention):
         return code.finish()
 
     def _tile_sums(self) -> Any:
-        """(values, pages, first, last, mixed values, weights, rows, partial): weighted sums of a block's values."""
+        """(values, pages, first, last, mixed, its step, whether to mix, weights, rows, partial): weighted sums.
+
+        ``mixed`` has the tiles of two pages, and those of the next two a step behind them.
+        """
         num_tiles = self._d // LANES
         parts = [range(start, min(start + len(TOTALS), num_tiles)) for start in range(0, num_tiles, len(TOTALS))]
-        mixes = [self._mix(part) for part in parts]
-        code = KernelBuilder(self._module, "tile_sums", 8)
-        values, pages, first, last, mixed, weights, num_rows, partial = code.parameters
+        mix_parts = [self._mix(part) for part in parts]
+        code = KernelBuilder(self._module, "tile_sums", 10)
+        values, pages, first, last, mixed, step, mixes, weights, num_rows, partial = code.parameters
         width = code.builder.sub(last, first)
         pages_width = _rounded_up(code, width, LANES)
         with code.loop(0, num_rows) as row:  # the last tile may end behind the last page
             line = code.plus(weights, code.times(row, BLOCK * 4))
             code.store(constant(kind("i16", LANES), None), code.plus(line, code.times(pages_width, 2)))
         tiles = Tiles(code, num_rows)
-        for part, mix in zip(parts, mixes, strict=True):
+        for part, mix in zip(parts, mix_parts, strict=True):
             totals = TOTALS[: len(part)]
             for total in totals:
                 tiles.zero(total)
             with code.loop(0, width, INPUTS) as column:
-                for half in range(2):
-                    own = code.plus(column, half * LANES)
-                    page = code.plus(values, self._page(code, pages, code.plus(first, own)))
-                    code.call(mix, page, code.builder.sub(width, own), code.plus(mixed, half * tiles_ir.SIZE // 2))
+                place = code.plus(mixed, code.times(code.divided(column, INPUTS), step), part.start * tiles_ir.SIZE)
+                with code.builder.if_then(code.builder.icmp_signed("!=", mixes, code.integer(0))):
+                    for half in range(2):
+                        own = code.plus(column, half * LANES)
+                        page = code.plus(values, self._page(code, pages, code.plus(first, own)))
+                        code.call(mix, page, code.builder.sub(width, own), code.plus(place, half * tiles_ir.SIZE // 2))
                 tiles.load(FIRST_ROWS, code.plus(weights, code.times(column, 2)), BLOCK * 4)
                 for i, total in enumerate(totals):
-                    tiles.load(FIRST_COLUMNS + i % 2, code.plus(mixed, i * tiles_ir.SIZE))
+                    tiles.load(FIRST_COLUMNS + i % 2, code.plus(place, i * tiles_ir.SIZE))
                     tiles.multiply(total, FIRST_ROWS, FIRST_COLUMNS + i % 2)
             for i, total in zip(part, totals, strict=True):
                 tiles.store(total, code.plus(partial, i * ROW_BYTES), self._partial_bytes)
