@@ -174,14 +174,6 @@ class RayBackend:
             raise refusal
         try:
             stream, ticket = await self._ticket(role, request)
-            self._actors.has_leased(ticket.name)
-            try:
-                within_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
-                channel = await Channel.connect(ticket.address, ticket.lease_id, within_s)
-            except OSError as error:
-                ticket.engine.close.remote(ticket.lease_id)
-                avoid(ticket.replica)
-                raise EngineHung(f"the {role}'s engine cannot be reached: {error or 'no answer'}") from error
         except (EngineHung, Overloaded) as error:
             breaker.failed(error)
             raise
@@ -195,6 +187,14 @@ class RayBackend:
             breaker.succeeded()
 
         try:
+            self._actors.has_leased(ticket.name)
+            try:
+                within_s = _LEASE_TIMEOUT_S if request.may_wait else _OPTIONAL_TIMEOUT_S
+                channel = await Channel.connect(ticket.address, ticket.lease_id, within_s)
+            except OSError as error:
+                lost = EngineHung(f"the {role}'s engine cannot be reached: {error or 'no answer'}")
+                hung(lost)
+                raise lost from error
             self._keep(_close_with(stream, channel))
             patience_s = TARGET_PATIENCE_S if request.may_wait else DRAFTER_PATIENCE_S
             lease = lease_over(channel)
@@ -204,7 +204,7 @@ class RayBackend:
                 )
             finally:
                 channel.close()
-        finally:
+        finally:  # also where the request was cancelled while the channel was made, of which the engine knows nothing
             ticket.engine.close.remote(ticket.lease_id)  # which ends the stream too
 
     async def _ticket(self, role: Role, request: SequenceRequest) -> tuple[Any, Ticket]:

@@ -291,9 +291,9 @@ class EngineReplica:
         if hang := self._hang():
             yield Doubt(self._replica, hang)
             return
+        opened = asyncio.ensure_future(self._engine.open.remote(lease_id, request))
         try:
             try:
-                opened = asyncio.ensure_future(self._engine.open.remote(lease_id, request))
                 while not (await asyncio.wait([opened], timeout=_LISTEN_EVERY_S))[0]:  # for room, or in vain
                     if hang := self._hang():
                         yield Doubt(self._replica, hang)
@@ -309,6 +309,8 @@ class EngineReplica:
             await self._engine.ended.remote(lease_id)
         finally:
             self._engine.close.remote(lease_id)
+            if not opened.done():  # Ray may begin two calls in another order, and then this one closed nothing
+                opened.add_done_callback(lambda _: self._engine.close.remote(lease_id))
 
     async def info(self) -> ModelInfo:
         """The loaded model."""

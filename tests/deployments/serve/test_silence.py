@@ -444,6 +444,31 @@ def test_a_replica_whose_engine_stops_while_a_lease_waits_for_room_gives_it_up(
     asyncio.run(asyncio.wait_for(main(), LIMIT_S))
 
 
+def test_a_lease_whose_open_is_carried_out_after_its_close_is_closed_again() -> None:
+    """Ray may begin the calls of an actor in another order than they were made."""
+    closed: list[str] = []
+
+    async def main() -> None:
+        opening, begun = asyncio.Event(), asyncio.Event()
+
+        async def open_(*_: Any) -> None:
+            begun.set()
+            await opening.wait()
+
+        late = replica(Handle(open=open_, close=closed.append)).lease(REQUEST)
+        waiting_for_it = asyncio.ensure_future(anext(late))
+        await begun.wait()
+        waiting_for_it.cancel()
+        await asyncio.wait([waiting_for_it])
+        assert len(closed) == 1
+        opening.set()
+        while len(closed) < 2:
+            await asyncio.sleep(0)
+        assert closed[0] == closed[1]
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
 class Leases:
     """The streams of leases of a deployment whose replicas answer in turn with ``firsts``."""
 
@@ -484,6 +509,35 @@ def test_a_replica_in_doubt_and_one_that_hangs_are_avoided(monkeypatch: pytest.M
             assert await hasty.verify(None) == "a verdict"  # type: ignore[arg-type, comparison-overlap]
             assert avoided == {"one"} and not whole._hanging["target"].is_open
         listener.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+def test_who_leaves_while_the_channel_is_made_leaves_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's process knows the name of a channel only when its caller has been greeted."""
+    closed: list[str] = []
+
+    async def main() -> None:
+        connecting = asyncio.Event()
+
+        async def connect(*_: Any) -> Any:
+            connecting.set()
+            await never()
+
+        monkeypatch.setattr(Channel, "connect", connect)
+        engine = Handle(close=closed.append)
+        ticket = Ticket("a", engine, "an engine's name", Address("127.0.0.1", 9, b""), "one")
+        whole = backend(Handle(lease=Leases(ticket)), Handle(), Handle())
+
+        async def request() -> None:
+            async with whole.lease("target", REQUEST):
+                pass
+
+        asking = asyncio.create_task(request())
+        await connecting.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled() and closed == ["a"]
 
     asyncio.run(asyncio.wait_for(main(), LIMIT_S))
 
