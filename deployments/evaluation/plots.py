@@ -13,7 +13,9 @@ from typing import NamedTuple
 from deployments.evaluation.summary import Quality, Speed, Summary
 
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7ea4", "#bf3989", "#57606a", "#bc4c00")
-_LABELS, _WIDTH, _STEP, _HEAD = 190, 720, 22, 34
+_WIDTH, _STEP, _HEAD = 720, 22, 34
+_LETTER = 7.4  # the width of one in a label, at most on average
+_ENOUGH = 10  # questions; of fewer an interval is as wide as the picture, and tells nothing
 _STYLE = (
     "<style>text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-weight:600}.grid{stroke:#d0d7de}"
     ".zero{stroke:#1f2328}.tick{fill:#57606a;font-size:11px}</style>"
@@ -57,13 +59,18 @@ def pictures(summary: Summary) -> dict[str, str]:
 
 
 def _gains(gains: Sequence[Quality], temperature: float) -> str:
+    """Of the rows that were asked enough questions, if there are any."""
     marks = []
+    title = f"Gain over the baseline with 95% intervals, temperature {temperature:g}"
+    if enough := [q for q in gains if q.questions >= _ENOUGH]:
+        title += f", of at least {_ENOUGH} questions" if len(enough) < len(gains) else ""
+        gains = enough
     names = list(dict.fromkeys(q.row for q in gains))
     for q in gains:
         assert q.against is not None
         value, low, high = (number * q.scale for number in q.against.gain)
         marks.append(Mark(f"{q.task} · {q.row}", value, low, high, names.index(q.row)))
-    return dots(f"Gain over the baseline with 95% intervals, temperature {temperature:g}", marks)
+    return dots(title, marks)
 
 
 def _over_axis(summary: Summary, temperature: float) -> dict[str, list[Line]]:
@@ -112,9 +119,10 @@ def _rows(title: str, marks: Sequence[Mark], low: float, high: float, *, are_bar
     span = (high - low) or 1.0
     low, high = low - (0 if are_bars else span / 20), high + span / 20
     height = _HEAD + _STEP * len(marks) + 24
+    labels = min(12 + _LETTER * max(len(mark.name) for mark in marks), _WIDTH / 2)
 
     def x(value: float) -> float:
-        return round(_LABELS + (value - low) / (high - low) * (_WIDTH - _LABELS - 60), 1)
+        return round(labels + (value - low) / (high - low) * (_WIDTH - labels - 60), 1)
 
     parts = [_text(0, 16, title, "title")]
     for tick in ticks(low, high):
@@ -122,7 +130,7 @@ def _rows(title: str, marks: Sequence[Mark], low: float, high: float, *, are_bar
                      f'y2="{height - 20}"/>' + _text(x(tick), height - 6, f"{tick:g}", "tick", "middle"))  # fmt: skip
     for i, mark in enumerate(marks):
         y, colour = _HEAD + _STEP * i + 6, COLOURS[mark.colour % len(COLOURS)]
-        parts.append(_text(_LABELS - 8, y + 4, mark.name, anchor="end"))
+        parts.append(_text(labels - 8, y + 4, mark.name, anchor="end"))
         if are_bars:
             parts.append(
                 f'<rect x="{x(0)}" y="{y - 7}" width="{x(mark.value) - x(0):.1f}" height="14" fill="{colour}"/>'

@@ -208,6 +208,17 @@ def test_pictures_are_well_formed_and_escape_names() -> None:
         assert not [each for each in root.iter() if each.tag.endswith("script")]
 
 
+def test_a_picture_of_gains_shows_rows_with_enough_questions_and_whole_labels(tmp_path: Path) -> None:
+    summary = asyncio.run(run(evaluation(), tmp_path, FakeRunner()))
+    found = [q for q in summary.quality if q.against]
+    asked = [40, 3, 12][: len(found)]
+    quality = [replace(q, questions=n, row=f"{q.row}, {'long ' * 5}") for q, n in zip(found, asked, strict=True)]
+    drawn = ElementTree.fromstring(pictures(replace(summary, quality=quality))["gains-t0"])
+    labels = [text for text in drawn.iter() if text.get("text-anchor") == "end"]
+    assert len(labels) == sum(n >= 10 for n in asked) and "of at least 10 questions" in str(drawn.get("aria-label"))
+    assert all(float(text.get("x", 0)) >= 7 * len(text.text or "") for text in labels)
+
+
 def test_a_line_stands_over_the_places_of_rows_or_of_tasks(tmp_path: Path) -> None:
     rows = [ROWS[0], *({"name": f"η {eta}", "line": "related", "at": eta, "rapid": {}} for eta in (1.0, 2.0))]
     rows = [row | {"rapid": row["rapid"] or {"strategy": "rapid"}} for row in rows]
