@@ -19,7 +19,6 @@ PANELS = 2  # in one item of work
 MOST = 16  # rows in registers, where this CPU multiplies tiles: to unpack weights costs as much as so many
 FLOATS = GROUP // 4 + 2  # of scratch for a group of a row: q, s and s · Σ q
 _TILE = 8  # rows
-_AHEAD = 8192  # bytes to prefetch: from one pair of panels into the next
 _GROUP_BYTES = GROUP * LANES // 2  # of a panel
 _TINY = 1e-30
 
@@ -34,6 +33,7 @@ def write_int4_product(module: Any, names: tuple[str, ...], many: Callable[..., 
     (data,) = code.parameters
     given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(names)}
     scratch = code.plus(given["scratch"], code.times(code.thread(), given["scratch_bytes"]))
+    ahead = code.times(code.threads(), given["panel_bytes"], PANELS)  # where the thread's next item is
 
     @contextmanager
     def items() -> Iterator[tuple[Any, ...]]:
@@ -52,7 +52,7 @@ def write_int4_product(module: Any, names: tuple[str, ...], many: Callable[..., 
         with items() as (*packed, outputs), code.tiles(given["rows"], _TILE) as (row, size):
             own = code.plus(scratch, code.times(row, given["groups"], FLOATS * 4))
             output = code.plus(outputs, code.times(row, given["output_bytes"]))
-            code.choose(tiles, size, own, *packed, output, given["groups"], given["output_bytes"])
+            code.choose(tiles, size, own, *packed, output, given["groups"], given["output_bytes"], ahead)
 
     if many is None:
         in_registers()
@@ -63,20 +63,20 @@ def write_int4_product(module: Any, names: tuple[str, ...], many: Callable[..., 
             with then:
                 in_registers()
             with otherwise, items() as (*packed, outputs):
-                code.call(unpack, *packed, given["groups"], scratch)
+                code.call(unpack, *packed, given["groups"], scratch, ahead)
                 panel_bytes = code.times(given["groups"], GROUP * LANES * 2)
-                sizes = given["x_bytes"], panel_bytes, given["groups"], given["output_bytes"]
+                sizes = given["x_bytes"], panel_bytes, given["groups"], given["output_bytes"], 0
                 many(code, given["rows"], given["x"], scratch, outputs, *sizes)
     code.finish()
 
 
 def _unpack(module: Any) -> Any:
-    """(weights, scales, offsets, groups, target): two panels in bfloat16, as `rapid.kernels.cpu.linear` packs them."""
-    code = KernelBuilder(module, "unpack", 5)
-    weights, scales, offsets, groups, target = code.parameters
+    """(weights, scales, offsets, groups, target, ahead): two panels, packed as those of bfloat16 are."""
+    code = KernelBuilder(module, "unpack", 6)
+    weights, scales, offsets, groups, target, ahead = code.parameters
     with code.loop(0, groups) as group:
         pair_of_panels = code.plus(weights, code.times(group, PANELS * _GROUP_BYTES))
-        code.prefetch(code.plus(pair_of_panels, _AHEAD), PANELS * _GROUP_BYTES)
+        code.prefetch(code.plus(pair_of_panels, ahead), PANELS * _GROUP_BYTES)
         for panel in range(PANELS):
             column = code.plus(code.times(groups, panel), group)
             scale, offset = (
@@ -132,14 +132,14 @@ def _round_group(code: KernelBuilder, x: Any, target: Any) -> None:
 
 def _tile(module: Any, num_rows: int) -> Any:
     """Two panels times ``num_rows`` rounded rows."""
-    code = KernelBuilder(module, f"tile{num_rows}", 7)
-    x, weights, scales, offsets, output, groups, output_bytes = code.parameters
+    code = KernelBuilder(module, f"tile{num_rows}", 8)
+    x, weights, scales, offsets, output, groups, output_bytes, ahead = code.parameters
     rows, panels = range(num_rows), range(PANELS)
     totals = {(row, panel): code.variable(every_float(0.0)) for row in rows for panel in panels}
     x_bytes = code.times(groups, FLOATS * 4)
     with code.loop(0, groups) as group:
         pair_of_panels = code.plus(weights, code.times(group, PANELS * _GROUP_BYTES))
-        code.prefetch(code.plus(pair_of_panels, _AHEAD), PANELS * _GROUP_BYTES)
+        code.prefetch(code.plus(pair_of_panels, ahead), PANELS * _GROUP_BYTES)
         places = [code.plus(pair_of_panels, panel * _GROUP_BYTES) for panel in panels]
         own = [code.plus(x, code.times(row, x_bytes), code.times(group, FLOATS * 4)) for row in rows]
         # Each product must wait for the one before it in its sum, so a few rows use several sums.

@@ -160,6 +160,10 @@ class KernelBuilder:
         """The number of the current thread."""
         return self.builder.sext(self.intrinsic("omp_get_thread_num", kind("i32")), kind("i64"))
 
+    def threads(self) -> Any:
+        """How many threads run the kernel."""
+        return self.builder.sext(self.intrinsic("omp_get_num_threads", kind("i32")), kind("i64"))
+
     def barrier(self) -> None:
         """Every thread waits here for all threads."""
         self.intrinsic("GOMP_barrier", ir.VoidType())

@@ -93,6 +93,7 @@ class Kernel:
         library = ctypes.CDLL(openmp)
         for symbol in (
             "omp_get_thread_num",
+            "omp_get_num_threads",
             "GOMP_barrier",
             "GOMP_parallel",
         ):  # of this library, if the process has loaded two

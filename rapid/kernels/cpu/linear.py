@@ -2,7 +2,7 @@
 
 Weights are cut into panels of sixteen outputs, one a lane. A panel is contiguous: for each pair of inputs it has the
 sixteen outputs' weights. One thread multiplies two panels at a time with a tile of rows in registers. So every weight
-is read from memory once for all rows of a step, and the next weights are prefetched in the meantime.
+is read from memory once for all rows of a step, and those that the thread multiplies next are prefetched meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from rapid.kernels.quantization import to_int4, to_int8
 
 _TILE = 8  # rows: with two panels, sixteen sums in registers
 _FEW = 2  # rows: their sums in registers are no slower than tiles
-_AHEAD = 2048  # bytes to prefetch
 _ARGUMENTS = (
     *("items", "groups", "weights", "panel_bytes", "scales", "offsets"),
     *("rows", "x", "x_bytes", "output", "output_bytes", "scratch", "scratch_bytes"),
@@ -156,12 +155,13 @@ class _Product:
         code = KernelBuilder(self._module, "kernel", 1)
         (data,) = code.parameters
         given = {name: code.word(data, COUNTERS + i) for i, name in enumerate(_ARGUMENTS)}
+        ahead = code.times(code.threads(), given["panel_bytes"], PANELS)  # where the thread's next item is
         with code.items(data, given["items"]) as item:
             panel = code.times(item, PANELS)
             weights = code.plus(given["weights"], code.times(panel, given["panel_bytes"]))
             scales = code.plus(given["scales"], code.times(panel, LANES * 4))
             outputs = code.plus(given["output"], code.times(item, PANELS * LANES * 2))
-            sizes = given["x_bytes"], given["panel_bytes"], given["groups"], given["output_bytes"]
+            sizes = given["x_bytes"], given["panel_bytes"], given["groups"], given["output_bytes"], ahead
             multiply(code, given["rows"], given["x"], weights, scales, outputs, *sizes)
         code.finish()
 
@@ -170,7 +170,7 @@ class _Product:
         tiles = [self._tile(size) for size in range(1, most + 1)]
 
         def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, scales: Any, output: Any, *sizes: Any) -> None:
-            x_bytes, *_, output_bytes = sizes
+            x_bytes, _, _, output_bytes, _ = sizes
             with code.tiles(rows, most) as (row, size):
                 own = code.plus(x, code.times(row, x_bytes)), weights, scales
                 code.choose(tiles, size, *own, code.plus(output, code.times(row, output_bytes)), *sizes)
@@ -179,8 +179,8 @@ class _Product:
 
     def _tile(self, num_rows: int) -> Any:
         """Two panels times ``num_rows`` rows."""
-        code = KernelBuilder(self._module, f"tile{num_rows}", 8)
-        x, weights, scales, output, x_bytes, panel_bytes, groups, output_bytes = code.parameters
+        code = KernelBuilder(self._module, f"tile{num_rows}", 9)
+        x, weights, scales, output, x_bytes, panel_bytes, groups, output_bytes, ahead = code.parameters
         rows, panels = range(num_rows), range(PANELS)
         zero = every_float(0.0)
         totals = {(row, panel): code.variable(zero) for row in rows for panel in panels}
@@ -190,7 +190,7 @@ class _Product:
                 for panel in panels
             ]
             for place in places:
-                code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
+                code.prefetch(code.plus(place, ahead), self._group_bytes)
             inputs = [code.plus(x, code.times(row, x_bytes), code.times(group, GROUP * 2)) for row in rows]
             # Each product must wait for the one before it in its sum, so a few rows use several sums.
             parts = {key: [total.value] + [zero] * (max(1, 4 // num_rows) - 1) for key, total in totals.items()}
@@ -244,7 +244,7 @@ class _TiledProduct(_Product):
         pair = 2 * tiles_ir.ROWS
 
         def calls(code: KernelBuilder, rows: Any, x: Any, weights: Any, output: Any, *sizes: Any) -> None:
-            x_bytes, *_, output_bytes = sizes
+            x_bytes, _, _, output_bytes, _ = sizes
 
             def call(function: Any, row: Any, size: Any) -> None:
                 source, target = (
@@ -263,8 +263,8 @@ class _TiledProduct(_Product):
 
     def _tiles(self, count: int) -> Any:
         """Two panels times ``count`` tiles of rows: so two tiles that are loaded serve four products."""
-        code = KernelBuilder(self._module, f"tiles{count}", 8)
-        num_rows, x, weights, output, x_bytes, panel_bytes, groups, output_bytes = code.parameters
+        code = KernelBuilder(self._module, f"tiles{count}", 9)
+        num_rows, x, weights, output, x_bytes, panel_bytes, groups, output_bytes, ahead = code.parameters
         tiles = Tiles(code, num_rows)
         products = [(row, panel) for row in range(count) for panel in range(PANELS)]
         for total in TOTALS[: len(products)]:
@@ -275,7 +275,7 @@ class _TiledProduct(_Product):
                 tiles.load(FIRST_ROWS + row, rows, x_bytes)
             for panel in range(PANELS):
                 place = code.plus(weights, code.times(panel, panel_bytes), code.times(group, self._group_bytes))
-                code.prefetch(code.plus(place, _AHEAD), self._group_bytes)
+                code.prefetch(code.plus(place, ahead), self._group_bytes)
                 tiles.load(FIRST_COLUMNS + panel, place)
             for total, (row, panel) in zip(TOTALS, products, strict=False):
                 tiles.multiply(total, FIRST_ROWS + row, FIRST_COLUMNS + panel)

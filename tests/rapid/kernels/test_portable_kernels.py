@@ -31,7 +31,7 @@ CACHES = {
         "int8_storing_kernel",
     ),
 }
-LIBRARY = {"omp_get_thread_num", "GOMP_barrier"}  # what `Kernel` looks up
+LIBRARY = {"omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"}  # what `Kernel` looks up
 
 
 @pytest.fixture(autouse=True, scope="module")
