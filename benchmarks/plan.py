@@ -113,7 +113,8 @@ def check_passes() -> tuple[dict[str, Device], dict[str, Any]]:
         if name in row
     ]
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    guess = Device(memory, steps["bandwidth_gb_per_s"] * 1e9, 1e11, weights=0.5, cache=0.2, products=1.0, attention=0.5)
+    bandwidth = 1e9 * max(row["gb_per_s"] for row in steps["rows"])
+    guess = Device(memory, bandwidth, 1e11, weights=0.5, cache=0.2, products=1.0, attention=0.5)
     fitted_to = [one for one in passes if one.context not in HELD_OUT]
     held_out = [one for one in passes if one.context in HELD_OUT]
     devices = fit_kernels(replace(guess, layer_s=3e-4), fitted_to)
