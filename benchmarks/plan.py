@@ -9,7 +9,6 @@ model with costs of the same run; this command tests it with costs of another ru
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -21,7 +20,7 @@ import rapid  # noqa: F401 (before torch)
 
 # isort: split
 from benchmarks.common.local import config
-from benchmarks.common.results import FOLDER, write
+from benchmarks.common.results import FOLDER, read, write
 from cluster.capacity.devices import GPUS, Device
 from cluster.capacity.planner import Planner, Round, Workload
 from cluster.capacity.shapes import SHAPES, ServedModel
@@ -53,11 +52,6 @@ class Pass:
     def error(self, device: Device) -> float:
         """Predicted ÷ measured - 1."""
         return device.pass_s(SERVED[self.weights], 1, self.tokens, self.context) / self.measured_s - 1
-
-
-def read(name: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return results
 
 
 def fit(device: Device, passes: Sequence[Pass], constants: Sequence[str] = FITTED) -> Device:

@@ -1,4 +1,4 @@
-"""Writes results with a stamp: the machine, the versions, and the command that made them."""
+"""Reads results, and writes them with a stamp: the machine, the versions, and the command that made them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def write(name: str, results: dict[str, Any], *, part: str = "") -> Path:
     path.write_text(json.dumps(stamp | results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """The results in benchmarks/results/NAME.json."""
+    results: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return results
