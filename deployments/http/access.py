@@ -213,7 +213,8 @@ class _Exchange:
             if self.num_bytes > self.max_bytes:
                 raise self._too_large()
             charge: Charge = self._scope["rapid.charge"]
-            charge.settle(max(charge.num_tokens, self._cost(self.num_bytes)))
+            if (cost := self._cost(self.num_bytes)) > charge.num_tokens:  # it was not announced
+                charge.reserve(cost)
         return message
 
     def _cost(self, num_bytes: int) -> int:

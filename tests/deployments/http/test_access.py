@@ -20,7 +20,7 @@ from served import JSON_TYPE, health, local_api
 
 from deployments.config import ConfigError, parse_config
 from deployments.http.api import make_api
-from deployments.http.errors import LONGEST_RETRY_S
+from deployments.http.errors import LONGEST_RETRY_S, error_response
 from deployments.http.rate_limits import Charge, Client, TokenBucket
 from deployments.schemas.events import Events, Started
 from deployments.serve.edge import Edge
@@ -190,12 +190,16 @@ def test_one_key_never_has_all_places() -> None:
 
 
 def test_what_is_refused_has_its_price(serve: Serve) -> None:
-    """A token for four bytes, whatever was wrong with them; wrong keys have a limit of their own."""
+    """A token for four bytes, announced or not, whatever was wrong with them; wrong keys have a limit of their own."""
     url = serve(tokens_per_minute=1000, wrong_keys_per_minute=3, api_keys=["a", "b"])
     assert complete(url, "a", prompt="a" * 3000, wrong=1).status_code == 400
     assert complete(url, "a", prompt="a" * 3000, wrong=1).status_code == 429
-    asked = {"json": {"prompt": "a" * 3000}, "headers": {"Authorization": "Bearer b"}}
-    assert [httpx.post(f"{url}/tokenize", **asked).status_code for _ in range(2)] == [200, 429]
+    body, headers = (
+        json.dumps({"prompt": "a" * 3000}).encode(),
+        {"Authorization": "Bearer b", "Content-Type": "application/json"},
+    )
+    in_pieces = (httpx.post(f"{url}/tokenize", content=iter([body]), headers=headers) for _ in range(2))
+    assert [answer.status_code for answer in in_pieces] == [200, 429]
     assert [complete(url, "no").status_code for _ in range(4)] == [401, 401, 401, 429]
     assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer a"}).status_code == 200
 
@@ -384,6 +388,13 @@ def test_a_queue_that_is_full_says_when_to_come_back(serve: Serve) -> None:
     assert [answer.status_code for answer in answers] == [200, 429, 429]
     assert {code(answer) for answer in answers[1:]} == {"overloaded"}
     assert all(1 <= int(answer.headers["Retry-After"]) <= LONGEST_RETRY_S for answer in answers[1:])
+
+
+def test_clients_that_were_refused_together_do_not_come_back_together() -> None:
+    """64 draws of five numbers are all the same once in 10^44."""
+    answers = [error_response(Overloaded("full", status=status), "/v1/completions") for status in (429, 503) * 32]
+    assert {int(answer.headers["Retry-After"]) for answer in answers} <= set(range(1, LONGEST_RETRY_S + 1))
+    assert len({answer.headers["Retry-After"] for answer in answers}) > 1
 
 
 def test_pages_of_other_origins_may_ask_only_where_they_are_named(serve: Serve) -> None:
