@@ -14,7 +14,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from retrieval.vectors import ChunkVectors, Hits, Place, Query
 _RRF_K = 10
 _DENSE = {"dense": models.Distance.COSINE, "context": models.Distance.DOT}
 _BATCH = 256  # points a message; a server refuses messages over 32 MB
+_LOCKS = 64
 _TIMEOUT_S = 2  # of one call
 _SILENT_S = 1.0  # after a call without an answer others fail at once
 _POINT_IDS = uuid.UUID("6f0f6c1e-6f5b-4a57-9d4c-2f1d3c7a9b10")
@@ -67,18 +68,19 @@ class ChunkStore:
         self._url, self._collection, self._dimension = url, collection, dimension
         self._modifier = models.Modifier.IDF if idf else None
         self._folder = folder if url is None else None
-        # In-process Qdrant has no locks of its own. A server's client needs none.
-        self._lock = threading.Lock() if url is None else nullcontext()
+        # In-process Qdrant has no locks of its own, and its collections share nothing. A server's client needs none.
+        self._locks: list[AbstractContextManager[Any]] = [nullcontext()]
         self._silent_until = 0.0
         self._budget = threading.local()  # `left` has what the calling thread may spend, in `within`
         if url is None:
+            self._locks = [threading.Lock() for _ in range(_LOCKS)]
             self._client = QdrantClient(location=":memory:")
             return
         try:
             self._client = QdrantClient(url=url, api_key=api_key, timeout=_TIMEOUT_S, check_compatibility=False)
         except ValueError as error:
             raise RetrievalError(f"{url!r} is not a Qdrant server's URL ({error}): give http://host:port") from error
-        with self._calling():
+        with self._calling(collection):
             self._ensure(collection)
 
     def add(self, namespace: str, vectors: ChunkVectors, *, keep: bool = False) -> None:
@@ -88,7 +90,7 @@ class ChunkStore:
         """
         self._upsert(namespace, vectors)
         if keep and self._folder:
-            with self._calling():
+            with self._calling(self._collection_of(namespace)):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 unfinished = self._folder / f".{uuid.uuid4().hex}.npz"
                 vectors.save(unfinished)
@@ -101,7 +103,7 @@ class ChunkStore:
         with both by fused ranks: of the cosines of the chunks in their context, and of BM25. Equal ones come in order
         of namespace and position.
         """
-        with self._together(namespaces) as (collection, among), self._calling():
+        with self._together(namespaces) as (collection, among), self._calling(collection or self._collection):
             if collection is None or (self._url is None and self._is_missing(collection)):
                 return Hits({}, {})
             corpus = models.SearchParams(idf=models.IdfCorpusParams(corpus=among)) if self._uses_corpus else None
@@ -131,7 +133,7 @@ class ChunkStore:
     def count(self, namespace: str) -> int:
         """Return the number of vectors in the namespace, kept ones included."""
         collection = self._collection_of(namespace)
-        with self._calling():
+        with self._calling(collection):
             if not self._is_missing(collection):
                 return self._count(collection, namespace)
             kept = self._folder / f"{namespace}.npz" if self._folder else None
@@ -142,7 +144,7 @@ class ChunkStore:
         if vectors is None:
             return 0
         self._upsert(namespace, vectors)
-        with self._calling():
+        with self._calling(collection):
             return self._count(collection, namespace)
 
     def _count(self, collection: str, namespace: str) -> int:
@@ -151,7 +153,7 @@ class ChunkStore:
     def delete(self, namespace: str) -> None:
         """Delete all vectors of the namespace, if it has any."""
         collection = self._collection_of(namespace)
-        with self._calling():
+        with self._calling(collection):
             if self._url is None:
                 self._client.delete_collection(collection)
                 if self._folder:
@@ -171,7 +173,7 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close the connection, or free the memory."""
-        with self._calling():
+        with self._calling(self._collection):
             self._client.close()
 
     def _collection_of(self, namespace: str) -> str:
@@ -191,27 +193,27 @@ class ChunkStore:
         if self._url is not None:
             yield self._collection, among
             return
-        with self._calling():
+        with self._calling(self._collection):
             collections = [name for name in map(self._collection_of, namespaces) if not self._is_missing(name)]
         if len(collections) < 2:
             yield (collections[0] if collections else None), among
             return
         joined = self._collection_of(uuid.uuid4().hex)
-        with self._calling():
+        with self._calling(joined):
             self._ensure(joined)
         try:
             for collection in collections:
                 self._copy(collection, joined)
             yield joined, among
         finally:
-            with self._calling():
+            with self._calling(joined):
                 self._client.delete_collection(joined)
 
     def _copy(self, collection: str, to: str) -> None:
         """One batch after another, as `_upsert`."""
         following: models.ExtendedPointId | None = None
         while True:
-            with self._calling():
+            with self._calling(collection):
                 if self._is_missing(collection):
                     return
                 records, following = self._client.scroll(collection, limit=_BATCH, offset=following, with_vectors=True)
@@ -236,7 +238,7 @@ class ChunkStore:
                         payload={"namespace": namespace, "position": position},
                     )
                 )
-            with self._calling():
+            with self._calling(collection):
                 if (begin == 0 or self._url is None) and self._is_missing(collection):
                     if begin:
                         return
@@ -278,9 +280,13 @@ class ChunkStore:
                 "from the texts."
             )
 
+    def _lock_of(self, collection: str) -> AbstractContextManager[Any]:
+        return self._locks[hash(collection) % len(self._locks)]
+
     @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """Serialise calls if the client needs it, and raise a failed call as RetrievalError with its place."""
+    def _calling(self, collection: str) -> Iterator[None]:
+        """Serialise the calls for a collection if the client needs it, and raise a failed call as RetrievalError with
+        its place."""
         began = time.monotonic()
         if began < self._silent_until:
             raise StoreTimeout(f"Qdrant at {self._url} did not answer a moment ago.")
@@ -288,7 +294,7 @@ class ChunkStore:
         if left is not None and left.seconds <= 0:
             raise StoreTimeout(f"Qdrant at {self._url} is too slow: the time for all calls of a retrieval is over.")
         try:
-            with self._lock:
+            with self._lock_of(collection):
                 yield
         except OSError as error:
             raise RetrievalError(f"kept vectors cannot be used: {error}. Check the folder and its disk.") from error

@@ -148,6 +148,7 @@ def _read_html(data: bytes) -> str:
 
 
 def main() -> None:
+    os.nice(19)  # engines on the same cores go first
     seconds = int(sys.argv[1])
     data = sys.stdin.buffer.read()
     with suppress(ValueError, OSError):  # some systems refuse it

@@ -282,6 +282,23 @@ def test_a_search_of_long_namespaces_lets_others_in_between(monkeypatch):
     assert list(hits.ranking) == [(("first", "second")[i % 2], i // 2) for i in range(600)]
 
 
+def test_in_process_no_call_waits_for_a_search_of_another_namespace(monkeypatch):
+    store = ChunkStore(dimension=4)
+    store.add("mine", rows(0.1))
+    mine = store._lock_of(store._collection_of("mine"))
+    yours = next(name for name in map(str, range(999)) if store._lock_of(store._collection_of(name)) is not mine)
+    query, found = store._client.query_batch_points, []
+
+    def watched(collection, requests):
+        if collection == store._collection_of("mine"):
+            in_another_thread(lambda: store.add(yours, rows(0.2)) or store)
+            found.append(in_another_thread(lambda: search(store, yours)))
+        return query(collection, requests)
+
+    monkeypatch.setattr(store._client, "query_batch_points", watched)
+    assert search(store, "mine") and len(found) == 1
+
+
 def test_a_deletion_ends_a_long_add(monkeypatch):
     store = ChunkStore(dimension=4)
     upsert = store._client.upsert

@@ -22,7 +22,7 @@ class BeautifulSoup:
     def __call__(self, _): return []
 """
 TAKEN_OVER = """
-import json, resource
+import json, os, resource
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)
 class MarkdownConverter:
     def __init__(self, **_): pass
@@ -33,7 +33,7 @@ class MarkdownConverter:
                 what()
             except (OSError, MemoryError) as error:
                 done.append(type(error).__name__)
-        return json.dumps(done + [resource.getrlimit(limit)[0] for limit in LIMITS])
+        return json.dumps(done + [resource.getrlimit(limit)[0] for limit in LIMITS] + [os.nice(0)])
 """
 
 
@@ -44,7 +44,7 @@ def test_a_reader_that_a_file_takes_over_has_little_memory_and_time_and_no_file(
     (tmp_path / "markdownify.py").write_text(TAKEN_OVER.format(path=str(tmp_path / "written")))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     text, _ = asyncio.run(extraction.extract(HTML, timeout_s=30))
-    assert json.loads(text) == ["OSError", "MemoryError", 2 * 2**30, 31, 0, 0]
+    assert json.loads(text) == ["OSError", "MemoryError", 2 * 2**30, 31, 0, 0, 19]
     assert not (tmp_path / "written").read_text()
 
 

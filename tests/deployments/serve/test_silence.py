@@ -333,8 +333,9 @@ def test_texts_that_take_too_long_to_embed_cost_nobody_their_passages(monkeypatc
     monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.1)
 
     async def main() -> None:
+        asked = iter(range(9))
         slow = Handle(
-            embed=lambda *_: asyncio.ensure_future(never()),
+            embed=lambda *_: (next(asked), asyncio.ensure_future(never()))[1],
             retrieve=lambda *_: Words(None, "the passages"),
             text_lengths=lambda *_: asyncio.ensure_future(answering("lengths")()),
         )
@@ -342,6 +343,7 @@ def test_texts_that_take_too_long_to_embed_cost_nobody_their_passages(monkeypatc
         for _ in range(2):
             with pytest.raises(RetrievalFailed, match="did not answer in time"):
                 await asyncio.wait_for(away.embed(["text"]), LIMIT_S)
+        assert next(asked) == 1, "the second one has waited too"
         assert await away.retrieve(["text"], "query", None) == "the passages"  # type: ignore[comparison-overlap]
         away._embedding._next_try = 0.0
         assert await away.text_lengths(["text"]) == "lengths"  # type: ignore[comparison-overlap]
