@@ -5,7 +5,8 @@ out. An answer is right if it contains one of the expected ones, both in lower c
 punctuation. Differences to the target alone are paired by question, with a 95% bootstrap interval.
 
 Each answer is appended to a file at once, and an answer that is there is not computed again. So a run may be ended at
-any time and continued by the same command.
+any time and continued by the same command, also on another machine: all answers are kept beside the results, each with
+the commit that wrote it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common.local import MODEL, config
-from benchmarks.common.results import DATA, write
+from benchmarks.common.results import DATA, FOLDER, commit, write
 from deployments.builders import local_backend
 from deployments.config import AppConfig
 from rapid.backend.local import LocalBackend
@@ -44,6 +45,7 @@ from rapid.text.tokenizer import load_tokenizer
 
 ABSENT = "absent"
 NEW_TOKENS = 24
+KEPT = FOLDER / "transfer_answers.jsonl.gz"
 ARMS: dict[str, dict[str, Any]] = {
     "target alone": {"strategy": "autoregressive"},
     "passages alone": {"strategy": "rag"},
@@ -172,11 +174,15 @@ def summary(found: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]
 
 
 def read_answers(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        row = json.loads(line)
-        found[tuple(row["key"])] = row
-    return found
+    """Those that are kept beside the results, and those in ``path``."""
+    lines = gzip.decompress(KEPT.read_bytes()).decode().splitlines() if KEPT.exists() else []
+    lines += path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {tuple(row["key"]): row for row in map(json.loads, lines)}
+
+
+def keep_answers(found: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) for _, row in sorted(found.items(), key=str))
+    KEPT.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
 def main() -> None:
@@ -213,11 +219,12 @@ def main() -> None:
             rows = asyncio.run(answers(backend, settings, case, missing, options.most_nats))
             for (temperature, arm), row in zip(missing, rows, strict=True):
                 key = case.length, case.gold, temperature, case.number, arm
-                found[key] = {"key": key} | row
+                found[key] = {"key": key, "commit": commit()} | row
                 file.write(json.dumps(found[key], ensure_ascii=False) + "\n")
             file.flush()
             if sys.stderr.isatty() or done % len(ARMS) == 0:
                 print(f"{done + 1} of {len(todo)} contexts", file=sys.stderr, flush=True)
+    keep_answers(found)
     table = summary(found)
     for row in table:
         low, high = row["gain_95"]

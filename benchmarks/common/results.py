@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ FOLDER = Path(__file__).parents[1] / "results"
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
+@cache
+def commit() -> str:
+    """The commit that is checked out, shortened."""
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
 def write(name: str, results: dict[str, Any], *, part: str = "") -> Path:
     """Writes ``results`` of `python -m benchmarks.NAME` to benchmarks/results/NAME.json, or NAME_PART.json."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     arguments = " ".join(sys.argv[1:])
     stamp = {
         "command": f"python -m benchmarks.{name} {arguments}".strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
     }
     path = FOLDER / f"{name}{part and '_'}{part}.json"
