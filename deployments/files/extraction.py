@@ -1,21 +1,34 @@
 """The text of an uploaded file. The content decides what kind of file it is, never the name.
 
 PDF and HTML readers are big, and files come from strangers, so each file is read in a process of its own with limited
-memory and time. Run as a program (by its path, so that nothing else is imported), this module reads a file from stdin
-and writes a line of JSON: {"text": …}, or {"error": …, "status": …}.
+memory and time, which opens no file but those of Python, no connection and no other process (`confinement.py`). Run as
+a program (by its path, so that nothing else is imported), this module reads a file from stdin and writes a line of
+JSON: {"text": …}, or {"error": …, "status": …}, and in "missing" what this system cannot take from the process.
 """
 
 import asyncio
+import importlib
 import io
 import json
+import logging
 import os
 import resource
+import runpy
 import sys
+import sysconfig
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("ray.serve")
 
 _MEMORY_BYTES = 2 * 2**30
 _MAX_PAGES = 5_000
 _MAX_CHARACTERS = 16 * 2**20
+# Modules and libraries that are only imported when a file needs them: encodings, decoders.
+_OF_PYTHON = [*{sysconfig.get_path(of) for of in ("stdlib", "platstdlib", "purelib", "platlib")}]
+_OF_PYTHON += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
 _SNIFFED = 1024  # bytes; the kind shows at the beginning
 
 PDF, HTML, TEXT = "application/pdf", "text/html", "text/plain"
@@ -96,10 +109,18 @@ async def _in_a_process(data: bytes, timeout_s: float) -> str:
         found = json.loads(answer)
     except ValueError:
         raise Unreadable("the file takes too much memory or time to read, or is damaged") from None
+    if missing := found.get("missing"):
+        _warn_once(" and no ".join(missing))
     if "error" in found:
         raise Unreadable(found["error"], found["status"])
     text: str = found["text"]
     return text
+
+
+@cache
+def _warn_once(missing: str) -> None:
+    reach = "what reads a stranger's file may reach other files, or the network"
+    logger.warning("this system has no %s: %s", missing, reach)
 
 
 def _decoded(data: bytes) -> str:
@@ -156,13 +177,18 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to its pipe, and to no file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    read, libraries = (_read_pdf, ("pypdf",)) if kind_of(data) == PDF else (_read_html, ("bs4", "lxml", "markdownify"))
+    for library in libraries:  # before the file is looked at, and while this process may still open them
+        importlib.import_module(library)
+    missing = runpy.run_path(str(Path(__file__).with_name("confinement.py")))["confine"](_OF_PYTHON)
+    answer: dict[str, Any] = {"missing": missing}
     try:
-        text = _read_pdf(data) if kind_of(data) == PDF else _read_html(data)
-        answer: dict[str, str | int] = {"text": text.encode("utf-8", "replace").decode("utf-8")}
+        answer["text"] = read(data).encode("utf-8", "replace").decode("utf-8")
     except Unreadable as error:
-        answer = {"error": error.message, "status": error.status}
+        answer |= {"error": error.message, "status": error.status}
     except (Exception, RecursionError) as error:
-        answer = {"error": f"the file is damaged ({type(error).__name__}), or made to be hard to read", "status": 400}
+        why = f"the file is damaged ({type(error).__name__}), or made to be hard to read"
+        answer |= {"error": why, "status": 400}
     print(json.dumps(answer))
 
 
