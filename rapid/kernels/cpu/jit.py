@@ -14,6 +14,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ except ImportError:
     llvm = ir = None
 
 _ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18  # the numbers of Linux on x86-64
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 COUNTERS = 2  # the first arguments of every kernel; threads increment them to get the next item of work
 
 
@@ -105,7 +108,7 @@ class Kernel:
             cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
         )
         kept = cache_dir() / "kernels" / f"{name}-{_version(sources)}.o"
-        code = kept.read_bytes() if kept.exists() else _keep(_compile(machine, write), kept)
+        code = kept.read_bytes() if _is_ours(kept) else _keep(_compile(machine, write), kept)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -148,6 +151,15 @@ def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(compiled, passes)
     return bytes(machine.emit_object(compiled))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether ``path`` is a file that nobody but this user, or root, can have written: its code is run as it is."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and not found.st_mode & _OTHERS_WRITE
 
 
 def _keep(code: bytes, path: Path) -> bytes:

@@ -137,6 +137,38 @@ def undefined(code: bytes) -> set[str]:
     return {code[at : code.index(0, at)].decode() for at in needed}
 
 
+@pytest.mark.parametrize("how", ["writable by others", "a link to a file of ours"])
+def test_code_that_another_may_have_kept_is_not_run(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, rounded = torch.arange(32.0), torch.empty(16, dtype=torch.bfloat16)
+
+    def kernel(folder: str, first: int) -> tuple[jit.Kernel, Path]:
+        """Rounds 16 numbers from the ``first`` on."""
+
+        def write(module: Any) -> None:
+            code = kernel_code.KernelBuilder(module, "kernel", 1)
+            source, target = (code.word(code.parameters[0], jit.COUNTERS + i) for i in range(2))
+            code.store(code.rounded(code.load(kernel_code.floats(), code.plus(source, 4 * first))), target)
+            code.finish()
+
+        monkeypatch.setattr(jit, "cache_dir", lambda: tmp_path / folder)
+        made = jit.Kernel("copy", write, __file__)
+        (kept,) = (tmp_path / folder / "kernels").iterdir()
+        return made, kept
+
+    (_, ours), (_, theirs) = kernel("ours", 0), kernel("theirs", 16)
+    assert kernel("ours", 16)[1] == ours  # what is kept under this name counts, whatever the caller would write
+    ours.unlink()
+    if how == "writable by others":
+        ours.write_bytes(theirs.read_bytes())
+        ours.chmod(0o666)
+    else:
+        ours.symlink_to(theirs)
+    made, kept = kernel("ours", 0)
+    made.alone(numbers.data_ptr(), rounded.data_ptr())
+    assert torch.equal(rounded, numbers[:16].bfloat16())
+    assert not kept.is_symlink() and kept.stat().st_mode & 0o777 == 0o600
+
+
 def test_kept_kernels_outlive_a_comment_and_no_change_of_what_computes() -> None:
     source = 'def write(x):\n    """Adds one."""\n    return x + 1\n'
     commented = '# A comment.\ndef write(x):\n    """Adds one, as the paper does."""\n\n    return x + 1  # one\n'
