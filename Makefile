@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install models serve test test-triton check bench chaos load fuzz clients gpu-check lock clean
+.PHONY: help install models serve test test-ray test-triton check bench chaos load fuzz clients gpu-check lock clean
 
 PYTHON ?= python3
 CONFIG ?= serve_config.yaml
@@ -22,10 +22,11 @@ models: install ## download the embedded models
 serve: install ## serve CONFIG=serve_config.yaml on this machine
 	$(BIN)/rapid serve $(CONFIG)
 
-test: .venv/dev.stamp ## run the tests
+test: .venv/dev.stamp ## run the tests that start no Ray
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
+
+test-ray: .venv/dev.stamp ## run the tests that start Ray
 	$(BIN)/python -m pytest -m ray tests/deployments
-	$(MAKE) test-triton
 
 test-triton: .venv-triton/stamp ## hold the Triton kernels to float64 on a CPU, and compile them for GPUs
 	TRITON_INTERPRET=1 timeout 900 .venv-triton/bin/python -m pytest \
