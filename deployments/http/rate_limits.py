@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import OrderedDict
 from contextlib import aclosing
@@ -19,7 +20,7 @@ HEADERS = [
     f"x-ratelimit-{value}-{what}" for what in ("requests", "tokens") for value in ("limit", "remaining", "reset")
 ]
 ASKED_FOR = "rapid.asked_for"  # in the scope of a batch's request: the `files.batch_records.Record` that it belongs to
-LATE_REFUSAL_S = 2.0  # far longer than it takes to refuse
+LATE_REFUSAL_S = 2.0  # at least; far longer than it takes to refuse
 _MAX_CLIENTS = 10_000  # whose rates are remembered
 
 
@@ -96,7 +97,8 @@ class Client:
         is_late = self.refusals.seconds_until(1) > 0
         if not is_late:
             self.refusals.take(1)
-        return LATE_REFUSAL_S if is_late else 0.0
+        # Requests that were refused together must not be followed by others together.
+        return LATE_REFUSAL_S * random.uniform(1, 2) if is_late else 0.0
 
     def spend(self, num_tokens: int) -> None:
         if self.tokens is not None:

@@ -5,7 +5,7 @@ import math
 import pickle
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -179,6 +179,17 @@ def test_kept_contents_are_found_only_by_what_was_embedded(retriever, embedder, 
         embedder.embedded.clear()
         asked.retrieve(contents, "the whale", options)
         assert embedder.embedded or another.embedded
+
+
+def test_a_tenant_finds_what_it_kept_itself_alone(retriever, embedder, prose):
+    """How long a retrieval takes would else tell that another has the same text."""
+    options = {
+        tenant: TenantOptions(**asdict(replace(SMALL, keep=True)), tenant=tenant, client=tenant) for tenant in "ab"
+    }
+    for tenant, is_embedded in (("a", True), ("b", True), ("a", False), ("b", False)):
+        embedder.embedded.clear()
+        retriever.retrieve([prose[:3000]], "the whale", options[tenant])
+        assert bool(embedder.embedded) == is_embedded, tenant
 
 
 def test_a_kept_text_is_embedded_once_across_restarts(retriever, embedder, store, prose, tokenizer, tmp_path):

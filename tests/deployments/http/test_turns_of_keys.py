@@ -191,3 +191,11 @@ def test_who_is_refused_often_waits_for_it_and_nobody_else_does(
             await asyncio.gather(*late, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_late_refusals_do_not_come_together() -> None:
+    client = rate_limits.Clients(None, None, 1).get("hostile", "hostile")
+    assert client.refusal_waits_s() == 0
+    waits = [client.refusal_waits_s() for _ in range(64)]
+    assert all(rate_limits.LATE_REFUSAL_S <= wait <= 2 * rate_limits.LATE_REFUSAL_S for wait in waits)
+    assert len(set(waits)) == len(waits)
