@@ -2,7 +2,8 @@
 
 Each context is made of passages of Natural Questions, one of which answers the question: at a chosen depth, or left
 out. An answer is right if it contains one of the expected ones, both in lower case and without articles and
-punctuation. Differences to the target alone are paired by question, with a 95% bootstrap interval.
+punctuation. Differences to the target alone, and to the passages alone, are paired by question, with a 95% bootstrap
+interval.
 
 Each answer is appended to a file at once, and an answer that is there is not computed again. So a run may be ended at
 any time and continued by the same command, also on another machine: all answers are kept beside the results, each with
@@ -153,7 +154,10 @@ def summary(found: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]
         complete = [arms for arms in questions.values() if len(arms) == len(ARMS)]
         for arm in ARMS if complete else ():
             right = [int(arms[arm]["right"]) for arms in complete]
-            gains = [its - int(arms["target alone"]["right"]) for its, arms in zip(right, complete, strict=True)]
+            to_target, to_passages = (
+                [its - int(arms[alone]["right"]) for its, arms in zip(right, complete, strict=True)]
+                for alone in ("target alone", "passages alone")
+            )
             chosen = [arms[arm]["transfer"] for arms in complete if arms[arm]["transfer"]["positions"]]
             rows.append(
                 {
@@ -163,8 +167,10 @@ def summary(found: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]
                     "arm": arm,
                     "questions": len(right),
                     "right": round(sum(right) / len(right), 4),
-                    "gain": round(sum(gains) / len(gains), 4),
-                    "gain_95": interval(gains),
+                    "gain": round(sum(to_target) / len(right), 4),
+                    "gain_95": interval(to_target),
+                    "gain_to_passages": round(sum(to_passages) / len(right), 4),
+                    "gain_to_passages_95": interval(to_passages),
                     "mean_strength": round(float(np.mean([t["strength"] for t in chosen])), 3) if chosen else None,
                     "mean_nats": round(float(np.mean([t["divergence"] for t in chosen])), 4) if chosen else None,
                     "mean_confidence": round(float(np.mean([t["confidence"] for t in chosen])), 3) if chosen else None,
@@ -174,10 +180,9 @@ def summary(found: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]
 
 
 def read_answers(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Those that are kept beside the results, and those in ``path``."""
-    lines = gzip.decompress(KEPT.read_bytes()).decode().splitlines() if KEPT.exists() else []
-    lines += path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {tuple(row["key"]): row for row in map(json.loads, lines)}
+    data = path.read_bytes() if path.exists() else b""
+    text = (gzip.decompress(data) if data and path.suffix == ".gz" else data).decode()
+    return {tuple(row["key"]): row for row in map(json.loads, text.splitlines())}
 
 
 def keep_answers(found: dict[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -195,7 +200,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after about this long")
     parser.add_argument("--answers", type=Path, default=Path("build/transfer_answers.jsonl"))
     options = parser.parse_args()
-    found, ends = read_answers(options.answers), time.monotonic() + 60 * options.minutes
+    found = read_answers(KEPT) | read_answers(options.answers)
+    ends = time.monotonic() + 60 * options.minutes
     options.answers.parent.mkdir(parents=True, exist_ok=True)
     settings = config(max_sequences=len(ARMS) * len(options.temperatures))
     tokenizer = load_tokenizer(MODEL)
@@ -227,10 +233,13 @@ def main() -> None:
     keep_answers(found)
     table = summary(found)
     for row in table:
-        low, high = row["gain_95"]
+        gains = (
+            f"{row[to]:+6.1%} ({row[f'{to}_95'][0]:+.1%} to {row[f'{to}_95'][1]:+.1%})"
+            for to in ("gain", "gain_to_passages")
+        )
         print(
             f"{row['context_tokens']:6} gold {row['gold']:6} T {row['temperature']:3} {row['arm']:15} "
-            f"{row['right']:6.1%} of {row['questions']:4}  {row['gain']:+6.1%} ({low:+.1%} to {high:+.1%})"
+            f"{row['right']:6.1%} of {row['questions']:4}  {'  '.join(gains)}"
         )
     write("transfer", {"most_nats": options.most_nats, "new_tokens": NEW_TOKENS, "rows": table})
 
