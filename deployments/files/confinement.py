@@ -97,7 +97,7 @@ def confine(readable: Iterable[str]) -> list[str]:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     missing = []
-    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0:
+    if platform.system() != "Linux" or libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0:
         return ["Landlock", "filter of system calls"]
     if not _close_files(libc, readable):
         missing.append("Landlock")
