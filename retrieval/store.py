@@ -210,7 +210,7 @@ class ChunkStore:
                 self._client.delete_collection(joined)
 
     def _copy(self, collection: str, to: str) -> None:
-        """One batch after another, as `_upsert`."""
+        """One batch after another, as `_upsert`. Nobody else has ``to`` yet."""
         following: models.ExtendedPointId | None = None
         while True:
             with self._calling(collection):

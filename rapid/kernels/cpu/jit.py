@@ -108,7 +108,7 @@ class Kernel:
             cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
         )
         kept = cache_dir() / "kernels" / f"{name}-{_version(sources)}.o"
-        code = kept.read_bytes() if _is_ours(kept) else _keep(_compile(machine, write), kept)
+        code = _kept(kept) or _keep(_compile(machine, write), kept)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -153,13 +153,19 @@ def _compile(machine: Any, write: Callable[[Any], None]) -> bytes:
     return bytes(machine.emit_object(compiled))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether ``path`` is a file that nobody but this user, or root, can have written: its code is run as it is."""
+def _kept(path: Path) -> bytes:
+    """The code in ``path``, which is run as it is; empty where another user than this one or root can have written it.
+
+    What is looked at is the open file: its name may be another's a moment later.
+    """
     try:
-        found = path.lstat()
+        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and not found.st_mode & _OTHERS_WRITE
+        return b""
+    with open(opened, "rb") as file:
+        found = os.fstat(opened)
+        is_ours = found.st_uid in (0, os.geteuid()) and not found.st_mode & _OTHERS_WRITE
+        return file.read() if is_ours and stat.S_ISREG(found.st_mode) else b""
 
 
 def _keep(code: bytes, path: Path) -> bytes:
