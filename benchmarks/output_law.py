@@ -21,15 +21,21 @@ from benchmarks.common.dense_rounds import verify_dense
 from benchmarks.common.results import write
 from benchmarks.common.table_engine import MAX_ROUNDS, transitions
 from rapid.datastore.search import Datastore, Segment, suffix_array
+from rapid.engine.verdicts import How, Verify, verdict
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import sample
+from rapid.speculation.draft import Draft
 from rapid.speculation.trust_region import MEMORY, choose, running_agreement
-from rapid.speculation.verification import RULES
+from rapid.speculation.verification import RULES, TAIL
 
 GAMMA, VOCAB = 3, 10
 _AT_ONCE = 2000  # sequences
 MOST_NATS = 0.4  # ε_max · c, where η is "auto"
+
+
+# (rule, T, Tₓ, draft_top_k)
+EVERYWHERE = [("augmented", 0.3, 1.0, 4), ("published", 1.0, 1.0, VOCAB), ("reference", 0.7, 0.5, 6)]
 
 
 def chosen(rule: str, p: Tensor, q: Tensor) -> Tensor:
@@ -128,6 +134,47 @@ def of_a_datastore(temperature: float, rounds: int) -> dict[str, float]:
     return {"total_variation": max(distances), "samples": min(samples)}
 
 
+def of_a_transfer_everywhere(
+    rule: str, eta: float, temperature: float, transfer_temperature: float, draft_top_k: int, num_samples: int
+) -> dict[str, float]:
+    """The worst total variation to softmax((z + η·Tₓ·(q − p))/T), at γ + 1 positions with a q, as engines verify them.
+
+    The drafted tokens are the likeliest, so that most rounds reach the last position.
+    """
+    rng = np.random.default_rng(4)
+    z = rng.standard_normal((GAMMA + 1, VOCAB))
+    z[np.arange(GAMMA + 1), rng.integers(VOCAB, size=GAMMA + 1)] = z.max(-1) + 2 * temperature
+    p = np.stack([softmax(row / transfer_temperature) for row in z])
+    q = np.stack([softmax(row / transfer_temperature) for row in z + 0.3 * rng.standard_normal(z.shape)])
+    q[q < np.sort(q, -1)[:, -draft_top_k, None]] = 0
+    q /= q.sum(-1, keepdims=True)
+    shift = q - p
+    if rule == "reference":
+        shift[q < TAIL * q.max(-1, keepdims=True)] = 0
+    law_of_rows = [softmax(row / temperature) for row in z + eta * transfer_temperature * shift]
+    pairs = [(np.flatnonzero(row).astype(np.int32), row[row > 0].astype(np.float32)) for row in q]
+    likeliest = [int(row.argmax()) for row in law_of_rows]
+    draft = Draft(0, likeliest[:GAMMA], pairs[:GAMMA], [1.0] * GAMMA)
+    logits, counts, first = torch.from_numpy(z).float(), np.zeros((GAMMA + 1, VOCAB), np.int64), 0
+    while counts.sum(-1).min() < num_samples:
+        hows = [
+            How(SamplingParams(temperature=temperature), seed, pairs, RULES[rule], eta, transfer_temperature)
+            for seed in range(first, first + _AT_ONCE)
+        ]
+        for how, values in zip(hows, Verify.together([Verify(logits, draft, how) for how in hows]), strict=True):
+            for place, token in enumerate(verdict(values.numpy(), draft, how).emitted):
+                counts[place, token] += 1
+        first += _AT_ONCE
+    samples = counts.sum(-1)
+    distances = np.abs(counts / samples[:, None] - law_of_rows).sum(-1) / 2
+    moved = np.abs(np.stack([softmax(row / temperature) for row in z]) - law_of_rows).sum(-1) / 2
+    return {
+        "total_variation": float(distances.max()),
+        "samples": int(samples.min()),
+        "distance_to_target": float(moved.min()),
+    }
+
+
 def of_self_drafting(bottom: str | None, num_samples: int) -> dict[str, Any]:
     """What the tasks that draft over a view write at each place of a round, against the target's own p."""
     torch.set_num_threads(1)  # tables are small: other threads would only wait
@@ -145,17 +192,25 @@ def of_self_drafting(bottom: str | None, num_samples: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=900_000)
+    parser.add_argument("--rounds", type=int, default=900_000, help="of the rules, and of drafts from a datastore")
     parser.add_argument(
         "--only",
-        choices=["rules", "rest", "magicdec", "triforce-model", "triforce-lookup"],
+        choices=["rules", "everywhere", "rest", "magicdec", "triforce-model", "triforce-lookup"],
         help="one part of it, into output_law_ONLY.json",
     )
-    parser.add_argument("--samples", type=int, default=200_000, help="of drafts over a view, at each place of a round")
+    parser.add_argument("--samples", type=int, default=200_000, help="at each place of a round that engines verify")
     options = parser.parse_args()
     results: dict[str, Any] = {"rounds": options.rounds}
     if options.only in (None, "rules"):
         results |= of_the_rules(options.rounds)
+    if options.only in (None, "everywhere"):
+        results["everywhere"] = [
+            {"rule": rule, "eta": 10.0, "temperature": t, "transfer_temperature": tx, "draft_top_k": k}
+            | of_a_transfer_everywhere(rule, 10.0, t, tx, k, options.samples)
+            for rule, t, tx, k in EVERYWHERE
+        ]
+        for row in results["everywhere"]:
+            print(f"a transfer at every position: {row}")
     if options.only in (None, "rest"):
         results["rest"] = [{"temperature": t} | of_a_datastore(t, options.rounds) for t in (0.5, 1.0)]
         print(f"rest: {results['rest']}")

@@ -1,9 +1,11 @@
 """Answers with transfer: the target alone, the passages alone, fixed η, and η as a trust region.
 
 Each context is made of passages of Natural Questions, one of which answers the question: at a chosen depth, or left
-out. An answer is right if it contains one of the expected ones, both in lower case and without articles and
-punctuation. Differences to the target alone, and to the passages alone, are paired by question, with a 95% bootstrap
-interval.
+out. η "auto" transfers at every position (`transfer_temperature` 1); a fixed η does so at temperature 0, and is the
+paper's transfer above it.
+
+An answer is right if it contains one of the expected ones, both in lower case and without articles and punctuation.
+Differences to the target alone, and to the passages alone, are paired by question, with a 95% bootstrap interval.
 
 Each answer is appended to a file at once, and an answer that is there is not computed again. So a run may be ended at
 any time and continued by the same command, also on another machine: all answers are kept beside the results, each with
@@ -53,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     **{f"η = {eta}": {"transfer_strength": float(eta)} for eta in (2, 5, 10, 20)},
     "η auto": {"transfer_strength": "auto"},
 }
-TRANSFERRING = {"verification": "augmented", "transfer_temperature": 1.0, "num_draft_tokens": 4}
+TRANSFERRING = {"verification": "augmented", "num_draft_tokens": 4}
 ASK = "Answer in a few words, from the text above: "
 
 
@@ -102,7 +104,11 @@ def is_right(text: str, answers: list[str]) -> bool:
 async def answer(
     backend: LocalBackend, settings: AppConfig, case: Case, arm: str, temperature: float, most_nats: float
 ) -> dict[str, Any]:
-    options = ARMS[arm] if "strategy" in ARMS[arm] else ARMS[arm] | TRANSFERRING | {"transfer_divergence": most_nats}
+    options = ARMS[arm]
+    if "strategy" not in options:
+        # A given η above temperature 0 is the paper's own transfer.
+        everywhere = temperature == 0 or options["transfer_strength"] == "auto"
+        options = options | TRANSFERRING | {"transfer_divergence": most_nats, "transfer_temperature": float(everywhere)}
     request = GenerationRequest(
         prompt=case.prompt,
         sampling=SamplingParams(temperature=temperature, seed=case.number),

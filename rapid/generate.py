@@ -38,7 +38,7 @@ async def generate(
 
     ``retrieve`` replaces the backend's, where several completions share one retrieval.
 
-    The first tokens do not wait for a drafter, unless γ is fixed, the request has a seed, or it transfers greedily.
+    The first tokens do not wait for a drafter, unless γ is fixed, the request has a seed, or it transfers everywhere.
     When a drafter is lost, the target continues alone until there is another. When the target is lost, another engine
     continues the same text. Closing the iterator early, or cancelling the task that reads it, frees all sequences.
 
@@ -60,7 +60,7 @@ async def generate(
         request.speculation.fixed_draft_tokens,
         session.learned.costs,
         timed=session.by_the_clock,
-        every_position=session.transfers_greedily,
+        every_position=request.speculation.transfers_everywhere,
         shares_device=not backend.overlap,
     )
     async with AsyncExitStack() as leases:
@@ -70,7 +70,7 @@ async def generate(
         while writer.reason is None:
             round_started = time.perf_counter()
             room = max_tokens - len(output) - 1
-            drafts = room > 0 or session.transfers_greedily
+            drafts = room > 0 or request.speculation.transfers_everywhere
             offers = [drafter.offer(room) for drafter in drafters.values()] if drafts else []
             plan = controller.choose([offer for offer in offers if offer is not None])
             drafter, draft = drafters.get(plan.source), Draft(len(output))
@@ -136,7 +136,8 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     session.logits = request.logits.on(request.prompt.tokens, backend.info("target"))
     session.max_new_tokens = max_tokens + max(spec.fixed_draft_tokens or 0, MAX_DRAFT_TOKENS) + 1
     classes = [drafter_class(reference) for reference in strategy.drafters]
-    drafters = [each(session) for each in classes if each.sampled or not session.transfers_greedily]
+    # A transfer everywhere chooses each token with a q: the drafters whose q is none have no part in it.
+    drafters = [each(session) for each in classes if each.sampled or not spec.transfers_everywhere]
     for drafter in drafters:
         leases.push_async_callback(drafter.close)
     sequence = SequenceRequest(
@@ -152,7 +153,7 @@ async def _open(session: Session, leases: AsyncExitStack) -> tuple[TargetLease, 
     leases.push_async_callback(target.close)
     await target.open()
     for drafter in drafters:
-        at_once = session.by_the_clock and spec.num_draft_tokens == "auto" and not session.transfers_greedily
+        at_once = session.by_the_clock and spec.num_draft_tokens == "auto" and not spec.transfers_everywhere
         await drafter.start(wait=not at_once)
     return target, {drafter.label: drafter for drafter in drafters}, max_tokens
 

@@ -46,8 +46,9 @@ class RetrievalDrafter(SamplingDrafter):
         self._knows = 0  # how many output tokens the drafter has
         self._losses = 0  # drafters that were lost without a draft in between
         self._request: SequenceRequest | None = None  # for its sequence, once the passages are known
-        # A greedy transfer writes the same text whatever its rounds are, so no round's end may change q.
-        refreshes = session.request.speculation.refresh == "auto" and not session.transfers_greedily
+        # A transfer everywhere writes the same text whatever its rounds are, so no round's end may change q.
+        how = session.request.speculation
+        refreshes = how.refresh == "auto" and not how.transfers_everywhere
         self._watch = SentenceWatch(session.request.prompt.tokenizer) if refreshes else None
         self._refreshing: asyncio.Task[_Reading | None] | None = None
         self._tried = asyncio.Event()
@@ -99,8 +100,10 @@ class RetrievalDrafter(SamplingDrafter):
             return None
         output = self._session.output
         written = output[drafted.offset :]
-        # The guess was written, too. A greedy guess is no draw, so it may be a draft token itself.
-        least = len(drafted.tokens) - drafted.num_ahead + (self._session.request.sampling.temperature > 0)
+        # The guess was written, too. A guess of the likeliest is no draw, so it may be a draft token itself.
+        request = self._session.request
+        draws = not request.speculation.drafts_likeliest(request.sampling)
+        least = len(drafted.tokens) - drafted.num_ahead + draws
         guessed = least <= len(written) and drafted.tokens[: len(written)] == written
         draft, ended = drafted.after(len(output)).within(limits, self._eos)
         return replace(draft, num_ahead=len(draft.tokens)) if guessed and ended else None
@@ -154,9 +157,10 @@ class RetrievalDrafter(SamplingDrafter):
         """What the drafter reads; None, with the reason in the statistics, if there is nothing.
 
         Any q will do for drafts that do not move the output, so the best passages are read whatever their scores are.
-        A greedy transfer is not without a say of q.
+        In a transfer everywhere q always has a say.
         """
-        return await self._session.retrieved_prompt(at_any_score=not self._session.transfers_greedily)
+        session = self._session
+        return await session.retrieved_prompt(at_any_score=not session.request.speculation.transfers_everywhere)
 
     async def _read(self) -> SequenceRequest | None:
         """The request for the drafter's sequence; None, with the reason in the statistics, if it cannot read."""

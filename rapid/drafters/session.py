@@ -36,9 +36,8 @@ class Session:
         self.request, self.backend = request, backend
         self.output: list[int] = []
         self.statistics = Statistics(request.speculation.strategy, prompt_tokens=len(request.prompt.tokens))
-        self.by_the_clock = request.sampling.seed is None or request.sampling.temperature == 0
-        # Greedily a transfer chooses each token with a q: the drafters whose q is none have no part in it.
-        self.transfers_greedily = request.speculation.transfers_greedily(request.sampling)
+        is_drawn = not request.speculation.drafts_likeliest(request.sampling)  # so the text depends on its rounds
+        self.by_the_clock = request.sampling.seed is None or not is_drawn
         self.trust = Trust(confidence=0.0)
         self.unsure = False
         self._retrieve = retrieve

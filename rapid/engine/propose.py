@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rapid.engine.clock import Moment
-from rapid.engine.messages import DraftRequest
+from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.engine.readout import Download, Draw, Drawing, drafted_token
 from rapid.engine.sequence import EarlyResult, ForwardRequest, Sequence, Task
 from rapid.kernels.interface import Tokens
@@ -85,9 +85,9 @@ def _propose(
         start = offset + len(tokens)
         round_start = start if request.round_start is None else request.round_start
         # The first token of `ahead` guesses the token behind an accepted draft. The drafted tokens come after it. A
-        # greedy guess is no draw, so it may be a draft token itself.
+        # guess of the likeliest is no draw, so it may be a draft token itself.
         guessed = sequence.output[offset - sequence.written :][: len(tokens)] == tokens
-        first = start if sequence.request.sampling.temperature == 0 else start - 1
+        first = start if _drafts_likeliest(sequence.request) else start - 1
         known = ahead.after(start) if ahead is not None and guessed and ahead.offset <= first else Draft(start)
         sequence.rebase(offset, tokens, len(known.tokens))
         draft, ended = known.within(limits, eos)
@@ -170,7 +170,7 @@ def draw_on(
     """
     request = sequence.request
     draft_top_k, warping = request.speculation.draft_top_k, request.speculation.warping(request.sampling)
-    is_greedy = request.sampling.temperature == 0
+    is_greedy = _drafts_likeliest(request)
     feed: Tokens = sequence.pending()
     unread: list[Tensor] = []
     num_unread = num_first = num_drawn = 0
@@ -215,6 +215,10 @@ def draw_on(
             return DrawnDraft(drawn_at[0], drawn_at[-1], num_first, num_drawn)
         unread.clear()
         num_unread = 0
+
+
+def _drafts_likeliest(request: SequenceRequest) -> bool:
+    return request.speculation.drafts_likeliest(request.sampling)
 
 
 def _tokens_at_a_time(sequence: Sequence, limits: DraftLimits) -> int:

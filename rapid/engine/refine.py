@@ -16,7 +16,7 @@ from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.speculation.draft import Draft
 from rapid.speculation.drawing import confidences, truncated
-from rapid.speculation.verification import LOSSLESS, dense, verify, verify_greedy
+from rapid.speculation.verification import LOSSLESS, dense, verify, verify_chosen
 
 
 class Refine(NamedTuple):
@@ -44,7 +44,7 @@ def _refine(wishes: Sequence[Refine]) -> list[Tensor]:
     drafts = draft_rows([each.draft for each in wishes], logits.device, with_q=not is_greedy)
     if is_greedy:
         ids = weights = logits[:, :0]
-        found = verify_greedy(drafts, logits.argmax(-1))
+        found = verify_chosen(drafts, logits.argmax(-1))
     else:
         params = RowParams.of([each.sampling for each in wishes for _ in range(len(each.logits))], logits.device)
         ids, weights = truncated(logits, params, wishes[0].draft_top_k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from rapid.engine.grouping import in_groups, joined
 from rapid.kernels.transfer import upload
-from rapid.sampling.noise import Noise
+from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams, truncates
-from rapid.sampling.sampler import warp, warp_to_few
+from rapid.sampling.sampler import sample, tempered, warp, warp_to_few
 from rapid.speculation.draft import Draft, Logprobs, Pairs, Transferred
 from rapid.speculation.trust_region import Region, choose, running_agreement
 from rapid.speculation.verification import (
@@ -24,11 +25,11 @@ from rapid.speculation.verification import (
     DraftRows,
     Rule,
     Verdict,
-    best_augmented,
+    augmented_logits,
     dense,
     output_law,
     verify,
-    verify_greedy,
+    verify_chosen,
 )
 
 
@@ -42,22 +43,31 @@ class Bound(NamedTuple):
 class How(NamedTuple):
     """How a draft is verified.
 
-    ``sampling`` makes p of the logits. If ``is_greedy`` the best token of each row is chosen: of the logits where the
-    temperature of ``sampling`` is 0, else of the augmented logits. ``distributions`` has the q of each position with a
-    q: those of the draft's tokens, and in a greedy transfer that of the position behind them.
+    ``sampling`` is the request's. With a ``transfer_temperature`` above 0, which makes p of the logits in the place of
+    its temperature, each token is chosen by the augmented logits. ``distributions`` has the q of each position with a
+    q: those of the draft's tokens, and with a transfer temperature that of the position behind them.
     """
 
     sampling: SamplingParams
     seed: int
     distributions: Sequence[Pairs]
-    is_greedy: bool
     rule: Rule = LOSSLESS
     strength: float | Bound = 0.0
+    transfer_temperature: float = 0.0
     num_logprobs: int | None = None
 
     @property
-    def transfers_greedily(self) -> bool:
-        return self.is_greedy and self.sampling.temperature > 0
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
+    @property
+    def is_everywhere(self) -> bool:
+        return self.transfer_temperature > 0
+
+    @property
+    def warping(self) -> SamplingParams:
+        """How p is made of the logits."""
+        return replace(self.sampling, temperature=self.transfer_temperature) if self.is_everywhere else self.sampling
 
 
 class Verify(NamedTuple):
@@ -71,8 +81,8 @@ class Verify(NamedTuple):
     def kind(self) -> tuple[object, ...]:
         """Verifications of the same kind are computed together."""
         how = self.how
-        sampled = how.sampling.temperature > 0 and (how.rule, isinstance(how.strength, Bound))
-        return how.is_greedy, sampled, truncates(how.sampling, self.logits.shape[-1])
+        ruled = how.warping.temperature > 0 and (how.rule, isinstance(how.strength, Bound))
+        return how.is_greedy, how.is_everywhere, ruled, truncates(how.sampling, self.logits.shape[-1])
 
     @staticmethod
     def together(wishes: Sequence[Verify]) -> list[Tensor]:
@@ -105,11 +115,11 @@ def verdict(values: NDArray[np.float64], draft: Draft, how: How) -> Decided:
 def _verify(wishes: Sequence[Verify]) -> list[Tensor]:
     """Verifies drafts of one kind."""
     how, logits = wishes[0].how, joined([each.logits for each in wishes])
-    drafts = draft_rows([each.draft for each in wishes], logits.device, with_q=not how.is_greedy)
-    if how.transfers_greedily:
+    drafts = draft_rows([each.draft for each in wishes], logits.device, with_q=not (how.is_greedy or how.is_everywhere))
+    if how.is_everywhere:
         found = _by_augmented_logits(wishes, logits, drafts)
     elif how.is_greedy:
-        found = _Found(verify_greedy(drafts, logits.argmax(-1)))
+        found = _Found(verify_chosen(drafts, logits.argmax(-1)))
     else:
         found = _by_rule(wishes, logits, drafts)
     verdicts = torch.stack(found.verdict, -1)  # [B, 2]
@@ -173,21 +183,37 @@ def _over(ids: Tensor, drafts: DraftRows) -> DraftRows:
 
 
 def _by_augmented_logits(wishes: Sequence[Verify], logits: Tensor, drafts: DraftRows) -> _Found:
-    """Verdicts by the argmax of the augmented logits, each row of which has a q."""
-    hows = [each.how for each in wishes]
-    params = _row_params(wishes, logits.device)
+    """Verdicts by a draw from the augmented logits, or their argmax, for each row. Each row has a q.
+
+    A row's number belongs to its position, so a token does not depend on what was drafted. A draft token stands if it
+    is the one that was drawn.
+    """
+    hows, device = [each.how for each in wishes], logits.device
+    params = _row_params(wishes, device)
     target_probs = warp(logits, params)
     strength, chosen = _strengths(hows, target_probs)
-    draft_probs = dense(*_padded_q(hows, logits.device), logits.shape[-1])
+    draft_probs = dense(*_padded_q(hows, device), logits.shape[-1])
     shift = hows[0].rule.shift(target_probs, draft_probs)
-    best = best_augmented(logits / params.temperature.to(logits.dtype), target_probs, shift, strength)
-    return _Found(verify_greedy(drafts, best), chosen)
+    augmented = augmented_logits(logits / params.temperature.to(logits.dtype), target_probs, shift, strength)
+    if hows[0].is_greedy:
+        return _Found(verify_chosen(drafts, augmented.argmax(-1)), chosen)
+    counts = [len(each.logits) for each in wishes]
+    rows = [
+        (how.seed, each.draft.offset + i, how.sampling.temperature / how.transfer_temperature)
+        for each, how, count in zip(wishes, hows, counts, strict=True)
+        for i in range(count)
+    ]
+    seeds, positions, temperatures = zip(*rows, strict=True)
+    law = tempered(augmented, upload(temperatures, "float64", device).unsqueeze(-1))
+    noise = Noise(*upload([seeds, positions], "int64", device))
+    keys = noise.keys(Purpose.NEXT, torch.zeros(len(rows), 1, dtype=torch.int64, device=device)).squeeze(-1)
+    return _Found(verify_chosen(drafts, sample(law, keys)), chosen, law.split(counts))
 
 
 def _row_params(wishes: Sequence[Verify], device: torch.device) -> RowParams:
     if len(wishes) == 1:
-        return RowParams.of([wishes[0].how.sampling], device)
-    return RowParams.of([each.how.sampling for each in wishes for _ in range(len(each.logits))], device)
+        return RowParams.of([wishes[0].how.warping], device)
+    return RowParams.of([each.how.warping for each in wishes for _ in range(len(each.logits))], device)
 
 
 def _strengths(hows: Sequence[How], scored: Tensor) -> tuple[Tensor, _ChosenStrength | None]:

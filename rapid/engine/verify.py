@@ -43,7 +43,7 @@ def verify_draft(sequence: Sequence, request: VerifyRequest) -> Task[VerifyResul
     if sequence.logits is not None:
         draft = within_grammar(draft, sequence.logits.num_allowed(sequence.emitted(draft.offset), draft.tokens))
     how = _how(request, sequence, draft)
-    if how.transfers_greedily:
+    if how.is_everywhere:
         draft = draft.before(len(draft.tokens) - 1)
     gamma = len(draft.tokens)
     logits = yield ForwardRequest(sequence, sequence.pending() + draft.tokens, gamma + 1)  # [γ+1, V]
@@ -79,7 +79,6 @@ def _how(request: VerifyRequest, sequence: Sequence, draft: Draft) -> How:
         opened.sampling,
         sequence.seed,
         draft.distributions,
-        opened.sampling.temperature == 0,
         num_logprobs=opened.num_logprobs,
     )
     if not (request.transfers and draft.tokens and speculation.transfers):
@@ -87,7 +86,7 @@ def _how(request: VerifyRequest, sequence: Sequence, draft: Draft) -> How:
     trust, strength = request.trust, speculation.transfer_strength
     bound = Bound(speculation.transfer_divergence * trust.confidence, trust.agreement)
     return how._replace(
-        sampling=speculation.warping(opened.sampling),
+        transfer_temperature=speculation.transfer_temperature,
         rule=RULES[speculation.verification],
         strength=bound if strength == "auto" else strength,
     )

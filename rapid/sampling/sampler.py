@@ -37,7 +37,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def warp(logits: Tensor, params: RowParams) -> Tensor:
     """`probabilities`, of rows [R, V] that have ``params`` of their own; no temperature may be 0."""
-    return truncate(tempered(logits, params), params)
+    return truncate(tempered(logits, params.temperature), params)
 
 
 def warp_to_few(logits: Tensor, params: RowParams) -> tuple[Tensor, Tensor] | None:
@@ -71,10 +71,10 @@ def warm_up(vocab_size: int, device: torch.device) -> None:
     warp_to_few(torch.zeros(1, vocab_size, device=device), RowParams.of([SamplingParams(top_k=1)], device))
 
 
-def tempered(logits: Tensor, params: RowParams) -> Tensor:
-    """softmax(z/T) of rows [R, V]; at temperature 0 some distribution."""
+def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(z/T) of rows [R, V], T being ``temperature`` [R, 1]; some distribution where that is 0."""
     # A tiny temperature must neither turn the largest logits into inf - inf nor, rounded to 0, into 0 / 0.
-    temperature = params.temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
+    temperature = temperature.clamp_min(torch.finfo(logits.dtype).tiny).to(logits.dtype)
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
 
 

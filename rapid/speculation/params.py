@@ -30,9 +30,11 @@ class SpeculationParams:
     With ``refresh`` "auto" the passages are retrieved anew at the end of a sentence that they did not help with.
 
     With η "auto" each position has its own, the largest that keeps KL(p̂‖p) within a bound of at most
-    ``transfer_divergence`` nats (`rapid.speculation.trust_region`). ``transfer_temperature`` is the temperature of p
-    and q where the request's is 0: the output is then the argmax of the augmented logits. With 0 it is the target's
-    own greedy text.
+    ``transfer_divergence`` nats (`rapid.speculation.trust_region`).
+
+    With a ``transfer_temperature`` Tₓ above 0 every position is transferred: p and q are taken at Tₓ, and the token is
+    sampled from softmax((z + η·Tₓ·(q − p))/T), T being the request's temperature, or is the argmax where T is 0. With 0
+    the transfer is the paper's: p and q are taken at T, what has no q follows p, and at T = 0 nothing is transferred.
 
     The whole value travels with the sequence to its engine. So a new option needs a field here, a field of the
     request's body, and the code that uses it.
@@ -45,7 +47,7 @@ class SpeculationParams:
     num_draft_tokens: int | Literal["auto"] = "auto"
     transfer_strength: float | Literal["auto"] = 10.0
     transfer_temperature: float = 0.0
-    transfer_divergence: float = 0.5
+    transfer_divergence: float = 8.0
     verification: str = "published"
     draft_top_k: int = 64
     refresh: Literal["off", "auto"] = "off"
@@ -104,12 +106,18 @@ class SpeculationParams:
         moves = self.transfer_divergence > 0 if self.transfer_strength == "auto" else self.transfer_strength > 0
         return moves and self.verification != "lossless" and STRATEGIES[self.strategy].transfers
 
-    def transfers_greedily(self, sampling: SamplingParams) -> bool:
-        """Whether the output is the argmax of the augmented logits, so that every position needs a q."""
-        return sampling.temperature == 0 and self.transfer_temperature > 0 and self.transfers
+    @property
+    def transfers_everywhere(self) -> bool:
+        """Whether each token is drawn by its augmented logits, so that every position needs a q."""
+        return self.transfer_temperature > 0 and self.transfers
 
     def warping(self, sampling: SamplingParams) -> SamplingParams:
-        """How p and q are made of logits: as ``sampling`` says, but for a greedy transfer's temperature."""
-        if not self.transfers_greedily(sampling):
-            return sampling
-        return replace(sampling, temperature=self.transfer_temperature)
+        """How p and q are made of logits: as ``sampling`` says, but for the transfer's own temperature."""
+        return replace(sampling, temperature=self.transfer_temperature) if self.transfers_everywhere else sampling
+
+    def drafts_likeliest(self, sampling: SamplingParams) -> bool:
+        """Whether a draft token is the likeliest of its q, and no draw.
+
+        A transfer everywhere draws each token by its position's own numbers, whatever was drafted. A guess is enough.
+        """
+        return sampling.temperature == 0 or self.transfers_everywhere

@@ -207,24 +207,24 @@ def verify(
     return Verdict(num_accepted, ids[first_to_come(next_probs, ids.expand_as(next_probs), keys).squeeze(-1)])
 
 
-def verify_greedy(drafts: DraftRows, best: Tensor) -> Verdict:
-    """`verify` at temperature 0: a draft token is accepted iff it is the ``best`` [N + B] token of its row.
+def verify_chosen(drafts: DraftRows, chosen: Tensor) -> Verdict:
+    """The verdict where each row has its token ``chosen`` [N + B]: a draft token stands iff it is that of its row.
 
-    That is the argmax of the target's rows, because p and q are one-hot and every rule leaves such a p alone. With a
-    transfer temperature it is `best_augmented`.
+    `verify` is this at temperature 0 with the argmax of the target's rows, because p and q are one-hot and every rule
+    leaves such a p alone. A transfer everywhere chooses by `augmented_logits`.
     """
     if not drafts.longest:
-        return Verdict(drafts.lengths, best)
-    num_accepted = drafts.num_accepted(drafts.scored(best) == drafts.tokens)
-    return Verdict(num_accepted, best[drafts.emitting(num_accepted)])
+        return Verdict(drafts.lengths, chosen)
+    num_accepted = drafts.num_accepted(drafts.scored(chosen) == drafts.tokens)
+    return Verdict(num_accepted, chosen[drafts.emitting(num_accepted)])
 
 
-def best_augmented(logits: Tensor, target_probs: Tensor, shift: Tensor, transfer_strength: Strength) -> Tensor:
-    """argmax of the augmented logits z/T + η·shift (Eq. 6), for each row: [..., V] to [...].
+def augmented_logits(logits: Tensor, target_probs: Tensor, shift: Tensor, transfer_strength: Strength) -> Tensor:
+    """z/T + η·shift (Eq. 6) of each row, [..., V].
 
     ``logits`` are z/T, of which ``target_probs`` are p. Tokens outside the target's own support stay outside.
     """
-    return (logits + shift * transfer_strength).masked_fill_(target_probs == 0, -torch.inf).argmax(-1)
+    return (logits + shift * transfer_strength).masked_fill_(target_probs == 0, -torch.inf)
 
 
 def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_strength: Strength) -> Tensor:

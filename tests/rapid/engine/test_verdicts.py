@@ -39,7 +39,7 @@ def wishes(rule: str) -> tuple[list[Verify], np.ndarray]:
     drawn = np.random.default_rng(2).choice(ids, NUM, p=weights.astype(np.float64) / weights.sum(dtype=np.float64))
     drafts = [Draft(0, [int(token)], [(ids, weights)], [0.5]) for token in drawn]
     found = [
-        Verify(LOGITS, draft, How(SAMPLING, seed, draft.distributions, False, RULES[rule], ETA))
+        Verify(LOGITS, draft, How(SAMPLING, seed, draft.distributions, RULES[rule], ETA))
         for seed, draft in enumerate(drafts)
     ]
     q = np.zeros(VOCAB)

@@ -104,12 +104,12 @@ def verified(z: Array, q: Array, gamma: int, before: Bound, temperature: float, 
     tokens = q[:gamma].argmax(-1).tolist()
     with_q = gamma + greedy
     how = How(
-        SamplingParams(temperature=temperature, seed=1),
+        SamplingParams(temperature=0 if greedy else temperature, seed=1),
         1,
         [pairs(row) for row in q[:with_q]],
-        is_greedy=greedy,
-        rule=RULES["augmented"],
-        strength=before,
+        RULES["augmented"],
+        before,
+        transfer_temperature=temperature if greedy else 0,
     )
     draft = Draft(0, tokens, list(how.distributions[:gamma]), [1.0] * gamma)
     return Verify(torch.from_numpy(z[: gamma + 1]).float(), draft, how), with_q

@@ -12,7 +12,7 @@ from benchmarks.common.dense_rounds import draft_rows, verify_dense
 from rapid.sampling.noise import Noise, Purpose
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities, sample
-from rapid.speculation.verification import RULES, verify_greedy
+from rapid.speculation.verification import RULES, verify_chosen
 
 ETAS = (0.0, 0.5, 5.0, 20.0, 1000.0)
 
@@ -154,7 +154,7 @@ def test_verifying_greedily_is_verifying_at_temperature_0(rule: str, gamma: int)
         p = probabilities(logits, SamplingParams(temperature=0))
         q = torch.nn.functional.one_hot(draft, 9).float()
         expected = verify_dense(RULES[rule], draft[None], q[None], p[None], 10.0, Noise(torch.tensor([12])))
-        verdict = verify_greedy(draft_rows(draft[None], q[None]), logits.argmax(-1))
+        verdict = verify_chosen(draft_rows(draft[None], q[None]), logits.argmax(-1))
         assert (int(verdict.num_accepted), int(verdict.next_token)) == tuple(map(int, expected))
         seen.add(int(verdict.num_accepted))
     assert seen == set(range(gamma + 1))

@@ -1,20 +1,25 @@
-"""At temperature 0 with a transfer temperature the output is the argmax of the augmented logits, however it is drafted.
+"""With a transfer temperature each token is drawn by its augmented logits, however it is drafted.
 
-The expected text is computed in float64, token by token, from both models' logits on the whole text so far.
+What is expected is computed in float64, token by token, from both models' logits on the whole text so far: the argmax
+at temperature 0, the law of the tokens above it.
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from counting import assert_follows, many
 from running import logits_after
 from world import Chunk, Retrieval, World, complete, first_eight, greedily, run
 
 from benchmarks.common.closed_forms import Array, softmax
+from benchmarks.output_law import EVERYWHERE, of_a_transfer_everywhere
 from rapid.errors import InvalidRequest
-from rapid.sampling.params import LogitParams
+from rapid.sampling.params import LogitParams, SamplingParams
 from rapid.speculation.params import SpeculationParams
 
 LENGTH = 40
@@ -26,18 +31,23 @@ def drafter_probs(logits: Array, temperature: float, top_k: int) -> Array:
     return q / q.sum()
 
 
-def augmented_text(world: World, eta: float, temperature: float, top_k: int, num_tokens: int = LENGTH) -> list[int]:
-    """argmax of z + η·T·(q − p), with p and q at that temperature."""
+def augmented_logits(world: World, output: list[int], eta: float, temperature: float, top_k: int) -> Array:
+    """z + η·Tₓ·(q − p) behind ``output``, with p and q at the transfer's ``temperature`` Tₓ."""
     prompt = world.prompt()
     short = prompt.shortened(first_eight(prompt.contents, prompt.query, None).chunks)
+    z, y = (
+        logits_after(engine.model, tokens + output).double().numpy()
+        for engine, tokens in ((world.target, prompt.tokens), (world.drafter, short))
+    )
+    q = drafter_probs(y, temperature, top_k)
+    return np.asarray(z + eta * temperature * (q - softmax(z / temperature)))
+
+
+def augmented_text(world: World, eta: float, temperature: float, top_k: int, num_tokens: int = LENGTH) -> list[int]:
+    """The argmax of the augmented logits, token by token."""
     output: list[int] = []
     for _ in range(num_tokens):
-        z, y = (
-            logits_after(engine.model, tokens + output).double().numpy()
-            for engine, tokens in ((world.target, prompt.tokens), (world.drafter, short))
-        )
-        p, q = softmax(z / temperature), drafter_probs(y, temperature, top_k)
-        output.append(int((z + eta * temperature * (q - p)).argmax()))
+        output.append(int(augmented_logits(world, output, eta, temperature, top_k).argmax()))
     return output
 
 
@@ -72,6 +82,61 @@ def test_drafting_ahead_writes_the_same(world: World, gamma: int | str) -> None:
     completion = run(world.request(max_tokens=LENGTH, gamma=gamma, **how), backend)
     assert completion.tokens == augmented_text(world, 20.0, 1.0, 64)
     assert gamma == "auto" or completion.statistics.drafted_ahead > 0
+
+
+@pytest.mark.parametrize("strength", [8.0, "auto"])
+def test_a_seed_writes_the_same_above_temperature_0_whatever_was_drafted(world: World, strength: Any) -> None:
+    sampling = SamplingParams(temperature=0.5, top_p=0.95, seed=3)
+    how = {"transfer_strength": strength, "transfer_temperature": 1.0, "transfer_divergence": 4.0, "sampling": sampling}
+    written = [texts(world, gamma=gamma, **how) for gamma in (0, 1, 4, 10, "auto")]
+    ahead = run(world.request(max_tokens=LENGTH, gamma=1, **how), world.patient_backend())
+    assert ahead.statistics.drafted_ahead > 0
+    assert all(each == written[0] for each in [*written, ahead.tokens])
+    assert written[0] != texts(world, gamma=4, **how | {"transfer_temperature": 0.0})
+    assert written[0] != texts(world, gamma=4, **how | {"sampling": replace(sampling, seed=4)})
+
+
+@pytest.mark.parametrize(("temperature", "transfer_temperature", "gamma"), [(0.5, 1.0, 2), (1.0, 0.7, "auto")])
+def test_every_token_follows_the_augmented_logits(
+    make_world: Callable[..., World], temperature: float, transfer_temperature: float, gamma: int | str
+) -> None:
+    """All continuations of three tokens: the first one, a drafted one, and one that would be a bonus."""
+    world, size, eta, top_k, num = make_world(4), 4, 6.0, 3, 1000
+    expected = np.ones((size,) * 3)
+    target_s_own = expected.copy()
+    for n in range(3):
+        for prefix in itertools.product(range(size), repeat=n):
+            logits = augmented_logits(world, list(prefix), eta, transfer_temperature, top_k)
+            z = logits_after(world.target.model, world.prompt().tokens + list(prefix)).double().numpy()
+            expected[prefix] *= softmax(logits / temperature).reshape(-1, *[1] * (2 - n))
+            target_s_own[prefix] *= softmax(z / temperature).reshape(-1, *[1] * (2 - n))
+    assert abs(expected - target_s_own).sum() / 2 > 0.1  # else nothing were shown
+    how = {"transfer_strength": eta, "transfer_temperature": transfer_temperature, "draft_top_k": top_k}
+    request = world.request(gamma=gamma, max_tokens=3, sampling=SamplingParams(temperature=temperature), **how)
+    counts = many(world, request, num, 3)
+    assert_follows(counts.ravel(), expected.ravel())
+    with pytest.raises(AssertionError):
+        assert_follows(counts.ravel(), target_s_own.ravel())
+
+
+def test_each_place_of_a_round_follows_the_augmented_logits() -> None:
+    rule, temperature, transfer_temperature, top_k = EVERYWHERE[0]
+    found = of_a_transfer_everywhere(rule, 10.0, temperature, transfer_temperature, top_k, num_samples=200_000)
+    assert found["samples"] >= 200_000 and found["total_variation"] < 0.01 < found["distance_to_target"] / 5
+
+
+def test_log_probabilities_are_those_of_the_law(world: World) -> None:
+    how = {"transfer_strength": 6.0, "transfer_temperature": 1.0, "draft_top_k": 4}
+    request = world.request(max_tokens=8, gamma=3, sampling=SamplingParams(temperature=0.5, seed=1), **how)
+    request = replace(request, num_logprobs=2)
+    found = run(request, world.backend())
+    logprobs = [each for delta in found.deltas for each in delta.logprobs]
+    assert len(logprobs) == 8
+    for i, each in enumerate(logprobs):
+        logits = augmented_logits(world, found.tokens[:i], 6.0, 1.0, 4)
+        law = np.log(softmax(logits / 0.5))
+        assert each.logprob == pytest.approx(law[found.tokens[i]], abs=1e-4)
+        assert [value for _, value in each.top] == pytest.approx(sorted(law)[:-3:-1], abs=1e-4)
 
 
 def test_a_draft_that_stands_is_counted_and_no_round_is_plain(world: World) -> None:
