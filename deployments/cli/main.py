@@ -95,7 +95,7 @@ def generate(
         typer.Option(help="η: how far drafts move the target, or auto; 0: not.", rich_help_panel="Decoding", **auto),
     ] = None,
     transfer_temperature: Annotated[
-        float | None, typer.Option(help="Of the transfer at temperature 0; 0: none.", rich_help_panel="Decoding")
+        float | None, typer.Option(help="Of p and q, at every position; 0: the paper's.", rich_help_panel="Decoding")
     ] = None,
     transfer_divergence: Annotated[
         float | None, typer.Option(help="With η auto: the most KL(p̂‖p), in nats.", rich_help_panel="Decoding")

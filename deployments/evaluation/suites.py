@@ -24,7 +24,7 @@ _SMALL_RETRIEVAL = 512  # tokens, of contexts that are a twentieth of the paper'
 # the rows of the second target, which reads everything once more.
 _FEW, _MANY = 3, 30
 _SAMPLED = (0.0, 0.3)
-# At temperature 0 the transfer needs a temperature of its own; else the output would be the target's greedy text.
+# With a temperature of its own a transfer is the same at every position, and at temperature 0 there is one at all.
 _TRANSFER: Fields = {"strategy": "rapid", "transfer_temperature": 1.0}
 _ALWAYS: Fields = {"threshold": -1.0}  # where retrieval is what is looked at, no question goes without passages
 _SELF, _ETA_UP = 10.0, 40.0  # η as in the paper
@@ -143,6 +143,8 @@ def _eta(models: _Models) -> Fields:
         for eta in etas:
             how = _TRANSFER | {"transfer_strength": eta, "retrieval": _ALWAYS}
             rows.append(_row(f"η = {eta:g}, {line}", **how, retrieve_from=source, line=line, at=eta))
+        how = _TRANSFER | {"transfer_strength": "auto", "retrieval": _ALWAYS}
+        rows.append(_row(f"η auto, {line}", **how, retrieve_from=source))
     return _unread(models, 0) | {
         "systems": {HERE: models.own},
         "rows": rows,

@@ -33,7 +33,7 @@ class RapidFields(Body):
     strategy: str | None = Field(None, description=_listed({s.name: s.summary for s in STRATEGIES.values()}))
     num_draft_tokens: int | Literal["auto"] | None = None
     transfer_strength: float | Literal["auto"] | None = None
-    transfer_temperature: float | None = Field(None, description="of p and q at temperature 0; 0: no transfer there")
+    transfer_temperature: float | None = Field(None, description="of p and q, at every position; 0: the paper's")
     transfer_divergence: float | None = Field(None, description="with η auto: KL(p̂‖p) in nats, at most")
     verification: str | None = Field(None, description=_listed(VERIFICATION_RULES))
     draft_top_k: int | None = None

@@ -122,8 +122,8 @@ class RefineRequest:
 class VerifyRequest:
     """Asks to verify ``draft``: by the sequence's rule and η if ``transfers``, else losslessly (the output is p).
 
-    If the sequence transfers greedily, each token is chosen with a q. So the draft's last token is not scored: its q is
-    that of the position behind the tokens before it. ``trust`` bounds η where it is "auto".
+    If the sequence transfers everywhere, each token is chosen with a q. So the draft's last token is not scored: its q
+    is that of the position behind the tokens before it. ``trust`` bounds η where it is "auto".
     """
 
     draft: Draft

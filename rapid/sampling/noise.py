@@ -6,10 +6,11 @@ request's text does not depend on the other requests of its batch, on the engine
 
 No number serves two draws, so the output's law is that of independent numbers. A position of the output is written
 once, so one number for its accept test and one key for its recovered or bonus token are enough: a test behind the first
-rejection is not looked at. But a position may be drafted in several rounds. A draft behind a rejected token is
-discarded, and how long it was may have had a say in the length of later drafts. So a draft's numbers go by the position
-where its round begins, too, and tokens drafted ahead continue them. Every round writes a token, so no two rounds begin
-at the same position. After a failure an engine repeats a round with the same numbers, and nothing has seen them yet.
+rejection is not looked at. A transfer everywhere draws each token with that key. But a position may be drafted in
+several rounds. A draft behind a rejected token is discarded, and how long it was may have had a say in the length of
+later drafts. So a draft's numbers go by the position where its round begins, too, and tokens drafted ahead continue
+them. Every round writes a token, so no two rounds begin at the same position. After a failure an engine repeats a round
+with the same numbers, and nothing has seen them yet.
 """
 
 from __future__ import annotations

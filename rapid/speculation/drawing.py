@@ -33,7 +33,7 @@ def draw(
 ) -> DrawnTokens:
     """Samples a token from each row of ``logits`` [B, V] with its key [B]; no temperature may be 0.
 
-    Without ``keys`` each token is the likeliest of its q: q then serves a greedy transfer. ``ids`` [B, V] are the
+    Without ``keys`` each token is the likeliest of its q: q then serves a transfer everywhere. ``ids`` [B, V] are the
     tokens of the columns, if these are not all tokens in their order.
     """
     columns, weights = truncated(logits, params, draft_top_k)
