@@ -67,7 +67,7 @@ class LocalService:
 
     def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
-        self._readers = FairPool(_NUM_READERS, "read")
+        self._readers = FairPool(_NUM_READERS, "read", behind_engines=True)
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
         self.uploads = self.files.uploads

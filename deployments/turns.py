@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import sys
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
 
+_BEHIND = 10  # of 19 steps that a thread's priority can go down
 LONGEST_WAIT_S = 600.0  # for a turn, as long as an idle sequence stays open
 
 P = ParamSpec("P")
@@ -116,14 +119,29 @@ class Turns:
         return int(min(num, self._per_client, self._in_all))
 
 
+def _step_back() -> None:
+    if sys.platform == "linux":  # elsewhere this is the whole process's
+        os.nice(_BEHIND)
+
+
 class FairPool:
     """``num_threads`` threads that one client cannot fill: ``per_client`` things of each are under way at a time.
 
-    So the queue before the threads is as long as there are clients, whatever each of them asks for.
+    So the queue before the threads is as long as there are clients, whatever each of them asks for. Threads that are
+    ``behind_engines`` compute when the engines on the same cores do not: each running request waits for their steps.
     """
 
-    def __init__(self, num_threads: int, name: str, *, per_client: int = 1, max_waiting: int = 256) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+    def __init__(
+        self,
+        num_threads: int,
+        name: str,
+        *,
+        per_client: int = 1,
+        max_waiting: int = 256,
+        behind_engines: bool = False,
+    ) -> None:
+        step_back = _step_back if behind_engines else None
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=step_back)
         self._turns = Turns(per_client, max_waiting)
 
     async def run(self, client: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

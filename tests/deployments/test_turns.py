@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -114,6 +116,17 @@ def test_steps_end_when_nobody_asks_for_them() -> None:
         await asyncio.wait_for(pool.run("client", int), 30)
 
     asyncio.run(story())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_threads_behind_the_engines_have_less_priority_than_the_rest() -> None:
+    async def priorities(behind_engines: bool) -> tuple[int, int]:
+        pool = FairPool(1, "test", behind_engines=behind_engines)
+        return await pool.run("a", os.nice, 0), os.nice(0)
+
+    usual = os.nice(0)
+    assert asyncio.run(priorities(False)) == (usual, usual)
+    assert asyncio.run(priorities(True)) == (min(usual + 10, 19), usual)
 
 
 def test_turns_come_in_order_and_none_is_lost() -> None:
