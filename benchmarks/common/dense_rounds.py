@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from rapid.sampling.noise import Noise
-from rapid.speculation.verification import DraftRows, Rule, Strength, Verdict, verify
+from rapid.speculation.rows import DraftRows
+from rapid.speculation.verification import Rule, Strength, Verdict, verify
 
 
 def draft_rows(draft: Tensor, draft_probs: Tensor) -> DraftRows:

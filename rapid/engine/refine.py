@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from rapid.engine.grouping import in_groups, joined
-from rapid.engine.verdicts import draft_rows
 from rapid.kernels.transfer import upload
 from rapid.sampling.noise import Noise
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams
 from rapid.speculation.draft import Draft
 from rapid.speculation.drawing import confidences, truncated
-from rapid.speculation.verification import LOSSLESS, dense, verify, verify_chosen
+from rapid.speculation.rows import dense, draft_rows
+from rapid.speculation.verification import LOSSLESS, verify, verify_chosen
 
 
 class Refine(NamedTuple):

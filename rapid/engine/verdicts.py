@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +18,13 @@ from rapid.sampling.params import SamplingParams
 from rapid.sampling.row_params import RowParams, truncates
 from rapid.sampling.sampler import sample, tempered, warp, warp_to_few
 from rapid.speculation.draft import Draft, Logprobs, Pairs, Transferred
+from rapid.speculation.rows import DraftRows, dense, draft_rows, padded
 from rapid.speculation.trust_region import Region, choose, running_agreement
 from rapid.speculation.verification import (
     LOSSLESS,
-    DraftRows,
     Rule,
     Verdict,
     augmented_logits,
-    dense,
     output_law,
     verify,
     verify_chosen,
@@ -260,48 +258,14 @@ class _ChosenStrength:
 
 def _padded_q(hows: Sequence[How], device: torch.device) -> tuple[Tensor, Tensor]:
     """The q of all positions that have one, as ids and weights."""
-    return _padded([pairs for how in hows for pairs in how.distributions], device)
-
-
-def draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
-    """The rows of all ``drafts``, for one call of `verify`; without q for greedy verdicts."""
-    lengths = [len(draft.tokens) for draft in drafts]
-    firsts = list(accumulate(lengths, initial=0))[:-1]
-    counts, starts = upload([lengths, firsts], "int64", device).unbind()
-    none = counts[:0]
-    if not any(lengths):  # plain decoding
-        return DraftRows(none, none, none, none, none, none, counts, starts, 0)
-    columns = [
-        [token for draft in drafts for token in draft.tokens],
-        [
-            first + b + step
-            for b, (first, length) in enumerate(zip(firsts, lengths, strict=True))
-            for step in range(length)
-        ],
-        [step for length in lengths for step in range(length)],
-        [b for b, length in enumerate(lengths) for _ in range(length)],
-    ]
-    ids = weights = none
-    if with_q:
-        ids, weights = _padded([pair for draft in drafts for pair in draft.distributions], device)
-    tokens, rows, steps, sequences = upload(columns, "int64", device).unbind()
-    return DraftRows(tokens, rows, steps, sequences, ids, weights, counts, starts, max(lengths))
-
-
-def _padded(pairs: Sequence[Pairs], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The ids and weights of ``pairs`` as rows [n, k]."""
-    sizes = np.array([len(ids) for ids, _ in pairs])
-    is_filled = np.arange(sizes.max()) < sizes[:, None]
-    ids, weights = np.zeros(is_filled.shape, np.int64), np.zeros(is_filled.shape, np.float32)
-    ids[is_filled], weights[is_filled] = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    return upload(ids, "int64", device), upload(weights, "float32", device)
+    return padded([pairs for how in hows for pairs in how.distributions], device)
 
 
 def _law(wish: Verify, target_probs: Tensor, strength: Tensor) -> Tensor:
     """The law [γ+1, V] of what ``wish`` emits, from its rows of p and its η [γ, 1]."""
     if not wish.draft.tokens:
         return target_probs
-    draft_probs = dense(*_padded(wish.draft.distributions, target_probs.device), target_probs.shape[-1])
+    draft_probs = dense(*padded(wish.draft.distributions, target_probs.device), target_probs.shape[-1])
     return output_law(wish.how.rule, draft_probs, target_probs, strength)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rapid.sampling.noise import Noise, Purpose, uniform
 from rapid.sampling.sampler import first_to_come, sample
+from rapid.speculation.rows import DraftRows, dense
 
 Strength = float | Tensor  # η, one for all rows or [..., 1]
 
@@ -118,44 +119,6 @@ RULES: dict[str, Rule] = {
 LOSSLESS = RULES["lossless"]
 
 
-class DraftRows(NamedTuple):
-    """The drafts of B sequences: N tokens in one column, whatever the lengths of the drafts, and their truncated q.
-
-    The target has γ + 1 rows for each sequence, one below the other: N + B rows. ``tokens[i]`` is judged by row
-    ``rows[i]``; it is the token at place ``steps[i]`` of the draft of sequence ``sequences[i]``. Its q gives ``ids[i]``
-    the probabilities ``weights[i]`` [N, k], and 0 to all other tokens; a padding has weight 0. Sequence b's draft has
-    ``lengths[b]`` tokens, the first one being token ``firsts[b]``. ``longest`` is the largest length, on the host; all
-    else is on the device.
-    """
-
-    tokens: Tensor
-    rows: Tensor
-    steps: Tensor
-    sequences: Tensor
-    ids: Tensor
-    weights: Tensor
-    lengths: Tensor
-    firsts: Tensor
-    longest: int
-
-    def scored(self, target_rows: Tensor) -> Tensor:
-        """Those of ``target_rows`` [N + B, ...] that judge a token: [N, ...]."""
-        return target_rows[:-1] if len(self.lengths) == 1 else target_rows.index_select(0, self.rows)
-
-    def probs_of_tokens(self) -> Tensor:
-        """q of each draft token, [N]."""
-        return self.weights.masked_fill(self.ids != self.tokens.unsqueeze(-1), 0).sum(-1)
-
-    def num_accepted(self, accepts: Tensor) -> Tensor:
-        """[B], how many tokens stand before the first that ``accepts`` (bool [N]) refuses; all if it refuses none."""
-        refused = torch.where(accepts, self.longest, self.steps)
-        return self.lengths.scatter_reduce(0, self.sequences, refused, "amin")
-
-    def emitting(self, num_accepted: Tensor) -> Tensor:
-        """The row [B] of each sequence that gives the token behind ``num_accepted`` [B] others."""
-        return self.firsts + torch.arange(len(self.lengths), device=self.firsts.device) + num_accepted
-
-
 class Verdict(NamedTuple):
     """``num_accepted`` [B] draft tokens are accepted; ``next_token`` [B] follows them (recovered, or the bonus)."""
 
@@ -240,9 +203,3 @@ def output_law(rule: Rule, draft_probs: Tensor, target_probs: Tensor, transfer_s
     rejected = (1 - accepted.sum(-1, keepdim=True)).clamp_min(0)
     residual = rule.residual(scored, draft_probs, augmented_probs)
     return torch.cat([accepted + rejected * residual, bonus], -2)
-
-
-def dense(ids: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
-    """A truncated q as rows over the vocabulary: ``ids``, ``weights`` [n, k] to [n, V]."""
-    # scatter_ would let a padding overwrite the weight of token 0.
-    return weights.new_zeros(len(ids), vocab_size).scatter_add_(-1, ids, weights)

@@ -12,7 +12,8 @@ from rapid.models.model import Model
 from rapid.sampling.params import SamplingParams
 from rapid.sampling.sampler import probabilities
 from rapid.speculation.draft import Draft, DraftLimits, VerifyResult, certain_draft
-from rapid.speculation.verification import RULES, dense
+from rapid.speculation.rows import dense
+from rapid.speculation.verification import RULES
 
 MakeModel = Callable[..., Model]
 MakeEngine = Callable[..., Engine]
