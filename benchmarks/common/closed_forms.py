@@ -66,7 +66,7 @@ def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
 
 
 def chosen_strength(
-    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 50
+    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 20
 ) -> float:
     """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon``."""
     low, high = 0.0, most

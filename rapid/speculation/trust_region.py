@@ -24,10 +24,10 @@ from torch import Tensor
 from rapid.kernels.transfer import upload
 from rapid.speculation.verification import TAIL, Rule, unprotected
 
-MAX_STRENGTH = 50.0  # the paper's largest η
+MAX_STRENGTH = 20.0  # the paper's largest η for a drafter of the target's size; beyond it p̂ passes q
 MEMORY = 0.9  # of the running agreement, per position
 
-_STEPS = 20  # of the bisection: η to 5e-5
+_STEPS = 20  # of the bisection: η to 2e-5
 _TOP = 512  # tokens that the bisection looks at one by one; the others enter by three terms of exp's series
 
 

@@ -135,8 +135,8 @@ def test_log_probabilities_are_those_of_the_law(world: World) -> None:
     for i, each in enumerate(logprobs):
         logits = augmented_logits(world, found.tokens[:i], 6.0, 1.0, 4)
         law = np.log(softmax(logits / 0.5))
-        assert each.logprob == pytest.approx(law[found.tokens[i]], abs=1e-4)
-        assert [value for _, value in each.top] == pytest.approx(sorted(law)[:-3:-1], abs=1e-4)
+        assert each.chosen.logprob == pytest.approx(law[found.tokens[i]], abs=1e-4)
+        assert [token.logprob for token in each.top] == pytest.approx(sorted(law)[:-3:-1], abs=1e-4)
 
 
 def test_a_draft_that_stands_is_counted_and_no_round_is_plain(world: World) -> None:
