@@ -57,6 +57,14 @@ def furthest(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0
     return max(divergence(before, p), divergence(augmented(rule, z, q, eta, temperature), p))
 
 
+def passes(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0) -> float:
+    """E_η[d] − E_q[d], where d is what η multiplies and E_η the mean under p·exp(η·d): above 0 p_η has passed q."""
+    d = q - softmax(z / temperature)
+    if rule == "reference":
+        d = np.where(q < 0.1 * q.max(), 0.0, d)
+    return float(((softmax(z / temperature + eta * d) - q) * d).sum())
+
+
 def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
     """ε = ε_max·c·a · H(p)/(H(p) + H(q)), with ``most`` = ε_max·c·a."""
     p_entropy, q_entropy = (
@@ -66,13 +74,14 @@ def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
 
 
 def chosen_strength(
-    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 20
+    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 50
 ) -> float:
-    """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon``."""
+    """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon`` and p̂ has not passed q."""
     low, high = 0.0, most
     while high - low > 1e-9:
         middle = (low + high) / 2
-        if furthest(rule, z, q, middle, temperature) <= epsilon:
+        within = furthest(rule, z, q, middle, temperature) <= epsilon
+        if within and passes(rule, z, q, middle, temperature) <= 0:
             low = middle
         else:
             high = middle

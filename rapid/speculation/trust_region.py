@@ -1,7 +1,9 @@
-"""η as a trust region (`transfer_strength` "auto"): the strongest transfer whose p̂ stays within ε nats of p.
+"""η as a trust region (`transfer_strength` "auto"): the strongest transfer within ε nats of p that does not pass q.
 
-p_η ∝ p·exp(η·d), with d the rule's shift (q − p), is an exponential family: d KL(p_η‖p)/dη = η·Var_η(d) ≥ 0. So the
-largest η with KL(p_η‖p) ≤ ε is found by bisection. What tail protection makes of p_η is held to ε too. The bound is
+p_η ∝ p·exp(η·d), with d the rule's shift (q − p), is an exponential family: d KL(p_η‖p)/dη = η·Var_η(d) ≥ 0, and
+d E_η[d]/dη = Var_η(d) ≥ 0. So the largest η with KL(p_η‖p) ≤ ε and E_η[d] ≤ E_q[d] is found by bisection. What tail
+protection makes of p_η is held to ε too. Where E_η[d] = E_q[d], p_η is the one of the family that is nearest to q, in
+KL(q‖p_η). Beyond it a token that both hold likely, and p more so, would lose to tokens that neither does. The bound is
 
     ε = ε_max · c · g · a,   g = H(p) / (H(p) + H(q))
 
@@ -24,10 +26,10 @@ from torch import Tensor
 from rapid.kernels.transfer import upload
 from rapid.speculation.verification import TAIL, Rule, unprotected
 
-MAX_STRENGTH = 20.0  # the paper's largest η for a drafter of the target's size; beyond it p̂ passes q
+MAX_STRENGTH = 50.0  # the paper's largest η
 MEMORY = 0.9  # of the running agreement, per position
 
-_STEPS = 20  # of the bisection: η to 2e-5
+_STEPS = 20  # of the bisection: η to 5e-5
 _TOP = 512  # tokens that the bisection looks at one by one; the others enter by three terms of exp's series
 
 
@@ -53,13 +55,14 @@ def choose(rule: Rule, target_probs: Tensor, draft_probs: Tensor, most: Tensor) 
 
 
 def strongest(rule: Rule, target_probs: Tensor, draft_probs: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """(the largest η up to `MAX_STRENGTH` with divergence ≤ ``bound``, that divergence), float64 [N, 1]."""
+    """(the largest η up to `MAX_STRENGTH` with divergence ≤ ``bound`` before q, that divergence), float64 [N, 1]."""
     family = _Family.of(rule, target_probs, draft_probs)
+    goal = (draft_probs * rule.shift(target_probs, draft_probs)).sum(-1, keepdim=True, dtype=torch.float64)
     low = torch.zeros_like(bound)
     high = low + MAX_STRENGTH
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = family.divergence(middle) <= bound
+        fits = (family.divergence(middle) <= bound) & (family.mean_shift(middle) <= goal)
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     low = torch.where(bound > 0, low, 0)
     return low, family.divergence(low).clamp_min(0)
@@ -84,6 +87,13 @@ class _Family(NamedTuple):
         moments = others[0] / mass, others[1] / mass, others[2] / mass
         is_protected = rule.protect is not unprotected
         return cls(probs / mass, shift.gather(-1, ids).double(), moments, is_protected)
+
+    def mean_shift(self, strength: Tensor) -> Tensor:
+        """E_η[d] for η [N, 1]: [N, 1]."""
+        mass, mean, square = self.others
+        weights = self.probs * (self.shift * strength).exp()
+        total = weights.sum(-1, keepdim=True) + mass + strength * mean + strength**2 * square / 2
+        return ((weights * self.shift).sum(-1, keepdim=True) + mean + strength * square) / total
 
     def divergence(self, strength: Tensor) -> Tensor:
         """KL(p_η‖p), or KL(p̂‖p) where that is larger, for η [N, 1]: [N, 1]."""

@@ -1,5 +1,6 @@
 """η as a trust region: the bound holds, a little more breaks it, and nothing but the prefix and (p, q) decides."""
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common.closed_forms import Array, augmented, bound, chosen_strength, furthest, law, softmax
+from benchmarks.common.closed_forms import Array, augmented, bound, chosen_strength, furthest, law, passes, softmax
 from benchmarks.common.dense_rounds import verify_dense
 from rapid.engine.verdicts import Bound, How, Verify, verdict
 from rapid.sampling.noise import Noise, Purpose
@@ -41,15 +42,31 @@ def test_the_bound_holds_and_a_little_more_breaks_it(rule: str, vocab: int, spre
     """In float64, by the definition of KL over the whole vocabulary, before and after tail protection."""
     z, q = random_rows(40, vocab, spread=spread, top_k=top_k, seed=3)
     bounds = np.geomspace(1e-4, 1.0, len(z))
+    held_by: Counter[str] = Counter()
     etas, found = strongest(RULES[rule], probs(z), torch.from_numpy(q), torch.from_numpy(bounds)[:, None])
     for row, its_q, eta, kl, epsilon in zip(
         z, q, etas.flatten().tolist(), found.flatten().tolist(), bounds, strict=True
     ):
         rounding = 1e-5 * epsilon + 1e-8  # of three terms of a series, where 2,500 tokens are as likely as the rest
         assert furthest(rule, row, its_q, eta) == pytest.approx(kl, rel=1e-5, abs=1e-8)
-        assert kl <= epsilon + rounding
-        assert eta > MAX_STRENGTH - 2 * STEP or furthest(rule, row, its_q, eta + STEP) > epsilon - rounding
+        assert kl <= epsilon + rounding and passes(rule, row, its_q, eta) <= rounding
+        too_far = furthest(rule, row, its_q, eta + STEP) > epsilon - rounding
+        past_q = passes(rule, row, its_q, eta + STEP) > -rounding
+        assert eta > MAX_STRENGTH - 2 * STEP or too_far or past_q
+        held_by.update(["near p"] * bool(too_far) + ["before q"] * bool(past_q))
     assert (etas > 0).all() and (etas < MAX_STRENGTH - 1).sum() > len(z) / 2
+    assert held_by["near p"] >= 3 and held_by["before q"] >= 3 * (vocab == 12)
+
+
+def test_what_both_models_hold_likeliest_stays_the_likeliest() -> None:
+    """p holds it likelier than q does, so q − p is negative there: a strong transfer would drop it."""
+    p = torch.tensor([[0.9, 0.05, 0.03, 0.02]], dtype=torch.float64)
+    q = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64)
+    rule = RULES["reference"]  # without tail protection
+    strength, _ = strongest(rule, p, q, torch.tensor([[100.0]], dtype=torch.float64))
+    assert 1 < strength < 10
+    assert rule.augment(p, q, strength).argmax() == 0
+    assert rule.augment(p, q, 20.0).argmax() != 0
 
 
 @pytest.mark.parametrize("rule", TRANSFERRING)
