@@ -53,7 +53,7 @@ class DraftRows(NamedTuple):
 
 
 def draft_rows(drafts: Sequence[Draft], device: torch.device, *, with_q: bool) -> DraftRows:
-    """The rows of all ``drafts``, for one call of `verify`; without q for greedy verdicts."""
+    """The rows of all ``drafts``, for one call of `verify`; without q where tokens are chosen whatever was drafted."""
     lengths = [len(draft.tokens) for draft in drafts]
     firsts = list(accumulate(lengths, initial=0))[:-1]
     counts, starts = upload([lengths, firsts], "int64", device).unbind()

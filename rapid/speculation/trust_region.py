@@ -62,10 +62,11 @@ def strongest(rule: Rule, target_probs: Tensor, draft_probs: Tensor, bound: Tens
     high = low + MAX_STRENGTH
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = (family.divergence(middle) <= bound) & (family.mean_shift(middle) <= goal)
+        divergence, mean_shift = family.at(middle)
+        fits = (divergence <= bound) & (mean_shift <= goal)
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     low = torch.where(bound > 0, low, 0)
-    return low, family.divergence(low).clamp_min(0)
+    return low, family.at(low)[0].clamp_min(0)
 
 
 class _Family(NamedTuple):
@@ -88,30 +89,23 @@ class _Family(NamedTuple):
         is_protected = rule.protect is not unprotected
         return cls(probs / mass, shift.gather(-1, ids).double(), moments, is_protected)
 
-    def mean_shift(self, strength: Tensor) -> Tensor:
-        """E_η[d] for η [N, 1]: [N, 1]."""
-        mass, mean, square = self.others
-        weights = self.probs * (self.shift * strength).exp()
-        total = weights.sum(-1, keepdim=True) + mass + strength * mean + strength**2 * square / 2
-        return ((weights * self.shift).sum(-1, keepdim=True) + mean + strength * square) / total
-
-    def divergence(self, strength: Tensor) -> Tensor:
-        """KL(p_η‖p), or KL(p̂‖p) where that is larger, for η [N, 1]: [N, 1]."""
+    def at(self, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """For η [N, 1]: KL(p_η‖p), or KL(p̂‖p) where that is larger, and E_η[d]; [N, 1] each."""
         mass, mean, square = self.others
         exponent = self.shift * strength
         weights = self.probs * exponent.exp()
         total = weights.sum(-1, keepdim=True) + mass + strength * mean + strength**2 * square / 2
-        gain = (weights * exponent).sum(-1, keepdim=True) + strength * mean + strength**2 * square
-        transferred = gain / total - total.log()
+        mean_shift = ((weights * self.shift).sum(-1, keepdim=True) + mean + strength * square) / total
+        transferred = strength * mean_shift - total.log()
         if not self.is_protected:
-            return transferred
+            return transferred, mean_shift
         # Eq. 9, made to sum to 1. The others count as protected.
         in_tail = weights < TAIL * weights.amax(-1, keepdim=True)
         kept = torch.where(in_tail, self.probs, weights / total)
         ratio = torch.where(in_tail, 0, exponent - total.log())
         scale = kept.sum(-1, keepdim=True) + mass
         protected = (kept * ratio).sum(-1, keepdim=True) / scale - scale.log()
-        return torch.maximum(transferred, protected)
+        return torch.maximum(transferred, protected), mean_shift
 
 
 def running_agreement(before: Tensor, agreements: Tensor) -> Tensor:
