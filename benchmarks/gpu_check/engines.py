@@ -109,8 +109,8 @@ def _draft(sizes: Sizes, device: torch.device, scheme: str, per_ms: float) -> Re
     written = []
     for drafts, kind in ((True, "step"), (False, "stepwise")):
         with engine(model, 4 * context + 8192, drafts=drafts) as running:
-            if running._drafts is not None:
-                result["draft_graphs"] = len(running._drafts)
+            if running._passes.drafts is not None:
+                result["draft_graphs"] = len(running._passes.drafts)
             for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
                 lease = open_sequence(running, context, first=len(name), sampling=sampling)
                 made = [together(partial(_proposal, lease, 8))[0] for _ in range(sizes.rounds // 2)]

@@ -139,7 +139,7 @@ def test_an_engine_drafts_the_same_in_compiled_steps(
 ) -> None:
     """Round after round, across a block of positions, whatever the target kept of the draft before."""
     ours, theirs = (engine(model_of(tiny_network, quantization)) for _ in range(2))
-    theirs._drafts = None
+    theirs._passes.drafts = None
     prompt = random_tokens(235, seed=4)
     pair = [(running, drafting(running, prompt, sampling, params)) for running in (ours, theirs)]
     written: list[int] = []
@@ -188,7 +188,7 @@ def test_an_abandoned_draft_leaves_the_cache_as_it_was(
         return asked == 3
 
     drawing = Drawing(SAMPLINGS[1], False, 8, 1, 0, 0, 4)
-    assert isinstance(running._drafts, CompiledDrafts)
+    assert isinstance(running._passes.drafts, CompiledDrafts)
     with pytest.raises(PassAbandoned):
-        running._drafts.run([BatchEntry(sequence.cache, [5], 1)], [None], [drawing], abandoned)
+        running._passes.drafts.run([BatchEntry(sequence.cache, [5], 1)], [None], [drawing], abandoned)
     assert sequence.cache.length == before and asked == 3

@@ -192,7 +192,7 @@ def test_a_replayed_draft_asks_the_host_for_nothing(pair: Pair, monkeypatch: pyt
     """From the first pass to the last token."""
     sequence = opened(pair.replaying, random_tokens(20, seed=1), NUCLEUS)
     seen: list[int] = []
-    replay = pair.replaying._drafts._runner.replay  # type: ignore[union-attr]
+    replay = pair.replaying._passes.drafts._runner.replay  # type: ignore[union-attr]
 
     def watched(*arguments: Any, **options: Any) -> int:
         with pytest.MonkeyPatch.context() as within:
@@ -201,6 +201,6 @@ def test_a_replayed_draft_asks_the_host_for_nothing(pair: Pair, monkeypatch: pyt
             seen.append(1)
             return replay(*arguments, **options)
 
-    monkeypatch.setattr(pair.replaying._drafts._runner, "replay", watched)  # type: ignore[union-attr]
+    monkeypatch.setattr(pair.replaying._passes.drafts._runner, "replay", watched)  # type: ignore[union-attr]
     assert len(drafted(pair.replaying, sequence, DraftLimits(8)).tokens) == 8
     assert seen == [1]

@@ -174,7 +174,7 @@ def test_a_sequence_nobody_uses_expires(model: Model, engine: MakeEngine) -> Non
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
-    for module in ("engine", "admission"):
+    for module in ("engine", "passes", "admission"):
         monkeypatch.setattr(f"rapid.engine.{module}.time", SimpleNamespace(monotonic=now))
 
 

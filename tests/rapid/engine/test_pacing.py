@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from running import VOCAB, begun, decode, done, opened, random_tokens
 
-from rapid.engine import admission
+from rapid.engine import admission, passes
 from rapid.engine import engine as engine_module
 from rapid.engine.engine import Engine
 from rapid.engine.pacing import MAX_BATCH_TOKENS, Chunk, Pacer
@@ -120,8 +120,8 @@ class Clock:
 
         monkeypatch.setattr(model, "forward", timed)
         fake = SimpleNamespace(monotonic=lambda: self.now, perf_counter=time.perf_counter)
-        monkeypatch.setattr(engine_module, "time", fake)
-        monkeypatch.setattr(admission, "time", fake)
+        for module in (engine_module, passes, admission):
+            monkeypatch.setattr(module, "time", fake)
 
 
 @pytest.fixture
