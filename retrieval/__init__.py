@@ -15,7 +15,8 @@ process that only names options needs neither.
 from retrieval.chunking import Chunk, Tokenizer, split
 from retrieval.errors import RetrievalError
 from retrieval.options import METHODS, Method, RetrievalOptions, TenantOptions
-from retrieval.retriever import IndexProgress, Retrieval, RetrievedChunk, Retriever, TextLengths
+from retrieval.results import IndexProgress, Retrieval, RetrievedChunk, TextLengths
+from retrieval.retriever import Retriever
 from retrieval.vectors import VECTORS
 
 __all__ = [

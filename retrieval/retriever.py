@@ -9,9 +9,9 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from retrieval.chunking import Tokenizer, split
 from retrieval.deadline import TimeLeft
 from retrieval.kept import KeptVectors
 from retrieval.options import MAX_PAIR_TOKENS, RetrievalOptions, TenantOptions
+from retrieval.results import IndexProgress, Retrieval, RetrievedChunk, Search, TextLengths
 from retrieval.vectors import VECTORS, ChunkVectors, embed_chunks, embed_query
 
 if TYPE_CHECKING:
@@ -33,66 +34,6 @@ _STEP = 32  # chunks that are cut, embedded or reranked in one step of a retriev
 _LOCKS = 64
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RetrievedChunk:
-    """A kept chunk: `text` is `contents[content][start:end]`, of `num_tokens` tokens when tokenised alone.
-
-    `position` counts the chunks of all contents in order, from 0 up to `Retrieval.num_chunks`. `score` is the cosine
-    similarity to the query; of a sparse search, its sparse score.
-    """
-
-    content: int
-    position: int
-    start: int
-    end: int
-    text: str
-    num_tokens: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """The kept chunks in document order, out of `num_chunks` that were not blank.
-
-    `context_tokens` is the length of the whole context, `retrieved_tokens` that of the kept chunks. If no chunk reaches
-    the threshold, `reaches_threshold` is False, and the chunks are the best there are. `confidence`, 0 to 1, is how
-    probable it is that what the query needs is among them (`retrieval.calibration`), if half of all queries are about
-    something else than the context.
-    """
-
-    chunks: tuple[RetrievedChunk, ...]
-    context_tokens: int
-    retrieved_tokens: int
-    num_chunks: int
-    elapsed_ms: float
-    reaches_threshold: bool
-    confidence: float
-
-
-class Search(NamedTuple):
-    """A ranking of chunks by position, best first, and the scores that it and its confidence rest on."""
-
-    order: list[int]
-    scores: dict[int, float]
-
-
-@dataclass(frozen=True)
-class IndexProgress:
-    """`num_embedded` of a text's `num_chunks` chunks have vectors, in the store's namespace `namespace`."""
-
-    namespace: str
-    num_embedded: int
-    num_chunks: int
-
-
-class TextLengths(NamedTuple):
-    """Tokens of each text, `most` of which the embedder reads; the reranker, if any, `most_with_query` of both."""
-
-    lengths: list[int]
-    most: int
-    most_with_query: int | None
 
 
 class Retriever:
