@@ -17,7 +17,8 @@ from deployments.engine_config import EngineConfig
 from deployments.serve import engines
 from deployments.serve.backend import lease_over
 from deployments.serve.channel import Channel
-from deployments.serve.engines import EngineActor, EngineReplica
+from deployments.serve.engines import EngineReplica
+from deployments.serve.ranks import EngineActor
 from rapid.backend.waiting import while_it_goes_on
 from rapid.engine.engine import Engine
 from rapid.engine.messages import Pulse, SequenceRequest
