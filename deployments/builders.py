@@ -76,9 +76,9 @@ class LocalIndexingBackend(LocalBackend):
         with _understood():
             return await asyncio.to_thread(self._retriever.lengths, texts)
 
-    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
         with _understood():
-            return await asyncio.to_thread(self._retriever.rerank, query, texts)
+            return await asyncio.to_thread(self._retriever.rerank, query, texts, salt)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,13 @@ _BATCH_TEXTS = 32
 
 
 class TextModels:
-    """The embedder and the reranker behind ``backend``; each client has one batch under way."""
+    """The embedder and the reranker behind ``backend``; each client has one batch under way.
 
-    def __init__(self, backend: IndexingBackend, max_waiting: int) -> None:
-        self._backend, self._turns = backend, Turns(1, max_waiting)
+    What was computed for a client is found again by clients with the same salt (``salt_of``).
+    """
+
+    def __init__(self, backend: IndexingBackend, max_waiting: int, salt_of: Callable[[str], str]) -> None:
+        self._backend, self._turns, self._salt_of = backend, Turns(1, max_waiting), salt_of
 
     async def lengths(self, texts: list[str], client: str) -> TextLengths:
         """(how many tokens the models read, how many each text has)."""
@@ -31,7 +34,7 @@ class TextModels:
         rows = []
         for batch in _batches(texts):
             async with self._turns.turn(client):
-                rows.append(await self._backend.embed(batch))
+                rows.append(await self._backend.embed(batch, self._salt_of(client)))
         return np.concatenate(rows)
 
     async def rerank(self, query: str, texts: list[str], client: str) -> list[float]:
@@ -39,7 +42,7 @@ class TextModels:
         scores: list[float] = []
         for batch in _batches(texts):
             async with self._turns.turn(client):
-                scores += await self._backend.rerank(query, batch)
+                scores += await self._backend.rerank(query, batch, self._salt_of(client))
         return scores
 
 

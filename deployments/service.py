@@ -73,7 +73,7 @@ class LocalService:
         self.uploads = self.files.uploads
         files = config.files
         self.batches = StoredBatches(files.path, self.files)
-        models = TextModels(backend, config.target.max_queued)
+        models = TextModels(backend, config.target.max_queued, config.salt_of)
         self.text_lengths, self.embed, self.rerank = models.lengths, models.embed, models.rerank
         self.responses = StoredResponses(files.path, files.keep_responses_hours, files.max_responses_mb * 1e6)
 

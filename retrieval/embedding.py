@@ -6,7 +6,6 @@ FlagEmbedding loads the models, pools their states, and holds BGE-M3's head. Bat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -20,9 +19,9 @@ import torch
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
+from retrieval.caches import VectorCache, digest
 from retrieval.errors import RetrievalError
 from retrieval.sparse import SparseVector, sparse, weighs_words
-from retrieval.vector_cache import VectorCache
 
 Row = TypeVar("Row")
 # Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
@@ -59,24 +58,25 @@ class Embedder:
         self.dimension = self._embed(["dimension"]).shape[1]
         self._memory = VectorCache(_REMEMBERED, self.dimension)
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
         """Return one unit vector for each text: [len(texts), dimension].
 
         The vectors of the latest texts are cached by digest, so the next question about a document, and the next turn
-        of a chat, embed only new texts.
+        of a chat, embed only new texts. They are found by calls with the same `salt` alone: else the time of a call
+        would tell whether another client has asked for a text.
         """
-        digests = [_digest(text) for text in texts]
-        vectors = self._memory.recall(digests)
-        new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in vectors}
+        names = [digest(text, salt) for text in texts]
+        vectors = self._memory.recall(names)
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in vectors}
         if new:
-            vectors.update(zip(new, self._embed(list(new.values())), strict=True))
+            vectors.update(zip(new, self._embed(list(new.values()), salt), strict=True))
         self._memory.remember(vectors)
-        rows = [vectors[digest] for digest in digests]
+        rows = [vectors[name] for name in names]
         return np.stack(rows) if rows else np.zeros((0, self.dimension), dtype=np.float32)
 
-    def embed_query(self, query: str) -> NDArray[np.float32]:
+    def embed_query(self, query: str, salt: str = "") -> NDArray[np.float32]:
         """Return the query's unit vector: [dimension]."""
-        vector: NDArray[np.float32] = self._embed([query])[0]
+        vector: NDArray[np.float32] = self._embed([query], salt)[0]
         return vector
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -84,11 +84,11 @@ class Embedder:
         readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return [len(ids) for ids in self._tokenizer(readable, verbose=False)["input_ids"]]
 
-    def sparse(self, texts: Sequence[str]) -> list[SparseVector]:
+    def sparse(self, texts: Sequence[str], salt: str = "") -> list[SparseVector]:
         """Return the model's own weight of each token of each text, where it `has_sparse`."""
         raise NotImplementedError
 
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = self._each(texts, self._pass)
         return np.stack(rows)
 
@@ -122,14 +122,14 @@ class BgeM3Embedder(Embedder):
         self._weights: OrderedDict[bytes, SparseVector] = OrderedDict()  # the least recently used first
         super().__init__(name, forward=self._dense, **how)
 
-    def sparse(self, texts: Sequence[str]) -> list[SparseVector]:
-        """Return each text's token weights. Those of texts that were embedded lately are cached."""
-        digests = [_digest(text) for text in texts]
-        found = {digest: weights for digest in digests if (weights := self._weights.get(digest)) is not None}
-        new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in found}
+    def sparse(self, texts: Sequence[str], salt: str = "") -> list[SparseVector]:
+        """Return each text's token weights. Those of texts that were embedded lately with this `salt` are cached."""
+        names = [digest(text, salt) for text in texts]
+        found = {name: weights for name in names if (weights := self._weights.get(name)) is not None}
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in found}
         if new:
             found.update(zip(new, self._each(list(new.values()), self._token_weights), strict=True))
-        return [found[digest] for digest in digests]
+        return [found[name] for name in names]
 
     def late_interaction(self, query: str, texts: Sequence[str]) -> list[float]:
         """Return ColBERT's score of each text: for each token of the query the best cosine, on average."""
@@ -138,11 +138,11 @@ class BgeM3Embedder(Embedder):
             float((asked @ vectors.T).max(dim=1).values.mean()) for vectors in self._each(texts, self._token_vectors)
         ]
 
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
         both = self._each(texts, self._dense_and_weights)
         for text, (_, weights) in zip(texts, both, strict=True):
-            self._weights.pop(_digest(text), None)
-            self._weights[_digest(text)] = weights
+            self._weights.pop(digest(text, salt), None)
+            self._weights[digest(text, salt)] = weights
         while len(self._weights) > _REMEMBERED:
             self._weights.popitem(last=False)
         return np.stack([vector for vector, _ in both])
@@ -264,10 +264,6 @@ def model_folder(model: str) -> Path:
             f"no embedding model {model!r}: it is not a folder here, and it cannot be fetched from the hub ({error}). "
             "Give the path of a model folder, or a hub id that this machine can reach or has in its cache."
         ) from error
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def _pooling(folder: Path) -> str:

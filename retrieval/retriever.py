@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.caches import CutCache
 from retrieval.calibration import UNCALIBRATED, Calibration
-from retrieval.chunking import Tokenizer, split
+from retrieval.chunking import Tokenizer
 from retrieval.deadline import TimeLeft
 from retrieval.kept import KeptVectors
 from retrieval.options import MAX_PAIR_TOKENS, RetrievalOptions, TenantOptions
@@ -57,7 +58,7 @@ class Retriever:
         calibration: Calibration = UNCALIBRATED,
         rerank: Callable[[str, Sequence[str]], list[float]] | None = None,
     ) -> None:
-        self.embedder, self._store, self._tokenizer = embedder, store, tokenizer
+        self.embedder, self._store, self._cuts = embedder, store, CutCache(tokenizer)
         self._kept = kept or KeptVectors()
         self._calibration, self._rerank = calibration, rerank
         self._keeping: dict[str, object] = {}  # by namespace: the latest `keep`, unless deleted since
@@ -95,11 +96,13 @@ class Retriever:
         pair = MAX_PAIR_TOKENS if self._rerank else None
         return TextLengths(self.embedder.lengths(texts), self.embedder.max_tokens, pair)
 
-    def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+    def rerank(self, query: str, texts: Sequence[str], tenant: str = "") -> list[float]:
         """Return how well each text answers `query`: the reranker's score, or without one the cosine similarity."""
         if self._rerank:
             return self._rerank(query, texts)
-        similarities: list[float] = (self.embedder.embed(texts) @ self.embedder.embed_query(query)).tolist()
+        similarities: list[float] = (
+            self.embedder.embed(texts, tenant) @ self.embedder.embed_query(query, tenant)
+        ).tolist()
         return similarities
 
     def chunks(self, contents: Sequence[str], options: RetrievalOptions) -> tuple[list[RetrievedChunk], int]:
@@ -120,9 +123,9 @@ class Retriever:
         self, contents: Sequence[str], options: RetrievalOptions
     ) -> Generator[None, None, tuple[list[RetrievedChunk], int]]:
         chunks: list[RetrievedChunk] = []
-        context_tokens = 0
+        context_tokens, (tenant, _) = 0, _whose(options)
         for content, text in enumerate(contents):
-            for number, chunk in enumerate(split(text, max_tokens=options.longest_chunk, tokenizer=self._tokenizer), 1):
+            for number, chunk in enumerate(self._cuts.split(text, options.longest_chunk, tenant), 1):
                 context_tokens += chunk.num_tokens
                 if chunk.text.strip():
                     chunks.append(RetrievedChunk(content, len(chunks), *chunk, score=0.0))
@@ -171,9 +174,9 @@ class Retriever:
     def _search(
         self, chunks: Sequence[RetrievedChunk], query: str, options: RetrievalOptions
     ) -> Generator[None, None, Search]:
-        tenant, client = (options.tenant, options.client) if isinstance(options, TenantOptions) else ("", "")
+        tenant, client = _whose(options)
         left = TimeLeft(_STORE_TIME_S)
-        asked = embed_query(self.embedder, query, options.method)
+        asked = embed_query(self.embedder, query, options.method, tenant)
         passing: list[list[RetrievedChunk]] = []
         positions: dict[tuple[str, int], list[int]] = defaultdict(list)  # by place: equal contents are kept once
         temporary = uuid.uuid4().hex
@@ -190,7 +193,7 @@ class Retriever:
                     removed = self._kept.reserve(namespace, client, self._num_numbers(group))
                     if removed is not None:
                         done_with += removed
-                        vectors = yield from self._embed([texts])
+                        vectors = yield from self._embed([texts], tenant)
                         with self._changing(namespace), self._store.within(left):
                             self._store.add(namespace, vectors, keep=True)
                         is_kept = True
@@ -204,7 +207,7 @@ class Retriever:
             if passing:
                 words_only = options.method == "sparse"
                 texts_by_content = [[chunk.text for chunk in group] for group in passing]
-                vectors = yield from self._embed(texts_by_content, words_only=words_only)
+                vectors = yield from self._embed(texts_by_content, tenant, words_only=words_only)
                 with self._store.within(left):
                     self._store.add(temporary, vectors)
                 for i, chunk in enumerate(chunk for group in passing for chunk in group):
@@ -221,7 +224,9 @@ class Retriever:
         scores = {i: score for place, score in hits.scores.items() for i in positions[place]}
         return Search([i for _, i in sorted(ranked)], scores)
 
-    def _embed(self, contents: list[list[str]], *, words_only: bool = False) -> Generator[None, None, ChunkVectors]:
+    def _embed(
+        self, contents: list[list[str]], tenant: str, *, words_only: bool = False
+    ) -> Generator[None, None, ChunkVectors]:
         """`embed_chunks` in steps."""
         if words_only and not self.embedder.has_sparse:
             yield
@@ -229,9 +234,9 @@ class Retriever:
         texts = [text for content in contents for text in content]
         vectors = []
         for first in range(0, len(texts), _STEP):
-            vectors.append(self.embedder.embed(texts[first : first + _STEP]))
+            vectors.append(self.embedder.embed(texts[first : first + _STEP], tenant))
             yield
-        return embed_chunks(self.embedder, contents, dense=np.concatenate(vectors))
+        return embed_chunks(self.embedder, contents, dense=np.concatenate(vectors), salt=tenant)
 
     def _num_numbers(self, chunks: Sequence[RetrievedChunk]) -> int:
         """About how many numbers the vectors of `chunks` have: two dense ones each, and a weight of each token."""
@@ -246,7 +251,7 @@ class Retriever:
 
         Raises RetrievalError when the store fails, ValueError when `chunk_tokens` is less than 1.
         """
-        texts = [c.text for c in split(text, max_tokens=chunk_tokens, tokenizer=self._tokenizer) if c.text.strip()]
+        texts = [c.text for c in self._cuts.split(text, chunk_tokens, tenant) if c.text.strip()]
         namespace = self._kept_namespace(texts, tenant)
         done = len(texts) if self._store.count(namespace) == len(texts) else 0
         yield IndexProgress(namespace, done, len(texts))
@@ -254,11 +259,11 @@ class Retriever:
             self._keeping[namespace] = this = object()
             vectors: list[NDArray[np.float32]] = []
             for first in range(0, len(texts), _BATCH):
-                vectors.append(self.embedder.embed(texts[first : first + _BATCH]))
+                vectors.append(self.embedder.embed(texts[first : first + _BATCH], tenant))
                 done += len(vectors[-1])
                 if done < len(texts):
                     yield IndexProgress(namespace, done, len(texts))
-            whole = embed_chunks(self.embedder, [texts], dense=np.concatenate(vectors))
+            whole = embed_chunks(self.embedder, [texts], dense=np.concatenate(vectors), salt=tenant)
             with self._changing(namespace):
                 if self._keeping.get(namespace) is not this:
                     return
@@ -284,6 +289,11 @@ class Retriever:
         identity = json.dumps([*made_by, texts])
         identity += tenant
         return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _whose(options: RetrievalOptions) -> tuple[str, str]:
+    """(tenant, client)."""
+    return (options.tenant, options.client) if isinstance(options, TenantOptions) else ("", "")
 
 
 def _result(steps: Generator[None, None, Result]) -> Result:

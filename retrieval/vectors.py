@@ -83,31 +83,32 @@ def embed_chunks(
     *,
     words_only: bool = False,
     dense: NDArray[np.float32] | None = None,
+    salt: str = "",
 ) -> ChunkVectors:
     """Return the vectors of the chunks of all `contents`, one content after another. Neighbours are of one content.
 
-    `dense` are the chunks' unit vectors, if they are known.
+    `dense` are the chunks' unit vectors, if they are known. `salt` is the embedder's.
     """
     texts = [text for content in contents for text in content]
     # Each content's length norm is its own, so that kept vectors are those that a request would make.
     bm25 = [] if embedder.has_sparse else [vector for content in contents for vector in bm25_passages(content)]
     if words_only and not embedder.has_sparse:
         return ChunkVectors(None, None, bm25)
-    dense = embedder.embed(texts) if dense is None else dense
+    dense = embedder.embed(texts, salt) if dense is None else dense
     context, first = [], 0
     for content in contents:
         context.append(with_neighbours(dense[first : first + len(content)]))
         first += len(content)
-    sparse = embedder.sparse(texts) if embedder.has_sparse else bm25
+    sparse = embedder.sparse(texts, salt) if embedder.has_sparse else bm25
     return ChunkVectors(dense, np.concatenate(context) if context else dense, sparse)
 
 
-def embed_query(embedder: Embedder, query: str, method: str) -> Query:
+def embed_query(embedder: Embedder, query: str, method: str, salt: str = "") -> Query:
     """Return what `method` ("dense", "sparse" or "hybrid") asks with."""
-    dense = None if method == "sparse" else embedder.embed_query(query)
+    dense = None if method == "sparse" else embedder.embed_query(query, salt)
     if method == "dense":
         return Query(dense, None)
-    return Query(dense, embedder.sparse([query])[0] if embedder.has_sparse else bm25_query(query))
+    return Query(dense, embedder.sparse([query], salt)[0] if embedder.has_sparse else bm25_query(query))
 
 
 def with_neighbours(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

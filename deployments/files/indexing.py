@@ -45,7 +45,7 @@ class IndexingBackend(Backend, Protocol):
         """`Retriever.lengths`. Raises RetrievalFailed as `keep` does."""
         ...
 
-    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
         """`Retriever.rerank`. Raises RetrievalFailed as `keep` does."""
         ...
 

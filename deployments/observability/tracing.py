@@ -108,8 +108,8 @@ class TracedBackend:
             span.set_attributes(attributes)
             return retrieval
 
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
-        return await self._backend.embed(texts)
+    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
+        return await self._backend.embed(texts, salt)
 
     async def forget(self, tokens: list[int], salt: str = "") -> None:
         await self._backend.forget(tokens, salt)

@@ -118,16 +118,16 @@ class RayBackend:
         self._retrieving.succeeded()
         return retrieval
 
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = await self._of_retriever("embed", texts)
+    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = await self._of_retriever("embed", texts, salt)
         return vectors
 
     async def text_lengths(self, texts: list[str]) -> TextLengths:
         lengths: TextLengths = await self._of_retriever("text_lengths", texts)
         return lengths
 
-    async def rerank(self, query: str, texts: list[str]) -> list[float]:
-        scores: list[float] = await self._of_retriever("rerank", query, texts)
+    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
+        scores: list[float] = await self._of_retriever("rerank", query, texts, salt)
         return scores
 
     async def _of_retriever(self, method: str, *args: Any) -> Any:
@@ -210,7 +210,7 @@ class RayBackend:
     async def _ticket(self, role: Role, request: SequenceRequest) -> tuple[Any, Ticket]:
         """A place on one of the engines, and the stream that holds it."""
         # The reader of a document is preferred, but not where it may be what hangs.
-        document = "" if self._hanging[role].is_open else document_of(request.prompt)
+        document = "" if self._hanging[role].is_open else document_of(request)
         handle = self._engines[role].options(stream=True, multiplexed_model_id=document)
         stream = handle.lease.remote(request)
         first = asyncio.ensure_future(anext(stream))

@@ -43,11 +43,11 @@ _DOCUMENTS = 64  # whose readers a replica is known for
 _BEGINNING = 256  # tokens that tell documents apart
 
 
-def document_of(prompt: list[int]) -> str:
+def document_of(request: SequenceRequest) -> str:
     """A name for what the prompt begins with: the next turn of a chat has the same. Empty for a short prompt."""
-    if len(prompt) < _BEGINNING:
+    if len(request.prompt) < _BEGINNING:
         return ""
-    return hashlib.sha256(str(prompt[:_BEGINNING]).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{request.salt} {request.prompt[:_BEGINNING]}".encode()).hexdigest()[:16]
 
 
 def engines_of(application: str, deployment: str = "") -> str:

@@ -55,17 +55,17 @@ class RetrieverReplica:
             async for kept in steps:
                 yield kept
 
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
         """`Embedder.embed`; it remembers the texts that it has embedded lately."""
-        return await asyncio.to_thread(self._retriever.embedder.embed, texts)
+        return await asyncio.to_thread(self._retriever.embedder.embed, texts, salt)
 
     async def text_lengths(self, texts: list[str]) -> TextLengths:
         """`Retriever.lengths`."""
         return await asyncio.to_thread(self._retriever.lengths, texts)
 
-    async def rerank(self, query: str, texts: list[str]) -> list[float]:
+    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
         """`Retriever.rerank`."""
-        return await asyncio.to_thread(self._retriever.rerank, query, texts)
+        return await asyncio.to_thread(self._retriever.rerank, query, texts, salt)
 
     async def answers(self) -> None:
         """Returns at once, if at all."""

@@ -31,7 +31,7 @@ from rapid.text.tokenizer import check_same_tokenizer
 
 _REPORT_EVERY_S = 0.2
 
-Embed = Callable[[list[str]], NDArray[np.float32]]
+Embed = Callable[[list[str], str], NDArray[np.float32]]  # texts, salt
 Retrieve = Callable[[list[str], str, Any], Retrieval]
 OnPrefill = Callable[[Role, int, int], None]
 
@@ -90,13 +90,13 @@ class LocalBackend:
         self._retrieving.succeeded()
         return retrieval
 
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
+    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
         if self._embed is None:
             raise RetrievalFailed("there is no embedder in this process")
         limit_s = retrieval_limit_s(texts)
         try:
             async with asyncio.timeout(limit_s):
-                return await asyncio.to_thread(self._embed, texts)
+                return await asyncio.to_thread(self._embed, texts, salt)
         except Exception as error:
             failure = str(error) or f"no answer in {limit_s:.0f} s"
             raise RetrievalFailed(f"embedding failed: {failure}") from error

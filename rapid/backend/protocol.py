@@ -173,8 +173,8 @@ class Backend(Protocol):
         """
         ...
 
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
-        """A unit vector for each of ``texts``: [len(texts), dimension].
+    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
+        """A unit vector for each of ``texts``: [len(texts), dimension]. What is cached is found with the same ``salt``.
 
         Raises:
             RetrievalFailed: the retriever is gone or failed.

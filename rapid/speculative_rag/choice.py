@@ -79,7 +79,7 @@ async def choose_answer(session: Session) -> ChosenAnswer | None:
         if not chunks:
             return None
         chunks = sorted(chunks, key=lambda chunk: -chunk.score)[:NUM_ANSWER_CHUNKS]
-        vectors = await backend.embed([chunk.text for chunk in chunks])
+        vectors = await backend.embed([chunk.text for chunk in chunks], session.request.salt)
     except RapidError as error:
         logger.warning("answering without drafts to choose from: %s", error.message)
         statistics.fallback = error.code

@@ -95,11 +95,11 @@ class WordEmbedder:
     def __init__(self) -> None:
         self.embedded: list[str] = []
 
-    def embed(self, texts: list[str]) -> np.ndarray:
+    def embed(self, texts: list[str], salt: str = "") -> np.ndarray:
         self.embedded += texts
         return np.stack([self.embed_query(text) for text in texts])
 
-    def embed_query(self, query: str) -> np.ndarray:
+    def embed_query(self, query: str, salt: str = "") -> np.ndarray:
         vector = np.full(self.dimension, 1e-6, dtype=np.float32)
         for word in query.lower().split():
             vector[zlib.crc32(word.strip(".,?!").encode()) % self.dimension] += 1

@@ -187,6 +187,23 @@ def test_weights_that_are_known_need_no_pass(bge_m3, monkeypatch):
     assert passes == [1]
 
 
+def test_what_is_remembered_is_found_with_the_same_salt_alone(bge_m3, monkeypatch):
+    embedder = load_embedder(bge_m3)
+    passes = []
+    monkeypatch.setattr(embedder, "run", lambda forward: passes.append(1) or forward())
+
+    def num_passes(ask, *args) -> int:
+        passes.clear()
+        ask(*args)
+        return len(passes)
+
+    salts = ("", "a", "b", "a", "b", "")
+    assert [num_passes(embedder.embed, TEXTS, salt) for salt in salts] == [1, 1, 1, 0, 0, 0]
+    assert [num_passes(embedder.sparse, TEXTS, salt) for salt in ("", "a", "c")] == [0, 0, 1]
+    embedder.embed_query("Who is the captain?", "a")
+    assert [num_passes(embedder.sparse, ["Who is the captain?"], salt) for salt in "ab"] == [0, 1]
+
+
 def test_late_interaction_is_flag_embeddings_colbert_score(bge_m3):
     from FlagEmbedding import BGEM3FlagModel
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from served import local_api
+
+from retrieval.embedding import Embedder
 
 TEXT = "\n\n".join(f"Article {i}. Item {i * 13 % 97} is to be delivered by day {i * 7}." for i in range(20))
 
@@ -61,6 +64,34 @@ def test_cached_tokens_do_not_tell_who_has_read_a_text(tenants: tuple[Tenant, Te
     assert alice.cached() > 1000
     assert bob.cached() == 0
     assert bob.cached() > 1000
+
+
+def test_how_soon_passages_come_does_not_tell_who_has_asked_about_a_text(
+    tenants: tuple[Tenant, Tenant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of which the embedder knows the vectors is answered within a moment."""
+    alice, bob = tenants
+    text = "\n\n".join(f"Section {i} says that part {i * 17 % 101} is to be kept for {i} years." for i in range(20))
+    embedded: list[str] = []
+    embed = Embedder._embed
+
+    def watched(self: Embedder, texts: list[str], salt: str = "") -> Any:
+        embedded.extend(texts)
+        return embed(self, texts, salt)
+
+    def num_embedded(ask: Callable[[], object]) -> int:
+        embedded.clear()
+        ask()
+        return len(embedded)
+
+    monkeypatch.setattr(Embedder, "_embed", watched)
+    ours, again, theirs = (
+        num_embedded(partial(each.cached, text, "rag", chunk_tokens=64)) for each in (alice, alice, bob)
+    )
+    assert again == 1 and theirs == ours > 10  # 1: the question
+    body = {"model": "bytes", "input": ["A clause.", "Another one."]}
+    asked = [num_embedded(partial(each.http.post, "/v1/embeddings", json=body)) for each in (alice, alice, bob)]
+    assert asked == [2, 0, 2]
 
 
 def test_a_deletion_reaches_only_the_key_that_deletes(tenants: tuple[Tenant, Tenant], folder: Path) -> None:

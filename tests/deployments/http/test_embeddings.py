@@ -118,7 +118,7 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    async def embed(self, texts: list[str]) -> np.ndarray:
+    async def embed(self, texts: list[str], salt: str) -> np.ndarray:
         self.asked.append(texts)
         await asyncio.sleep(0)
         return np.array([[float(text.strip("ab"))] for text in texts], np.float32)
@@ -131,7 +131,7 @@ def test_many_texts_of_one_client_stand_before_no_other_client_s_one() -> None:
     backend = Counting()
 
     async def both() -> list[np.ndarray]:
-        models = TextModels(backend, 8)  # type: ignore[arg-type]
+        models = TextModels(backend, 8, str)  # type: ignore[arg-type]
         many = [f"{i}a" for i in range(200)]
         return await asyncio.gather(models.embed(many, "a"), models.embed(["7b"], "b"))
 

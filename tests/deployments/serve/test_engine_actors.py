@@ -6,6 +6,7 @@ import asyncio
 import os
 import queue
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from deployments.engine_config import EngineConfig
 from deployments.serve import engines
 from deployments.serve.backend import lease_over
 from deployments.serve.channel import Channel
-from deployments.serve.engines import EngineReplica
+from deployments.serve.engines import EngineReplica, document_of
 from deployments.serve.ranks import EngineActor
 from rapid.backend.waiting import while_it_goes_on
 from rapid.engine.engine import Engine
@@ -184,3 +185,14 @@ def test_how_an_engine_is_is_told_when_all_of_its_ranks_answer(actor: EngineActo
 
 def test_an_engine_that_is_being_loaded_has_nothing_to_say() -> None:
     assert asyncio.run(EngineActor(EngineConfig()).stats()) is None
+
+
+def test_a_document_s_readers_are_remembered_for_each_salt() -> None:
+    """Who has another salt does not share its pages, and gains nothing from the same replica."""
+    prompt = list(range(300))
+    first, next_turn, another = (
+        document_of(replace(REQUEST, prompt=tokens, salt=salt))
+        for tokens, salt in ((prompt, "a"), ([*prompt, 7], "a"), (prompt, "b"))
+    )
+    assert first == next_turn != another
+    assert document_of(replace(REQUEST, prompt=prompt[:200])) == ""

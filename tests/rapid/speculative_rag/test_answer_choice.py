@@ -37,7 +37,7 @@ def six(contents: list[str], query: str, options: Any) -> Retrieval:
     return Retrieval(chunks, len(contents[0]), 18)
 
 
-def by_letters(texts: list[str]) -> NDArray[np.float32]:
+def by_letters(texts: list[str], _salt: str) -> NDArray[np.float32]:
     counts = np.array([[text.count(letter) for letter in "abc"] for text in texts], np.float32)
     vectors: NDArray[np.float32] = counts / np.linalg.norm(counts, axis=1, keepdims=True)
     return vectors
@@ -137,7 +137,7 @@ def test_scores_and_choice_are_those_of_transformers(
 def test_each_subset_has_one_chunk_of_each_cluster(world: World) -> None:
     """Two heaps of three, told apart by their embeddings alone."""
 
-    def embed(texts: list[str]) -> NDArray[np.float32]:
+    def embed(texts: list[str], _salt: str) -> NDArray[np.float32]:
         places = [six([TEXT], "", None).chunks[i].text for i in range(6)]
         return np.array([[places.index(text) % 2, places.index(text) / 100] for text in texts], np.float32)
 
