@@ -249,7 +249,7 @@ def test_concurrent_requests_see_only_their_own_contents(retriever, embedder, st
     expected = [retriever.retrieve([text], "the whale and the ship", SMALL).chunks for text in texts]
     embed_query, wrong = embedder.embed_query, []
 
-    def slow(query: str, _salt: str):
+    def slow(query: str, _salt: str = ""):
         if query == "the whale and the ship":
             time.sleep(0.01)  # between storing and searching, so that requests overlap there
         return embed_query(query)
