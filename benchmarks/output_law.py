@@ -42,7 +42,8 @@ def chosen(rule: str, p: Tensor, q: Tensor) -> Tensor:
     """η "auto" of a round's γ positions, as the engine chooses it: [γ, 1]."""
     agreements = torch.minimum(p, q).double().sum(-1)
     running = running_agreement(torch.ones(1, dtype=torch.float64), agreements[None])
-    return choose(RULES[rule], p, q, MOST_NATS * running[0, :-1, None]).strength.float()
+    most = MOST_NATS * running[0, :-1, None]
+    return choose(RULES[rule], p, q, most, torch.ones_like(most)).strength.float()
 
 
 def closed_chosen(rule: str, z: Array, q: Array, temperature: float) -> list[float]:

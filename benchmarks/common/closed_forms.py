@@ -57,12 +57,16 @@ def furthest(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0
     return max(divergence(before, p), divergence(augmented(rule, z, q, eta, temperature), p))
 
 
-def passes(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0) -> float:
-    """E_η[d] − E_q[d], where d is what η multiplies and E_η the mean under p·exp(η·d): above 0 p_η has passed q."""
-    d = q - softmax(z / temperature)
+def passes(rule: str, z: Array, q: Array, eta: float, temperature: float = 1.0, confidence: float = 1.0) -> float:
+    """E_η[d] − E_m[d], where d is what η multiplies, E_η the mean under p·exp(η·d), and m = (1 − c)·p + c·q.
+
+    Above 0 p_η has passed m.
+    """
+    p = softmax(z / temperature)
+    d = q - p
     if rule == "reference":
         d = np.where(q < 0.1 * q.max(), 0.0, d)
-    return float(((softmax(z / temperature + eta * d) - q) * d).sum())
+    return float(((softmax(z / temperature + eta * d) - (1 - confidence) * p - confidence * q) * d).sum())
 
 
 def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
@@ -74,14 +78,21 @@ def bound(z: Array, q: Array, most: float, temperature: float = 1.0) -> float:
 
 
 def chosen_strength(
-    rule: str, z: Array, q: Array, epsilon: float, temperature: float = 1.0, *, most: float = 50
+    rule: str,
+    z: Array,
+    q: Array,
+    epsilon: float,
+    temperature: float = 1.0,
+    *,
+    most: float = 50,
+    confidence: float = 1.0,
 ) -> float:
-    """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon`` and p̂ has not passed q."""
+    """The η that a bisection of 0 to ``most`` ends at, where KL ≤ ``epsilon`` and p̂ has not passed m."""
     low, high = 0.0, most
     while high - low > 1e-9:
         middle = (low + high) / 2
         within = furthest(rule, z, q, middle, temperature) <= epsilon
-        if within and passes(rule, z, q, middle, temperature) <= 0:
+        if within and passes(rule, z, q, middle, temperature, confidence) <= 0:
             low = middle
         else:
             high = middle

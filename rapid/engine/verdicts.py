@@ -32,9 +32,10 @@ from rapid.speculation.verification import (
 
 
 class Bound(NamedTuple):
-    """η is chosen for each position: ``most`` is ε_max·c, ``agreement`` is a where the round begins."""
+    """η is chosen for each position: ``most`` is ε_max, ``agreement`` is a where the round begins."""
 
     most: float
+    confidence: float
     agreement: float
 
 
@@ -238,14 +239,16 @@ class _ChosenStrength:
         places = [(b, step) for b, count in enumerate(counts) for step in range(count)]
         self._sequences, self._steps = upload(np.array(places).T, "int64", device)
         self._counts = upload(counts, "int64", device)
-        most, before = upload([how.strength for how in hows], "float64", device).T
+        most, confidence, before = upload([how.strength for how in hows], "float64", device).T
         ids, weights = _padded_q(hows, device)
         agreements = torch.zeros(len(hows), max(counts), dtype=torch.float64, device=device)
         agreements[self._sequences, self._steps] = torch.minimum(scored.gather(-1, ids), weights).double().sum(-1)
         self._agreement = running_agreement(before, agreements)
-        most = most[self._sequences] * self._agreement[self._sequences, self._steps]
+        most = (most * confidence)[self._sequences] * self._agreement[self._sequences, self._steps]
         draft_probs = dense(ids, weights, scored.shape[-1])
-        self.region: Region = choose(hows[0].rule, scored, draft_probs, most.unsqueeze(-1))
+        self.region: Region = choose(
+            hows[0].rule, scored, draft_probs, most.unsqueeze(-1), confidence[self._sequences].unsqueeze(-1)
+        )
 
     def sums(self, found: Verdict) -> Tensor:
         """The numbers of each verification's `Transferred`: [B, 6]."""

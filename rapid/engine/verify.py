@@ -84,7 +84,7 @@ def _how(request: VerifyRequest, sequence: Sequence, draft: Draft) -> How:
     if not (request.transfers and draft.tokens and speculation.transfers):
         return how
     trust, strength = request.trust, speculation.transfer_strength
-    bound = Bound(speculation.transfer_divergence * trust.confidence, trust.agreement)
+    bound = Bound(speculation.transfer_divergence, trust.confidence, trust.agreement)
     return how._replace(
         transfer_temperature=speculation.transfer_temperature,
         rule=RULES[speculation.verification],

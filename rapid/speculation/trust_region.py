@@ -1,14 +1,16 @@
-"""η as a trust region (`transfer_strength` "auto"): the strongest transfer within ε nats of p that does not pass q.
+"""η as a trust region (`transfer_strength` "auto"): the strongest transfer within ε nats of p, as far as q is trusted.
 
 p_η ∝ p·exp(η·d), with d the rule's shift (q − p), is an exponential family: d KL(p_η‖p)/dη = η·Var_η(d) ≥ 0, and
-d E_η[d]/dη = Var_η(d) ≥ 0. So the largest η with KL(p_η‖p) ≤ ε and E_η[d] ≤ E_q[d] is found by bisection. What tail
-protection makes of p_η is held to ε too. Where E_η[d] = E_q[d], p_η is the one of the family that is nearest to q, in
-KL(q‖p_η). Beyond it a token that both hold likely, and p more so, would lose to tokens that neither does. The bound is
+d E_η[d]/dη = Var_η(d) ≥ 0. So the largest η with KL(p_η‖p) ≤ ε and E_η[d] ≤ E_m[d] is found by bisection, where
+m = (1 − c)·p + c·q is what is likely if the passages are the right ones with probability c, the confidence of
+retrieval, and else say nothing. Where E_η[d] = E_m[d], p_η is the one of the family that is nearest to m, in
+KL(m‖p_η). Beyond q, a token that both hold likely, and p more so, would lose to tokens that neither does. What tail
+protection makes of p_η is held to ε too. The bound is
 
     ε = ε_max · c · g · a,   g = H(p) / (H(p) + H(q))
 
-with c the confidence of retrieval, g the share of the target's own uncertainty, and a the running agreement of p and q
-(Σ min(p, q)) on the output so far. All of it depends on the prefix and on (p, q) alone, never on the drafted token or
+with g the share of the target's own uncertainty, and a the running agreement of p and q (Σ min(p, q)) on the output so
+far. All of it depends on the prefix and on (p, q) alone, never on the drafted token or
 the clock. So each position has one η, and a rule's output law holds with it. Related: arXiv 2408.01084, 2409.07394,
 2508.17670.
 
@@ -42,22 +44,28 @@ class Region(NamedTuple):
     uncertainty: Tensor
 
 
-def choose(rule: Rule, target_probs: Tensor, draft_probs: Tensor, most: Tensor) -> Region:
-    """The region of each row of p and q [N, V], where ε = ``most``·g; ``most`` [N, 1] is ε_max·c·a."""
+def choose(rule: Rule, target_probs: Tensor, draft_probs: Tensor, most: Tensor, confidence: Tensor) -> Region:
+    """The region of each row of p and q [N, V] with ε = ``most``·g; ``most`` is ε_max·c·a, ``confidence`` c: [N, 1]."""
     target_entropy, draft_entropy = (
         torch.special.entr(probs).sum(-1, keepdim=True, dtype=torch.float64) for probs in (target_probs, draft_probs)
     )
     both = target_entropy + draft_entropy
     uncertainty = torch.where(both > 0, target_entropy / both.clamp_min(torch.finfo(both.dtype).tiny), 0)
     bound = most * uncertainty
-    strength, divergence = strongest(rule, target_probs, draft_probs, bound)
+    strength, divergence = strongest(rule, target_probs, draft_probs, bound, confidence)
     return Region(strength, divergence, bound, uncertainty)
 
 
-def strongest(rule: Rule, target_probs: Tensor, draft_probs: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """(the largest η up to `MAX_STRENGTH` with divergence ≤ ``bound`` before q, that divergence), float64 [N, 1]."""
+def strongest(
+    rule: Rule, target_probs: Tensor, draft_probs: Tensor, bound: Tensor, confidence: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the largest η up to `MAX_STRENGTH` with divergence ≤ ``bound`` before m, that divergence), float64 [N, 1]."""
     family = _Family.of(rule, target_probs, draft_probs)
-    goal = (draft_probs * rule.shift(target_probs, draft_probs)).sum(-1, keepdim=True, dtype=torch.float64)
+    shift = rule.shift(target_probs, draft_probs)
+    of_target, of_draft = (
+        (each * shift).sum(-1, keepdim=True, dtype=torch.float64) for each in (target_probs, draft_probs)
+    )
+    goal = of_target + confidence * (of_draft - of_target)
     low = torch.zeros_like(bound)
     high = low + MAX_STRENGTH
     for _ in range(_STEPS):

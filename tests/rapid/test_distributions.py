@@ -83,7 +83,7 @@ def test_rapid_writes_what_its_rule_says(make_world: Callable[..., World], rule:
 
 
 def test_a_chosen_strength_writes_exactly_p_hat(make_world: Callable[..., World]) -> None:
-    """The first token, with the η that the bound allows: passages of confidence 0.5 are half as good as sure ones."""
+    """The first token, with the η that the bound allows: passages of confidence 0.5 move half as far as sure ones."""
     world, sampling, top_k = make_world(6), SamplingParams(temperature=0.9), 4
     prompt = world.prompt()
     retrieval = first_eight(prompt.contents, prompt.query, None)
@@ -93,7 +93,8 @@ def test_a_chosen_strength_writes_exactly_p_hat(make_world: Callable[..., World]
     q = np.zeros(6)
     weights, indices = next_probs(world.drafter.model, short, sampling).topk(top_k)
     q[indices.numpy()] = (weights / weights.sum()).numpy()
-    eta = chosen_strength("augmented", z, q, bound(z, q, 2.0 * retrieval.confidence, 0.9), 0.9)
+    epsilon = bound(z, q, 2.0 * retrieval.confidence, 0.9)
+    eta = chosen_strength("augmented", z, q, epsilon, 0.9, confidence=retrieval.confidence)
     expected = augmented("augmented", z, q, eta, 0.9)
     p = law("lossless", z, q, eta, 0.9)
     assert abs(expected - p).sum() / 2 > 0.1

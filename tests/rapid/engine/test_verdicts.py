@@ -75,7 +75,7 @@ def test_the_same_tokens_are_accepted_as_over_the_whole_vocabulary(rule: str, mo
     assert possible == whole and 0 < sum(whole) < NUM
 
 
-@pytest.mark.parametrize("asked", [{}, {"num_logprobs": 3}, {"strength": Bound(0.5, 0.9)}, {"is_plain": True}])
+@pytest.mark.parametrize("asked", [{}, {"num_logprobs": 3}, {"strength": Bound(0.5, 0.8, 0.9)}, {"is_plain": True}])
 def test_one_verification_is_the_same_by_few_tokens(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else it is asked for; its draft token is one of the q's many."""
     is_plain = asked.pop("is_plain", False)

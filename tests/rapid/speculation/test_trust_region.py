@@ -20,6 +20,7 @@ from rapid.speculation.verification import RULES
 
 TRANSFERRING = ("published", "reference", "augmented")
 STEP = MAX_STRENGTH / 2**20
+SURE = torch.ones(1, 1, dtype=torch.float64)  # of the passages
 
 
 def random_rows(rows: int, vocab: int, *, spread: float, top_k: int, seed: int) -> tuple[Array, Array]:
@@ -41,21 +42,22 @@ def probs(z: Array) -> Tensor:
 def test_the_bound_holds_and_a_little_more_breaks_it(rule: str, vocab: int, spread: float, top_k: int) -> None:
     """In float64, by the definition of KL over the whole vocabulary, before and after tail protection."""
     z, q = random_rows(40, vocab, spread=spread, top_k=top_k, seed=3)
-    bounds = np.geomspace(1e-4, 1.0, len(z))
+    bounds, confidences = np.geomspace(1e-4, 1.0, len(z)), np.random.default_rng(5).uniform(0.1, 1, len(z))
     held_by: Counter[str] = Counter()
-    etas, found = strongest(RULES[rule], probs(z), torch.from_numpy(q), torch.from_numpy(bounds)[:, None])
-    for row, its_q, eta, kl, epsilon in zip(
-        z, q, etas.flatten().tolist(), found.flatten().tolist(), bounds, strict=True
+    columns = (torch.from_numpy(each)[:, None] for each in (bounds, confidences))
+    etas, found = strongest(RULES[rule], probs(z), torch.from_numpy(q), *columns)
+    for row, its_q, eta, kl, epsilon, c in zip(
+        z, q, etas.flatten().tolist(), found.flatten().tolist(), bounds, confidences, strict=True
     ):
         rounding = 1e-5 * epsilon + 1e-8  # of three terms of a series, where 2,500 tokens are as likely as the rest
         assert furthest(rule, row, its_q, eta) == pytest.approx(kl, rel=1e-5, abs=1e-8)
-        assert kl <= epsilon + rounding and passes(rule, row, its_q, eta) <= rounding
+        assert kl <= epsilon + rounding and passes(rule, row, its_q, eta, confidence=c) <= rounding
         too_far = furthest(rule, row, its_q, eta + STEP) > epsilon - rounding
-        past_q = passes(rule, row, its_q, eta + STEP) > -rounding
-        assert eta > MAX_STRENGTH - 2 * STEP or too_far or past_q
-        held_by.update(["near p"] * bool(too_far) + ["before q"] * bool(past_q))
+        past_m = passes(rule, row, its_q, eta + STEP, confidence=c) > -rounding
+        assert eta > MAX_STRENGTH - 2 * STEP or too_far or past_m
+        held_by.update(["near p"] * bool(too_far) + ["before m"] * bool(past_m))
     assert (etas > 0).all() and (etas < MAX_STRENGTH - 1).sum() > len(z) / 2
-    assert held_by["near p"] >= 3 and held_by["before q"] >= 3 * (vocab == 12)
+    assert held_by["near p"] >= 3 and held_by["before m"] >= 3 * (vocab == 12)
 
 
 def test_what_both_models_hold_likeliest_stays_the_likeliest() -> None:
@@ -63,10 +65,21 @@ def test_what_both_models_hold_likeliest_stays_the_likeliest() -> None:
     p = torch.tensor([[0.9, 0.05, 0.03, 0.02]], dtype=torch.float64)
     q = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64)
     rule = RULES["reference"]  # without tail protection
-    strength, _ = strongest(rule, p, q, torch.tensor([[100.0]], dtype=torch.float64))
+    strength, _ = strongest(rule, p, q, torch.tensor([[100.0]], dtype=torch.float64), SURE)
     assert 1 < strength < 10
     assert rule.augment(p, q, strength).argmax() == 0
     assert rule.augment(p, q, 20.0).argmax() != 0
+
+
+@pytest.mark.parametrize("rule", TRANSFERRING)
+def test_passages_that_are_less_trusted_move_less(rule: str) -> None:
+    """Without the bound of ε: as far as a mixture of p and q with the confidence as q's share, and not at all for 0."""
+    z, q = random_rows(50, 12, spread=2.0, top_k=6, seed=8)
+    p, q_rows, far = probs(z), torch.from_numpy(q), torch.full((50, 1), 100.0, dtype=torch.float64)
+    etas = [strongest(RULES[rule], p, q_rows, far, c * SURE)[0] for c in (0, 0.2, 0.6, 1)]
+    assert (etas[0] < 2 * STEP).all()
+    for less, more in pairwise(etas):
+        assert (less <= more).all() and (less < more).any()
 
 
 @pytest.mark.parametrize("rule", TRANSFERRING)
@@ -74,7 +87,7 @@ def test_a_larger_bound_never_gives_less_transfer(rule: str) -> None:
     z, q = random_rows(50, 12, spread=2.0, top_k=6, seed=4)
     p, q_rows = probs(z), torch.from_numpy(q)
     etas = [
-        strongest(RULES[rule], p, q_rows, torch.full((50, 1), epsilon, dtype=p.dtype))[0]
+        strongest(RULES[rule], p, q_rows, torch.full((50, 1), epsilon, dtype=p.dtype), SURE)[0]
         for epsilon in (0, 0.01, 0.1, 1)
     ]
     assert (etas[0] == 0).all()
@@ -88,12 +101,12 @@ def test_a_bound_goes_by_the_target_s_share_of_the_entropies() -> None:
     z, q = random_rows(20, 12, spread=2.0, top_k=6, seed=5)
     z[0] = np.where(np.arange(12) == 3, 0.0, -np.inf)  # a target that is sure
     most = torch.full((20, 1), 0.4, dtype=torch.float64)
-    region = choose(RULES["augmented"], probs(z), torch.from_numpy(q), most)
+    region = choose(RULES["augmented"], probs(z), torch.from_numpy(q), most, SURE)
     expected = [bound(row, its_q, 0.4) for row, its_q in zip(z, q, strict=True)]
     np.testing.assert_allclose(region.bound.flatten(), expected, rtol=0, atol=1e-12)
     assert region.strength[0] == region.bound[0] == 0
     one_hot = torch.nn.functional.one_hot(torch.tensor([1]), 4).double()
-    assert choose(RULES["augmented"], one_hot, one_hot, most[:1]).bound == 0  # and no 0 / 0
+    assert choose(RULES["augmented"], one_hot, one_hot, most[:1], SURE).bound == 0  # and no 0 / 0
 
 
 def test_the_agreement_is_a_running_mean_however_the_text_is_cut_into_rounds() -> None:
@@ -137,7 +150,7 @@ def test_a_batch_of_rounds_reports_what_was_chosen(greedy: bool) -> None:
     """Rounds of several lengths, each with its own agreement and confidence, against formulas position by position."""
     temperature = 0.8
     z, q = random_rows(7, 12, spread=2.0, top_k=4, seed=7)
-    rounds = [(1, Bound(0.5, 1.0)), (6, Bound(0.3, 0.6)), (3, Bound(0.0, 0.9)), (4, Bound(1.5, 0.2))]
+    rounds = [(1, Bound(0.5, 1, 1)), (6, Bound(0.8, 0.4, 0.6)), (3, Bound(0.8, 0, 0.9)), (4, Bound(9, 0.7, 0.2))]
     wishes = [verified(z, q, gamma, before, temperature, greedy=greedy) for gamma, before in rounds]
     answers = Verify.together([wish for wish, _ in wishes])
     for (wish, with_q), values, (_, before) in zip(wishes, answers, rounds, strict=True):
@@ -145,8 +158,8 @@ def test_a_batch_of_rounds_reports_what_was_chosen(greedy: bool) -> None:
         a, sums, best = before.agreement, np.zeros(4), []
         for i in range(min(decided.num_accepted + 1, with_q)):
             p = softmax(z[i] / temperature)
-            epsilon = bound(z[i], q[i], before.most * a, temperature)
-            eta = chosen_strength("augmented", z[i], q[i], epsilon, temperature)
+            epsilon = bound(z[i], q[i], before.most * before.confidence * a, temperature)
+            eta = chosen_strength("augmented", z[i], q[i], epsilon, temperature, confidence=before.confidence)
             best.append(int((z[i] / temperature + eta * (q[i] - p)).argmax()))
             reached = furthest("augmented", z[i], q[i], eta, temperature)
             sums += [eta, reached, epsilon, bound(z[i], q[i], 1.0, temperature)]
@@ -167,7 +180,7 @@ def test_augmented_stays_exactly_p_hat() -> None:
     a, etas, expected = 1.0, [], []
     for i in range(gamma):
         p = softmax(z[i])
-        etas.append(chosen_strength("augmented", z[i], q[i], bound(z[i], q[i], 0.5 * a)))
+        etas.append(chosen_strength("augmented", z[i], q[i], bound(z[i], q[i], 0.5 * a), confidence=0.7))
         expected.append(augmented("augmented", z[i], q[i], etas[-1]))
         np.testing.assert_allclose(law("augmented", z[i], q[i], etas[-1]), expected[-1], rtol=0, atol=1e-12)
         a = MEMORY * a + (1 - MEMORY) * np.minimum(p, q[i]).sum()
@@ -175,7 +188,7 @@ def test_augmented_stays_exactly_p_hat() -> None:
     p, q_rows = probs(z).float(), torch.from_numpy(q[:gamma]).float()
     agreements = torch.minimum(p[:gamma], q_rows).double().sum(-1)
     most = 0.5 * running_agreement(torch.ones(1, dtype=torch.float64), agreements[None])[0, :gamma, None]
-    strength = choose(RULES["augmented"], p[:gamma], q_rows, most).strength.float()
+    strength = choose(RULES["augmented"], p[:gamma], q_rows, most, 0.7 * SURE).strength.float()
     np.testing.assert_allclose(strength.flatten(), etas, rtol=0, atol=1e-3)
 
     noise = Noise(torch.arange(rounds))
