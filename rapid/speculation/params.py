@@ -30,7 +30,8 @@ class SpeculationParams:
     With ``refresh`` "auto" the passages are retrieved anew at the end of a sentence that they did not help with.
 
     With η "auto" each position has its own, the largest that keeps KL(p̂‖p) within a bound of at most
-    ``transfer_divergence`` nats and does not pass q (`rapid.speculation.trust_region`).
+    ``transfer_divergence`` nats, and goes towards q as far as the passages are trusted
+    (`rapid.speculation.trust_region`).
 
     With a ``transfer_temperature`` Tₓ above 0 every position is transferred: p and q are taken at Tₓ, and the token is
     sampled from softmax((z + η·Tₓ·(q − p))/T), T being the request's temperature, or is the argmax where T is 0. With 0
