@@ -76,9 +76,9 @@ def num_embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     embed = Embedder.embed
 
-    def counting(self: Embedder, new: Any) -> Any:
+    def counting(self: Embedder, new: Any, salt: str = "") -> Any:
         texts.extend(new)
-        return embed(self, new)
+        return embed(self, new, salt)
 
     monkeypatch.setattr(Embedder, "embed", counting)
     return texts
