@@ -1,8 +1,9 @@
 """This checkout against an earlier one, question by question on the same machine: decoding and time to first token.
 
-Each checkout has a process of its own with the models loaded; only one process works at a time. The first one changes
-from question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the
-earlier checkout.
+Each checkout has a process of its own with the models loaded; only one process works at a time. Each question has new
+processes, because where one's memory lies can make some percent for all that it measures. The first one changes from
+question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the earlier
+checkout.
 """
 
 from __future__ import annotations
@@ -65,19 +66,17 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    workers = {
-        "now": Checkout(HERE, WORKER, options.prompt_tokens),
-        "before": Checkout(options.against.resolve(), WORKER, options.prompt_tokens),
-    }
+    sources = {"now": HERE, "before": options.against.resolve()}
     rows: list[dict[str, Any]] = []
     for i in range(options.questions):
-        sides = list(workers) if i % 2 else list(workers)[::-1]
+        sides = list(sources) if i % 2 else list(sources)[::-1]
+        workers = {side: Checkout(sources[side], WORKER, options.prompt_tokens) for side in sides}
         row: dict[str, Any] = {side: workers[side].ask(i, options.new_tokens, options.repeats) for side in sides}
+        for worker in workers.values():
+            worker.end()
         row["ratio"] = {what: ratio(row, what) for what in ("first_token", *STRATEGIES)}
         rows.append(row)
         print(row["ratio"], flush=True)
-    for worker in workers.values():
-        worker.end()
     medians = {what: statistics.median(row["ratio"][what] for row in rows) for what in ("first_token", *STRATEGIES)}
     print("median:", medians)
     write(
