@@ -7,7 +7,6 @@ FlagEmbedding loads the models, pools their states, and holds BGE-M3's head. Bat
 from __future__ import annotations
 
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,12 +19,13 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from retrieval.caches import VectorCache, digest
+from retrieval.device import DeviceTurns
 from retrieval.errors import RetrievalError
 from retrieval.sparse import SparseVector, sparse, weighs_words
 
 Row = TypeVar("Row")
-# Padded tokens in one forward pass. A CPU is as fast with small passes, and other work on its thread waits less.
-_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+# Padded tokens in one forward pass. Others wait for its end, and a CPU is nearly as fast with small passes.
+_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 _USUAL_TOKENS = 512
 _REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
@@ -52,9 +52,7 @@ class Embedder:
         self.name, self.max_tokens = name, max_tokens
         self.run = lambda forward: forward()
         self._tokenizer, self._forward, self._device = tokenizer, forward, device
-        # One forward pass at a time: several would share the device and add up in memory. A thread holds the lock for a
-        # pass and not for a call, so that a query does not wait for another request's whole document.
-        self._lock = threading.Lock()
+        self._turns = DeviceTurns()
         self.dimension = self._embed(["dimension"]).shape[1]
         self._memory = VectorCache(_REMEMBERED, self.dimension)
 
@@ -105,7 +103,7 @@ class Embedder:
         for batch in _batches([len(ids) for ids in tokens["input_ids"]], batch_tokens):
             unpadded = {name: [values[i] for i in batch] for name, values in tokens.items()}
             inputs = self._tokenizer.pad(unpadded, padding=True, return_tensors="pt").to(self._device)
-            with self._lock:
+            with self._turns.turn(is_query=len(texts) == 1):
                 computed = self.run(partial(torch.inference_mode()(compute), inputs))
             rows.update(zip(batch, computed, strict=True))
         return [rows[i] for i in range(len(texts))]

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _STORE_TIME_S = 10.0  # for all calls of a store's server in one retrieval
 _BATCH = 8  # chunks between two progress reports of `keep`
-_STEP = 32  # chunks that are cut, embedded or reranked in one step of a retrieval
+_STEP = 32  # chunks that are cut, embedded or reranked in one step of a retrieval, at most
+_STEP_CHARACTERS = 8192  # that are embedded in one step, about: others wait for its end, and so does who leaves
 _LOCKS = 64
 
 Result = TypeVar("Result")
@@ -233,8 +234,12 @@ class Retriever:
             return embed_chunks(self.embedder, contents, words_only=True)
         texts = [text for content in contents for text in content]
         vectors = []
-        for first in range(0, len(texts), _STEP):
-            vectors.append(self.embedder.embed(texts[first : first + _STEP], tenant))
+        first = 0
+        while first < len(texts):
+            longest = max(map(len, texts[first : first + _STEP]))
+            end = first + min(_STEP, max(1, _STEP_CHARACTERS // longest))
+            vectors.append(self.embedder.embed(texts[first:end], tenant))
+            first = end
             yield
         return embed_chunks(self.embedder, contents, dense=np.concatenate(vectors), salt=tenant)
 

@@ -1,0 +1,58 @@
+"""Whose forward pass is next."""
+
+from __future__ import annotations
+
+import threading
+
+from retrieval.device import DeviceTurns
+
+DEADLINE_S = 10.0
+
+
+def test_a_query_waits_for_the_pass_under_way_alone():
+    turns, order = DeviceTurns(), []
+
+    def read(name: str, is_query: bool) -> None:
+        with turns.turn(is_query=is_query):
+            order.append(name)
+
+    def begin(name: str, *, is_query: bool) -> threading.Thread:
+        thread = threading.Thread(target=read, args=(name, is_query), name=name)
+        thread.start()
+        return thread
+
+    def num_waiting() -> int:
+        return len(turns._changed._waiters)
+
+    with turns.turn(is_query=False):
+        threads = [begin("document", is_query=False), begin("document", is_query=False)]
+        assert wait_until(lambda: num_waiting() == 2)
+        threads.append(begin("query", is_query=True))
+        assert wait_until(lambda: num_waiting() == 3)
+        assert order == []
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert order == ["query", "document", "document"]
+
+
+def test_a_pass_that_fails_gives_its_turn_back():
+    turns = DeviceTurns()
+    for is_query in (True, False):
+        try:
+            with turns.turn(is_query=is_query):
+                raise ValueError("no such token")
+        except ValueError:
+            pass
+    done = threading.Event()
+
+    def read() -> None:
+        with turns.turn(is_query=False):
+            done.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert done.wait(DEADLINE_S)
+
+
+def wait_until(is_so) -> bool:
+    ticks = threading.Event()
+    return any(is_so() or ticks.wait(0.005) for _ in range(2000))
