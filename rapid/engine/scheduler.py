@@ -7,16 +7,26 @@ from collections.abc import Iterable
 from rapid.engine.pacing import Chunk
 from rapid.engine.tasks import RunningTask
 
+_SHARE = 0.25  # of a pass in which a prompt ends, for one that does not end
+
 
 def schedule(tasks: Iterable[RunningTask], budget: int) -> list[tuple[RunningTask, int]]:
     """How many tokens each task gets: short requests first; long requests share the rest of the budget.
+
+    Behind a pass in which a prompt ends comes the first token of an answer. So a longer prompt, which does not end,
+    gets a quarter of its budget, and goes on in later passes.
 
     Sequences that share pages are moved behind the first of them, because attention reads the pages that neighbours
     share once (`rapid.kernels.prefix`).
     """
     scheduled: list[tuple[RunningTask, int]] = []
+    share, one_starts = max(1, int(_SHARE * budget)), False
     shortest_first = sorted(tasks, key=lambda task: task.num_left)
     for running in shortest_first:
+        if running.num_left <= budget:
+            one_starts |= running.is_in_prompt
+        elif one_starts:
+            budget = min(budget, share)
         # All rows of logits of a request come from one pass, so its last part is not cut below that many tokens.
         num_tokens = min(running.num_left, budget)
         if 0 < running.num_left - num_tokens < running.request.num_rows:

@@ -54,6 +54,11 @@ class RunningTask:
         return len(sequence.prompt) - 1 - sequence.cache.length if tokens is None else len(tokens) - self.num_done
 
     @property
+    def is_in_prompt(self) -> bool:
+        """Whether the next token that the pass processes is one of the prompt, perhaps its last."""
+        return self.request.sequence.cache.length < len(self.request.sequence.prompt)
+
+    @property
     def is_unwanted(self) -> bool:
         return self.request.sequence.ended.done() or self.future.cancelled()
 

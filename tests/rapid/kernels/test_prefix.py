@@ -173,7 +173,7 @@ def test_sequences_that_share_pages_are_scheduled_side_by_side() -> None:
 
     def task(name: str, pages: list[int]) -> Any:
         request = SimpleNamespace(table=SimpleNamespace(pages=pages), num_rows=1)
-        return SimpleNamespace(name=name, request=request, num_left=len(name))
+        return SimpleNamespace(name=name, request=request, num_left=len(name), is_in_prompt=False)
 
     tasks = [task("a", [0, 7]), task("b", [8]), task("c", [0, 1, 2]), task("dd", [3, 4]), task("eee", [0, 1, 5])]
     assert [running.name for running, _ in schedule(tasks, 100)] == ["c", "eee", "a", "b", "dd"]
