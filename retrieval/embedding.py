@@ -24,6 +24,7 @@ from retrieval.errors import RetrievalError
 from retrieval.sparse import SparseVector, sparse, weighs_words
 
 Row = TypeVar("Row")
+Result = TypeVar("Result")
 # Padded tokens in one forward pass. Others wait for its end, and a CPU is nearly as fast with small passes.
 _BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 _USUAL_TOKENS = 512
@@ -86,6 +87,12 @@ class Embedder:
         """Return the model's own weight of each token of each text, where it `has_sparse`."""
         raise NotImplementedError
 
+    def compute(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
+        """Return what `forward` computes in a turn at the device, where passes must run."""
+        with self._turns.turn(is_query=is_query):
+            computed: Result = self.run(forward)
+            return computed
+
     def _embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = self._each(texts, self._pass)
         return np.stack(rows)
@@ -103,8 +110,7 @@ class Embedder:
         for batch in _batches([len(ids) for ids in tokens["input_ids"]], batch_tokens):
             unpadded = {name: [values[i] for i in batch] for name, values in tokens.items()}
             inputs = self._tokenizer.pad(unpadded, padding=True, return_tensors="pt").to(self._device)
-            with self._turns.turn(is_query=len(texts) == 1):
-                computed = self.run(partial(torch.inference_mode()(compute), inputs))
+            computed = self.compute(partial(torch.inference_mode()(compute), inputs), is_query=len(texts) == 1)
             rows.update(zip(batch, computed, strict=True))
         return [rows[i] for i in range(len(texts))]
 

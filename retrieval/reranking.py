@@ -27,7 +27,7 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
     Args:
         name: "colbert" for the token vectors of BGE-M3, if that is the embedder; else a cross-encoder's folder or hub
             id, such as BAAI/bge-reranker-v2-m3, which FlagEmbedding's FlagReranker loads.
-        embedder: the retriever's embedder. Passes run where its passes run.
+        embedder: the retriever's embedder. Passes take turns with its own.
 
     Raises RetrievalError when the model cannot be found or loaded, or "colbert" is asked of another embedder.
     """
@@ -50,7 +50,7 @@ def load_reranker(name: str, embedder: Embedder, *, device: str = "cpu") -> Rera
         for first in range(0, len(readable), size):
             pairs = [(query, passage) for passage in readable[first : first + size]]
             inputs = tokenizer(pairs, return_tensors="pt", **how).to(device)
-            scores += embedder.run(partial(_scores, model, inputs))
+            scores += embedder.compute(partial(_scores, model, inputs), is_query=False)
         return scores
 
     return rerank

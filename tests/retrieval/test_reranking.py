@@ -48,12 +48,12 @@ def test_scores_are_flag_embeddings_in_the_order_of_the_passages(reranker, bge_m
     assert np.ptp(scores) > 1e-3 and rerank("white whale", []) == []
 
 
-def test_passes_run_where_the_embedders_run(reranker, bge_m3):
+def test_passes_take_turns_with_the_embedders(reranker, bge_m3):
     embedder = load_embedder(bge_m3)
     rerank, passes = load_reranker(str(reranker), embedder), []
-    embedder.run = lambda forward: passes.append(1) or forward()
+    embedder.run = lambda forward: passes.append(embedder._turns._is_taken) or forward()
     rerank("whale", PASSAGES)
-    assert len(passes) == 2  # of four and two passages
+    assert passes == [True, True]  # of four and two passages
 
 
 def test_what_is_no_reranker_is_refused_by_name(bge_m3, minilm, reranker, tmp_path):
