@@ -1,8 +1,9 @@
 """The load mix, while processes hang and are killed at random, bodies are hostile and clients leave.
 
 Every accepted answer must end: whole, or with an error that says why. An answer that differs from the one a client
-alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout. The command
-stops and ends only processes of its own cluster.
+alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout, and that of
+each kind, of which others may live at the end than at the beginning. The command stops and ends only processes of its
+own cluster.
 """
 
 from __future__ import annotations
@@ -110,6 +111,20 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(median(last, name) - median(second, name), 1) for name in sorted(throughout)}
 
 
+def by_kind(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """MiB of all processes of a kind together, the median of each third."""
+
+    def sizes(sample: dict[str, Any]) -> Counter[str]:
+        of: Counter[str] = Counter()
+        for process, size in sample["rss_mib_by_process"].items():
+            of[process.rpartition(" ")[0]] += size
+        return of
+
+    thirds = [[sizes(s) for s in samples[i * len(samples) // 3 : (i + 1) * len(samples) // 3]] for i in range(3)]
+    kinds = sorted({kind for part in thirds for of in part for kind in of})
+    return {kind: [round(statistics.median(of[kind] for of in part), 1) for part in thirds] for kind in kinds}
+
+
 def row(asked: list[Asked]) -> dict[str, Any]:
     errors = Counter(one.error for one in asked if one.error and one.status == 200)
     return {
@@ -140,6 +155,7 @@ async def storm(options: argparse.Namespace, checker: Checker, crowd: Crowd) -> 
         "streams": row(asked),
         "hostile_bodies": dict(answers),
         "rss_mib_growth": growth(memory.samples),
+        "rss_mib_by_kind": by_kind(memory.samples),
     }
 
 
