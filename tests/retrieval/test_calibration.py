@@ -69,6 +69,14 @@ def test_a_confidence_is_a_probability(scores):
         assert 0 <= confidence.of(scores) <= 1
 
 
+def test_a_short_text_can_be_as_sure_as_a_long_one():
+    """The same chunk among 8 and among 80 others of the same kind."""
+    confidence = MEASURED["all-minilm-l6-v2"].by_cosine
+    short, long = (confidence.of([0.42, *[0.15, 0.25] * half]) for half in (4, 40))
+    assert short == pytest.approx(long, abs=0.01) and short > 0.7
+    assert confidence.of([0.25, *[0.15, 0.25] * 4]) < 0.1
+
+
 def test_a_calibration_is_kept_with_its_embedder(tmp_path):
     learned = calibrate(simulated(Confidence(20.0, 0.0, -8.0)))
     assert calibration_of("some/embedder", tmp_path) == UNCALIBRATED
