@@ -32,7 +32,7 @@ _RIDGE = 0.01  # keeps the weights finite where a feature separates the question
 class Confidence(NamedTuple):
     """P(what the query needs is among the kept chunks) = sigmoid(top·s + margin·z + bias).
 
-    s is the best chunk's score. z says by how many standard deviations of the other chunks it is above their mean. (Among
+    s is the best chunk's score. z says by how many standard deviations of the other chunks it is above their mean. (Of
     all n chunks it could be no more than (n − 1)/√n, so that no short text would answer anything.)
     """
 
@@ -67,8 +67,8 @@ class Calibration:
         return {"threshold": self.threshold, **by, "report": self.report}
 
 
-# An embedder that nobody has calibrated: the paper's threshold, and the margin alone, which has no scale. Its weights are
-# those that all-MiniLM-L6-v2 would have without the best score.
+# An embedder that nobody has calibrated: the paper's threshold, and the margin alone, which has no scale. The weights are
+# those that all-MiniLM-L6-v2 has without the best score.
 UNCALIBRATED = Calibration(0.3, Confidence(0.0, 0.74, -2.51), Confidence(0.0, 0.53, -2.63))
 
 
