@@ -67,8 +67,8 @@ class Calibration:
         return {"threshold": self.threshold, **by, "report": self.report}
 
 
-# An embedder that nobody has calibrated: the paper's threshold, and the margin alone, which has no scale. The weights are
-# those that all-MiniLM-L6-v2 has without the best score.
+# An embedder that nobody has calibrated: the paper's threshold, and the margin alone, which has no scale. Its weights
+# are those that all-MiniLM-L6-v2 has without the best score.
 UNCALIBRATED = Calibration(0.3, Confidence(0.0, 0.74, -2.51), Confidence(0.0, 0.53, -2.63))
 
 
