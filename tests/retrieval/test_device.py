@@ -29,10 +29,10 @@ def test_a_query_waits_for_the_pass_under_way_alone():
         assert wait_until(lambda: num_waiting() == 2)
         threads.append(begin("query", is_query=True))
         assert wait_until(lambda: num_waiting() == 3)
-        assert order == []
+        assert order == [] and turns.is_wanted
     for thread in threads:
         thread.join(DEADLINE_S)
-    assert order == ["query", "document", "document"]
+    assert order == ["query", "document", "document"] and not turns.is_wanted
 
 
 def test_a_pass_that_fails_gives_its_turn_back():

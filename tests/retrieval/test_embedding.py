@@ -139,6 +139,21 @@ def test_threads_take_turns_at_the_device(dense):
     assert not wrong
 
 
+@pytest.mark.parametrize(("num_waiting", "sizes"), [(0, [10, 2]), (1, [5, 5, 2])])
+def test_passes_are_small_where_others_wait(dense, num_waiting, sizes):
+    passes: list[int] = []
+
+    def forward(inputs) -> torch.Tensor:
+        passes.append(len(inputs["input_ids"]))
+        return inputs["input_ids"][:, 1:3]
+
+    embedder = Embedder("ids", tokenizer=dense._tokenizer, forward=forward, max_tokens=50, device="cpu")
+    passes.clear()
+    embedder._turns._num_waiting = num_waiting
+    embedder.embed([f"{i} " + "whale " * 60 for i in range(12)])
+    assert passes == sizes
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "too/many/parts"])
 def test_a_missing_model_is_named(model):
     with pytest.raises(RetrievalError, match=f"{model}.*not a folder"):
