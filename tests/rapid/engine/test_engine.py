@@ -235,7 +235,7 @@ def test_shutdown_fails_what_is_running_and_what_comes_later(model: Model, engin
 
 
 def test_a_pass_keeps_to_its_budget_and_short_requests_go_first(model: Model, engine: MakeEngine, gate: Gate) -> None:
-    """While a long prompt is read, others' short requests are in the very next pass, and it takes what they leave."""
+    """While a long prompt is read, others' short requests are in the very next pass, and it has a quarter of it."""
     running = engine(model, max_batch_tokens=16)
     long, short, shorter = (begun(running, random_tokens(n, seed=n)) for n in (101, 7, 4))
     reading = running.submit(prefill(long))
@@ -244,7 +244,7 @@ def test_a_pass_keeps_to_its_budget_and_short_requests_go_first(model: Model, en
     gate.step()
     gate.open()
     list(map(done, [*others, reading]))
-    assert gate.passes[:3] == [[16], [3, 6, 7], [16]]
+    assert gate.passes[:3] == [[16], [3, 6, 4], [16]]
     assert max(map(sum, gate.passes)) == 16
     assert sum(map(sum, gate.passes)) == 100 + 6 + 3
 
