@@ -76,7 +76,7 @@ class Embedder:
 
     def embed_query(self, query: str, salt: str = "") -> NDArray[np.float32]:
         """Return the query's unit vector: [dimension]."""
-        vector: NDArray[np.float32] = self._embed([query], salt)[0]
+        vector: NDArray[np.float32] = self._embed([query], salt, is_query=True)[0]
         return vector
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -94,14 +94,14 @@ class Embedder:
             computed: Result = self.run(forward)
             return computed
 
-    def _embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
-        rows: list[NDArray[np.float32]] = self._each(texts, self._pass)
+    def _embed(self, texts: Sequence[str], salt: str = "", *, is_query: bool = False) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = self._each(texts, self._pass, is_query=is_query)
         return np.stack(rows)
 
     def _pass(self, inputs: Any) -> list[NDArray[np.float32]]:
         return list(torch.nn.functional.normalize(self._forward(inputs).float(), dim=-1).cpu().numpy())
 
-    def _each(self, texts: Sequence[str], compute: Callable[[Any], list[Row]]) -> list[Row]:
+    def _each(self, texts: Sequence[str], compute: Callable[[Any], list[Row]], *, is_query: bool = False) -> list[Row]:
         """Return what `compute` makes of each text; it is given the padded inputs of a few texts at a time."""
         # Tokenizers refuse lone surrogates, which JSON can contain.
         readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
@@ -112,7 +112,7 @@ class Embedder:
         for batch in _batches(lengths, lambda: beside_others if self._turns.is_wanted else alone):
             unpadded = {name: [values[i] for i in batch] for name, values in tokens.items()}
             inputs = self._tokenizer.pad(unpadded, padding=True, return_tensors="pt").to(self._device)
-            computed = self.compute(partial(torch.inference_mode()(compute), inputs), is_query=len(texts) == 1)
+            computed = self.compute(partial(torch.inference_mode()(compute), inputs), is_query=is_query)
             rows.update(zip(batch, computed, strict=True))
         return [rows[i] for i in range(len(texts))]
 
@@ -144,8 +144,8 @@ class BgeM3Embedder(Embedder):
             float((asked @ vectors.T).max(dim=1).values.mean()) for vectors in self._each(texts, self._token_vectors)
         ]
 
-    def _embed(self, texts: Sequence[str], salt: str = "") -> NDArray[np.float32]:
-        both = self._each(texts, self._dense_and_weights)
+    def _embed(self, texts: Sequence[str], salt: str = "", *, is_query: bool = False) -> NDArray[np.float32]:
+        both = self._each(texts, self._dense_and_weights, is_query=is_query)
         for text, (_, weights) in zip(texts, both, strict=True):
             self._weights.pop(digest(text, salt), None)
             self._weights[digest(text, salt)] = weights

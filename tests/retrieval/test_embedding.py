@@ -139,6 +139,14 @@ def test_threads_take_turns_at_the_device(dense):
     assert not wrong
 
 
+def test_a_document_of_one_chunk_does_not_go_before_others(dense, monkeypatch):
+    asked, turn = [], dense._turns.turn
+    monkeypatch.setattr(dense._turns, "turn", lambda *, is_query: asked.append(is_query) or turn(is_query=is_query))
+    dense.embed(["a text of one chunk that nobody has embedded before"])
+    dense.embed_query("where is the whale?")
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize(("num_waiting", "sizes"), [(0, [10, 2]), (1, [5, 5, 2])])
 def test_passes_are_small_where_others_wait(dense, num_waiting, sizes):
     passes: list[int] = []
