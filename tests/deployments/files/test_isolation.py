@@ -75,9 +75,9 @@ def test_how_soon_passages_come_does_not_tell_who_has_asked_about_a_text(
     embedded: list[str] = []
     embed = Embedder._embed
 
-    def watched(self: Embedder, texts: list[str], salt: str = "") -> Any:
+    def watched(self: Embedder, texts: list[str], *how: Any, **more: Any) -> Any:
         embedded.extend(texts)
-        return embed(self, texts, salt)
+        return embed(self, texts, *how, **more)
 
     def num_embedded(ask: Callable[[], object]) -> int:
         embedded.clear()
