@@ -1,15 +1,21 @@
-"""This checkout against an earlier one, question by question on the same machine: decoding and time to first token.
+"""This checkout against an earlier one on the same machine: decoding, time to first token, and coordination.
 
 Each checkout has a process of its own with the models loaded; only one process works at a time. Each question has new
 processes, because where one's memory lies can make some percent for all that it measures. The first one changes from
 question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the earlier
 checkout.
+
+With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +64,40 @@ def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
     return round(before / now if what == "first_token" else now / before, 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("against", type=Path, help="the earlier checkout (a git worktree)")
-    parser.add_argument("--prompt-tokens", type=int, default=6950)
-    parser.add_argument("--questions", type=int, default=6)
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    sources = {"now": HERE, "before": options.against.resolve()}
+def coordination_ms(source: Path) -> dict[str, float]:
+    """Around engines that compute nothing and around those that sample: the median of one run."""
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.coordination"],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": str(source)},
+        check=True,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+    )
+    seen = json.loads((source / "benchmarks/results/coordination.json").read_text(encoding="utf-8"))
+    return {engines: seen[engines]["coordination_ms_median"] for engines in ("empty", "sampling")}
+
+
+def coordination(sources: dict[str, Path], repeats: int) -> dict[str, Any]:
+    rows: dict[str, list[dict[str, float]]] = {side: [] for side in sources}
+    for i in range(repeats):
+        for side in list(sources) if i % 2 else list(sources)[::-1]:
+            rows[side].append(coordination_ms(sources[side]))
+            print(side, rows[side][-1], flush=True)
+    medians = {
+        engines: {side: statistics.median(row[engines] for row in rows[side]) for side in rows}
+        for engines in ("empty", "sampling")
+    }
+    print("medians:", medians)
+    return {"repeats": repeats, "median_ms": medians, "rows": rows}
+
+
+def decoding(sources: dict[str, Path], prompt_tokens: int, questions: int, new_tokens: int, repeats: int) -> Any:
     rows: list[dict[str, Any]] = []
-    for i in range(options.questions):
+    for i in range(questions):
         sides = list(sources) if i % 2 else list(sources)[::-1]
-        workers = {side: Checkout(sources[side], WORKER, options.prompt_tokens) for side in sides}
-        row: dict[str, Any] = {side: workers[side].ask(i, options.new_tokens, options.repeats) for side in sides}
+        workers = {side: Checkout(sources[side], WORKER, prompt_tokens) for side in sides}
+        row: dict[str, Any] = {side: workers[side].ask(i, new_tokens, repeats) for side in sides}
         for worker in workers.values():
             worker.end()
         row["ratio"] = {what: ratio(row, what) for what in ("first_token", *STRATEGIES)}
@@ -79,10 +105,25 @@ def main() -> None:
         print(row["ratio"], flush=True)
     medians = {what: statistics.median(row["ratio"][what] for row in rows) for what in ("first_token", *STRATEGIES)}
     print("median:", medians)
-    write(
-        "paired",
-        {"settings": {k: v for k, v in vars(options).items() if k != "against"}, "median": medians, "rows": rows},
-    )
+    settings = {"prompt_tokens": prompt_tokens, "questions": questions, "new_tokens": new_tokens, "repeats": repeats}
+    return {"settings": settings, "median": medians, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("against", type=Path, help="the earlier checkout (a git worktree)")
+    parser.add_argument("--prompt-tokens", type=int, default=6950)
+    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", choices=["", "coordination"], default="")
+    options = parser.parse_args()
+    sources = {"now": HERE, "before": options.against.resolve()}
+    if options.part:
+        write("paired", coordination(sources, options.repeats), part=options.part)
+    else:
+        asked = (options.prompt_tokens, options.questions, options.new_tokens, options.repeats)
+        write("paired", decoding(sources, *asked))
 
 
 if __name__ == "__main__":
