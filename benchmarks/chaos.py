@@ -75,7 +75,7 @@ def service(*, num_workers: int, targets: dict[str, Any], ranks: int) -> Iterato
 
 def replicas(deployment: str, state: str = "RUNNING") -> int:
     found = serve.status().applications["rapid"].deployments.get(deployment)
-    return found.replica_states.get(state, 0) if found else 0
+    return found.replica_states.get(state, 0) if found else 0  # type: ignore[call-overload]
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -77,7 +77,7 @@ class EmptyEngine:
 
 async def empty_rounds(num: int) -> dict[str, Any]:
     actors = [ray.remote(EmptyEngine).remote() for _ in range(2)]
-    addresses = [await actor.listen.remote() for actor in actors]
+    addresses = [await actor.listen.remote() for actor in actors]  # type: ignore[attr-defined]
     channels = [await Channel.connect(address.for_channel("lease"), "lease") for address in addresses]
     target, drafter = map(lease_over, channels)
     times = []
@@ -95,7 +95,7 @@ async def empty_rounds(num: int) -> dict[str, Any]:
 
 async def rounds(num: int) -> dict[str, Any]:
     handles = {role: serve.get_deployment_handle(role.capitalize(), "rapid") for role in ("target", "drafter")}
-    backend = RayBackend(handles, serve.get_deployment_handle("Retriever", "rapid"), overlap=False)  # type: ignore[arg-type]
+    backend = RayBackend(handles, serve.get_deployment_handle("Retriever", "rapid"), overlap=False)
     await backend.connect()
     costs, whole, sizes = [], [], []
     async with AsyncExitStack() as stack:

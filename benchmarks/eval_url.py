@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import rapid  # noqa: F401 (before torch)
 
 from benchmarks.common.local import MODEL, config
 from benchmarks.common.results import DATA, write
-from benchmarks.common.served import served, wait_for
+from benchmarks.common.served import free_port, served, wait_for
 from deployments.cli.eval_terminal import EvalTerminal
 from deployments.evaluation.answers import Answer, read_answers
 from deployments.evaluation.config import Evaluation, parse_evaluation
@@ -43,12 +42,9 @@ def peer() -> Iterator[str]:
 
     It knows the model by the name of a folder in its working directory, and names no model of its own.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MODEL).symlink_to(embedded_models.resolve(MODEL))
-        program = Path(sys.executable).with_name("transformers")
+        port, program = free_port(), Path(sys.executable).with_name("transformers")
         command = [str(program), "serve", MODEL, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
         server = subprocess.Popen(command, cwd=folder)
         try:

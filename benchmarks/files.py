@@ -21,7 +21,8 @@ from rich.table import Table
 
 from benchmarks.common.clients import MODEL, new_client
 from benchmarks.common.results import DATA, write
-from benchmarks.load import percentiles, service
+from benchmarks.common.served import served
+from benchmarks.load import percentiles
 from rapid.text.tokenizer import load_tokenizer
 
 QUESTION = "Why does the narrator go to sea?"
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120_000, help="of each file")
     parser.add_argument("--alone-s", type=float, default=15, help="for how long the stream is read alone")
     options = parser.parse_args()
-    with service("auto") as (url, _):
+    with served() as url:
         results = asyncio.run(measure(url, options.tokens, options.alone_s))
     show(results)
     write("files", results)

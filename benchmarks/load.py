@@ -11,73 +11,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import psutil
-import yaml
 
 from benchmarks.common.clients import KNOWN, Asked, Crowd, Question, ask, new_client
 from benchmarks.common.memory import Memory
 from benchmarks.common.replay import Checker, Replay
 from benchmarks.common.results import FOLDER, write
+from benchmarks.common.served import CONFIG, serving
 from deployments.config import read_config
 
-CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
 CLIENTS = (1, 4, 16, 64)
 KV_GIB = 0.25  # of each engine
 FILLING = 20  # documents; their passages alone fill more than KV_GIB
-START_S = 300
 PROBE = Question(None, "Name a colour.")
-
-
-@contextmanager
-def service(dtype: str) -> Iterator[tuple[str, psutil.Process]]:
-    """`rapid serve` of serve_config.yaml as a child on a free port, with a Ray of its own: (URL, process)."""
-    document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    document["http_options"]["port"] = port
-    args = document["applications"][0]["args"]
-    args["target"] |= {"kv_memory_gib": KV_GIB, "dtype": dtype}
-    args["drafter"] |= {"kv_memory_gib": KV_GIB}
-    with tempfile.TemporaryDirectory(prefix="rapid-load-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(document))
-        command = [sys.executable, "-c", "from deployments.cli import main; main()", "serve", str(path)]
-        environment = os.environ | {"RAY_TMPDIR": folder, "RAPID_FILES": f"{folder}/files"}
-        serving = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _await_health(url, serving)
-            yield url, psutil.Process(serving.pid)
-        finally:
-            serving.terminate()  # not SIGINT, which a shell's background jobs ignore
-            serving.wait(timeout=60)
-
-
-def _await_health(url: str, serving: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if serving.poll() is not None:
-            raise SystemExit(f"rapid serve ended with {serving.returncode}")
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise SystemExit(f"rapid serve was not ready after {START_S} s")
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -222,9 +174,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the target; float32 rounds nothing away")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    with service(options.dtype) as (url, process):
+    engines = {"kv_memory_gib": KV_GIB}
+    with serving(target=engines | {"dtype": options.dtype}, drafter=engines) as (url, server):
         checker, crowd = Checker(url), Crowd(url, options.seed)
-        results = asyncio.run(measure(url, process, checker, crowd, options))
+        results = asyncio.run(measure(url, psutil.Process(server.pid), checker, crowd, options))
     print("replaying the answers that differ", flush=True)
     how = {"dtype": options.dtype, "kv_memory_gib": KV_GIB}
     with Replay.of(read_config(CONFIG).target.model_copy(update=how)) as replay:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import socket
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks.common.questions import questions
 from benchmarks.common.results import write
+from benchmarks.common.served import free_port
 from rapid.engine.engine import Engine
 from rapid.engine.messages import DraftRequest, SequenceRequest
 from rapid.engine.propose import propose
@@ -68,11 +68,9 @@ def rank(number: int, num_ranks: int, address: str, form: str, asked: tuple[Any,
 
 def run(num_ranks: int, form: str, asked: tuple[Any, ...]) -> list[dict[str, Any]]:
     """The reports of one model's processes, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     reports = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(rank, (num_ranks, address, form, asked, reports), nprocs=num_ranks)
+    multiprocessing.spawn(rank, (num_ranks, address, form, asked, reports), nprocs=num_ranks)  # type: ignore[attr-defined]
     return sorted((reports.get() for _ in range(num_ranks)), key=lambda report: report["rank"])
 
 

@@ -17,8 +17,7 @@ import jsonschema
 
 from benchmarks.common.results import DATA, write
 from deployments.builders import local_backend
-from deployments.config import parse_config
-from deployments.http.rate_limits import PUBLIC
+from deployments.config import PUBLIC, parse_config
 from deployments.schemas.chat import ChatRequest
 from deployments.service import LocalService
 from rapid.events import Delta, Finish, Statistics

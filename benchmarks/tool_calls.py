@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks.common.results import write
 from benchmarks.structured import AT_ONCE, MODEL, NAMES, WORDS, schema, valid
 from deployments.builders import local_backend
-from deployments.config import parse_config
-from deployments.http.rate_limits import PUBLIC
+from deployments.config import PUBLIC, parse_config
 from deployments.http.responses import ResponseFormatter
 from deployments.schemas.chat import ChatRequest
 from deployments.service import LocalService

@@ -289,7 +289,7 @@ def logged_errors() -> Iterator[list[str]]:
     """The messages that a server in this process logs as its own errors, also when no client is left to get them."""
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: errors.append(handler.format(record))
     loggers = [logging.getLogger(name) for name in ("uvicorn.error", "ray.serve")]
     for logger in loggers:
         logger.addHandler(handler)

@@ -28,7 +28,7 @@ class _Clock(BaseStreamer):
     """The times at which tokens came, after the prompt."""
 
     def __init__(self) -> None:
-        self.prompt_seen, self.times, self.counts = False, [], []  # type: ignore[var-annotated]
+        self.prompt_seen, self.times, self.counts = False, [], []
 
     def put(self, value: torch.Tensor) -> None:
         if not self.prompt_seen:
@@ -57,7 +57,7 @@ def generated(network: PreTrainedModel, tokens: list[int], cache: DynamicCache, 
     """Tokens per second of `generate`, greedy, after the first."""
     clock = _Clock()
     ids = torch.tensor([tokens])
-    network.generate(
+    network.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=copy.deepcopy(cache),

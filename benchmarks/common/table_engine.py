@@ -26,9 +26,11 @@ from rapid.engine.messages import (
     VerifyRequest,
 )
 from rapid.engine.propose import propose
-from rapid.engine.readout import Download, Draw, Refine, Verify
+from rapid.engine.readout import Download, Draw
+from rapid.engine.refine import Refine
 from rapid.engine.self_draft import draft_over_view, refine
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
+from rapid.engine.verdicts import Verify
 from rapid.engine.verify import verify_draft
 from rapid.kv_cache.pool import KVLayout, KVPool
 from rapid.sampling.params import SamplingParams
@@ -165,7 +167,7 @@ class TableRounds:
 
         def send(i: int, answer: object) -> None:
             try:
-                wishes[i] = tasks[i].send(answer)  # type: ignore[arg-type]
+                wishes[i] = tasks[i].send(answer)
             except StopIteration as stop:
                 results[i] = stop.value
                 wishes.pop(i, None)
@@ -190,7 +192,7 @@ class TableRounds:
             for kind in (Draw, Refine, Verify, Download):
                 own_wishes = {i: wish for i, wish in wishes.items() if isinstance(wish, kind)}
                 if own_wishes:
-                    answers: list[Any] = kind.together(list(own_wishes.values()))  # type: ignore[arg-type]
+                    answers: list[Any] = kind.together(list(own_wishes.values()))
                     for i, answer in zip(own_wishes, answers, strict=True):
                         send(i, answer)
         return [results[i] for i in range(len(tasks))]
