@@ -5,8 +5,8 @@ processes, because where one's memory lies can make some percent for all that it
 question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the earlier
 checkout.
 
-With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says. It leaves
-its last result in each checkout's coordination.json.
+With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says. It
+leaves its last result in each checkout's coordination.json.
 """
 
 from __future__ import annotations
