@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -297,15 +298,4 @@ async def _close_with(stream: AsyncIterator[Any], channel: Channel) -> None:
 
 def lease_over(channel: Channel) -> Lease:
     """A lease whose calls go over ``channel``, each sent when it is made."""
-
-    def call(method: str, *message: Any) -> Awaitable[Any]:
-        return _or_lost(channel.call("call", method, *message))
-
-    return Lease(call)
-
-
-async def _or_lost(answer: Awaitable[Any]) -> Any:
-    try:
-        return await answer
-    except ConnectionError as error:
-        raise EngineLost("the engine is gone") from error
+    return Lease(partial(channel.call, "call"))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import ray
 
 from deployments.engine_config import EngineConfig
 from deployments.serve.channel import Address, Listener
-from rapid.engine.messages import EngineStats, SequenceRequest
+from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.models.info import ModelInfo, RankPlacement
 
 if TYPE_CHECKING:  # an engine's replica names these actors too, and only their processes load torch
@@ -117,7 +117,7 @@ class EngineActor(RankActor):
         finally:
             del self._opening[lease_id]
 
-    async def call(self, lease_id: str, method: str, *message: Any) -> Any:
+    def call(self, lease_id: str, method: str, *message: Any) -> Awaitable[Any]:
         """One call of a lease (`rapid.engine.lease.LeasedSequence`).
 
         Raises:
@@ -126,9 +126,11 @@ class EngineActor(RankActor):
         leased = self._leases.get(lease_id)
         self._engine.get(leased.sequence.id if leased else 0)  # which is in use again
         assert leased is not None
-        if method == "pulse":
-            await self._hear_all_ranks()
-        return await leased.call(method, *message)
+        return self._pulse(leased) if method == "pulse" else leased.call(method, *message)
+
+    async def _pulse(self, leased: LeasedSequence) -> Pulse:
+        await self._hear_all_ranks()
+        return await leased.pulse()
 
     async def close(self, lease_id: str) -> None:
         """Frees the sequence, or ends its wait for room; harmless when it is already gone."""

@@ -13,13 +13,12 @@ import itertools
 import os
 import secrets
 import ssl
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, cast
 
 from deployments.serve.codec import pack, unpack
 
 KEY_BYTES = 32
-GONE = (asyncio.IncompleteReadError, OSError)  # reading raises these when the other process is gone, or too late
 _NONCE_BYTES, _LENGTH_BYTES, _NUMBER_BYTES = 32, 4, 8
 _MAX_BYTES = 256 * 2**20  # of a message
 _DIGEST = "sha256"
@@ -27,38 +26,97 @@ _SEAL_BYTES = 32
 _CALLER, _LISTENER, _MESSAGES = b"caller", b"listener", b"messages"
 
 
-class Sealed:
-    """One end of a connection, behind its greeting. Messages are read in the order in which they were written."""
+class Greeted(NamedTuple):
+    """What both ends know behind the greeting: the caller's name, and a key of this connection alone."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, *, is_caller: bool
-    ) -> None:
-        self._reader, self.writer, self._key = reader, writer, key
+    name: str
+    key: bytes
+
+
+Write = Callable[[bytes], None]
+Greeting = Generator[int, bytes, Greeted]  # it yields how many bytes it wants next, and gets them
+
+
+class Sealed(asyncio.Protocol):
+    """One end of a connection: a greeting, then messages, in the order in which they were written.
+
+    The loop calls it with whatever has come, and a whole message is handed on at once. A stream's reader would be
+    awaited three times for each, and awaiting costs more than a small message does.
+
+    A subclass says what happens then: `greeted`, `received` for each message, and `ended` once. A message that the
+    other end did not write ends the connection, and so does an error of one of these.
+    """
+
+    def __init__(self, greeting: Callable[[Write], Greeting], *, is_caller: bool) -> None:
+        self._greeting = greeting
         self._ours, self._theirs = (_CALLER, _LISTENER) if is_caller else (_LISTENER, _CALLER)
-        self._written, self._read = itertools.count(), itertools.count()
+        self._written = itertools.count()
+        self._unread = bytearray()
+        self._problem: Exception | None = None
+
+    def greeted(self, name: str) -> None:
+        """Each end has shown that it knows the key of ``name``, the caller's."""
+
+    def received(self, message: Any) -> None:
+        """The other end has written ``message``."""
+
+    def ended(self, problem: Exception | None) -> None:
+        """The connection has ended; None if one of the ends closed it."""
 
     def write(self, message: object) -> None:
-        """Sends ``message`` (`deployments.serve.codec.pack`)."""
+        """Sends ``message`` (`deployments.serve.codec.pack`), unless the connection has ended.
+
+        Raises:
+            TypeError, ValueError: the message does not travel.
+        """
         body = pack(message)
         if len(body) > _MAX_BYTES:
             raise ValueError(f"a message of {len(body)} bytes does not travel; at most {_MAX_BYTES} do")
-        self.writer.write(len(body).to_bytes(_LENGTH_BYTES) + self._seal(self._ours, next(self._written), body) + body)
+        if not self._transport.is_closing():
+            seal = self._seal(self._ours, next(self._written), body)
+            self._transport.write(len(body).to_bytes(_LENGTH_BYTES) + seal + body)
 
-    async def read(self) -> Any:
-        """The next message.
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._transport.is_closing()
 
-        Raises:
-            OSError, IncompleteReadError: the other end is gone, or somebody else has written.
-            ValueError: the other end is of another version.
-        """
-        length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES))
-        if length > _MAX_BYTES:
-            raise ConnectionAbortedError(f"a message is said to have {length} bytes")
-        seal = await self._reader.readexactly(_SEAL_BYTES)
-        body = await self._reader.readexactly(length)
-        if not hmac.compare_digest(seal, self._seal(self._theirs, next(self._read), body)):
-            raise ConnectionAbortedError("a message was not written by the other end")
-        return unpack(body)
+    def abort(self, problem: Exception | None = None) -> None:
+        """Ends the connection at once, because of ``problem``."""
+        self._problem = self._problem or problem
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._reading = self._read()
+        self._wanted = next(self._reading)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        try:
+            while len(self._unread) >= self._wanted and not self._transport.is_closing():
+                piece = bytes(self._unread[: self._wanted])
+                del self._unread[: self._wanted]
+                self._wanted = self._reading.send(piece)
+        except Exception as error:
+            self.abort(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended(self._problem or exc)
+
+    def _read(self) -> Generator[int, bytes, None]:
+        """All that comes: yields how many bytes it wants next, and gets them."""
+        name, self._key = yield from self._greeting(self._transport.write)
+        self.greeted(name)
+        for number in itertools.count():
+            head = yield _LENGTH_BYTES + _SEAL_BYTES
+            length = int.from_bytes(head[:_LENGTH_BYTES])
+            if length > _MAX_BYTES:
+                raise ConnectionAbortedError(f"a message is said to have {length} bytes")
+            body = yield length
+            if not hmac.compare_digest(head[_LENGTH_BYTES:], self._seal(self._theirs, number, body)):
+                raise ConnectionAbortedError("a message was not written by the other end")
+            self.received(unpack(body))
 
     def _seal(self, who: bytes, number: int, body: bytes) -> bytes:
         return hmac.digest(self._key, who + number.to_bytes(_NUMBER_BYTES) + body, _DIGEST)
@@ -69,41 +127,37 @@ def derived(key: bytes, name: str) -> bytes:
     return hmac.digest(key, name.encode(), _DIGEST)
 
 
-async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, key: bytes) -> Sealed:
+def greet(write: Write, name: str, key: bytes) -> Greeting:
     """The caller's greeting: it says its ``name`` and shows that it has the name's ``key``.
 
     Raises:
-        OSError: the listener does not have the key, or is gone.
+        ConnectionRefusedError: the listener does not have the key.
     """
     mine, called = secrets.token_bytes(_NONCE_BYTES), name.encode()
-    writer.write(mine + len(called).to_bytes() + called)
-    try:
-        theirs = await reader.readexactly(_NONCE_BYTES)
-        shown = await reader.readexactly(_SEAL_BYTES)
-    except asyncio.IncompleteReadError as error:
-        raise ConnectionResetError("the listener ended the greeting") from error
+    write(mine + len(called).to_bytes() + called)
+    theirs = yield _NONCE_BYTES
+    shown = yield _SEAL_BYTES
     if not hmac.compare_digest(shown, _shown(key, _LISTENER, mine, theirs)):
         raise ConnectionRefusedError("who listens there does not know the key")
-    writer.write(_shown(key, _CALLER, mine, theirs))
-    return Sealed(reader, writer, _shown(key, _MESSAGES, mine, theirs), is_caller=True)
+    write(_shown(key, _CALLER, mine, theirs))
+    return Greeted(name, _shown(key, _MESSAGES, mine, theirs))
 
 
-async def be_greeted(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key_of: Callable[[str], bytes]
-) -> tuple[str, Sealed]:
-    """The listener's part: (the caller's name, the connection).
+def be_greeted(write: Write, key_of: Callable[[str], bytes]) -> Greeting:
+    """The listener's part.
 
     Raises:
-        OSError, IncompleteReadError: the caller does not have its name's key, or is gone.
+        ConnectionRefusedError: the caller does not have its name's key.
     """
-    theirs = await reader.readexactly(_NONCE_BYTES)
-    length = (await reader.readexactly(1))[0]
-    name = (await reader.readexactly(length)).decode("utf-8", "replace")
+    theirs = yield _NONCE_BYTES
+    length = yield 1
+    name = (yield length[0]).decode("utf-8", "replace")
     key, mine = key_of(name), secrets.token_bytes(_NONCE_BYTES)
-    writer.write(mine + _shown(key, _LISTENER, theirs, mine))
-    if not hmac.compare_digest(await reader.readexactly(_SEAL_BYTES), _shown(key, _CALLER, theirs, mine)):
+    write(mine + _shown(key, _LISTENER, theirs, mine))
+    shown = yield _SEAL_BYTES
+    if not hmac.compare_digest(shown, _shown(key, _CALLER, theirs, mine)):
         raise ConnectionRefusedError("the caller does not know the key")
-    return name, Sealed(reader, writer, _shown(key, _MESSAGES, theirs, mine), is_caller=False)
+    return Greeted(name, _shown(key, _MESSAGES, theirs, mine))
 
 
 def _shown(key: bytes, what: bytes, of_caller: bytes, of_listener: bytes) -> bytes:

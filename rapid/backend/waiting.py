@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rapid.engine.messages import Pulse
 from rapid.errors import EngineHung
@@ -38,16 +38,42 @@ async def while_it_goes_on(
         EngineHung: the answer is late, and the engine gave no ``pulse`` within ``patience_s``, or is stuck in a pass,
             or ``limit_s`` are over.
     """
-    waiting = asyncio.ensure_future(answer)
-    started = time.monotonic()
+    waiting, watching = asyncio.ensure_future(answer), None
+
+    def begin_to_watch() -> None:
+        nonlocal watching
+        watching = asyncio.ensure_future(_watch(waiting, pulse, patience_s, limit_s))
+
+    # A round waits twice, so an answer in time must cost no task: only a timer.
+    timer = asyncio.get_running_loop().call_later(LATE * patience_s, begin_to_watch)
     try:
-        while not (await asyncio.wait([waiting], timeout=LATE * patience_s))[0]:
-            await _check(pulse, patience_s)
-            if time.monotonic() - started > limit_s:
-                raise EngineHung(f"the engine works, but has not answered for {limit_s:.0f} s")
-        return waiting.result()
+        return await waiting
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if watching is not None and watching.done() and not (task and task.cancelling()):
+            watching.result()  # why it has given up
+        raise
     finally:
+        timer.cancel()
         waiting.cancel()
+        if watching is not None:
+            watching.cancel()
+
+
+async def _watch(
+    waiting: asyncio.Future[Any], pulse: Callable[[], Awaitable[Pulse]], patience_s: float, limit_s: float
+) -> None:
+    """Cancels ``waiting``, and raises why, when the engine that owes it does not go on."""
+    late = time.monotonic()
+    try:
+        while True:
+            await _check(pulse, patience_s)
+            if time.monotonic() - late > limit_s:
+                raise EngineHung(f"the engine works, but has not answered for {limit_s:.0f} s")
+            await asyncio.sleep(LATE * patience_s)
+    except Exception:
+        waiting.cancel()
+        raise
 
 
 async def _check(pulse: Callable[[], Awaitable[Pulse]], patience_s: float) -> None:

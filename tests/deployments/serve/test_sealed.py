@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
-
-import pytest
 
 from deployments.serve.sealed import Sealed, be_greeted, greet
 
@@ -13,55 +11,87 @@ KEY = bytes(range(32))
 
 
 class Wire:
-    """A writer whose bytes come to a reader; it remembers them."""
+    """A transport that remembers what is written."""
 
-    def __init__(self, to: asyncio.StreamReader | None = None) -> None:
-        self.to, self.seen = to, b""
+    def __init__(self) -> None:
+        self.seen, self.is_closed = b"", False
 
     def write(self, data: bytes) -> None:
         self.seen += data
-        if self.to is not None:
-            self.to.feed_data(data)
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def abort(self) -> None:
+        self.is_closed = True
 
 
-def end(reader: Any, writer: Any, *, is_caller: bool) -> Sealed:
-    return Sealed(reader, writer, KEY, is_caller=is_caller)
+class End(Sealed):
+    """One end of a connection; it remembers what it was told."""
+
+    def __init__(self, *, is_caller: bool) -> None:
+        greeting: Any = partial(greet, name="a", key=KEY) if is_caller else partial(be_greeted, key_of=lambda _: KEY)
+        super().__init__(greeting, is_caller=is_caller)
+        self.wire, self.heard, self.names = Wire(), list[Any](), list[str]()
+        self.connection_made(self.wire)  # type: ignore[arg-type]
+
+    def greeted(self, name: str) -> None:
+        self.names.append(name)
+
+    def received(self, message: Any) -> None:
+        self.heard.append(message)
+
+    @property
+    def problem(self) -> str:
+        return f"{type(self._problem).__name__}: {self._problem}"
+
+
+def carry(sender: End, receiver: End, since: int = 0) -> int:
+    """Brings what ``sender`` has written ``since`` then; how much that is by now."""
+    receiver.data_received(sender.wire.seen[since:])
+    return len(sender.wire.seen)
+
+
+def conversation() -> tuple[End, End, int]:
+    """Two ends that have greeted each other, and how many bytes the caller has written so far."""
+    caller, listener = End(is_caller=True), End(is_caller=False)
+    called = carry(caller, listener)
+    carry(listener, caller)
+    called = carry(caller, listener, called)
+    assert caller.names == listener.names == ["a"]
+    return caller, listener, called
 
 
 def test_a_message_is_read_once_and_not_by_who_wrote_it() -> None:
-    async def main() -> None:
-        wire = Wire()
-        end(None, wire, is_caller=True).write("do it")
-        for is_caller, expected in ((False, ["do it"]), (True, [])):
-            reader = asyncio.StreamReader()
-            reader.feed_data(2 * wire.seen)
-            reading = end(reader, None, is_caller=is_caller)
-            for message in expected:
-                assert await reading.read() == message
-            with pytest.raises(ConnectionAbortedError, match="not written by the other end"):
-                await reading.read()
+    caller, listener, called = conversation()
+    caller.write("do it")
+    carry(caller, listener, called)
+    assert listener.heard == ["do it"]
+    for end in (listener, caller):
+        carry(caller, end, called)
+        assert "not written by the other end" in end.problem and end.wire.is_closed
+    assert (listener.heard, caller.heard) == (["do it"], [])
 
-    asyncio.run(main())
+
+def test_a_message_may_come_in_pieces_or_with_others() -> None:
+    caller, listener, called = conversation()
+    for message in ("one", ["two", b"x" * 5000], "three"):
+        caller.write(message)
+    for i in range(called, called + 50):
+        listener.data_received(caller.wire.seen[i : i + 1])
+    carry(caller, listener, called + 50)
+    assert listener.heard == ["one", ["two", b"x" * 5000], "three"]
 
 
 def test_a_greeting_that_was_seen_convinces_neither_end() -> None:
-    async def main() -> None:
-        to_caller, to_listener = asyncio.StreamReader(), asyncio.StreamReader()
-        called, heard = Wire(to_listener), Wire(to_caller)
-        ours, (name, theirs) = await asyncio.gather(
-            greet(to_caller, called, "a", KEY),  # type: ignore[arg-type]
-            be_greeted(to_listener, heard, lambda _: KEY),  # type: ignore[arg-type]
-        )
-        ours.write("hello")
-        assert (name, await theirs.read()) == ("a", "hello")
+    caller, listener, _ = conversation()
+    for seen, end in ((listener, End(is_caller=True)), (caller, End(is_caller=False))):
+        carry(seen, end)
+        assert "ConnectionRefusedError" in end.problem and not end.names
 
-        for again, meet in (
-            (heard.seen, lambda reader: greet(reader, Wire(), "a", KEY)),  # type: ignore[arg-type]
-            (called.seen, lambda reader: be_greeted(reader, Wire(), lambda _: KEY)),  # type: ignore[arg-type]
-        ):
-            reader = asyncio.StreamReader()
-            reader.feed_data(again)
-            with pytest.raises(ConnectionRefusedError):
-                await meet(reader)
 
-    asyncio.run(main())
+def test_a_length_that_no_message_has_ends_the_connection() -> None:
+    """Before anything of that size is kept."""
+    _, listener, _ = conversation()
+    listener.data_received(b"\xff" * 36)
+    assert "4294967295 bytes" in listener.problem and listener.wire.is_closed
