@@ -1,4 +1,4 @@
-"""The batching loop: one model, one thread, many sequences.
+"""The batching loop: one model, many sequences, turn after turn on the process's compute thread.
 
 A *task* is a generator. It yields `ForwardRequest`s ("append these tokens to this sequence, and give me the logits of
 the last rows"), and the engine sends it the logits. It then yields what it wants of them (`rapid.engine.readout`).
@@ -26,7 +26,7 @@ from rapid.engine.pacing import STEP_BUDGET_MS
 from rapid.engine.passes import Passes
 from rapid.engine.sequence import Sequence, Task
 from rapid.engine.tasks import RunningTasks, settle
-from rapid.engine.torch_thread import compute
+from rapid.engine.torch_thread import compute, soon
 from rapid.errors import EngineLost, SequenceClosed
 from rapid.models.info import GraphLimits
 from rapid.sampling.logits_processor import LogitProcessor
@@ -40,10 +40,11 @@ logger = logging.getLogger(__name__)
 _STEPS_AT_ONCE = 16  # of drafts, before another engine of the process has its turn
 _GATHER_S = 0.004
 _BETWEEN_ROUNDS = 1.0  # seconds in which a sequence that decoded is expected to decode on
+_IDLE_TURN_S = 1.0  # so often an engine without work looks for sequences that have expired
 
 
 class Engine:
-    """Runs tasks over sequences in a thread of its own, batched, within ``kv_bytes`` of keys and values.
+    """Runs tasks over sequences, batched, within ``kv_bytes`` of keys and values.
 
     ``max_batch_tokens`` bounds one forward pass; by default it is the device's (`rapid.engine.pacing`). While sequences
     decode, a pass that reads prompts takes about ``step_budget_ms``, so that a long prefill does not starve them. A
@@ -54,7 +55,10 @@ class Engine:
     ``gathers``: before a pass it waits a few milliseconds for sequences that are between two rounds. Else the requests
     would fall into groups, of which each waits for the drafts and the verifications of the others.
 
-    ``ended`` is done when the thread has ended: after `shutdown`, or after an error that breaks the engine. Every
+    The engine works in turns on the compute thread (`rapid.engine.torch_thread`), and whoever brings work asks for the
+    next turn himself: to wake a thread that only asks would cost each round as much again.
+
+    ``ended`` is done when there is no further turn: after `shutdown`, or after an error that breaks the engine. Every
     pending and every later call then fails with EngineLost.
     """
 
@@ -84,8 +88,10 @@ class Engine:
         self._wake = threading.Condition()
         self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
-        self._thread = threading.Thread(target=self._loop, name=f"engine-{model.info.name}", daemon=True)
-        self._thread.start()
+        self._has_turn = False  # one is under way, or soon will be
+        self._again = False  # something has happened that another turn must look at
+        self._asking = threading.Thread(target=self._ask, name=f"engine-{model.info.name}", daemon=True)
+        self._asking.start()
 
     def open(self, request: SequenceRequest) -> Future[Sequence]:
         """A future of a new sequence, which has random numbers of its own.
@@ -104,7 +110,7 @@ class Engine:
             future = self._admission.arrive(request, logits)
             if self._ending:
                 self._admission.refuse(copy.copy(self._ending))  # each raise adds a traceback
-            self._wake.notify()
+            self._go_on()
         return future
 
     def abandon(self, opened: Future[Sequence]) -> None:
@@ -133,7 +139,7 @@ class Engine:
         """
         with self._wake:
             self._admission.leave(sequence)
-            self._wake.notify()
+            self._go_on()
 
     def submit(self, task: Task[T]) -> Future[T]:
         """Runs ``task`` to its end; the future gets its return value, or the exception that ended it.
@@ -146,7 +152,7 @@ class Engine:
                 future.set_exception(copy.copy(self._ending))
             else:
                 self._submitted.append((task, future))
-                self._wake.notify()
+                self._go_on()
         return future
 
     def forget(self, tokens: list[int], salt: str = "") -> Future[int]:
@@ -178,29 +184,55 @@ class Engine:
         return self._passes.clock.pulse()
 
     def shutdown(self) -> None:
-        """Ends the thread; every open task fails with SequenceClosed."""
+        """Ends the engine; every open task fails with SequenceClosed."""
         with self._wake:
             self._ending = self._ending or SequenceClosed("the engine is shutting down")
             self._wake.notify()
-        self._thread.join()
+            self._ask_for_a_turn()
+        self.ended.result()
+        self._asking.join()
 
-    def _loop(self) -> None:
-        try:
+    def _ask(self) -> None:
+        """Asks for turns where nobody else does: after some time without work, and for an engine that gathers."""
+        with self._wake:
             while self._ending is None:
-                with self._wake:
-                    self._update_admission()
-                    while not (self._submitted or self._tasks or self._ending):
-                        self._wake.wait(timeout=1.0)
-                        self._update_admission()
-                    self._gather()
-                if self._ending is None:
-                    with self._passes.clock.running():
-                        compute(self._work)
+                self._wake.wait(_IDLE_TURN_S)
+                self._gather()
+                self._ask_for_a_turn()
+
+    def _go_on(self) -> None:
+        """Sees to it that a turn looks at what is new; needs `_wake`."""
+        if self.gathers:
+            self._wake.notify()  # not on the compute thread, where the other engine drafts meanwhile
+        else:
+            self._ask_for_a_turn()
+
+    def _ask_for_a_turn(self) -> None:
+        self._again = True
+        if not (self._has_turn or self.ended.done()):
+            self._has_turn = True
+            self._passes.clock.begin()
+            soon(self._turn)
+
+    def _turn(self) -> None:
+        """On the compute thread."""
+        try:
+            with self._wake:
+                self._again = False
+                self._update_admission()
+            if self._ending is None and (self._submitted or self._tasks):
+                self._work()
         except Exception as error:
             logger.exception("the engine of %s is broken", self.model.info.name)
-            with self._wake:
-                self._ending = EngineLost(f"{self.model.info.name}: its engine is broken: {error}")
+            self._ending = EngineLost(f"{self.model.info.name}: its engine is broken: {error}")
         with self._wake:
+            self._passes.clock.end()
+            self._has_turn = False
+            if self._ending is None:
+                if self._again or self._submitted or self._tasks:
+                    self._go_on()
+                return
+            self._wake.notify()
             self._fail_everything()
         self.ended.set_result(None)
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rapid.engine.messages import Pulse
 from rapid.kernels import compiling
 
-_WARM = 8  # the first iterations load what they need, and say nothing about later ones
+_WARM = 8  # the first turns load what they need, and say nothing about later ones
 
 
 class PassClock:
-    """Times iterations. One thread runs them, and any thread may read `pulse`.
+    """Times an engine's turns. One is under way at a time, and any thread may read `pulse`.
 
-    An iteration is the tasks' own work and one forward pass: on a GPU the pass only starts the kernels, and the task
-    that reads the result is what waits for them.
+    A turn is the tasks' own work and its forward passes: on a GPU a pass only starts the kernels, and the task that
+    reads the result is what waits for them. It begins when it is asked for, since what had the compute thread before
+    may hang.
     """
 
     def __init__(self) -> None:
@@ -25,23 +24,22 @@ class PassClock:
         self._compiled = compiling.num_started()
         self._count = 0
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Times the block as one iteration."""
+    def begin(self) -> None:
+        """A turn is asked for."""
         self._compiled, self._began = compiling.num_started(), time.monotonic()
-        try:
-            yield
-        finally:
-            self._began = None
-            self._count += 1
+
+    def end(self) -> None:
+        """The turn is over."""
+        self._began = None
+        self._count += 1
 
     def begin_pass(self, expected_s: float | None) -> None:
-        """A pass begins, in the current iteration, that is expected to take that long (None: nobody knows)."""
+        """A pass begins, in the current turn, that is expected to take that long (None: nobody knows)."""
         self._expected_s, self._began = expected_s, time.monotonic()
 
     @property
     def has_compiled(self) -> bool:
-        """Whether kernels have been compiled since the current iteration began."""
+        """Whether kernels have been compiled since the current turn began."""
         return self._compiled != compiling.num_started()
 
     def pulse(self) -> Pulse:

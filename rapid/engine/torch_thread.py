@@ -21,3 +21,8 @@ _THREAD = ThreadPoolExecutor(1, "compute")
 def compute(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls ``function`` on the thread; returns its result, or raises its exception. Not reentrant."""
     return _THREAD.submit(function, *args, **kwargs).result()
+
+
+def soon(function: Callable[[], None]) -> None:
+    """Calls ``function``, which raises nothing, on the thread: after what was asked for before, and without waiting."""
+    _THREAD.submit(function)

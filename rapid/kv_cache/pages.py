@@ -27,10 +27,14 @@ def root_of(salt: str) -> int:
 
 
 class PageAllocator:
-    """``num_pages`` pages of ``page_size`` tokens. ``num_evicted`` counts since the start."""
+    """``num_pages`` pages of ``page_size`` tokens, of which ``num_free`` hold nothing.
+
+    ``num_evicted`` counts since the start.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_evicted = 0
+        self.num_free = num_pages
         self._size = page_size
         self._free = np.ones(num_pages, dtype=bool)
         self._users = [0] * num_pages
@@ -39,10 +43,6 @@ class PageAllocator:
         self._node_of: list[int] = [_ROOT] * num_pages  # serial numbers; a reused page gets a new one
         self._serials = itertools.count(_ROOT + 1)
         self._unused: OrderedDict[int, None] = OrderedDict()  # indexed pages without users, the least recent first
-
-    @property
-    def num_free(self) -> int:
-        return int(self._free.sum())
 
     @property
     def num_kept(self) -> int:
@@ -102,6 +102,7 @@ class PageAllocator:
             start = self._gap(count)
         chosen = np.flatnonzero(self._free)[:count] if start is None else np.arange(start, start + count)
         self._free[chosen] = False
+        self.num_free -= count
         pages: list[int] = chosen.tolist()
         for page in pages:
             self._users[page] = 1
@@ -114,7 +115,7 @@ class PageAllocator:
             self._users[page] -= 1
             if self._users[page] == 0:
                 if self._keys_of[page] is None:
-                    self._free[page] = True
+                    self._set_free(page)
                 else:
                     self._unused[page] = None
 
@@ -148,7 +149,7 @@ class PageAllocator:
                 self._keys_of[page] = None
                 if page in self._unused:
                     del self._unused[page]
-                    self._free[page] = True
+                    self._set_free(page)
         return len(gone)
 
     def _node(self, page: int | None, root: int) -> int:
@@ -171,8 +172,12 @@ class PageAllocator:
         assert key is not None
         del self._index[key]
         self._keys_of[page] = None
-        self._free[page] = True
+        self._set_free(page)
         self.num_evicted += 1
+
+    def _set_free(self, page: int) -> None:
+        self._free[page] = True
+        self.num_free += 1
 
 
 def _runs(tokens: Sequence[int] | Sequence[Sequence[int]], run: int) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from running import (
     verification,
 )
 
+from rapid.engine import engine as engine_module
 from rapid.engine.engine import Engine
 from rapid.engine.messages import SequenceRequest
 from rapid.engine.sequence import ForwardRequest, Sequence, Task
@@ -162,6 +163,18 @@ def test_a_cancelled_future_is_not_run(model: Model, engine: MakeEngine, gate: G
     done(first)
     done(running.submit(prefill(sequences[2])))
     assert gate.passes == [[2], [4]]
+
+
+def test_who_brings_work_asks_for_the_turn_himself(
+    model: Model, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wake another thread for that would cost every round as much again."""
+    running, asked = engine(model), list[str]()
+    sequence = begun(running, [1, 2, 3])
+    soon = engine_module.soon
+    monkeypatch.setattr(engine_module, "soon", lambda turn: asked.append(threading.current_thread().name) or soon(turn))
+    done(running.submit(prefill(sequence)))
+    assert threading.current_thread().name in asked
 
 
 def test_a_sequence_nobody_uses_expires(model: Model, engine: MakeEngine) -> None:
