@@ -25,6 +25,7 @@ from rapid.text.tokenizer import load_tokenizer
 from rapid.weights import embedded_models
 from retrieval import IndexProgress, RetrievalError, Retriever, TextLengths
 from retrieval.calibration import calibration_of
+from retrieval.device import DeviceTurns
 from retrieval.kept import KeptVectors
 
 
@@ -96,7 +97,7 @@ def local_backend(config: AppConfig, *, on_prefill: OnPrefill = lambda *_: None)
     One engine plays both roles where the configuration says so, or where the two would be the same.
     """
     retriever = compute(build_retriever, config.retriever, config.files, config.target.model)
-    retriever.embedder.run = compute  # pass by pass, so that the engines' come in between
+    retriever.embedder.passes = DeviceTurns(compute)  # pass by pass, so that the engines' come in between
     engines: list[Engine] = []
     try:
         drafts_itself = config.drafting_engine == config.target

@@ -1,10 +1,30 @@
-"""Taking turns at the device that computes vectors."""
+"""Whose forward pass is next on the device that computes vectors, and on which thread."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+Result = TypeVar("Result")
+_LAST = 19  # steps that a thread's priority can go down
+
+
+class Passes(Protocol):
+    """Runs forward passes for several threads."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a pass of documents would keep others waiting."""
+        ...
+
+    def run(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
+        """What ``forward`` computes."""
+        ...
 
 
 class DeviceTurns:
@@ -14,14 +34,20 @@ class DeviceTurns:
     however many documents are being read. Documents are read between two queries.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call: Callable[[Callable[[], Any]], Any] = lambda forward: forward()) -> None:
+        """``call`` calls a pass on the thread where passes must run."""
+        self._call = call
         self._changed = threading.Condition()
         self._is_taken, self._num_queries, self._num_waiting = False, 0, 0
 
     @property
     def is_wanted(self) -> bool:
-        """Whether another thread has the device or waits for it; asked by one that has no turn."""
         return self._is_taken or self._num_waiting > 0
+
+    def run(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
+        with self.turn(is_query=is_query):
+            computed: Result = self._call(forward)
+            return computed
 
     @contextmanager
     def turn(self, *, is_query: bool) -> Iterator[None]:
@@ -37,3 +63,27 @@ class DeviceTurns:
             with self._changed:
                 self._is_taken = False
                 self._changed.notify_all()
+
+
+class DocumentsBehind:
+    """Passes on cores that others compute on, who go first: documents on a thread of the least priority.
+
+    Where the cores are full that thread stands still within a pass. So a query does not wait for its turn: it has a
+    thread of its own, of usual priority. Each has one, since every thread that computes has helpers of its own.
+    """
+
+    def __init__(self) -> None:
+        self._documents = ThreadPoolExecutor(1, "documents", initializer=_go_last)
+        self._queries = ThreadPoolExecutor(1, "queries")
+
+    @property
+    def is_wanted(self) -> bool:
+        return False  # a query waits for no document, and documents wait for each other's passes of any size
+
+    def run(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
+        return (self._queries if is_query else self._documents).submit(forward).result()
+
+
+def _go_last() -> None:
+    if sys.platform == "linux":  # elsewhere this is the whole process's
+        os.nice(_LAST)

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from retrieval.caches import VectorCache, digest
-from retrieval.device import DeviceTurns
+from retrieval.device import DeviceTurns, Passes
 from retrieval.errors import RetrievalError
 from retrieval.sparse import SparseVector, sparse, weighs_words
 
@@ -41,20 +41,19 @@ class Embedder:
         dimension: length of a vector.
         max_tokens: tokens read of each text, special tokens included; later tokens are ignored.
         has_sparse: whether the model weighs words itself; else BM25 does.
-        run: calls its argument, a forward pass, on the thread where passes must run.
+        passes: runs the forward passes.
     """
 
     has_sparse = False
-    run: Callable[[Callable[[], Any]], Any]
+    passes: Passes
 
     def __init__(
         self, name: str, *, tokenizer: Any, forward: Callable[[Any], torch.Tensor], max_tokens: int, device: str
     ) -> None:
         """`forward` takes the padded inputs [batch, tokens] and returns the pooled vectors [batch, dimension]."""
         self.name, self.max_tokens = name, max_tokens
-        self.run = lambda forward: forward()
         self._tokenizer, self._forward, self._device = tokenizer, forward, device
-        self._turns = DeviceTurns()
+        self.passes = DeviceTurns()
         self.dimension = self._embed(["dimension"]).shape[1]
         self._memory = VectorCache(_REMEMBERED, self.dimension)
 
@@ -89,10 +88,8 @@ class Embedder:
         raise NotImplementedError
 
     def compute(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
-        """Return what `forward` computes in a turn at the device, where passes must run."""
-        with self._turns.turn(is_query=is_query):
-            computed: Result = self.run(forward)
-            return computed
+        """Return what `forward` computes, a pass for a query or one for documents."""
+        return self.passes.run(forward, is_query=is_query)
 
     def _embed(self, texts: Sequence[str], salt: str = "", *, is_query: bool = False) -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = self._each(texts, self._pass, is_query=is_query)
@@ -109,7 +106,7 @@ class Embedder:
         rows: dict[int, Row] = {}
         alone, beside_others = _BATCH_TOKENS["cpu" if self._device == "cpu" else "cuda"]
         lengths = [len(ids) for ids in tokens["input_ids"]]
-        for batch in _batches(lengths, lambda: beside_others if self._turns.is_wanted else alone):
+        for batch in _batches(lengths, lambda: beside_others if self.passes.is_wanted else alone):
             unpadded = {name: [values[i] for i in batch] for name, values in tokens.items()}
             inputs = self._tokenizer.pad(unpadded, padding=True, return_tensors="pt").to(self._device)
             computed = self.compute(partial(torch.inference_mode()(compute), inputs), is_query=is_query)

@@ -1,7 +1,6 @@
 """The Retriever: a Serve replica with the embedder and the vector store."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -13,6 +12,7 @@ from deployments.config import FilesConfig, RetrieverConfig
 from deployments.heartbeat import beating
 from deployments.turns import FairPool
 from retrieval import IndexProgress, Retrieval, TenantOptions, TextLengths
+from retrieval.device import DocumentsBehind
 
 _NUM_QUERIES, _QUERIES_OF_A_CLIENT = 4, 2  # in threads at the same time
 _NUM_INDEXED = 2
@@ -26,11 +26,13 @@ class RetrieverReplica:
     def __init__(self, config: RetrieverConfig, files: FilesConfig, target_model: str) -> None:
         from deployments.builders import build_retriever  # here: the process that builds the application needs no torch
 
-        # Engines on the same cores go first: every running request waits for each of their steps.
-        os.nice(19)
         self._retriever = build_retriever(config, files, target_model)
+        # Engines on the same cores go before documents: every running request waits for each of their steps. They do
+        # not go before a query, for which a request waits as well.
+        if config.device == "cpu":
+            self._retriever.embedder.passes = DocumentsBehind()
         self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT)
-        self._indexing = FairPool(_NUM_INDEXED, "index")
+        self._indexing = FairPool(_NUM_INDEXED, "index", behind_engines=True)
 
     async def retrieve(
         self, contents: list[str], query: str, options: TenantOptions

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from retrieval import RetrievalError, RetrievalOptions, Retriever
+from retrieval.device import DeviceTurns
 from retrieval.embedding import Embedder, load_embedder
 from retrieval.reranking import load_reranker
 from retrieval.store import ChunkStore
@@ -140,8 +141,8 @@ def test_threads_take_turns_at_the_device(dense):
 
 
 def test_a_document_of_one_chunk_does_not_go_before_others(dense, monkeypatch):
-    asked, turn = [], dense._turns.turn
-    monkeypatch.setattr(dense._turns, "turn", lambda *, is_query: asked.append(is_query) or turn(is_query=is_query))
+    asked, turn = [], dense.passes.turn
+    monkeypatch.setattr(dense.passes, "turn", lambda *, is_query: asked.append(is_query) or turn(is_query=is_query))
     dense.embed(["a text of one chunk that nobody has embedded before"])
     dense.embed_query("where is the whale?")
     assert asked == [False, True]
@@ -157,7 +158,7 @@ def test_passes_are_small_where_others_wait(dense, num_waiting, sizes):
 
     embedder = Embedder("ids", tokenizer=dense._tokenizer, forward=forward, max_tokens=50, device="cpu")
     passes.clear()
-    embedder._turns._num_waiting = num_waiting
+    embedder.passes._num_waiting = num_waiting
     embedder.embed([f"{i} " + "whale " * 60 for i in range(12)])
     assert passes == sizes
 
@@ -203,7 +204,7 @@ def test_weights_that_are_known_need_no_pass(bge_m3, monkeypatch):
     embedder = load_embedder(bge_m3)
     embedder.embed(TEXTS)
     passes = []
-    monkeypatch.setattr(embedder, "run", lambda forward: passes.append(1) or forward())
+    monkeypatch.setattr(embedder, "passes", DeviceTurns(lambda forward: passes.append(1) or forward()))
     embedder.sparse(TEXTS)
     assert passes == []
     embedder.sparse(["sea whale"])
@@ -213,7 +214,7 @@ def test_weights_that_are_known_need_no_pass(bge_m3, monkeypatch):
 def test_what_is_remembered_is_found_with_the_same_salt_alone(bge_m3, monkeypatch):
     embedder = load_embedder(bge_m3)
     passes = []
-    monkeypatch.setattr(embedder, "run", lambda forward: passes.append(1) or forward())
+    monkeypatch.setattr(embedder, "passes", DeviceTurns(lambda forward: passes.append(1) or forward()))
 
     def num_passes(ask, *args) -> int:
         passes.clear()

@@ -10,6 +10,7 @@ import torch
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from retrieval import RetrievalError
+from retrieval.device import DeviceTurns
 from retrieval.embedding import load_embedder
 from retrieval.reranking import load_reranker
 
@@ -51,7 +52,7 @@ def test_scores_are_flag_embeddings_in_the_order_of_the_passages(reranker, bge_m
 def test_passes_take_turns_with_the_embedders(reranker, bge_m3):
     embedder = load_embedder(bge_m3)
     rerank, passes = load_reranker(str(reranker), embedder), []
-    embedder.run = lambda forward: passes.append(embedder._turns._is_taken) or forward()
+    turns = embedder.passes = DeviceTurns(lambda forward: passes.append(turns._is_taken) or forward())
     rerank("whale", PASSAGES)
     assert passes == [True, True]  # of four and two passages
 

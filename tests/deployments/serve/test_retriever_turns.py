@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ class Documents:
 
     def __init__(self) -> None:
         self.going_on, self.begun = threading.Event(), threading.Semaphore(0)
-        self.num_steps = 0
+        self.num_steps, self.embedder = 0, SimpleNamespace(passes=None)
 
     def steps(self, contents: Sequence[str], query: str, options: TenantOptions) -> Iterator[Retrieval | None]:
         if options.client == "long":
@@ -40,7 +42,6 @@ class Documents:
 def documents(monkeypatch: pytest.MonkeyPatch) -> Iterator[Documents]:
     documents = Documents()
     monkeypatch.setattr(builders, "build_retriever", lambda *_: documents)
-    monkeypatch.setattr("os.nice", lambda _: 0)
     yield documents
     documents.going_on.set()
 
@@ -85,5 +86,22 @@ def test_a_retrieval_ends_behind_the_step_in_which_its_client_leaves(documents: 
         await asyncio.wait_for(retrieve(where, "short"), LIMIT_S)
         await asyncio.to_thread(where._queries._threads.shutdown)
         assert documents.num_steps == 1
+
+    asyncio.run(main())
+
+
+def test_a_query_computes_while_documents_do_not_get_to_it(documents: Documents) -> None:
+    """Beside engines the pass of documents under way may stand still."""
+    passes = replica()._retriever.embedder.passes
+
+    async def main() -> None:
+        read = asyncio.create_task(
+            asyncio.to_thread(passes.run, lambda: documents.going_on.wait(LIMIT_S) and os.nice(0), is_query=False)
+        )
+        async with asyncio.timeout(LIMIT_S):
+            of_query = await asyncio.to_thread(passes.run, lambda: os.nice(0), is_query=True)
+        assert not read.done()
+        documents.going_on.set()
+        assert (await read, of_query) == (19, os.nice(0))
 
     asyncio.run(main())
