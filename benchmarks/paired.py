@@ -5,8 +5,10 @@ processes, because where one's memory lies can make some percent for all that it
 question to question, so that both see the same changes of the machine's speed. Ratios are of the later to the earlier
 checkout.
 
-With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says. It
-leaves its last result in each checkout's coordination.json.
+With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says, and
+leaves its last result in each checkout's coordination.json. Its time over channels is compared around engines that
+compute nothing, since what engines report of their own work has not always ended at the same line. What a round waits
+for in the engines' processes is therefore timed from outside (`benchmarks.hand_offs`).
 """
 
 from __future__ import annotations
@@ -66,17 +68,22 @@ def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
 
 
 def coordination_ms(source: Path) -> dict[str, float]:
-    """Around engines that compute nothing and around those that sample: the median of one run."""
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.coordination"],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": str(source)},
-        check=True,
-        timeout=600,
-        stdout=subprocess.DEVNULL,
-    )
+    """The medians of one run of each: a round over channels, and what it waits for around the engines' tasks."""
+
+    def run(*command: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(source)}
+        return subprocess.run(
+            [sys.executable, *command], cwd=source, env=environment, check=True, timeout=600, stdout=subprocess.PIPE
+        ).stdout.decode()
+
+    run("-m", "benchmarks.coordination")
     seen = json.loads((source / "benchmarks/results/coordination.json").read_text(encoding="utf-8"))
-    return {engines: seen[engines]["coordination_ms_median"] for engines in ("empty", "sampling")}
+    tasks = json.loads(run("-P", str(HERE / "benchmarks/hand_offs.py")).splitlines()[-1])
+    return {
+        "channels": seen["empty"]["coordination_ms_median"],
+        "around_tasks": tasks["waited_ms_median"],
+        "whole_round": seen["sampling"]["round_ms_median"],
+    }
 
 
 def coordination(sources: dict[str, Path], repeats: int) -> dict[str, Any]:
@@ -86,8 +93,7 @@ def coordination(sources: dict[str, Path], repeats: int) -> dict[str, Any]:
             rows[side].append(coordination_ms(sources[side]))
             print(side, rows[side][-1], flush=True)
     medians = {
-        engines: {side: statistics.median(row[engines] for row in rows[side]) for side in rows}
-        for engines in ("empty", "sampling")
+        what: {side: statistics.median(row[what] for row in rows[side]) for side in rows} for what in rows["now"][0]
     }
     print("medians:", medians)
     return {"repeats": repeats, "median_ms": medians, "rows": rows}

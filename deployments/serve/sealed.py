@@ -1,13 +1,14 @@
 """A connection between two processes that know the same key, which itself never travels.
 
 Each end shows that it knows the key: it computes an HMAC over a number of each end, used once. Every message has its
-number and a seal, an HMAC again, so that nobody on the way puts one in, changes one or sends one again. They are not
+number and a seal, a keyed BLAKE2b, so that nobody on the way puts one in, changes one or sends one again. They are not
 encrypted: that is what TLS is for, with Ray's own certificates where Ray uses them (RAY_USE_TLS).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import itertools
 import os
@@ -22,7 +23,7 @@ KEY_BYTES = 32
 _NONCE_BYTES, _LENGTH_BYTES, _NUMBER_BYTES = 32, 4, 8
 _MAX_BYTES = 256 * 2**20  # of a message
 _DIGEST = "sha256"
-_SEAL_BYTES = 32
+_SEAL_BYTES = 32  # as many as an HMAC has
 _CALLER, _LISTENER, _MESSAGES = b"caller", b"listener", b"messages"
 
 
@@ -119,7 +120,10 @@ class Sealed(asyncio.Protocol):
             self.received(unpack(body))
 
     def _seal(self, who: bytes, number: int, body: bytes) -> bytes:
-        return hmac.digest(self._key, who + number.to_bytes(_NUMBER_BYTES) + body, _DIGEST)
+        # Not an HMAC, which goes through OpenSSL: where a round wakes processes that slept, that costs three times as
+        # much. BLAKE2 takes a key itself (RFC 7693, 2.9).
+        numbered = number.to_bytes(_NUMBER_BYTES) + body
+        return hashlib.blake2b(numbered, digest_size=_SEAL_BYTES, key=self._key, person=who).digest()
 
 
 def derived(key: bytes, name: str) -> bytes:

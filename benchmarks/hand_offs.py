@@ -1,0 +1,86 @@
+"""What a round waits for around the engines' own work: until a call's task begins, and from its end to its answer.
+
+Two engines of one process, with the tiny models of `benchmarks.coordination`. The tasks are timed from outside. So an
+earlier checkout can be timed by the same file, which prints its figures as JSON (`benchmarks.paired`), while the times
+that engines report have not always ended at the same line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from benchmarks.coordination import GAMMA, save_next_to_nothing
+from deployments.builders import build_engine
+from deployments.config import parse_config
+from rapid.engine.engine import Engine
+from rapid.engine.lease import LeasedSequence
+from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
+from rapid.sampling.params import SamplingParams
+from rapid.speculation.draft import DraftLimits
+
+ROUNDS, WARM = 200, 20
+SWITCH_INTERVAL_S = 2e-4  # as in the process of a served engine
+
+
+class Timed:
+    """Submits tasks to ``engine``, and knows when the latest began and ended."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.model = engine, engine.model
+
+    def submit(self, task: Any) -> Future[Any]:
+        def timed() -> Generator[Any, Any, Any]:
+            self.began = time.perf_counter()
+            result = yield from task
+            self.ended = time.perf_counter()
+            return result
+
+        return self._engine.submit(timed())
+
+
+async def rounds(folder: str) -> dict[str, float]:
+    settings = {"model": folder, "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
+    config = parse_config({"target": settings, "drafter": settings})
+    engines = [await asyncio.to_thread(build_engine, each) for each in (config.target, config.drafter)]
+    timed = target_time, drafter_time = [Timed(engine) for engine in engines]
+    request = SequenceRequest([5] * 300, ROUNDS * (GAMMA + 1) + GAMMA + 1, SamplingParams())
+    opened = [await asyncio.wrap_future(engine.open(request)) for engine in engines]
+    leases = [LeasedSequence(each, sequence) for each, sequence in zip(timed, opened, strict=True)]
+    target, drafter = leases
+    await asyncio.gather(target.prefill(), drafter.prefill())
+    knows, output, waited, computed = 0, list[int](), list[float](), list[float]()
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        draft = await drafter.propose(DraftRequest(knows, output[knows:], DraftLimits(GAMMA)))
+        verified = await target.verify(VerifyRequest(draft, transfers=True))
+        took = time.perf_counter() - began
+        computed.append((sum(each.ended - each.began for each in (drafter_time, target_time))) * 1e3)
+        waited.append(took * 1e3 - computed[-1])
+        knows = len(output)
+        output += verified.tokens
+    for engine in engines:
+        engine.shutdown()
+    return {
+        "waited_ms_median": round(statistics.median(waited[WARM:]), 2),
+        "computed_ms_median": round(statistics.median(computed[WARM:]), 2),
+    }
+
+
+def main() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with tempfile.TemporaryDirectory() as folder:
+        save_next_to_nothing(Path(folder))
+        print(json.dumps(asyncio.run(rounds(folder))))
+
+
+if __name__ == "__main__":
+    main()
