@@ -27,11 +27,11 @@ class RetrieverReplica:
         from deployments.builders import build_retriever  # here: the process that builds the application needs no torch
 
         self._retriever = build_retriever(config, files, target_model)
-        # Engines on the same cores go before documents: every running request waits for each of their steps. They do
-        # not go before a query, for which a request waits as well.
+        # Engines on the same cores go first: every running request waits for each of their steps. They do not go
+        # before a query's own pass, for which a request waits as well.
         if config.device == "cpu":
             self._retriever.embedder.passes = DocumentsBehind()
-        self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT)
+        self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT, behind_engines=True)
         self._indexing = FairPool(_NUM_INDEXED, "index", behind_engines=True)
 
     async def retrieve(
