@@ -17,7 +17,9 @@ from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
 
-_BEHIND = 10  # of 19 steps that a thread's priority can go down
+# Of 19 steps that a thread's priority can go down. Engines get twice its time; with more steps a thread that stands still
+# holds the interpreter, which those of usual priority in its process then wait for.
+_BEHIND = 3
 LONGEST_WAIT_S = 600.0  # for a turn, as long as an idle sequence stays open
 
 P = ParamSpec("P")

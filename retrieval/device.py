@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
-_LAST = 19  # steps that a thread's priority can go down
+# Of 19 steps that a thread's priority can go down. Engines get three times its time; with more steps it would stand still
+# while it holds the interpreter, which queries then wait for.
+_BEHIND = 5
 
 
 class Passes(Protocol):
@@ -66,14 +68,14 @@ class DeviceTurns:
 
 
 class DocumentsBehind:
-    """Passes on cores that others compute on, who go first: documents on a thread of the least priority.
+    """Passes on cores that others compute on, who go first: documents on a thread of less priority.
 
-    Where the cores are full that thread stands still within a pass. So a query does not wait for its turn: it has a
-    thread of its own, of usual priority. Each has one, since every thread that computes has helpers of its own.
+    Where the cores are full that thread is slow within a pass. So a query does not wait for its turn: it has a thread
+    of its own, of usual priority. Each has one, since every thread that computes has helpers of its own.
     """
 
     def __init__(self) -> None:
-        self._documents = ThreadPoolExecutor(1, "documents", initializer=_go_last)
+        self._documents = ThreadPoolExecutor(1, "documents", initializer=_step_back)
         self._queries = ThreadPoolExecutor(1, "queries")
 
     @property
@@ -84,6 +86,6 @@ class DocumentsBehind:
         return (self._queries if is_query else self._documents).submit(forward).result()
 
 
-def _go_last() -> None:
+def _step_back() -> None:
     if sys.platform == "linux":  # elsewhere this is the whole process's
-        os.nice(_LAST)
+        os.nice(_BEHIND)
