@@ -17,8 +17,8 @@ from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
 
-# Of 19 steps that a thread's priority can go down. Engines get twice its time; with more steps a thread that stands still
-# holds the interpreter, which those of usual priority in its process then wait for.
+# Of 19 steps that a thread's priority can go down. Engines get twice its time. With more steps a thread that stands
+# still holds the interpreter, which those of usual priority in its process then wait for.
 _BEHIND = 3
 LONGEST_WAIT_S = 600.0  # for a turn, as long as an idle sequence stays open
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
-# Of 19 steps that a thread's priority can go down. Engines get three times its time; with more steps it would stand still
-# while it holds the interpreter, which queries then wait for.
+# Of 19 steps that a thread's priority can go down. Engines get three times its time. With more steps it would stand
+# still while it holds the interpreter, which queries then wait for.
 _BEHIND = 5
 
 

@@ -126,7 +126,8 @@ def test_threads_behind_the_engines_have_less_priority_than_the_rest() -> None:
 
     usual = os.nice(0)
     assert asyncio.run(priorities(False)) == (usual, usual)
-    assert asyncio.run(priorities(True)) == (min(usual + 10, 19), usual)
+    behind, rest = asyncio.run(priorities(True))
+    assert (behind > usual or usual == 19) and rest == usual
 
 
 def test_turns_come_in_order_and_none_is_lost() -> None:

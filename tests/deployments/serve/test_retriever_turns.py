@@ -102,6 +102,7 @@ def test_a_query_computes_while_documents_do_not_get_to_it(documents: Documents)
             of_query = await asyncio.to_thread(passes.run, lambda: os.nice(0), is_query=True)
         assert not read.done()
         documents.going_on.set()
-        assert await read > of_query == os.nice(0)
+        assert of_query == os.nice(0)
+        assert await read > of_query or of_query == 19
 
     asyncio.run(main())
