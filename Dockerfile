@@ -28,8 +28,7 @@ RUN pip install --prefix=/install -c constraints.txt '.[otel]'
 # /usr/local is where this Python looks, and on every PATH. No NVIDIA_VISIBLE_DEVICES here: the device plugin sets it in
 # the pods that asked for GPUs, and in a head that saw them Ray would count them.
 FROM python:3.11.14-slim-bookworm AS runtime
-# Two heaps a process: glibc's own choice, one for each of Ray's threads, fragments as prompts come and go.
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2 \
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.serve.edge:middlewares
 RUN groupadd --gid 1000 rapid && useradd --uid 1000 --gid 1000 --create-home rapid
 WORKDIR /home/rapid

@@ -24,7 +24,7 @@ from ray import serve
 
 from benchmarks.chaos import MODEL, PORT, URL, eventually, processes
 from benchmarks.common.results import DATA, write
-from cluster.health import ENVIRONMENT
+from cluster.processes import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
 from deployments.serve.engines import engines_of

@@ -32,7 +32,7 @@ from ray import serve
 from benchmarks.common.clients import MODEL, passage
 from benchmarks.common.memory import process_name
 from benchmarks.common.results import write
-from cluster.health import ENVIRONMENT
+from cluster.processes import ENVIRONMENT
 from deployments.app import build
 from deployments.config import parse_config
 

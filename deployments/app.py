@@ -5,8 +5,8 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from cluster.health import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from cluster.placement import REPLICA_CPUS, engine_bundles
+from cluster.processes import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from deployments.config import AppConfig
 from deployments.engine_config import EngineConfig
 from deployments.serve.coordinator import Coordinator

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.health import ENVIRONMENT
 from cluster.manifests.topology import SERVE_PORT, Group, Service
+from cluster.processes import ENVIRONMENT
 
 USER = 1000  # the image's user
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365

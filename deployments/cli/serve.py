@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from cluster import health
+from cluster.processes import ENVIRONMENT
 from deployments.config import AppConfig, ConfigError, read_config
 from deployments.serve.worker import without_pandas
 from rapid.errors import InvalidRequest, RapidError
@@ -28,14 +28,8 @@ from rapid.weights import embedded_models
 POLL_S = 0.5
 STOP_S = 30
 END_CHARS = 20_000
-# What a process takes over days, unless the environment says otherwise. By default glibc gives each of Ray's threads a
-# heap of its own, which fragments as prompts come and go, and Ray remembers the latest 100,000 calls.
-BOUNDED = {
-    "MALLOC_ARENA_MAX": "2",
-    "RAY_task_events_max_num_task_in_gcs": "1000",
-    # Ray's name for what a worker process calls first.
-    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "deployments.serve.worker.without_pandas",
-}
+# Ray's name for what a worker process calls first.
+SETUP = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "deployments.serve.worker.without_pandas"}
 # What the proxy calls when it starts, so that clients cannot speak to Serve as its own parts do.
 EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.serve.edge:middlewares"}
 # Ray's name for: the processes of a cluster that starts here talk to each other over 127.0.0.1, and listen there alone.
@@ -122,7 +116,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     """
     console = Console(stderr=True, highlight=False)
     # `serve run` protects a new cluster with Ray's own token; Ray's client reads it when it loads in this mode.
-    environment = BOUNDED | EDGE | LOOPBACK | health.ENVIRONMENT | os.environ
+    environment = ENVIRONMENT | SETUP | EDGE | LOOPBACK | os.environ
     without_pandas()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)

@@ -18,7 +18,7 @@ import uvicorn
 from openai import OpenAI
 from ray import serve
 
-from cluster.health import ENVIRONMENT
+from cluster.processes import ENVIRONMENT
 from deployments.app import build
 from deployments.builders import local_backend
 from deployments.config import parse_config

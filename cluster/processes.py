@@ -1,4 +1,4 @@
-"""How soon Serve replaces a process that does not answer."""
+"""What Ray and Serve do with processes: how soon one that does not answer is replaced, and how much one remembers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 2.0
 
-# For the process that starts Serve's controller.
+# For the process that starts Ray and Serve's controller; the others inherit it.
 ENVIRONMENT = {
     # By default Serve stops a replica that failed its checks as gracefully as one that is scaled down, and waits for
     # streams that cannot end.
@@ -20,4 +20,9 @@ ENVIRONMENT = {
     # Ray asks a process to end, and kills it so much later; one that is stopped keeps its connections until then. By
     # default that takes five seconds.
     "RAY_kill_worker_timeout_milliseconds": "1000",
+    # By default glibc gives each of Ray's threads a heap of its own, which fragments as prompts come and go.
+    "MALLOC_ARENA_MAX": "2",
+    # Ray remembers the latest 100,000 calls, and of a million more that it forgot them.
+    "RAY_task_events_max_num_task_in_gcs": "1000",
+    "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "1000",
 }
