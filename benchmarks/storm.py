@@ -1,9 +1,9 @@
 """The load mix, while processes hang and are killed at random, bodies are hostile and clients leave.
 
 Every accepted answer must end: whole, or with an error that says why. An answer that differs from the one a client
-alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout, and that of
-each kind, of which others may live at the end than at the beginning. The command stops and ends only processes of its
-own cluster.
+alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout, that of each
+kind, of which others may live at the end than at the beginning, and that of a process of each kind by its age. The
+command stops and ends only processes of its own cluster.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ TARGETS, NUM_ENGINES = 2, 3
 STOPPED_S = 20.0  # then it is continued, if it is still there
 RECOVERY_LIMIT_S = 180.0
 ATTACKS_AT_ONCE, ATTACKS_EVERY_S = 16, 10.0
+AGES_MIN = ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
+FEWEST_SAMPLES = 6
 
 
 @dataclass
@@ -125,6 +127,23 @@ def by_kind(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {kind: [round(statistics.median(of[kind] for of in part), 1) for part in thirds] for kind in kinds}
 
 
+def by_age(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """MiB of one process of a kind, the median at each age; of processes that began under way, whose age is known."""
+    began: dict[str, float] = {}
+    sizes: dict[str, dict[str, list[float]]] = {}
+    for sample in samples:
+        for process, size in sample["rss_mib_by_process"].items():
+            age_min = (sample["s"] - began.setdefault(process, sample["s"])) / 60
+            band = next((f"{low} to {high} min" for low, high in AGES_MIN if low <= age_min < high), None)
+            if band and began[process] > samples[0]["s"]:
+                sizes.setdefault(process.rpartition(" ")[0], {}).setdefault(band, []).append(size)
+    return {
+        kind: {band: round(statistics.median(seen), 1) for band, seen in bands.items() if len(seen) >= FEWEST_SAMPLES}
+        for kind, bands in sorted(sizes.items())
+        if len(bands) > 1
+    }
+
+
 def row(asked: list[Asked]) -> dict[str, Any]:
     errors = Counter(one.error for one in asked if one.error and one.status == 200)
     return {
@@ -156,6 +175,7 @@ async def storm(options: argparse.Namespace, checker: Checker, crowd: Crowd) -> 
         "hostile_bodies": dict(answers),
         "rss_mib_growth": growth(memory.samples),
         "rss_mib_by_kind": by_kind(memory.samples),
+        "rss_mib_by_age": by_age(memory.samples),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common.clients import KNOWN, Asked
-from benchmarks.storm import growth, row
+from benchmarks.storm import by_age, growth, row
 
 
 def answer(**how: Any) -> Asked:
@@ -40,3 +40,12 @@ def test_growth_is_of_the_processes_that_lived_throughout() -> None:
         return {"rss_mib_by_process": {"coordinator": 100.0 + minute, "proxy": 50.0} | young}
 
     assert growth([sample(minute) for minute in range(30)]) == {"coordinator": 10.0, "proxy": 0.0}
+
+
+def test_a_process_that_is_replaced_is_compared_with_others_of_its_age() -> None:
+    def sample(minute: float) -> dict[str, Any]:
+        generation = int(minute // 5)  # each takes 10 MiB more a minute, and begins anew
+        return {"s": 60 * minute, "rss_mib_by_process": {f"engine {generation}": 100 + 10 * (minute % 5), "proxy 7": 1}}
+
+    sizes = by_age([sample(half / 10) for half in range(300)])
+    assert sizes == {"engine": {"1 to 2 min": 114.5, "2 to 4 min": 129.5, "4 to 8 min": 144.5}}
