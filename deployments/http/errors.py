@@ -83,15 +83,15 @@ def server_sent_error(error: Exception) -> str:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     request.state.error = error  # for the log
-    return error_response(error, request.url.path)
+    return error_response(error, request.scope["path"])
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    what = {404: absent(request.url.path), 405: f"{request.url.path} does not take {request.method}"}
+    what = {404: absent(request.scope["path"]), 405: f"{request.scope['path']} does not take {request.method}"}
     shown = RapidError(what.get(error.status_code, str(error.detail)), code="invalid_request", status=error.status_code)
     headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
-    return JSONResponse(_object_of(request.url.path, shown), status_code=error.status_code, headers=headers)
+    return JSONResponse(_object_of(request.scope["path"], shown), status_code=error.status_code, headers=headers)
 
 
 def _methods(request: Request) -> str:
@@ -100,7 +100,7 @@ def _methods(request: Request) -> str:
     A path that is named stands before one that ends with an id.
     """
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    routes = [route for route in routes if route.path == request.url.path] or routes
+    routes = [route for route in routes if route.path == request.scope["path"]] or routes
     return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
