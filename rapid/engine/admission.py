@@ -51,6 +51,11 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._arrivals)
 
+    @property
+    def num_closing(self) -> int:
+        """How many closed sequences still hold pages."""
+        return len(self._closing)
+
     def num_decoding(self, since: float) -> int:
         """How many open sequences had a pass after ``since`` that was no prefill."""
         return sum(sequence.decoded_at > since for sequence in self._sequences.values())

@@ -229,7 +229,8 @@ class Engine:
             self._passes.clock.end()
             self._has_turn = False
             if self._ending is None:
-                if self._again or self._submitted or self._tasks:
+                # A sequence closed while a task worked on it gave back no room yet.
+                if self._again or self._submitted or self._tasks or self._admission.num_closing:
                     self._go_on()
                 return
             self._wake.notify()

@@ -118,6 +118,23 @@ def test_closing_in_the_middle_of_a_prefill_frees_it_within_a_step(
         done(running.submit(prefill(doomed)))
 
 
+def test_room_of_a_closed_prefill_goes_to_who_waits_when_nothing_else_happens(
+    model: Model, engine: MakeEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rapid.engine.engine._IDLE_TURN_S", 3600.0)
+    running = engine(model, kv_bytes=256 * model.layout.bytes_per_token, max_batch_tokens=10)
+    doomed = begun(running, random_tokens(201, seed=1), room=20)
+    reading = running.submit(prefill(doomed))
+    gate.wait()
+    waiting = running.open(SequenceRequest([1], 200, GREEDY))
+    running.close(doomed)
+    gate.open()
+    with pytest.raises(SequenceClosed):
+        done(reading)
+    running.close(done(waiting))
+    eventually(lambda: running.stats().kv_bytes == 0)
+
+
 def test_a_task_that_fails_fails_alone(model: Model, engine: MakeEngine) -> None:
     running = engine(model)
     sequence, other = opened(running, random_tokens(20, seed=12)), begun(running, [1])
