@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 # A cut is made after a match. Runs are matched through a lookbehind rather than as `[.!?]+\s`, which would be quadratic
@@ -30,11 +30,12 @@ _WINDOW = 65_536  # characters
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face fast tokenizer's interface that this module uses; it gives its tokens' offsets."""
+    """The part of a Hugging Face fast tokenizer's interface that this module uses."""
 
-    def __call__(
-        self, text: str, /, *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
-    ) -> Mapping[str, Any]: ...
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer`. Its calls for a batch leave the interpreter to other threads while they run."""
+        ...
 
 
 class Chunk(NamedTuple):
@@ -57,6 +58,10 @@ def split(text: str, *, max_tokens: int, tokenizer: Tokenizer) -> Iterator[Chunk
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if tokenizer.backend_tokenizer.truncation:  # an embedder's own tokenizer has that
+        tokenizer.backend_tokenizer.no_truncation()
+    if tokenizer.backend_tokenizer.padding:
+        tokenizer.backend_tokenizer.no_padding()
     start, length = 0, _WINDOW
     while start < len(text):
         window = text[start : start + length]
@@ -92,7 +97,7 @@ def _next_cut(
         if last + 1 < len(spans):
             limit = min(limit, max(spans[last][1], start + 1))
         end = limit if limit == len(text) else _best_separator(text, start, limit)
-        num_tokens = len(_token_spans(text[start:end], tokenizer))
+        num_tokens = _num_tokens(text[start:end], tokenizer)
         if num_tokens <= max_tokens or end == start + 1:
             return end, num_tokens
         # The piece has more tokens alone than within the document, so try again with that many tokens fewer. A piece
@@ -114,6 +119,11 @@ def _best_separator(text: str, start: int, limit: int) -> int:
 
 
 def _token_spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans: list[tuple[int, int]] = encoded["offset_mapping"]
+    [encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+    spans: list[tuple[int, int]] = encoding.offsets
     return spans
+
+
+def _num_tokens(text: str, tokenizer: Tokenizer) -> int:
+    [encoding] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return len(encoding)

@@ -10,7 +10,7 @@ from deployments.schemas.body import MAX_NAME, MAX_TOKENS, AtMost, Body, wrong
 from deployments.schemas.messages import ChatMessage, read_messages
 from deployments.schemas.tools import Tool
 from rapid.errors import InvalidRequest
-from rapid.text.encoding import encode
+from rapid.text.encoding import decode, encode
 from rapid.text.prompts import check_length
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class DetokenizeRequest(Body):
         unknown = [token for token in self.tokens if not 0 <= token < len(tokenizer)]
         if unknown:
             raise InvalidRequest(f"tokens: there is no token {unknown[0]}", param="tokens")
-        return Detokenized(prompt=str(tokenizer.decode(self.tokens)))
+        return Detokenized(prompt=decode(tokenizer, self.tokens))
 
 
 class Detokenized(BaseModel):

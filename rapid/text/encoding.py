@@ -3,6 +3,9 @@
 A special token means something to the model: `<|im_end|>` ends a turn. In what a user, a tool or a file says it is only
 text, so it is encoded as any other characters are; the special tokens of the chat template stay. And a text that is
 far too long is not tokenised to its end to find that out.
+
+A tokenizer's call for one text holds the interpreter from its beginning to its end, and one for a batch does not: the
+streams of a coordinator would stand still while a text is read. So all calls here are for a batch.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def encode(
     """
     spelling = _spelling(tokenizer)
     if special_tokens or not spelling.is_in(text):
-        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        return _ids(tokenizer.backend_tokenizer, text, add_special_tokens)
     return spelling.encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -50,8 +53,14 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a template's ``text``, in which special tokens of strangers are hidden (`hide`)."""
     spelling = _spelling(tokenizer)
     if _HIDDEN not in text and not spelling.is_normalized:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return _ids(tokenizer.backend_tokenizer, text)
     return spelling.encode(_shown(spelling.renamed(text)))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of ``tokens``, special ones included."""
+    [text] = tokenizer.backend_tokenizer.decode_batch([tokens], skip_special_tokens=False)
+    return str(text)
 
 
 def hide(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
@@ -102,6 +111,17 @@ def count_beyond(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> i
         if number > limit:
             return number
     return None
+
+
+def _ids(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    if backend.truncation or backend.padding or backend.encode_special_tokens:  # from a call of transformers before
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+    readable = text.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates, which JSON can contain
+    [encoding] = backend.encode_batch_fast([readable], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -174,8 +194,7 @@ class _Spelling:
         if self._renamed is None:
             self._renamed = self._rename()
         tokenizer, ids = self._renamed
-        tokens = tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=add_special_tokens).ids
-        return [ids.get(token, token) for token in tokens]
+        return [ids.get(token, token) for token in _ids(tokenizer, text, add_special_tokens)]
 
     def _rename(self) -> tuple[Tokenizer, dict[int, int]]:
         """The tokenizer with new names for its special tokens, and from its ids of added tokens to the real ones.

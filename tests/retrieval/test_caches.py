@@ -16,9 +16,16 @@ class Counting:
     def __init__(self, tokenizer) -> None:
         self._tokenizer, self.read = tokenizer, 0
 
-    def __call__(self, text: str, **options):
-        self.read += len(text)
-        return self._tokenizer(text, **options)
+    @property
+    def backend_tokenizer(self) -> Counting:
+        return self
+
+    def encode_batch(self, texts: list[str], **options):
+        self.read += sum(map(len, texts))
+        return self._tokenizer.backend_tokenizer.encode_batch(texts, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer.backend_tokenizer, name)
 
 
 @pytest.fixture

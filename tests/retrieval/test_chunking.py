@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,8 +75,17 @@ def test_a_chunk_has_at_least_one_token(max_tokens, tokenizer):
 class CharacterTokenizer:
     """One token a character, so that a test can say where a window ends."""
 
-    def __call__(self, text, /, *, add_special_tokens, return_offsets_mapping, verbose):
-        return {"offset_mapping": [(i, i + 1) for i in range(len(text))]}
+    truncation = padding = None
+
+    @property
+    def backend_tokenizer(self):
+        return self
+
+    def encode_batch(self, texts, *, add_special_tokens):
+        return [SimpleNamespace(offsets=[(i, i + 1) for i in range(len(text))]) for text in texts]
+
+    def encode_batch_fast(self, texts, *, add_special_tokens):
+        return texts
 
 
 @pytest.mark.parametrize(
@@ -111,14 +121,18 @@ def test_windows_change_nothing_and_bound_what_is_tokenised_at_once(prose, token
     """A chunk of 256 tokens is longer than the smallest window here, which then grows."""
     longest = 0
 
-    def watched(text: str, **how):
-        nonlocal longest
-        longest = max(longest, len(text))
-        return tokenizer(text, **how)
+    class Watched(CharacterTokenizer):
+        def encode_batch(self, texts, **how):
+            nonlocal longest
+            longest = max(longest, len(texts[0]))
+            return tokenizer.backend_tokenizer.encode_batch(texts, **how)
+
+        def encode_batch_fast(self, texts, **how):
+            return tokenizer.backend_tokenizer.encode_batch_fast(texts, **how)
 
     whole = list(split(prose[:20_000], max_tokens=256, tokenizer=tokenizer))
     monkeypatch.setattr("retrieval.chunking._WINDOW", window)
-    assert list(split(prose[:20_000], max_tokens=256, tokenizer=watched)) == whole
+    assert list(split(prose[:20_000], max_tokens=256, tokenizer=Watched())) == whole
     assert longest <= max(window, 3200)
 
 

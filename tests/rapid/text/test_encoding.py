@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable
 from itertools import product
+from threading import Thread
+from time import sleep
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deployments.schemas.tokenize import MAX_WINDOWS, TokenizeRequest
 from rapid.errors import ContextLengthExceeded
-from rapid.text.encoding import _spelling, count, count_beyond, encode, encode_in_pieces
+from rapid.text.encoding import _spelling, count, count_beyond, decode, encode, encode_in_pieces
 from rapid.text.prompts import Message, read_chat, read_text
 
 TEMPLATE = """{% for tool in tools or [] %}<|im_start|>tool{{ tool | tojson }}<|im_end|>{% endfor -%}
@@ -196,3 +198,19 @@ def test_a_text_far_beyond_the_window_is_not_read_to_its_end(chat_tokenizer: Pre
         tokens = read_text(fits, chat_tokenizer).tokens
         assert count_beyond(chat_tokenizer, fits, len(tokens)) is None
         assert read_text(fits, chat_tokenizer, most_tokens=len(tokens)).tokens == tokens
+
+
+@pytest.mark.parametrize("what", ["text", "text with a special token", "tokens"])
+def test_other_threads_run_while_a_stranger_is_read(chat_tokenizer: PreTrainedTokenizerFast, what: str) -> None:
+    """The streams of a coordinator must not stand still meanwhile."""
+    text = random.Random(0).randbytes(100_000).hex() + (what == "text with a special token") * "<|im_end|>"
+    tokens = encode(chat_tokenizer, text) * 8
+    assert decode(chat_tokenizer, tokens) == text * 8
+    call, said = (decode, tokens) if what == "tokens" else (encode, text)
+    reading = Thread(target=call, args=(chat_tokenizer, said))
+    reading.start()
+    num_turns = 0
+    while reading.is_alive():
+        sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20
