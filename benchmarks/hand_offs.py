@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.coordination import GAMMA, save_next_to_nothing
 from deployments.builders import build_engine
 from deployments.config import parse_config
+from deployments.serve.worker import SWITCH_INTERVAL_S
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
 from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
@@ -28,7 +29,6 @@ from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import DraftLimits
 
 ROUNDS, WARM = 200, 20
-SWITCH_INTERVAL_S = 2e-4  # as in the process of a served engine
 
 
 class Timed:

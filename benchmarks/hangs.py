@@ -26,6 +26,7 @@ from benchmarks.chaos import MODEL, PORT, URL, eventually, processes
 from benchmarks.common.results import DATA, write
 from cluster.processes import ENVIRONMENT
 from deployments.app import build
+from deployments.cli.serve import EDGE, SETUP
 from deployments.config import parse_config
 from deployments.serve.engines import engines_of
 
@@ -37,7 +38,7 @@ CASES = ("drafter", "target", "hung pass", "retriever", "coordinator", "controll
 @contextmanager
 def service(*, targets: int, ranks: int) -> Iterator[None]:
     """The application on this machine; ready when it yields."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | SETUP | EDGE)
     engine = {"model": MODEL, "dtype": "float32", "kv_memory_gib": 0.25, "max_sequences": 8, "num_cpus": 0.1}
     options = {"chunk_tokens": 64, "min_tokens": 128, "threshold": 0.1}
     config = {

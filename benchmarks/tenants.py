@@ -34,6 +34,7 @@ from benchmarks.common.memory import process_name
 from benchmarks.common.results import write
 from cluster.processes import ENVIRONMENT
 from deployments.app import build
+from deployments.cli.serve import EDGE, SETUP
 from deployments.config import parse_config
 
 PORT = 8127
@@ -50,7 +51,7 @@ Attack = Callable[[httpx.AsyncClient, int], Awaitable[httpx.Response]]
 @contextmanager
 def service() -> Iterator[None]:
     """The application on this machine; ready when it yields."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | SETUP | EDGE)
     engine = {"model": MODEL, "kv_memory_gib": 0.5, "max_sequences": 4, "num_cpus": 0.1, "threads": 1}
     with TemporaryDirectory() as folder:
         config = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import sys
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +15,9 @@ from itertools import islice
 from typing import ParamSpec, TypeVar
 
 from rapid.errors import Overloaded
+from retrieval.device import stand_behind
 
-# Of 19 steps that a thread's priority can go down. Engines get twice its time. With more steps a thread that stands
-# still holds the interpreter, which those of usual priority in its process then wait for.
-_BEHIND = 3
+_MUCH_S, _HALF_LIFE_S = 0.75, 2.0  # of calls' time: with more a client's calls go behind; half is forgotten in so long
 LONGEST_WAIT_S = 600.0  # for a turn, as long as an idle sequence stays open
 
 P = ParamSpec("P")
@@ -121,16 +119,31 @@ class Turns:
         return int(min(num, self._per_client, self._in_all))
 
 
-def _step_back() -> None:
-    if sys.platform == "linux":  # elsewhere this is the whole process's
-        os.nice(_BEHIND)
+class Spent:
+    """How long each client's calls have taken lately. Half of that is forgotten every `_HALF_LIFE_S`."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (seconds, when), the earliest first
+
+    def add(self, client: str, took_s: float, now: float) -> None:
+        self._of[client] = (self.of(client, now) + took_s, now)
+        self._of.move_to_end(client)
+        while len(self._of) > 1 and self.of(first := next(iter(self._of)), now) < 0.01 * _MUCH_S:
+            del self._of[first]
+
+    def of(self, client: str, now: float) -> float:
+        spent_s, when = self._of.get(client, (0.0, now))
+        return float(spent_s * 0.5 ** ((now - when) / _HALF_LIFE_S))
 
 
 class FairPool:
     """``num_threads`` threads that one client cannot fill: ``per_client`` things of each are under way at a time.
 
-    So the queue before the threads is as long as there are clients, whatever each of them asks for. Threads that are
-    ``behind_engines`` compute when the engines on the same cores do not: each running request waits for their steps.
+    So the queue before the threads is as long as there are clients, whatever each of them asks for.
+
+    With ``behind_engines`` a client that has asked for much lately has threads that compute when nobody else on the
+    same cores does (`retrieval.device.stand_behind`): each running request waits for the engines' steps, and for short
+    calls like those that read its prompt.
     """
 
     def __init__(
@@ -142,9 +155,11 @@ class FairPool:
         max_waiting: int = 256,
         behind_engines: bool = False,
     ) -> None:
-        step_back = _step_back if behind_engines else None
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=step_back)
-        self._turns = Turns(per_client, max_waiting)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._behind = self._threads
+        if behind_engines:
+            self._behind = ThreadPoolExecutor(num_threads, f"{name}-behind", initializer=stand_behind)
+        self._turns, self._spent = Turns(per_client, max_waiting), Spent()
 
     async def run(self, client: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """``call`` in a thread. A call that began goes on when its client leaves, and so does that client's turn.
@@ -154,12 +169,19 @@ class FairPool:
         """
         loop = asyncio.get_running_loop()
         await self._turns.take(client)
+        began = time.monotonic()
+
+        def end() -> None:
+            now = time.monotonic()
+            self._spent.add(client, now - began, now)
+            self._turns.give_back(client)
 
         def ended(_: Future[R]) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._turns.give_back, client)
+                loop.call_soon_threadsafe(end)
 
-        future = self._threads.submit(partial(call, *args, **kwargs))
+        threads = self._behind if self._spent.of(client, began) > _MUCH_S else self._threads
+        future = threads.submit(partial(call, *args, **kwargs))
         future.add_done_callback(ended)
         return await asyncio.wrap_future(future)
 

@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
-# Of 19 steps that a thread's priority can go down. Engines get three times its time. With more steps it would stand
-# still while it holds the interpreter, which queries then wait for.
-_BEHIND = 5
 
 
 class Passes(Protocol):
@@ -67,25 +64,35 @@ class DeviceTurns:
                 self._changed.notify_all()
 
 
-class DocumentsBehind:
-    """Passes on cores that others compute on, who go first: documents on a thread of less priority.
+class OneThreadEach:
+    """Passes on cores that others compute on: a query's, a document's, and a document's of a thread that stands behind.
 
-    Where the cores are full that thread is slow within a pass. So a query does not wait for its turn: it has a thread
-    of its own, of usual priority. Each has one, since every thread that computes has helpers of its own.
+    Each has a thread of its own, so that none waits for one that gets no time within its pass, and since every thread
+    that computes has helpers of its own.
     """
 
     def __init__(self) -> None:
-        self._documents = ThreadPoolExecutor(1, "documents", initializer=_step_back)
-        self._queries = ThreadPoolExecutor(1, "queries")
+        self._queries, self._documents = ThreadPoolExecutor(1, "queries"), ThreadPoolExecutor(1, "documents")
+        self._behind = ThreadPoolExecutor(1, "documents-behind", initializer=stand_behind)
 
     @property
     def is_wanted(self) -> bool:
         return False  # a query waits for no document, and documents wait for each other's passes of any size
 
     def run(self, forward: Callable[[], Result], *, is_query: bool) -> Result:
-        return (self._queries if is_query else self._documents).submit(forward).result()
+        thread = self._queries if is_query else self._behind if stands_behind() else self._documents
+        return thread.submit(forward).result()
 
 
-def _step_back() -> None:
-    if sys.platform == "linux":  # elsewhere this is the whole process's
-        os.nice(_BEHIND)
+def stand_behind() -> None:
+    """From now on this thread, and each that it starts, computes when no usual thread on the same core wants to.
+
+    A thread of usual priority that wakes up interrupts it at once. Only Linux has this for a single thread.
+    """
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def stands_behind() -> bool:
+    """Whether this thread has called `stand_behind`."""
+    return sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_IDLE

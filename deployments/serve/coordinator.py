@@ -13,6 +13,7 @@ from deployments.heartbeat import beating
 from deployments.schemas.completions import Completion
 from deployments.schemas.events import Event
 from deployments.serve.backend import RayBackend
+from deployments.serve.worker import prepare_for_streams
 from deployments.service import LocalService
 from rapid.backend.protocol import Role
 from rapid.errors import RapidError
@@ -30,6 +31,7 @@ class Coordinator:
     async def __init__(
         self, config: AppConfig, target: DeploymentHandle, drafter: DeploymentHandle, retriever: DeploymentHandle
     ) -> None:
+        prepare_for_streams()
         engines: dict[Role, DeploymentHandle] = {"target": target, "drafter": drafter}
         least: dict[Role, int] = {
             "target": config.target.replicas.min,

@@ -17,6 +17,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from deployments.http.internal_headers import is_internal
 from deployments.http.request_log import ID_CHARACTERS, ID_HEADER
+from deployments.serve.worker import prepare_for_streams
 
 _SILENT_S, _BODY_S = 20.0, 300.0  # between two pieces of a body, and for all of it
 
@@ -68,6 +69,7 @@ def _is_unwanted(name: bytes, value: bytes) -> bool:
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy calls when it starts, before it listens."""
+    prepare_for_streams()
     # Where a client offers HTTP/2 (the JDK's, `curl --http2`), httptools, uvicorn's first choice, drops the body.
     HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
     return [Middleware(Edge)]

@@ -22,6 +22,7 @@ from deployments.schemas.health import Health
 from deployments.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from deployments.serve.metrics import RayExporter
 from deployments.serve.ray_errors import understood
+from deployments.serve.worker import prepare_for_streams
 from rapid.errors import RapidError
 from retrieval import TextLengths
 
@@ -117,5 +118,6 @@ class Ingress:
         self._config, self._service = config, RemoteService(coordinator)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        prepare_for_streams()
         # Serve's proxy names requests and returns the names itself.
         return make_api(self._config, self._service, exporter=RayExporter(), returns_id=False)

@@ -14,6 +14,7 @@ import ray
 
 from deployments.engine_config import EngineConfig
 from deployments.serve.channel import Address, Listener
+from deployments.serve.worker import SWITCH_INTERVAL_S
 from rapid.engine.messages import EngineStats, Pulse, SequenceRequest
 from rapid.models.info import ModelInfo, RankPlacement
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:  # an engine's replica names these actors too, and only their 
     from rapid.engine.engine import Engine
     from rapid.engine.lease import LeasedSequence
     from rapid.engine.sequence import Sequence
-
-_SWITCH_INTERVAL_S = 2e-4
 
 
 class RankActor:
@@ -77,7 +76,7 @@ class EngineActor(RankActor):
 
         self._followers = followers
         # The engine computes in one thread and is talked to in another, which would wait 5 ms for its turn.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine: Engine = await asyncio.to_thread(build_engine, self._config, placement, drafts=drafts)
         address = ray.util.get_node_ip_address()
         self._listener = await Listener.start(address, {"call": self.call}, ended=self.close)

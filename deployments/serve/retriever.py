@@ -10,9 +10,10 @@ from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.heartbeat import beating
+from deployments.serve.worker import prepare_for_streams
 from deployments.turns import FairPool
 from retrieval import IndexProgress, Retrieval, TenantOptions, TextLengths
-from retrieval.device import DocumentsBehind
+from retrieval.device import OneThreadEach
 
 _NUM_QUERIES, _QUERIES_OF_A_CLIENT = 4, 2  # in threads at the same time
 _NUM_INDEXED = 2
@@ -26,11 +27,10 @@ class RetrieverReplica:
     def __init__(self, config: RetrieverConfig, files: FilesConfig, target_model: str) -> None:
         from deployments.builders import build_retriever  # here: the process that builds the application needs no torch
 
+        prepare_for_streams()
         self._retriever = build_retriever(config, files, target_model)
-        # Engines on the same cores go first: every running request waits for each of their steps. They do not go
-        # before a query's own pass, for which a request waits as well.
-        if config.device == "cpu":
-            self._retriever.embedder.passes = DocumentsBehind()
+        if config.device == "cpu":  # which it shares with engines
+            self._retriever.embedder.passes = OneThreadEach()
         self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT, behind_engines=True)
         self._indexing = FairPool(_NUM_INDEXED, "index", behind_engines=True)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from deployments.turns import FairPool, Turns
+from deployments import turns
+from deployments.turns import FairPool, Spent, Turns
 from rapid.errors import Overloaded
+from retrieval.device import stands_behind
 
 
 def test_a_client_with_much_to_do_holds_up_no_other() -> None:
@@ -119,15 +121,36 @@ def test_steps_end_when_nobody_asks_for_them() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
-def test_threads_behind_the_engines_have_less_priority_than_the_rest() -> None:
-    async def priorities(behind_engines: bool) -> tuple[int, int]:
-        pool = FairPool(1, "test", behind_engines=behind_engines)
-        return await pool.run("a", os.nice, 0), os.nice(0)
+def test_a_client_that_asked_for_much_stands_behind_the_engines_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
 
-    usual = os.nice(0)
-    assert asyncio.run(priorities(False)) == (usual, usual)
-    behind, rest = asyncio.run(priorities(True))
-    assert (behind > usual or usual == 19) and rest == usual
+    def work(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        return stands_behind()
+
+    async def story() -> None:
+        nonlocal now
+        pool, usual = FairPool(1, "test", behind_engines=True), FairPool(1, "test")
+        assert [await pool.run("heavy", work, 0.5) for _ in range(4)] == [False, False, True, True]
+        assert not await pool.run("light", work, 0.0)
+        assert await pool.run("heavy", work, 0.0)
+        now += 10
+        assert not await pool.run("heavy", work, 0.0)
+        assert [await usual.run("heavy", work, 1.0) for _ in range(3)] == [False] * 3
+
+    asyncio.run(story())
+    assert not stands_behind()
+
+
+def test_what_clients_spent_is_forgotten() -> None:
+    spent = Spent()
+    for i in range(1000):
+        spent.add(f"client {i}", 1.0, now=float(i))
+    assert spent.of("client 999", 999.0) == 1.0
+    assert 0.4 < spent.of("client 999", 1001.0) < 0.6
+    assert len(spent._of) < 50
 
 
 def test_turns_come_in_order_and_none_is_lost() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from deployments import builders
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.serve.retriever import RetrieverReplica
 from retrieval import Retrieval, TenantOptions
+from retrieval.device import stand_behind, stands_behind
 
 LIMIT_S = 30.0
 FOUND = Retrieval((), 0, 0, 0, 0.0, reaches_threshold=True, confidence=1.0)
@@ -91,18 +93,22 @@ def test_a_retrieval_ends_behind_the_step_in_which_its_client_leaves(documents: 
 
 
 def test_a_query_computes_while_documents_do_not_get_to_it(documents: Documents) -> None:
-    """Beside engines the pass of documents under way may stand still."""
+    """Beside engines the pass of documents under way may stand still, that of a client with many even for long."""
     passes = replica()._retriever.embedder.passes
 
     async def main() -> None:
-        read = asyncio.create_task(
-            asyncio.to_thread(passes.run, lambda: documents.going_on.wait(LIMIT_S) and os.nice(0), is_query=False)
-        )
+        behind = ThreadPoolExecutor(1, initializer=stand_behind)
+
+        def computing() -> bool:
+            return documents.going_on.wait(LIMIT_S) and stands_behind()
+
+        of_many = behind.submit(passes.run, computing, is_query=False)
+        of_few = asyncio.create_task(asyncio.to_thread(passes.run, computing, is_query=False))
         async with asyncio.timeout(LIMIT_S):
-            of_query = await asyncio.to_thread(passes.run, lambda: os.nice(0), is_query=True)
-        assert not read.done()
+            assert not await asyncio.to_thread(passes.run, stands_behind, is_query=True)
+        assert not of_few.done() and not of_many.done()
         documents.going_on.set()
-        assert of_query == os.nice(0)
-        assert await read > of_query or of_query == 19
+        assert not await of_few
+        assert of_many.result(LIMIT_S) == (sys.platform == "linux")
 
     asyncio.run(main())
