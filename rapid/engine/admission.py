@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -59,6 +60,14 @@ class Admission:
     def num_decoding(self, since: float) -> int:
         """How many open sequences had a pass after ``since`` that was no prefill."""
         return sum(sequence.decoded_at > since for sequence in self._sequences.values())
+
+    def pause_left_s(self, longest_s: float) -> float:
+        """How long until all sequences that pause between two calls may have made the next, or not for ``longest_s``.
+
+        Sequences that usually pause for longer do not count: they wait for a drafter, or for their reader.
+        """
+        pausing = (s for s in self._sequences.values() if not s.num_asked and s.pause_s <= longest_s)
+        return max((s.answered_at for s in pausing), default=-math.inf) + longest_s - time.monotonic()
 
     def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
         """A future of the sequence, which a later `update` admits; ``logits`` adjusts the sequence's logits.

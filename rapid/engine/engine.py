@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -51,9 +52,11 @@ class Engine:
     sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
     in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
     is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for; those of whole drafts are
-    recorded only if the engine ``drafts``. An engine that shares the process's compute thread with a drafter's engine
-    ``gathers``: before a pass it waits a few milliseconds for sequences that are between two rounds. Else the requests
-    would fall into groups, of which each waits for the drafts and the verifications of the others.
+    recorded only if the engine ``drafts``.
+
+    Before a pass the engine waits a few milliseconds for sequences that are between two rounds. Else they would fall
+    into groups, of which each waits for the passes of the others. An engine that shares the process's compute thread
+    with a drafter's engine ``gathers`` apart from that thread, too, where the drafts go on meanwhile.
 
     The engine works in turns on the compute thread (`rapid.engine.torch_thread`), and whoever brings work asks for the
     next turn himself: to wake a thread that only asks would cost each round as much again.
@@ -85,7 +88,9 @@ class Engine:
         self.gathers = False
         self.ended: Future[None] = Future()
         self._submitted: deque[tuple[Task[Any], Future[Any]]] = deque()
-        self._wake = threading.Condition()
+        lock = threading.RLock()
+        self._wake = threading.Condition(lock)
+        self._news = threading.Condition(lock)  # for who gathers
         self._decoding = False  # whether sequences decode, in the next pass or soon
         self._ending: EngineLost | None = None  # why the engine refuses new tasks
         self._has_turn = False  # one is under way, or soon will be
@@ -141,19 +146,27 @@ class Engine:
             self._admission.leave(sequence)
             self._go_on()
 
-    def submit(self, task: Task[T]) -> Future[T]:
+    def submit(self, task: Task[T], sequence: Sequence | None = None) -> Future[T]:
         """Runs ``task`` to its end; the future gets its return value, or the exception that ended it.
 
-        Cancelling the future ends the task before the next pass.
+        Cancelling the future ends the task before the next pass. Passes wait a little for the next task of a
+        ``sequence`` that has its answer.
         """
         future: Future[T] = Future()
         with self._wake:
+            if sequence is not None:
+                sequence.asks()
+                future.add_done_callback(partial(self._has_answered, sequence))
             if self._ending:
                 future.set_exception(copy.copy(self._ending))
             else:
                 self._submitted.append((task, future))
                 self._go_on()
         return future
+
+    def _has_answered(self, sequence: Sequence, _: Future[Any]) -> None:
+        with self._wake:
+            sequence.is_answered()
 
     def forget(self, tokens: list[int], salt: str = "") -> Future[int]:
         """Forgets the cached pages of a text with these ``tokens`` (`KVPool.forget`); the future gives their number."""
@@ -188,12 +201,13 @@ class Engine:
         with self._wake:
             self._ending = self._ending or SequenceClosed("the engine is shutting down")
             self._wake.notify()
+            self._news.notify_all()
             self._ask_for_a_turn()
         self.ended.result()
         self._asking.join()
 
     def _ask(self) -> None:
-        """Asks for turns where nobody else does: after some time without work, and for an engine that gathers."""
+        """Asks for turns where nobody else does: after some time without work, and for an engine that ``gathers``."""
         with self._wake:
             while self._ending is None:
                 self._wake.wait(_IDLE_TURN_S)
@@ -202,6 +216,7 @@ class Engine:
 
     def _go_on(self) -> None:
         """Sees to it that a turn looks at what is new; needs `_wake`."""
+        self._news.notify_all()
         if self.gathers:
             self._wake.notify()  # not on the compute thread, where the other engine drafts meanwhile
         else:
@@ -238,20 +253,20 @@ class Engine:
         self.ended.set_result(None)
 
     def _gather(self) -> None:
-        """Waits a little for sequences that are between two rounds, if this engine ``gathers``; needs `_wake`."""
-        until = time.monotonic() + _GATHER_S * self.gathers
-        while (left_s := until - time.monotonic()) > 0:
-            num_expected = self._admission.num_decoding(since=time.monotonic() - _BETWEEN_ROUNDS)
-            if len(self._submitted) + len(self._tasks) >= num_expected:
+        """Waits a little for sequences that are between two calls; needs `_wake`.
+
+        Else the sequences would fall into groups, of which each waits for the passes of the others.
+        """
+        while (self._submitted or self._tasks) and (left_s := self._admission.pause_left_s(_GATHER_S)) > 0:
+            if not self._news.wait(left_s) or self._ending:
                 return
-            self._wake.wait(left_s)
 
     @torch.inference_mode()
     def _work(self) -> None:
         # The thread has other engines. Drafts are short, and requests wait for each other's: computed to their end,
         # they are verified in one pass, and not by turns with the drafts of the rest.
         with self._wake:
-            self._gather()  # also here: the last drafts ended just before this engine's turn
+            self._gather()
         for _ in range(_STEPS_AT_ONCE):
             while self._submitted:
                 self._tasks.start(*self._submitted.popleft())

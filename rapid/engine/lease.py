@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, TypeVar
 
 from rapid.engine.engine import Engine
 from rapid.engine.messages import (
@@ -23,10 +23,11 @@ from rapid.engine.messages import (
 from rapid.engine.propose import drafted_ahead, propose
 from rapid.engine.score import score
 from rapid.engine.self_draft import draft_over_view, refine
-from rapid.engine.sequence import Sequence
+from rapid.engine.sequence import Sequence, Task
 from rapid.engine.verify import prefill, verify_draft
 from rapid.speculation.draft import Draft, VerifyResult
 
+T = TypeVar("T")
 CALLS = frozenset({"prefill", "propose", "drafted_ahead", "draft_over_view", "refine", "verify", "score", "pulse"})
 
 
@@ -51,29 +52,32 @@ class LeasedSequence:
         return answer
 
     def prefill(self) -> Awaitable[PrefillResult]:
-        return asyncio.wrap_future(self._engine.submit(prefill(self.sequence)))
+        return self._answer(prefill(self.sequence))
 
     def propose(self, request: DraftRequest) -> Awaitable[Draft]:
         model = self._engine.model
         task = propose(self.sequence, request, model.info.eos_token_ids, model.draft_head)
-        return asyncio.wrap_future(self._engine.submit(task))
+        return self._answer(task)
 
     def drafted_ahead(self) -> Awaitable[Draft | None]:
         return asyncio.ensure_future(drafted_ahead(self.sequence.drafting_ahead))
 
     def draft_over_view(self, request: SelfDraftRequest) -> Awaitable[Draft]:
         task = draft_over_view(self.sequence, request, self._engine.model.info.eos_token_ids)
-        return asyncio.wrap_future(self._engine.submit(task))
+        return self._answer(task)
 
     def refine(self, request: RefineRequest) -> Awaitable[Draft]:
         task = refine(self.sequence, request, self._engine.model.info.eos_token_ids)
-        return asyncio.wrap_future(self._engine.submit(task))
+        return self._answer(task)
 
     def verify(self, request: VerifyRequest) -> Awaitable[VerifyResult]:
-        return asyncio.wrap_future(self._engine.submit(verify_draft(self.sequence, request)))
+        return self._answer(verify_draft(self.sequence, request))
 
     def score(self, request: ScoreRequest) -> Awaitable[ScoreResult]:
-        return asyncio.wrap_future(self._engine.submit(score(self.sequence, request)))
+        return self._answer(score(self.sequence, request))
 
     async def pulse(self) -> Pulse:
         return self._engine.pulse()
+
+    def _answer(self, task: Task[T]) -> Awaitable[T]:
+        return asyncio.wrap_future(self._engine.submit(task, self.sequence))

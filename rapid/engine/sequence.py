@@ -33,6 +33,9 @@ class SharedPass(NamedTuple):
 ALONE = SharedPass(1, 1)
 
 
+_NEWEST = 0.5  # the weight of the newest pause
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request's tokens in one engine: a prompt, an output, and the cache of their first ``cache.length`` tokens.
@@ -55,11 +58,25 @@ class Sequence:
     over_view: tuple[int, list[int]] = (-1, [])  # (position, draft tokens behind it that passes over a view have read)
     last_used: float = field(default_factory=time.monotonic)
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
+    num_asked: int = 0  # calls not answered yet
+    answered_at: float = field(default_factory=lambda: time.monotonic())  # the latest of them, or the opening
+    pause_s: float = 0.0  # from an answer to the next call, lately
     shared: SharedPass = ALONE  # that pass
 
     @property
     def prompt(self) -> list[int]:
         return self.request.prompt
+
+    def asks(self) -> None:
+        """A call comes."""
+        if not self.num_asked:
+            self.pause_s += _NEWEST * (time.monotonic() - self.answered_at - self.pause_s)
+        self.num_asked += 1
+
+    def is_answered(self) -> None:
+        """A call has its answer."""
+        self.answered_at = time.monotonic()
+        self.num_asked -= 1
 
     @property
     def device(self) -> torch.device:

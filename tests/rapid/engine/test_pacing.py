@@ -11,6 +11,7 @@ from running import VOCAB, begun, decode, done, opened, random_tokens
 
 from rapid.engine import admission, passes
 from rapid.engine import engine as engine_module
+from rapid.engine import sequence as sequence_module
 from rapid.engine.engine import Engine
 from rapid.engine.pacing import MAX_BATCH_TOKENS, Chunk, Pacer
 from rapid.engine.verify import prefill
@@ -120,7 +121,7 @@ class Clock:
 
         monkeypatch.setattr(model, "forward", timed)
         fake = SimpleNamespace(monotonic=lambda: self.now, perf_counter=time.perf_counter)
-        for module in (engine_module, passes, admission):
+        for module in (engine_module, passes, admission, sequence_module):
             monkeypatch.setattr(module, "time", fake)
 
 

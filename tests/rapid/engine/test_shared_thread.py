@@ -2,16 +2,18 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from gate import Gate
-from running import VOCAB, decode, done, eventually, opened, proposal, random_tokens, verification
+from running import VOCAB, begun, done, eventually, opened, proposal, random_tokens, verification
 
 from rapid.backend.local import LocalBackend
 from rapid.engine import engine as engine_module
 from rapid.engine import torch_thread
 from rapid.engine.engine import Engine
+from rapid.engine.verify import prefill
 from rapid.models.model import Model
 from rapid.speculation.draft import Draft, DraftLimits
 
@@ -46,33 +48,58 @@ def test_a_draft_is_computed_to_its_end_before_the_other_engine_has_its_turn(
     assert order == ["drafter"] * 5 + ["target"]
 
 
+@pytest.mark.parametrize("beside_a_drafter", [False, True])
 def test_a_pass_waits_for_sequences_that_are_between_rounds(
-    model: Model, engine: MakeEngine, gates: Callable[[Model], Gate], monkeypatch: pytest.MonkeyPatch
+    model: Model,
+    engine: MakeEngine,
+    gates: Callable[[Model], Gate],
+    monkeypatch: pytest.MonkeyPatch,
+    beside_a_drafter: bool,
 ) -> None:
     monkeypatch.setattr(engine_module, "_GATHER_S", 30.0)
     running = engine(model)
-    sequences = [opened(running, random_tokens(20, seed=i)) for i in (4, 5)]
-    for sequence in sequences:
-        decode(running, sequence, 1)
-    running.gathers = True
+    running.gathers = beside_a_drafter
     gate = gates(model)
-    gate.open()
-    gathering, wait = threading.Event(), running._wake.wait
+    gathering, wait = threading.Event(), running._news.wait
 
     def noticed(timeout: float | None = None) -> bool:
-        if timeout != 1.0:  # that of an engine without work
-            gathering.set()
+        gathering.set()
         return wait(timeout)
 
-    monkeypatch.setattr(running._wake, "wait", noticed)
-    first = running.submit(verification(sequences[0], Draft(1)))
+    monkeypatch.setattr(running._news, "wait", noticed)
+    sequences = [begun(running, random_tokens(20, seed=i)) for i in (4, 5)]
+
+    def verified(number: int, position: int) -> Future[Any]:
+        return running.submit(verification(sequences[number], Draft(position)), sequences[number])
+
+    reading = [running.submit(prefill(sequence), sequence) for sequence in sequences]
+    gate.open()
+    for read in reading:
+        done(read)
+    gathering.clear()
+    first = verified(0, 0)
     assert gathering.wait(30)
-    done(running.submit(verification(sequences[1], Draft(1))))
+    done(verified(1, 0))
     done(first)
-    assert gate.passes == [[1, 1]]
+    assert gate.passes == [[19, 19], [1, 1]]
     running.close(sequences[0])
-    done(running.submit(verification(sequences[1], Draft(2))))  # nobody waits for what is closed
-    assert gate.passes == [[1, 1], [1]]
+    done(verified(1, 1))  # nobody waits for what is closed
+    assert gate.passes == [[19, 19], [1, 1], [1]]
+
+
+def test_nobody_waits_for_a_sequence_that_pauses_for_long(
+    model: Model, engine: MakeEngine, gates: Callable[[Model], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a drafter, or for its reader."""
+    monkeypatch.setattr(engine_module, "_GATHER_S", 30.0)
+    running = engine(model)
+    slow, other = (begun(running, random_tokens(20, seed=i)) for i in (4, 5))
+    slow.pause_s = other.pause_s = 600.0
+    for sequence in (slow, other):
+        done(running.submit(prefill(sequence), sequence))
+    slow.pause_s = other.pause_s = 600.0
+    done(running.submit(verification(other, Draft(0)), other))
+    assert other.pause_s < 600.0
 
 
 def test_only_a_target_beside_a_drafter_gathers(model: Model, engine: MakeEngine) -> None:
