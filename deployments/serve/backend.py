@@ -109,10 +109,17 @@ class RayBackend:
             raise refusal
         stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
         words = heard(stream, first_s=_OPTIONAL_TIMEOUT_S, silent_s=_OPTIONAL_TIMEOUT_S)
+        limit_s = retrieval_limit_s(contents)
         try:
             with _retrieving(self._retrieving):
-                async with asyncio.timeout(retrieval_limit_s(contents)), aclosing(words):
-                    retrieval: Retrieval = await anext(words)
+                try:
+                    async with asyncio.timeout(limit_s) as whole, aclosing(words):
+                        retrieval: Retrieval = await anext(words)
+                except TimeoutError:
+                    if not whole.expired():
+                        raise
+                    # It was not silent, so others need not do without it.
+                    raise RetrievalFailed(f"the retriever has worked for {limit_s:.0f} s and is not done") from None
         except (asyncio.CancelledError, RetrievalFailed):
             stream.cancel()
             raise

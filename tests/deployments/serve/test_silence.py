@@ -329,6 +329,26 @@ def test_a_retriever_that_keeps_one_waiting_is_not_asked_by_the_next(
     asyncio.run(main())
 
 
+def test_a_document_that_takes_too_long_costs_nobody_else_his_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The retriever says that it works."""
+    monkeypatch.setattr(ray_backend, "retrieval_limit_s", lambda _: 0.1)
+
+    class Working(Words):
+        async def __anext__(self) -> None:
+            await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        working = Working()
+        away = backend(Handle(), Handle(), Handle(retrieve=lambda *_: working))
+        with pytest.raises(RetrievalFailed, match="has worked for 0 s and is not done"):
+            await asyncio.wait_for(away.retrieve(["a long text"], "query", None), LIMIT_S)
+        assert working.cancelled
+        away._retriever = Handle(retrieve=lambda *_: Words(None, "the passages"))  # type: ignore[assignment]
+        assert await away.retrieve(["text"], "query", None) == "the passages"  # type: ignore[comparison-overlap]
+
+    asyncio.run(main())
+
+
 def test_texts_that_take_too_long_to_embed_cost_nobody_their_passages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.1)
 
