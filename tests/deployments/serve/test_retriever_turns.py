@@ -100,11 +100,14 @@ def test_a_query_computes_while_documents_do_not_get_to_it(documents: Documents)
         behind = ThreadPoolExecutor(1, initializer=stand_behind)
 
         def computing() -> bool:
+            documents.begun.release()
             return documents.going_on.wait(LIMIT_S) and stands_behind()
 
         of_many = behind.submit(passes.run, computing, is_query=False)
         of_few = asyncio.create_task(asyncio.to_thread(passes.run, computing, is_query=False))
-        async with asyncio.timeout(LIMIT_S):
+        for _ in range(2):
+            assert await asyncio.to_thread(documents.begun.acquire, timeout=LIMIT_S)
+        async with asyncio.timeout(LIMIT_S / 6):
             assert not await asyncio.to_thread(passes.run, stands_behind, is_query=True)
         assert not of_few.done() and not of_many.done()
         documents.going_on.set()
