@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
@@ -87,10 +87,12 @@ class OneThreadEach:
 def stand_behind() -> None:
     """From now on this thread, and each that it starts, computes when no usual thread on the same core wants to.
 
-    A thread of usual priority that wakes up interrupts it at once. Only Linux has this for a single thread.
+    A thread of usual priority that wakes up interrupts it at once. Only Linux has this for a single thread, and a
+    sandbox may refuse it: then the thread goes on as it is.
     """
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def stands_behind() -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
-from retrieval.device import DeviceTurns
+import pytest
+
+from retrieval.device import DeviceTurns, stand_behind, stands_behind
 
 DEADLINE_S = 10.0
 
@@ -56,3 +61,13 @@ def test_a_pass_that_fails_gives_its_turn_back():
 def wait_until(is_so) -> bool:
     ticks = threading.Event()
     return any(is_so() or ticks.wait(0.005) for _ in range(2000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_a_system_that_refuses_to_let_a_thread_stand_behind_costs_no_call(monkeypatch):
+    def refused(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    with ThreadPoolExecutor(1, initializer=stand_behind) as pool:
+        assert pool.submit(stands_behind).result(30) is False
