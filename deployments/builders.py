@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deployments.config import AppConfig, FilesConfig, RetrieverConfig, read_secrets
 from deployments.engine_config import EngineConfig
@@ -58,7 +60,10 @@ def build_retriever(config: RetrieverConfig, files: FilesConfig | None, target_m
 
 
 class LocalIndexingBackend(LocalBackend):
-    """A local backend whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`)."""
+    """A local backend whose retriever also keeps documents (`deployments.files.indexing.IndexingBackend`).
+
+    Clients take turns with each forward pass, whatever they ask for.
+    """
 
     def __init__(self, target: Engine, drafter: Engine, retriever: Retriever, **how: Any) -> None:
         super().__init__(target, drafter, retriever.retrieve, embed=retriever.embedder.embed, **how)
@@ -73,11 +78,14 @@ class LocalIndexingBackend(LocalBackend):
         with _understood():
             await asyncio.to_thread(self._retriever.delete, vectors)
 
-    async def text_lengths(self, texts: list[str]) -> TextLengths:
+    async def embed(self, texts: list[str], salt: str = "", client: str = "") -> NDArray[np.float32]:
+        return await super().embed(texts, salt)
+
+    async def text_lengths(self, texts: list[str], client: str = "") -> TextLengths:
         with _understood():
             return await asyncio.to_thread(self._retriever.lengths, texts)
 
-    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
+    async def rerank(self, query: str, texts: list[str], salt: str = "", client: str = "") -> list[float]:
         with _understood():
             return await asyncio.to_thread(self._retriever.rerank, query, texts, salt)
 

@@ -27,14 +27,14 @@ class TextModels:
     async def lengths(self, texts: list[str], client: str) -> TextLengths:
         """(how many tokens the models read, how many each text has)."""
         async with self._turns.turn(client):
-            return await self._backend.text_lengths(texts)
+            return await self._backend.text_lengths(texts, client)
 
     async def embed(self, texts: list[str], client: str) -> NDArray[np.float32]:
         """A unit vector for each text: [len(texts), dimension]."""
         rows = []
         for batch in _batches(texts):
             async with self._turns.turn(client):
-                rows.append(await self._backend.embed(batch, self._salt_of(client)))
+                rows.append(await self._backend.embed(batch, self._salt_of(client), client))
         return np.concatenate(rows)
 
     async def rerank(self, query: str, texts: list[str], client: str) -> list[float]:
@@ -42,7 +42,7 @@ class TextModels:
         scores: list[float] = []
         for batch in _batches(texts):
             async with self._turns.turn(client):
-                scores += await self._backend.rerank(query, batch, self._salt_of(client))
+                scores += await self._backend.rerank(query, batch, self._salt_of(client), client)
         return scores
 
 

@@ -13,6 +13,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deployments.datastores import Datastores
 from deployments.files.records import Content, FileNotStored
 from deployments.files.store import FileStore
@@ -41,12 +44,16 @@ class IndexingBackend(Backend, Protocol):
         """Removes kept vectors. Raises RetrievalFailed as `keep` does."""
         ...
 
-    async def text_lengths(self, texts: list[str]) -> TextLengths:
-        """`Retriever.lengths`. Raises RetrievalFailed as `keep` does."""
+    async def embed(self, texts: list[str], salt: str = "", client: str = "") -> NDArray[np.float32]:
+        """`Embedder.embed`, when it is the turn of ``client``. Raises RetrievalFailed as `keep` does."""
         ...
 
-    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
-        """`Retriever.rerank`. Raises RetrievalFailed as `keep` does."""
+    async def text_lengths(self, texts: list[str], client: str = "") -> TextLengths:
+        """`Retriever.lengths`, in turns as `embed`. Raises RetrievalFailed as `keep` does."""
+        ...
+
+    async def rerank(self, query: str, texts: list[str], salt: str = "", client: str = "") -> list[float]:
+        """`Retriever.rerank`, in turns as `embed`. Raises RetrievalFailed as `keep` does."""
         ...
 
 

@@ -35,7 +35,7 @@ _RESUME_TIMEOUT_S = 300.0  # to find another engine when one is lost: a new repl
 _LEASE_TIMEOUT_S = 5.0  # to lease from one replica: a node that is gone does not answer, and Ray notices late
 _OPTIONAL_TIMEOUT_S = 1.8  # for the next word of what a request can do without, which may cost it two seconds
 _LATE_TICKET_TIMEOUT_S = 0.3  # for a ticket whose request is gone
-_DELETE_TIMEOUT_S = 20.0
+_NEEDED_TIMEOUT_S = 20.0  # for the retriever's next word, where there is nothing to do without it
 
 
 class RayBackend:
@@ -59,7 +59,7 @@ class RayBackend:
         self.overlap, self.is_colocated = overlap, is_colocated
         self._engines, self._retriever, self._least = engines, retriever, least
         self._hanging = {role: Breaker() for role in engines}
-        self._retrieving, self._embedding = Breaker(), Breaker()  # apart: slow texts do not cost others their passages
+        self._retrieving, self._computing = Breaker(), Breaker()  # apart: their callers wait for words differently long
         self._queue = QueueMetrics(engines)
         self._infos: dict[Role, ModelInfo] = {}
         self._actors = EngineActors()
@@ -104,17 +104,38 @@ class RayBackend:
         return None
 
     async def retrieve(self, contents: list[str], query: str, options: Any) -> Retrieval:
+        asked = ("retrieve", contents, query, options)
+        retrieval: Retrieval = await self._of_retriever(self._retrieving, _OPTIONAL_TIMEOUT_S, contents, *asked)
+        return retrieval
+
+    async def embed(self, texts: list[str], salt: str = "", client: str = "") -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = await self._computed(texts, client or salt, "embed", texts, salt)
+        return vectors
+
+    async def text_lengths(self, texts: list[str], client: str = "") -> TextLengths:
+        lengths: TextLengths = await self._computed(texts, client, "lengths", texts)
+        return lengths
+
+    async def rerank(self, query: str, texts: list[str], salt: str = "", client: str = "") -> list[float]:
+        read = [text for each in texts for text in (query, each)]
+        scores: list[float] = await self._computed(read, client or salt, "rerank", query, texts, salt)
+        return scores
+
+    async def _computed(self, read: list[str], *asked: Any) -> Any:
+        return await self._of_retriever(self._computing, _NEEDED_TIMEOUT_S, read, "compute", *asked)
+
+    async def _of_retriever(self, breaker: Breaker, silent_s: float, read: list[str], method: str, *args: Any) -> Any:
         """Each word of the retriever is waited for, not the whole answer: a long document takes its time."""
-        if refusal := self._retrieving.refusal():
+        if refusal := breaker.refusal():
             raise refusal
-        stream = self._retriever.options(stream=True).retrieve.remote(contents, query, options)
-        words = heard(stream, first_s=_OPTIONAL_TIMEOUT_S, silent_s=_OPTIONAL_TIMEOUT_S)
-        limit_s = retrieval_limit_s(contents)
+        stream = getattr(self._retriever.options(stream=True), method).remote(*args)
+        words = heard(stream, first_s=silent_s, silent_s=silent_s)
+        limit_s = retrieval_limit_s(read)
         try:
-            with _retrieving(self._retrieving):
+            with _retrieving(breaker):
                 try:
                     async with asyncio.timeout(limit_s) as whole, aclosing(words):
-                        retrieval: Retrieval = await anext(words)
+                        answer = await anext(words)
                 except TimeoutError:
                     if not whole.expired():
                         raise
@@ -123,40 +144,14 @@ class RayBackend:
         except (asyncio.CancelledError, RetrievalFailed):
             stream.cancel()
             raise
-        self._retrieving.succeeded()
-        return retrieval
-
-    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = await self._of_retriever("embed", texts, salt)
-        return vectors
-
-    async def text_lengths(self, texts: list[str]) -> TextLengths:
-        lengths: TextLengths = await self._of_retriever("text_lengths", texts)
-        return lengths
-
-    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
-        scores: list[float] = await self._of_retriever("rerank", query, texts, salt)
-        return scores
-
-    async def _of_retriever(self, method: str, *args: Any) -> Any:
-        if refusal := self._embedding.refusal():
-            raise refusal
-        answer = getattr(self._retriever, method).remote(*args)
-        with _retrieving(self._embedding):
-            try:
-                async with asyncio.timeout(_DELETE_TIMEOUT_S):
-                    found = await answer
-                self._embedding.succeeded()
-                return found
-            except BaseException:
-                answer.cancel()
-                raise
+        breaker.succeeded()
+        return answer
 
     async def keep(self, text: str, chunk_tokens: int, tenant: str = "") -> AsyncIterator[IndexProgress]:
         stream = self._retriever.options(stream=True).keep.remote(text, chunk_tokens, tenant)
         try:
             with _retrieving(self._retrieving):
-                async for kept in heard(stream, first_s=_DELETE_TIMEOUT_S, silent_s=_DELETE_TIMEOUT_S):
+                async for kept in heard(stream, first_s=_NEEDED_TIMEOUT_S, silent_s=_NEEDED_TIMEOUT_S):
                     yield kept
         finally:
             stream.cancel()
@@ -165,7 +160,7 @@ class RayBackend:
         dropped = self._retriever.delete.remote(vectors)
         with _retrieving(self._retrieving):
             try:
-                async with asyncio.timeout(_DELETE_TIMEOUT_S):
+                async with asyncio.timeout(_NEEDED_TIMEOUT_S):
                     await dropped
             except TimeoutError:
                 dropped.cancel()

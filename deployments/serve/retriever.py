@@ -3,20 +3,19 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from ray import serve
 
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.heartbeat import beating
 from deployments.serve.worker import prepare_for_streams
 from deployments.turns import FairPool
-from retrieval import IndexProgress, Retrieval, TenantOptions, TextLengths
+from retrieval import IndexProgress, Retrieval, TenantOptions
 from retrieval.device import OneThreadEach
 
 _NUM_QUERIES, _QUERIES_OF_A_CLIENT = 4, 2  # in threads at the same time
-_NUM_INDEXED = 2
+_NUM_INDEXED = _NUM_TEXTS = 2
 
 
 @serve.deployment
@@ -33,6 +32,9 @@ class RetrieverReplica:
             self._retriever.embedder.passes = OneThreadEach()
         self._queries = FairPool(_NUM_QUERIES, "retrieve", per_client=_QUERIES_OF_A_CLIENT, behind_engines=True)
         self._indexing = FairPool(_NUM_INDEXED, "index", behind_engines=True)
+        self._texts = FairPool(_NUM_TEXTS, "texts", behind_engines=True)
+        computes = self._retriever
+        self._methods = {"embed": computes.embedder.embed, "lengths": computes.lengths, "rerank": computes.rerank}
 
     async def retrieve(
         self, contents: list[str], query: str, options: TenantOptions
@@ -57,17 +59,17 @@ class RetrieverReplica:
             async for kept in steps:
                 yield kept
 
-    async def embed(self, texts: list[str], salt: str = "") -> NDArray[np.float32]:
-        """`Embedder.embed`; it remembers the texts that it has embedded lately."""
-        return await asyncio.to_thread(self._retriever.embedder.embed, texts, salt)
+    async def compute(
+        self, client: str, method: Literal["embed", "lengths", "rerank"], *args: Any
+    ) -> AsyncIterator[Any]:
+        """What `Embedder.embed`, `Retriever.lengths` or `Retriever.rerank` returns; a stream as that of `retrieve`."""
 
-    async def text_lengths(self, texts: list[str]) -> TextLengths:
-        """`Retriever.lengths`."""
-        return await asyncio.to_thread(self._retriever.lengths, texts)
+        async def answer() -> AsyncGenerator[Any, None]:
+            yield await self._texts.run(client, self._methods[method], *args)
 
-    async def rerank(self, query: str, texts: list[str], salt: str = "") -> list[float]:
-        """`Retriever.rerank`."""
-        return await asyncio.to_thread(self._retriever.rerank, query, texts, salt)
+        async with aclosing(beating(answer())) as words:
+            async for word in words:
+                yield word
 
     async def answers(self) -> None:
         """Returns at once, if at all."""

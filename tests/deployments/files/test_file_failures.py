@@ -306,7 +306,7 @@ def test_a_retriever_that_is_away_is_not_waited_for_by_a_deletion(monkeypatch: p
             await RayBackend({}, retriever, overlap=False).delete("x")  # type: ignore[arg-type]
         assert answer.cancelled()
 
-    monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(ray_backend, "_NEEDED_TIMEOUT_S", 0.01)
     asyncio.run(story())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments import builders
+from deployments import builders, turns
 from deployments.config import FilesConfig, RetrieverConfig
 from deployments.serve.retriever import RetrieverReplica
 from retrieval import Retrieval, TenantOptions
@@ -24,11 +24,23 @@ FOUND = Retrieval((), 0, 0, 0, 0.0, reaches_threshold=True, confidence=1.0)
 
 
 class Documents:
-    """A retriever whose steps for the client "long" do not end before ``going_on``; it counts them."""
+    """A retriever whose steps for the client "long", and whose vectors, do not end before ``going_on``; it counts the
+    steps."""
 
     def __init__(self) -> None:
         self.going_on, self.begun = threading.Event(), threading.Semaphore(0)
-        self.num_steps, self.embedder = 0, SimpleNamespace(passes=None)
+        self.num_steps, self.embedder = 0, SimpleNamespace(passes=None, embed=self.embed)
+
+    def embed(self, texts: Sequence[str], salt: str) -> str:
+        self.begun.release()
+        assert self.going_on.wait(LIMIT_S)
+        return "vectors"
+
+    def lengths(self, texts: Sequence[str]) -> bool:
+        return stands_behind()
+
+    def rerank(self, query: str, texts: Sequence[str], salt: str) -> str:
+        return f"{query} {texts} {salt}"
 
     def steps(self, contents: Sequence[str], query: str, options: TenantOptions) -> Iterator[Retrieval | None]:
         if options.client == "long":
@@ -52,8 +64,16 @@ def replica() -> Any:
     return RetrieverReplica.func_or_class(RetrieverConfig(), FilesConfig(), "a model")
 
 
-async def retrieve(where: Any, client: str) -> Retrieval:
-    async with aclosing(where.retrieve([], "", TenantOptions(client=client))) as words:
+async def retrieve(where: Any, client: str) -> Any:
+    return await answer_of(where.retrieve([], "", TenantOptions(client=client)))
+
+
+async def compute(where: Any, client: str, method: str, *args: Any) -> Any:
+    return await answer_of(where.compute(client, method, *args))
+
+
+async def answer_of(words: AsyncGenerator[Any, None]) -> Any:
+    async with aclosing(words):
         async for word in words:
             if word is not None:
                 return word
@@ -113,5 +133,30 @@ def test_a_query_computes_while_documents_do_not_get_to_it(documents: Documents)
         documents.going_on.set()
         assert not await of_few
         assert of_many.result(LIMIT_S) == (sys.platform == "linux")
+
+    asyncio.run(main())
+
+
+def test_texts_of_one_client_stand_before_no_other_s(documents: Documents) -> None:
+    async def main() -> None:
+        where = replica()
+        many = [asyncio.create_task(compute(where, "many", "embed", ["text"], "salt")) for _ in range(64)]
+        assert await asyncio.to_thread(documents.begun.acquire, timeout=LIMIT_S)
+        async with asyncio.timeout(LIMIT_S / 6):
+            assert await compute(where, "few", "rerank", "query", ["text"], "salt") == "query ['text'] salt"
+        documents.going_on.set()
+        assert await asyncio.gather(*many) == ["vectors"] * 64
+
+    asyncio.run(main())
+
+
+def test_texts_of_a_client_with_many_stand_behind_the_engines(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        where = replica()
+        assert not await compute(where, "one", "lengths", ["text"])
+        monkeypatch.setattr(turns, "_MUCH_S", -1.0)
+        assert await compute(where, "one", "lengths", ["text"]) == (sys.platform == "linux")
 
     asyncio.run(main())

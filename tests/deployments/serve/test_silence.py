@@ -329,45 +329,51 @@ def test_a_retriever_that_keeps_one_waiting_is_not_asked_by_the_next(
     asyncio.run(main())
 
 
-def test_a_document_that_takes_too_long_costs_nobody_else_his_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The retriever says that it works."""
-    monkeypatch.setattr(ray_backend, "retrieval_limit_s", lambda _: 0.1)
+class Working(Words):
+    """The stream of a retriever that says that it works."""
 
-    class Working(Words):
-        async def __anext__(self) -> None:
-            await asyncio.sleep(0.01)
+    async def __anext__(self) -> None:
+        await asyncio.sleep(0.01)
+
+
+def test_a_document_that_takes_too_long_costs_nobody_else_his_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "retrieval_limit_s", lambda _: 0.1)
 
     async def main() -> None:
         working = Working()
-        away = backend(Handle(), Handle(), Handle(retrieve=lambda *_: working))
+        away = backend(Handle(), Handle(), Handle(retrieve=lambda *_: working, compute=lambda *_: working))
         with pytest.raises(RetrievalFailed, match="has worked for 0 s and is not done"):
             await asyncio.wait_for(away.retrieve(["a long text"], "query", None), LIMIT_S)
         assert working.cancelled
-        away._retriever = Handle(retrieve=lambda *_: Words(None, "the passages"))  # type: ignore[assignment]
+        with pytest.raises(RetrievalFailed, match="has worked for 0 s and is not done"):
+            await asyncio.wait_for(away.embed(["a text that is as long"]), LIMIT_S)
+        other = Handle(retrieve=lambda *_: Words(None, "the passages"), compute=lambda *_: Words(None, "the vectors"))
+        away._retriever = other  # type: ignore[assignment]
         assert await away.retrieve(["text"], "query", None) == "the passages"  # type: ignore[comparison-overlap]
+        assert await away.embed(["text"]) == "the vectors"  # type: ignore[comparison-overlap]
 
     asyncio.run(main())
 
 
-def test_texts_that_take_too_long_to_embed_cost_nobody_their_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_backend, "_DELETE_TIMEOUT_S", 0.1)
+def test_a_retriever_that_computes_nothing_is_not_asked_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "_NEEDED_TIMEOUT_S", 0.1)
 
     async def main() -> None:
-        asked = iter(range(9))
-        slow = Handle(
-            embed=lambda *_: (next(asked), asyncio.ensure_future(never()))[1],
+        asked: list[tuple[Any, ...]] = []
+        answers: dict[str, Words] = {"embed": Words(None), "lengths": Words(None, "the lengths")}
+        retriever = Handle(
             retrieve=lambda *_: Words(None, "the passages"),
-            text_lengths=lambda *_: asyncio.ensure_future(answering("lengths")()),
+            compute=lambda client, method, *_: (asked.append((client, method)), answers[method])[1],
         )
-        away = backend(Handle(), Handle(), slow)
+        away = backend(Handle(), Handle(), retriever)
         for _ in range(2):
             with pytest.raises(RetrievalFailed, match="did not answer in time"):
-                await asyncio.wait_for(away.embed(["text"]), LIMIT_S)
-        assert next(asked) == 1, "the second one has waited too"
+                await asyncio.wait_for(away.embed(["text"], "salt", "client"), LIMIT_S)
+        assert asked == [("client", "embed")], "the second one has waited too"
         assert await away.retrieve(["text"], "query", None) == "the passages"  # type: ignore[comparison-overlap]
-        away._embedding._next_try = 0.0
-        assert await away.text_lengths(["text"]) == "lengths"  # type: ignore[comparison-overlap]
-        assert not away._embedding.is_open
+        away._computing._next_try = 0.0
+        assert await away.text_lengths(["text"], "client") == "the lengths"  # type: ignore[comparison-overlap]
+        assert not away._computing.is_open
 
     asyncio.run(main())
 
