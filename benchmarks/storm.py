@@ -1,9 +1,11 @@
 """The load mix, while processes hang and are killed at random, bodies are hostile and clients leave.
 
 Every accepted answer must end: whole, or with an error that says why. An answer that differs from the one a client
-alone got is replayed (`benchmarks.common.replay`). Memory is that of the processes that live throughout, that of each
-kind, of which others may live at the end than at the beginning, and that of a process of each kind by its age. The
-command stops and ends only processes of its own cluster.
+alone got is replayed (`benchmarks.common.replay`). The command stops and ends only processes of its own cluster.
+
+Memory is that of the processes that live throughout, that of each kind, of which others may live at the end than at the
+beginning, and that of a process of each kind by its age: all that is resident, and the private part of it, which counts
+no pages of Ray's object store and of files.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class Faults:
     chance: random.Random
     done: Counter[str] = field(default_factory=Counter)
     recovered_s: list[float] = field(default_factory=list)
+    at_s: list[tuple[float, str]] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
 
     async def run(self, until: float, every_s: float) -> None:
         async with httpx.AsyncClient() as client:
@@ -73,6 +77,7 @@ class Faults:
         began = time.monotonic()
         name = f"{kind} {'stopped' if sent == signal.SIGSTOP else 'killed'}"
         self.done[name] += 1
+        self.at_s.append((round(began - self._started, 1), name))
         is_continued = sent == signal.SIGKILL
         while time.monotonic() < began + RECOVERY_LIMIT_S:
             await asyncio.sleep(0.5)
@@ -101,47 +106,69 @@ async def hostile(until: float, seed: int) -> Counter[str]:
     return answers
 
 
-def growth(samples: list[dict[str, Any]]) -> dict[str, float]:
+Sizes = list[tuple[float, dict[str, float]]]  # (seconds, MiB by process), again and again
+
+
+def memory_of(samples: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """The three tables of ``what``, "rss" or "private"."""
+    sizes = [(sample["s"], sample[f"{what}_mib_by_process"]) for sample in samples]
+    return {"growth": growth(sizes), "by_kind": by_kind(sizes), "by_age": by_age(sizes), "by_minute": by_minute(sizes)}
+
+
+def growth(sizes: Sizes) -> dict[str, float]:
     """MiB from the median of the second third to that of the last, of the processes in all of them."""
-    second, last = (samples[i * len(samples) // 3 : (i + 1) * len(samples) // 3] for i in (1, 2))
-    sizes = [sample["rss_mib_by_process"] for sample in (*second, *last)]
-    throughout = set(sizes[0]).intersection(*sizes)
+    second, last = (sizes[i * len(sizes) // 3 : (i + 1) * len(sizes) // 3] for i in (1, 2))
 
-    def median(part: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(sample["rss_mib_by_process"][name] for sample in part)
+    def median(part: Sizes, name: str) -> float:
+        return statistics.median(of[name] for _, of in part)
 
-    return {name: round(median(last, name) - median(second, name), 1) for name in sorted(throughout)}
+    return {name: round(median(last, name) - median(second, name), 1) for name in _throughout([*second, *last])}
 
 
-def by_kind(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+def by_kind(sizes: Sizes) -> dict[str, list[float]]:
     """MiB of all processes of a kind together, the median of each third."""
 
-    def sizes(sample: dict[str, Any]) -> Counter[str]:
-        of: Counter[str] = Counter()
-        for process, size in sample["rss_mib_by_process"].items():
-            of[process.rpartition(" ")[0]] += size
-        return of
+    def summed(of: dict[str, float]) -> Counter[str]:
+        kinds: Counter[str] = Counter()
+        for process, size in of.items():
+            kinds[process.rpartition(" ")[0]] += size
+        return kinds
 
-    thirds = [[sizes(s) for s in samples[i * len(samples) // 3 : (i + 1) * len(samples) // 3]] for i in range(3)]
-    kinds = sorted({kind for part in thirds for of in part for kind in of})
-    return {kind: [round(statistics.median(of[kind] for of in part), 1) for part in thirds] for kind in kinds}
+    thirds = [[summed(of) for _, of in sizes[i * len(sizes) // 3 : (i + 1) * len(sizes) // 3]] for i in range(3)]
+    names = sorted({kind for part in thirds for of in part for kind in of})
+    return {kind: [round(statistics.median(of[kind] for of in part), 1) for part in thirds] for kind in names}
 
 
-def by_age(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def by_age(sizes: Sizes) -> dict[str, dict[str, float]]:
     """MiB of one process of a kind, the median at each age; of processes that began under way, whose age is known."""
     began: dict[str, float] = {}
-    sizes: dict[str, dict[str, list[float]]] = {}
-    for sample in samples:
-        for process, size in sample["rss_mib_by_process"].items():
-            age_min = (sample["s"] - began.setdefault(process, sample["s"])) / 60
+    seen: dict[str, dict[str, list[float]]] = {}
+    for at_s, of in sizes:
+        for process, size in of.items():
+            age_min = (at_s - began.setdefault(process, at_s)) / 60
             band = next((f"{low} to {high} min" for low, high in AGES_MIN if low <= age_min < high), None)
-            if band and began[process] > samples[0]["s"]:
-                sizes.setdefault(process.rpartition(" ")[0], {}).setdefault(band, []).append(size)
+            if band and began[process] > sizes[0][0]:
+                seen.setdefault(process.rpartition(" ")[0], {}).setdefault(band, []).append(size)
     return {
-        kind: {band: round(statistics.median(seen), 1) for band, seen in bands.items() if len(seen) >= FEWEST_SAMPLES}
-        for kind, bands in sorted(sizes.items())
+        kind: {band: round(statistics.median(of), 1) for band, of in bands.items() if len(of) >= FEWEST_SAMPLES}
+        for kind, bands in sorted(seen.items())
         if len(bands) > 1
     }
+
+
+def by_minute(sizes: Sizes) -> dict[str, list[float]]:
+    """MiB of each process that lived throughout, the median of each minute."""
+    minutes: dict[int, Sizes] = {}
+    for at_s, of in sizes:
+        minutes.setdefault(int(at_s // 60), []).append((at_s, of))
+    return {
+        name: [round(statistics.median(of[name] for _, of in minute), 1) for minute in minutes.values()]
+        for name in _throughout(sizes)
+    }
+
+
+def _throughout(sizes: Sizes) -> list[str]:
+    return sorted(set(sizes[0][1]).intersection(*(of for _, of in sizes)))
 
 
 def row(asked: list[Asked]) -> dict[str, Any]:
@@ -173,9 +200,9 @@ async def storm(options: argparse.Namespace, checker: Checker, crowd: Crowd) -> 
         "whole_again_s": {"median": statistics.median(faults.recovered_s), "worst": max(faults.recovered_s)},
         "streams": row(asked),
         "hostile_bodies": dict(answers),
-        "rss_mib_growth": growth(memory.samples),
-        "rss_mib_by_kind": by_kind(memory.samples),
-        "rss_mib_by_age": by_age(memory.samples),
+        "faults_at_s": faults.at_s,
+        "resident_mib": memory_of(memory.samples, "rss"),
+        "private_mib": memory_of(memory.samples, "private"),
     }
 
 

@@ -133,6 +133,11 @@ async def many_choices(client: httpx.AsyncClient, i: int) -> httpx.Response:
     return await client.post("/v1/chat/completions", json=chat(f"Count to {i}.", n=4, max_tokens=200, ignore_eos=True))
 
 
+async def embeddings(client: httpx.AsyncClient, i: int) -> httpx.Response:
+    texts = [noise(400, CONCURRENT * i + j) for j in range(64)]
+    return await client.post("/v1/embeddings", json={"model": MODEL, "input": texts})
+
+
 async def wrong_key(client: httpx.AsyncClient, i: int) -> httpx.Response:
     return await client.post("/v1/completions", json={}, headers={"Authorization": f"Bearer guess{i}"})
 
@@ -141,7 +146,7 @@ ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
         *(schema, wrong_body, long_prompt, tokenize, retrieval_left),
-        *(kept, upload, hard_file, many_choices, wrong_key),
+        *(kept, upload, hard_file, many_choices, embeddings, wrong_key),
     )
 }
 

@@ -21,7 +21,11 @@ SAMPLE_S = 5.0
 
 @dataclass
 class Memory:
-    """The resident size of the service's processes, and the KV memory that open sequences hold, over time."""
+    """The resident size of the service's processes, and the KV memory that open sequences hold, over time.
+
+    The resident size counts what a process has touched of shared memory (Ray's object store) and of files, too. Its
+    private part is what a leak is in.
+    """
 
     url: str
     process: psutil.Process
@@ -31,24 +35,27 @@ class Memory:
         started = time.perf_counter()
         async with new_client() as http:
             while True:
-                resident = await asyncio.to_thread(self._resident)
+                resident, private = await asyncio.to_thread(self._sizes)
                 total = round(sum(resident.values()), 1)
                 with suppress(httpx.HTTPError, KeyError, ValueError):
                     health = (await http.get(f"{self.url}/health")).json()
                     held = sum(health["kv_bytes"].values())
-                    at = round(time.perf_counter() - started, 1)
-                    self.samples.append(
-                        {"s": at, "rss_mib": total, "kv_mib": round(held / 2**20, 1), "rss_mib_by_process": resident}
-                    )
+                    sample = {"s": round(time.perf_counter() - started, 1), "rss_mib": total}
+                    sample["kv_mib"] = round(held / 2**20, 1)
+                    by_process = {"rss_mib_by_process": resident, "private_mib_by_process": private}
+                    self.samples.append(sample | by_process)
                 await asyncio.sleep(SAMPLE_S)
 
-    def _resident(self) -> dict[str, float]:
-        """MiB by process."""
+    def _sizes(self) -> tuple[dict[str, float], dict[str, float]]:
+        """MiB by process: (resident, private)."""
         resident: dict[str, float] = {}
+        private: dict[str, float] = {}
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
-                resident[f"{process_name(process)} {process.pid}"] = round(process.memory_info().rss / 2**20, 1)
-        return resident
+                name, memory = f"{process_name(process)} {process.pid}", process.memory_info()
+                resident[name] = round(memory.rss / 2**20, 1)
+                private[name] = round((memory.rss - memory.shared) / 2**20, 1)
+        return resident, private
 
     def report(self) -> dict[str, Any]:
         """The later thirds beside the first: memory that still grows when the KV memory is full is a leak."""

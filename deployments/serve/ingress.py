@@ -49,13 +49,13 @@ class RemoteService:
     """
 
     def __init__(self, coordinator: DeploymentHandle) -> None:
-        self._coordinator = coordinator
+        self._remote_call, self._remote_generate = coordinator.call, coordinator.options(stream=True).generate
         self.files, self.uploads, self.batches, self.responses = (
             RemotePart(self._call, part) for part in ("files", "uploads", "batches", "responses")
         )
 
     async def generate(self, completion: Completion, tenant: str) -> Events:
-        events = self._coordinator.options(stream=True).generate.remote(completion, tenant)
+        events = self._remote_generate.remote(completion, tenant)
         told = heard(events, first_s=_START_LIMIT_S, silent_s=_SILENCE_LIMIT_S)
         try:
             async with aclosing(told):
@@ -98,7 +98,7 @@ class RemoteService:
     async def _call(self, method: str, *args: Any, limit_s: float = _CALL_LIMIT_S) -> Any:
         with understood("the coordinator", _stopped):
             async with asyncio.timeout(limit_s):
-                result = await self._coordinator.call.remote(method, *args)
+                result = await self._remote_call.remote(method, *args)
         if isinstance(result, RapidError):
             raise result
         return result

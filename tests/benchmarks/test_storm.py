@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common.clients import KNOWN, Asked
-from benchmarks.storm import by_age, growth, row
+from benchmarks.storm import by_age, by_minute, growth, row
 
 
 def answer(**how: Any) -> Asked:
@@ -35,17 +35,20 @@ def test_an_answer_that_ends_with_a_reason_is_not_lost_and_one_that_just_ends_is
 
 
 def test_growth_is_of_the_processes_that_lived_throughout() -> None:
-    def sample(minute: int) -> dict[str, Any]:
-        young = {"engine 2": 500.0} if minute > 20 else {"engine 1": 400.0}
-        return {"rss_mib_by_process": {"coordinator": 100.0 + minute, "proxy": 50.0} | young}
+    def sizes(minute: int) -> dict[str, float]:
+        return {"coordinator": 100.0 + minute, "proxy": 50.0} | (
+            {"engine 2": 500.0} if minute > 20 else {"engine 1": 400.0}
+        )
 
-    assert growth([sample(minute) for minute in range(30)]) == {"coordinator": 10.0, "proxy": 0.0}
+    seen = [(30.0 * half, sizes(half // 2)) for half in range(60)]
+    assert growth(seen) == {"coordinator": 10.0, "proxy": 0.0}
+    assert by_minute(seen) == {"coordinator": [100.0 + minute for minute in range(30)], "proxy": [50.0] * 30}
 
 
 def test_a_process_that_is_replaced_is_compared_with_others_of_its_age() -> None:
-    def sample(minute: float) -> dict[str, Any]:
+    def sizes(minute: float) -> dict[str, float]:
         generation = int(minute // 5)  # each takes 10 MiB more a minute, and begins anew
-        return {"s": 60 * minute, "rss_mib_by_process": {f"engine {generation}": 100 + 10 * (minute % 5), "proxy 7": 1}}
+        return {f"engine {generation}": 100 + 10 * (minute % 5), "proxy 7": 1}
 
-    sizes = by_age([sample(half / 10) for half in range(300)])
-    assert sizes == {"engine": {"1 to 2 min": 114.5, "2 to 4 min": 129.5, "4 to 8 min": 144.5}}
+    seen = by_age([(6.0 * tenth, sizes(tenth / 10)) for tenth in range(300)])
+    assert seen == {"engine": {"1 to 2 min": 114.5, "2 to 4 min": 129.5, "4 to 8 min": 144.5}}
