@@ -48,6 +48,7 @@ TARGETS, NUM_ENGINES = 2, 3
 STOPPED_S = 20.0  # then it is continued, if it is still there
 RECOVERY_LIMIT_S = 180.0
 ATTACKS_AT_ONCE, ATTACKS_EVERY_S = 16, 10.0
+DENSE_S = 300.0  # in which attacks come without a pause: what is rare has happened before growth is counted
 AGES_MIN = ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32))
 FEWEST_SAMPLES = 6
 
@@ -98,11 +99,12 @@ async def hostile(until: float, seed: int) -> Counter[str]:
     async with new_client() as http:
         openapi = (await http.get(f"{URL}/openapi.json")).json()
     attacks = Attacker(openapi, MODEL, seed).attacks(10**9)
+    dense_until = time.monotonic() + DENSE_S
     while time.monotonic() < until:
         outcome = await strike(URL, (next(attacks) for _ in range(ATTACKS_AT_ONCE)))
         for statuses in outcome.statuses.values():
             answers.update(statuses)
-        await asyncio.sleep(ATTACKS_EVERY_S)
+        await asyncio.sleep(ATTACKS_EVERY_S if time.monotonic() > dense_until else 0)
     return answers
 
 
