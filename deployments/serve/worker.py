@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 import time
 from collections.abc import Callable
 
 SWITCH_INTERVAL_S = 2e-4
-_TRIM_EVERY_S = 20.0
+_GIVE_BACK_EVERY_S = 20.0
 
 
 def without_pandas() -> None:
@@ -31,17 +32,21 @@ def without_pandas() -> None:
 def prepare_for_streams() -> None:
     """For a process through which streams go while its threads read what strangers sent.
 
-    A stream waits a fraction of a millisecond for the interpreter, by default five. And what the C library keeps of
-    freed memory goes back to the system: the heaps are shared by all threads, and one large request after another
-    would leave them as large as the largest has made them, with little in them.
+    A stream waits a fraction of a millisecond for the interpreter, by default five.
+
+    Memory goes back to the system every `_GIVE_BACK_EVERY_S`. A request that failed is a cycle (its error has the
+    traceback, whose frames have the error), and so its body stays until the oldest objects are looked through, which
+    Python does when there are a quarter more of them. Serve has frozen those of the start, so that takes milliseconds.
+    And the C library keeps what is freed: one large request after another would leave its heaps as large as the largest
+    has made them, with little in them.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        threading.Thread(target=_give_back, args=(trim,), name="give-back", daemon=True).start()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)  # glibc's
+    threading.Thread(target=_give_back, args=(trim,), name="give-back", daemon=True).start()
 
 
 def _give_back(trim: Callable[[int], int]) -> None:
     while True:
-        time.sleep(_TRIM_EVERY_S)
+        time.sleep(_GIVE_BACK_EVERY_S)
+        gc.collect()
         trim(0)

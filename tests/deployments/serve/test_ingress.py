@@ -106,3 +106,30 @@ def test_serve_is_loaded_without_pandas_which_others_still_find() -> None:
     )
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True", "False", "pandas"]
+
+
+def test_the_body_of_a_request_that_failed_is_not_kept_by_its_error() -> None:
+    code = """if True:
+        import gc, threading, weakref
+        from deployments.serve import worker
+
+        class Body:
+            pass
+
+        def fail(body):
+            try:
+                raise ValueError
+            except ValueError as error:
+                kept = error  # whose traceback has this frame
+
+        worker._GIVE_BACK_EVERY_S = 0.01
+        gc.disable()
+        worker.prepare_for_streams()
+        body, gone = Body(), threading.Event()
+        weakref.finalize(body, gone.set)
+        fail(body)
+        del body
+        print(gone.wait(30))
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True"], ended.stderr
