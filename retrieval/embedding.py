@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from retrieval.caches import VectorCache, digest
 from retrieval.device import DeviceTurns, Passes
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 # time for small passes, and is no faster with larger ones.
 _BATCH_TOKENS = {"cpu": (512, 256), "cuda": (8192, 8192)}
 _USUAL_TOKENS = 512
+_LONGEST_TOKEN = 64  # characters: a text is read as far as it goes with tokens of this length
 _REMEMBERED = 16_384  # vectors; 64 MiB at 1,024 dimensions
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "*.ot"]
 
@@ -52,6 +54,7 @@ class Embedder:
     ) -> None:
         """`forward` takes the padded inputs [batch, tokens] and returns the pooled vectors [batch, dimension]."""
         self.name, self.max_tokens = name, max_tokens
+        self._most = _LONGEST_TOKEN * max_tokens  # characters
         self._tokenizer, self._forward, self._device = tokenizer, forward, device
         self.passes = DeviceTurns()
         self.dimension = self._embed(["dimension"]).shape[1]
@@ -79,9 +82,24 @@ class Embedder:
         return vector
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has, special tokens included."""
-        readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        return [len(ids) for ids in self._tokenizer(readable, verbose=False)["input_ids"]]
+        """Return how many tokens each text has, special tokens included.
+
+        A text that is not read to its end, whatever its tokens are, is said to have one more than `max_tokens`.
+        """
+        return [self.max_tokens + 1 if len(text) > self._most else self._length(text) for text in texts]
+
+    def _length(self, text: str) -> int:
+        [encoding] = self._counting.encode_batch_fast([_readable(text)])
+        return len(encoding)
+
+    @cached_property
+    def _counting(self) -> Tokenizer:
+        """A copy, since other threads have the passes' tokenizer cut texts off. Its calls for a batch leave the
+        interpreter to others."""
+        copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
 
     def sparse(self, texts: Sequence[str], salt: str = "") -> list[SparseVector]:
         """Return the model's own weight of each token of each text, where it `has_sparse`."""
@@ -100,8 +118,8 @@ class Embedder:
 
     def _each(self, texts: Sequence[str], compute: Callable[[Any], list[Row]], *, is_query: bool = False) -> list[Row]:
         """Return what `compute` makes of each text; it is given the padded inputs of a few texts at a time."""
-        # Tokenizers refuse lone surrogates, which JSON can contain.
-        readable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        # A tokenizer reads a text to its end before it cuts it off.
+        readable = [_readable(text[: self._most]) for text in texts]
         tokens = self._tokenizer(readable, truncation=True, max_length=self.max_tokens)
         rows: dict[int, Row] = {}
         alone, beside_others = _BATCH_TOKENS["cpu" if self._device == "cpu" else "cuda"]
@@ -179,6 +197,11 @@ class BgeM3Embedder(Embedder):
         return [
             row[: length - 1] for row, length in zip(vectors.cpu(), lengths, strict=True)
         ]  # none of the first token
+
+
+def _readable(text: str) -> str:
+    """`text` without lone surrogates: JSON can contain them, and tokenizers refuse them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def load_embedder(

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Method = Literal["dense", "sparse", "hybrid"]
 METHODS: tuple[str, ...] = get_args(Method)
+MAX_QUERY_CHARACTERS = 32_768  # that are read of a query
 MAX_PAIR_TOKENS = 512  # that a cross-encoder reads of a query with a passage
 
 

@@ -21,7 +21,7 @@ from retrieval.calibration import UNCALIBRATED, Calibration
 from retrieval.chunking import Tokenizer
 from retrieval.deadline import TimeLeft
 from retrieval.kept import KeptVectors
-from retrieval.options import MAX_PAIR_TOKENS, RetrievalOptions, TenantOptions
+from retrieval.options import MAX_PAIR_TOKENS, MAX_QUERY_CHARACTERS, RetrievalOptions, TenantOptions
 from retrieval.results import IndexProgress, Retrieval, RetrievedChunk, Search, TextLengths
 from retrieval.vectors import VECTORS, ChunkVectors, embed_chunks, embed_query
 
@@ -70,7 +70,8 @@ class Retriever:
         """Return the chunks of `contents` nearest to `query`, in document order.
 
         The best chunks are taken first, until the budget is spent. If a chunk does not fit any more, the next best one
-        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank.
+        that fits is taken. Blank chunks are never kept. Nothing is kept when the query is blank. Of a long query the
+        first `MAX_QUERY_CHARACTERS` are read.
 
         Raises RetrievalError when the store fails.
         """
@@ -118,7 +119,7 @@ class Retriever:
 
         Raises RetrievalError when the store fails.
         """
-        return _result(self._search(chunks, query, options))
+        return _result(self._search(chunks, query[:MAX_QUERY_CHARACTERS], options))
 
     def _cut(
         self, contents: Sequence[str], options: RetrievalOptions
@@ -138,6 +139,7 @@ class Retriever:
         self, chunks: Sequence[RetrievedChunk], context_tokens: int, query: str, options: RetrievalOptions
     ) -> Generator[None, None, Retrieval]:
         began = time.perf_counter()
+        query = query[:MAX_QUERY_CHARACTERS]
         asks = bool(chunks and query.strip())
         search = (yield from self._search(chunks, query, options)) if asks else Search([], {})
         is_sparse = options.method == "sparse"

@@ -82,7 +82,7 @@ def add_embedding_routes(app: FastAPI, config: AppConfig, service: Service) -> N
 
 
 def _too_long(where: str, length: int, most: int) -> InvalidRequest:
-    message = f"{where}: {length} tokens are more than the {max(0, most)} that are read here: send it in pieces"
+    message = f"{where}: at least {length} tokens, and {max(0, most)} are read here: send it in pieces"
     return InvalidRequest(message, code="context_length_exceeded", param=where)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from retrieval import RetrievalError, RetrievalOptions, Retriever
 from retrieval.device import DeviceTurns
@@ -46,6 +47,36 @@ def test_a_folder_of_sentence_transformers_sets_its_own_pooling_and_length(dense
     expected = reference.encode([*TEXTS, long], max_length=256)
     np.testing.assert_allclose(dense.embed([*TEXTS, long]), expected, atol=1e-5)
     np.testing.assert_array_equal(dense.embed([long]), dense.embed([long + " and more"]))
+
+
+def test_lengths_are_those_of_the_tokenizer(dense, minilm):
+    texts = [*TEXTS, "", "\ud800", " ".join(str(i) for i in range(1000))]
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    expected = [len(tokenizer(text.replace("\ud800", "?"), verbose=False)["input_ids"]) for text in texts]
+    dense.embed(texts)  # which sets the tokenizer to cut texts off
+    assert dense.lengths(texts) == expected
+
+
+def test_a_text_far_too_long_is_not_tokenised_to_its_end(dense, monkeypatch):
+    """Two million tokens would be a gigabyte, in which the interpreter does nothing else."""
+    read = []
+
+    class Tokenizer:
+        def __call__(self, texts, **how):
+            read.extend(map(len, texts))
+            return tokenizer(texts, **how)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    long, begins = "a b c d " * 250_000, "a b c d " * 250
+    tokenizer = dense._tokenizer
+    monkeypatch.setattr(dense, "_tokenizer", Tokenizer())
+    np.testing.assert_allclose(dense.embed([long]), dense.embed([begins]), atol=1e-5)
+    np.testing.assert_allclose(dense.embed_query(long), dense.embed_query(begins), atol=1e-5)
+    assert max(read) <= 64 * dense.max_tokens
+    monkeypatch.setitem(vars(dense), "_counting", None)  # nothing is counted
+    assert dense.lengths([long]) == [dense.max_tokens + 1]
 
 
 def test_meaning_is_near_meaning(dense):

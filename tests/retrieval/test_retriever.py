@@ -16,6 +16,7 @@ from retrieval.calibration import Calibration, Confidence
 from retrieval.embedding import load_embedder
 from retrieval.errors import StoreTimeout
 from retrieval.kept import KeptVectors
+from retrieval.options import MAX_QUERY_CHARACTERS
 from retrieval.store import ChunkStore
 from retrieval.vectors import ChunkVectors, embed_chunks
 
@@ -512,3 +513,16 @@ def test_the_threshold_and_the_confidence_are_the_embedders(embedder, store, tok
     x = 2.0 * top + 0.5 * min((top - np.mean(others)) / np.std(others), 8.0) - 1.5
     assert result.confidence == pytest.approx(1 / (1 + np.exp(-x)), abs=1e-4)
     assert retriever.retrieve([prose[:3000]], " ", options).confidence == 0
+
+
+def test_of_a_query_of_a_megabyte_the_beginning_is_read(embedder, store, tokenizer, monkeypatch):
+    read = []
+    asked = embedder.embed_query
+    monkeypatch.setattr(embedder, "embed_query", lambda query, salt="": (read.append(query), asked(query))[1])
+    ranked = []
+    rerank = lambda query, texts: (ranked.append(query), [0.0] * len(texts))[1]  # noqa: E731
+    retriever = Retriever(embedder, store, tokenizer, rerank=rerank)
+    query = "whale " * 200_000
+    assert retriever.retrieve(["A whale swims."], query, RetrievalOptions()).chunks
+    retriever.search(retriever.chunks(["A whale swims."], RetrievalOptions())[0], query, RetrievalOptions())
+    assert max(map(len, read + ranked)) == MAX_QUERY_CHARACTERS
