@@ -31,7 +31,7 @@ from rapid.text.prompts import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_LOGPROBS, MAX_STOPS = 20, 64
+MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARACTERS = 20, 64, 4096
 MAX_CHUNKS = 8192  # of a context, about: each costs a forward pass of the embedder
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's until 0.11
 FORMS = ("response_format", "structured_outputs", *_GUIDED)
@@ -90,8 +90,8 @@ class Completion(Body):
     @model_validator(mode="after")
     def _stop_strings(self) -> Completion:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if len(stop) > MAX_STOPS or not all(stop):
-            raise wrong("stop", f"must be one to {MAX_STOPS} strings, none of them empty")
+        if len(stop) > MAX_STOPS or not all(0 < len(one) <= MAX_STOP_CHARACTERS for one in stop):
+            raise wrong("stop", f"must be one to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
         return self
 
     @model_validator(mode="after")

@@ -154,7 +154,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop, self._min_tokens, self._special = tuple(stop), min_tokens, shown
+        self._stop, self._min_tokens, self._special = tuple(sorted(stop)), min_tokens, shown
         self._tokens: list[int] = []
         self._starts: list[int] = []  # where each token's text begins
         self._decoded = ""  # all text so far
@@ -213,6 +213,8 @@ class Detokenizer:
         """The length of the longest end of the text that may be the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._looked_for()), default=0)
         for length in range(min(longest, len(self._decoded) - self._shown), 0, -1):
-            if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
+            end = self._decoded[-length:]
+            at = bisect_left(self._stop, end)  # those that begin with it are the first that are not less
+            if at < len(self._stop) and self._stop[at].startswith(end):
                 return length
         return 0

@@ -164,6 +164,7 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "ma
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"n": 0}, "n", "greater"),
         ({"stop": ["a"] * 65}, "stop", "64 strings"),
+        ({"stop": "a" * 5000}, "stop", "4096 characters"),
         ({"stop": 1}, "stop", "valid string or must be a list"),
         ({"stop": ["a", 1]}, "stop.1", "valid string"),
         ({"tool_choice": "always"}, "tool_choice", "must be 'none', 'auto' or 'required'"),

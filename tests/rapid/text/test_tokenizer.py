@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
@@ -95,6 +96,25 @@ def test_text_that_only_began_like_a_stop_string_is_released(letter_tokenizer: C
     assert shown == ["", "", "ab", "a", "", "ab"]
     assert streaming.finish() == "b"
     assert not streaming.stopped
+
+
+def test_what_is_held_back_is_found_without_reading_all_stop_strings(letter_tokenizer: Callable[..., object]) -> None:
+    """Else a text that parts late from many long stop strings would stop all streams of its process for seconds."""
+    compared = 0
+
+    class Counted(str):
+        def startswith(self, *args: Any) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.startswith(self, *args)
+
+    rng, tokenizer = random.Random(3), letter_tokenizer(8)
+    text = "".join(rng.choices("abcde", k=400))
+    stops = tuple(Counted(f"{text[:300]}h{i}") for i in range(64))
+    streaming = Detokenizer(tokenizer, stops)
+    shown = [streaming.push(token) for token in encode(tokenizer, text)]
+    assert not any(shown[:300]) and "".join(shown) == text
+    assert compared <= 300 + len(text)  # with each end of the text at most one is
 
 
 def test_a_stopped_stream_stays_stopped(letter_tokenizer: Callable[..., object]) -> None:
