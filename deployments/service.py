@@ -63,11 +63,22 @@ class Service(Protocol):
 
 
 class LocalService:
-    """A service over the engines that ``backend`` reaches from this process."""
+    """A service over the engines that ``backend`` reaches from this process.
 
-    def __init__(self, config: AppConfig, backend: IndexingBackend, tokenizer: PreTrainedTokenizerBase) -> None:
+    ``behind_engines`` is for engines in processes of their own: in this one they need the interpreter, which a thread
+    that stands behind them keeps while it is interrupted.
+    """
+
+    def __init__(
+        self,
+        config: AppConfig,
+        backend: IndexingBackend,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        behind_engines: bool = False,
+    ) -> None:
         self._config, self._backend, self._tokenizer = config, backend, tokenizer
-        self._readers = FairPool(_NUM_READERS, "read", behind_engines=True)
+        self._readers = FairPool(_NUM_READERS, "read", behind_engines=behind_engines)
         self._datastores = Datastores(config, tokenizer)
         self.files = LocalFiles(config, backend, tokenizer, self._readers, self._datastores)
         self.uploads = self.files.uploads

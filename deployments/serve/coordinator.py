@@ -42,7 +42,7 @@ class Coordinator:
         if config.drafting_engine.model != config.target.model:
             check_same_tokenizer(tokenizer, load_tokenizer(config.drafting_engine.model))
         await backend.connect()
-        self._service = LocalService(config, backend, tokenizer)
+        self._service = LocalService(config, backend, tokenizer, behind_engines=True)
 
     async def generate(self, completion: Completion, tenant: str) -> AsyncIterator[Event | RapidError | None]:
         """`LocalService.generate`, with None where it takes its time, and what is wrong with the request at the end."""
