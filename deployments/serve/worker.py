@@ -48,5 +48,6 @@ def prepare_for_streams() -> None:
 def _give_back(trim: Callable[[int], int]) -> None:
     while True:
         time.sleep(_GIVE_BACK_EVERY_S)
-        gc.collect()
+        if gc.get_freeze_count():  # else it looks through all that was ever loaded, for seconds
+            gc.collect()
         trim(0)

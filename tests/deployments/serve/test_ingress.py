@@ -124,6 +124,7 @@ def test_the_body_of_a_request_that_failed_is_not_kept_by_its_error() -> None:
 
         worker._GIVE_BACK_EVERY_S = 0.01
         gc.disable()
+        gc.freeze()  # as Serve does
         worker.prepare_for_streams()
         body, gone = Body(), threading.Event()
         weakref.finalize(body, gone.set)
