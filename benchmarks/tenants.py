@@ -153,7 +153,7 @@ ATTACKS: dict[str, Attack] = {
 
 def attack(name: str, stop: Any, answers: Any) -> None:
     """Runs one attack until ``stop`` is set; puts (status, how often) into ``answers``, with 0 for no answer."""
-    os.nice(10)  # its own work is not what is measured
+    os.nice(19)  # behind the service: its own work is not what is measured
     if name == COMPUTING:
         while not stop.is_set():
             sum(range(100_000))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 from openai import BadRequestError, NotFoundError, OpenAI
@@ -28,6 +29,8 @@ from served import (
     seconds_until_free,
     served,
 )
+
+from cluster.processes import ENVIRONMENT
 
 pytestmark = ON_RAY
 
@@ -221,6 +224,14 @@ def test_models_and_health(client: OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     state = health(url)
     assert state["status"] == "ok" and state["models"] == {"target": MODEL, "drafter": MODEL}
+
+
+def test_ray_lets_its_processes_stand_as_far_behind_as_is_said(url: str) -> None:
+    kinds = ("ray::EngineActor", "ray::ServeReplica", "ray::ProxyActor", "ray::ServeController")
+    parts = [each for each in psutil.Process().children(recursive=True) if " ".join(each.cmdline()).startswith(kinds)]
+    assert len(parts) >= 8
+    own, behind = psutil.Process().nice(), int(ENVIRONMENT["RAY_worker_niceness"])
+    assert {part.nice() for part in parts} == {min(19, own + behind)}
 
 
 def streamed(client: OpenAI, kill: str | None = None) -> tuple[str, dict[str, Any]]:
