@@ -61,13 +61,15 @@ class Admission:
         """How many open sequences had a pass after ``since`` that was no prefill."""
         return sum(sequence.decoded_at > since for sequence in self._sequences.values())
 
-    def pause_left_s(self, longest_s: float) -> float:
+    def pause_left_s(self, longest_s: float, first_s: float) -> float:
         """How long until all sequences that pause between two calls may have made the next, or not for ``longest_s``.
 
-        Sequences that usually pause for longer do not count: they wait for a drafter, or for their reader.
+        The first call may take ``first_s`` from the opening. Sequences that usually pause for longer do not count: they
+        wait for a drafter, or for their reader.
         """
-        pausing = (s for s in self._sequences.values() if not s.num_asked and s.pause_s <= longest_s)
-        return max((s.answered_at for s in pausing), default=-math.inf) + longest_s - time.monotonic()
+        pausing = [s for s in self._sequences.values() if not s.num_asked and s.pause_s <= longest_s]
+        until = (s.answered_at + (longest_s if s.has_called else first_s) for s in pausing)
+        return max(until, default=-math.inf) - time.monotonic()
 
     def arrive(self, request: SequenceRequest, logits: LogitProcessor | None) -> Future[Sequence]:
         """A future of the sequence, which a later `update` admits; ``logits`` adjusts the sequence's logits.

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _STEPS_AT_ONCE = 16  # of drafts, before another engine of the process has its turn
 _GATHER_S = 0.004
+_FIRST_CALL_S = 0.015  # of a sequence just opened, which is told to another process first
 _BETWEEN_ROUNDS = 1.0  # seconds in which a sequence that decoded is expected to decode on
 _IDLE_TURN_S = 1.0  # so often an engine without work looks for sequences that have expired
 
@@ -257,8 +258,9 @@ class Engine:
 
         Else the sequences would fall into groups, of which each waits for the passes of the others.
         """
-        while (self._submitted or self._tasks) and (left_s := self._admission.pause_left_s(_GATHER_S)) > 0:
-            if not self._news.wait(left_s) or self._ending:
+        while self._submitted or self._tasks:
+            left_s = self._admission.pause_left_s(_GATHER_S, _FIRST_CALL_S)
+            if left_s <= 0 or not self._news.wait(left_s) or self._ending:
                 return
 
     @torch.inference_mode()

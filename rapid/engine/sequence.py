@@ -60,6 +60,7 @@ class Sequence:
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
     num_asked: int = 0  # calls not answered yet
     answered_at: float = field(default_factory=lambda: time.monotonic())  # the latest of them, or the opening
+    has_called: bool = False  # for anything but its opening
     pause_s: float = 0.0  # from an answer to the next call, lately
     shared: SharedPass = ALONE  # that pass
 
@@ -69,8 +70,9 @@ class Sequence:
 
     def asks(self) -> None:
         """A call comes."""
-        if not self.num_asked:
+        if self.has_called and not self.num_asked:
             self.pause_s += _NEWEST * (time.monotonic() - self.answered_at - self.pause_s)
+        self.has_called = True
         self.num_asked += 1
 
     def is_answered(self) -> None:

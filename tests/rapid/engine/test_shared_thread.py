@@ -87,6 +87,33 @@ def test_a_pass_waits_for_sequences_that_are_between_rounds(
     assert gate.passes == [[19, 19], [1, 1], [1]]
 
 
+def test_a_pass_waits_for_the_first_call_of_a_sequence_just_opened(
+    model: Model, engine: MakeEngine, gates: Callable[[Model], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease is on its way to another process, and its prefill on the way back."""
+    monkeypatch.setattr(engine_module, "_GATHER_S", 0.0)
+    monkeypatch.setattr(engine_module, "_FIRST_CALL_S", 30.0)
+    running = engine(model)
+    gate = gates(model)
+    gathering, wait = threading.Event(), running._news.wait
+
+    def noticed(timeout: float | None = None) -> bool:
+        gathering.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(running._news, "wait", noticed)
+    gate.open()
+    early, late = (begun(running, random_tokens(20, seed=i)) for i in (4, 5))
+    reading = running.submit(prefill(early), early)
+    assert gathering.wait(30)
+    done(running.submit(prefill(late), late))
+    done(reading)
+    assert gate.passes == [[19, 19]]
+    done(running.submit(verification(early, Draft(0)), early))  # the other one has called
+    assert gate.passes == [[19, 19], [1]]
+    assert early.pause_s < 30  # from the opening to the first call is no pause
+
+
 def test_nobody_waits_for_a_sequence_that_pauses_for_long(
     model: Model, engine: MakeEngine, gates: Callable[[Model], Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
