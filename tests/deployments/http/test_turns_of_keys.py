@@ -14,14 +14,16 @@ import pytest
 from served import local_api
 from starlette.requests import Request
 
-from deployments import service
+from deployments import service, turns
 from deployments.config import parse_config
 from deployments.http import errors, rate_limits
 from deployments.http.api import make_api
 from deployments.schemas.events import Events, Started
+from deployments.schemas.text import TextRequest
 from deployments.schemas.tokenize import Tokenized, TokenizeRequest
 from deployments.turns import FairPool
 from rapid.events import Delta, Finish, Statistics
+from retrieval.device import stands_behind
 
 MODEL = "smollm2-135m-instruct"
 ACCESS = {"api_keys": ["a", "b"]}  # with four places, three of a key
@@ -137,6 +139,22 @@ def test_each_key_has_turns_of_its_own_where_requests_are_read(
         headers = {"Authorization": f"Bearer {key}"}
         assert httpx.post(f"{url}{path}", json=body, headers=headers, timeout=60).status_code == 200
     assert len(readers) == len(set(readers)) == 2
+
+
+def test_where_engines_are_in_the_same_process_nobody_stands_behind(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that stands behind keeps the interpreter while it is interrupted, and engines need it for every pass."""
+    read, stood = TextRequest.read, []
+
+    def noted(self: TextRequest, *how: Any) -> Any:
+        stood.append(stands_behind())
+        return read(self, *how)
+
+    monkeypatch.setattr(TextRequest, "read", noted)
+    monkeypatch.setattr(turns, "_MUCH_S", -1.0)
+    body = {"model": "letters", "prompt": "abc", "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer a"}, timeout=60)
+    assert answer.status_code == 200
+    assert stood == [False]
 
 
 def test_a_request_with_many_choices_leaves_places_to_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
