@@ -21,7 +21,6 @@ from typing import Any
 from benchmarks.coordination import GAMMA, save_next_to_nothing
 from deployments.builders import build_engine
 from deployments.config import parse_config
-from deployments.serve.worker import SWITCH_INTERVAL_S
 from rapid.engine.engine import Engine
 from rapid.engine.lease import LeasedSequence
 from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
@@ -29,6 +28,7 @@ from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import DraftLimits
 
 ROUNDS, WARM = 200, 20
+SWITCH_INTERVAL_S = 2e-4  # of the engines' processes; each checkout has its own name for it
 
 
 class Timed:
@@ -37,14 +37,14 @@ class Timed:
     def __init__(self, engine: Engine) -> None:
         self._engine, self.model = engine, engine.model
 
-    def submit(self, task: Any) -> Future[Any]:
+    def submit(self, task: Any, *sequence: Any) -> Future[Any]:
         def timed() -> Generator[Any, Any, Any]:
             self.began = time.perf_counter()
             result = yield from task
             self.ended = time.perf_counter()
             return result
 
-        return self._engine.submit(timed())
+        return self._engine.submit(timed(), *sequence)
 
 
 async def rounds(folder: str) -> dict[str, float]:
