@@ -11,19 +11,27 @@ T = TypeVar("T")
 
 BEAT_S = 0.5
 _END = object()
+_closing: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
 
 async def beating(items: AsyncGenerator[T, None], every_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
     """None at once, then ``items``, and None again whenever there was none for ``every_s``.
 
-    Closing it closes ``items``. All of ``items`` runs in one context: what it sets there for itself, as a span of a
-    trace does, has to be there when it goes on.
+    Closing it closes ``items``, whatever happens to who waits for that: Serve may cancel a request twice, and what the
+    second one interrupted would hold its engines' sequences. All of ``items`` runs in one context: what it sets there
+    for itself, as a span of a trace does, has to be there when it goes on.
     """
     coming: asyncio.Task[T | object] | None = None
     context, loop = copy_context(), asyncio.get_running_loop()
 
     async def following() -> T | object:
         return await anext(items, _END)
+
+    async def close() -> None:
+        if coming is not None and not coming.done():
+            coming.cancel()
+            await asyncio.wait([coming])
+        await items.aclose()
 
     try:
         yield None
@@ -36,10 +44,10 @@ async def beating(items: AsyncGenerator[T, None], every_s: float = BEAT_S) -> As
                 return
             yield item  # type: ignore[misc]  # of T
     finally:
-        if coming is not None and not coming.done():
-            coming.cancel()
-            await asyncio.wait([coming])
-        await loop.create_task(items.aclose(), context=context)
+        closed = loop.create_task(close(), context=context)
+        _closing.add(closed)
+        closed.add_done_callback(_closing.discard)
+        await asyncio.shield(closed)
 
 
 async def heard(stream: AsyncIterator[T | None], *, first_s: float, silent_s: float) -> AsyncGenerator[T, None]:

@@ -103,6 +103,44 @@ def test_a_stream_with_nothing_to_say_says_that() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_asking", [True, False])
+def test_a_stream_that_is_cancelled_twice_gives_everything_back(is_asking: bool) -> None:
+    """The second time while what the first one ended is given back: Serve cancels a call, and what it calls, too."""
+
+    async def main() -> None:
+        begun, giving_back, goes_on, given_back = (asyncio.Event() for _ in range(4))
+
+        async def source() -> AsyncGenerator[str, None]:
+            try:
+                if not is_asking:
+                    yield "a word"
+                begun.set()
+                await asyncio.Event().wait()
+                yield "never"
+            finally:
+                giving_back.set()
+                await goes_on.wait()
+                given_back.set()
+
+        async def ask() -> None:
+            async with aclosing(beating(source())) as words:
+                async for word in words:
+                    if word == "a word":
+                        begun.set()
+                        await asyncio.Event().wait()
+
+        asking = asyncio.create_task(ask())
+        await asyncio.wait_for(begun.wait(), LIMIT_S)
+        for _ in range(2):
+            asking.cancel()
+            await asyncio.wait_for(giving_back.wait(), LIMIT_S)
+        await asyncio.wait([asking], timeout=0.1)
+        goes_on.set()
+        await asyncio.wait_for(given_back.wait(), LIMIT_S)
+
+    asyncio.run(main())
+
+
 def test_a_silent_stream_ends_with_a_timeout_and_a_closed_one_closes_what_it_reads() -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError):
