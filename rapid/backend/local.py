@@ -137,16 +137,30 @@ class LocalBackend:
         finally:
             engine.close(sequence)
 
-    async def _report(self, role: Role, sequence: Sequence, answer: Awaitable[Any]) -> Any:
-        """Waits for a prefill, and reports its progress."""
+    def _report(self, role: Role, sequence: Sequence, answer: Awaitable[Any]) -> Awaitable[Any]:
+        """The ``answer`` to a prefill, whose progress is reported.
+
+        It is no coroutine around the answer: one that is cancelled before its first step would leave the answer to
+        nobody.
+        """
         running = asyncio.ensure_future(answer)
-        try:
-            while not running.done():
-                await asyncio.wait([running], timeout=_REPORT_EVERY_S)
-                self._on_prefill(role, sequence.cache.length, len(sequence.prompt) - 1)
-            return running.result()
-        finally:
-            running.cancel()  # closing the sequence ends the work
+
+        def report() -> None:
+            self._on_prefill(role, sequence.cache.length, len(sequence.prompt) - 1)
+
+        async def report_on() -> None:
+            while True:
+                await asyncio.sleep(_REPORT_EVERY_S)
+                report()
+
+        def ended(done: asyncio.Future[Any]) -> None:
+            reporting.cancel()
+            if not done.cancelled():
+                report()
+
+        reporting = asyncio.create_task(report_on())
+        running.add_done_callback(ended)
+        return running
 
 
 def _pulse_of(engine: Engine) -> Callable[[], Awaitable[Pulse]]:
