@@ -17,9 +17,9 @@ _closing: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 async def beating(items: AsyncGenerator[T, None], every_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
     """None at once, then ``items``, and None again whenever there was none for ``every_s``.
 
-    Closing it closes ``items``, whatever happens to who waits for that: Serve may cancel a request twice, and what the
-    second one interrupted would hold its engines' sequences. All of ``items`` runs in one context: what it sets there
-    for itself, as a span of a trace does, has to be there when it goes on.
+    Closing it closes ``items``, also when who waits for that is cancelled meanwhile: half closed they would hold their
+    engines' sequences. All of ``items`` runs in one context: what it sets there for itself, as a span of a trace does,
+    has to be there when it goes on.
     """
     coming: asyncio.Task[T | object] | None = None
     context, loop = copy_context(), asyncio.get_running_loop()

@@ -105,7 +105,7 @@ def test_a_stream_with_nothing_to_say_says_that() -> None:
 
 @pytest.mark.parametrize("is_asking", [True, False])
 def test_a_stream_that_is_cancelled_twice_gives_everything_back(is_asking: bool) -> None:
-    """The second time while what the first one ended is given back: Serve cancels a call, and what it calls, too."""
+    """The second time while what the first one ended is given back."""
 
     async def main() -> None:
         begun, giving_back, goes_on, given_back = (asyncio.Event() for _ in range(4))

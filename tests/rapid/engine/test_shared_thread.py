@@ -25,6 +25,18 @@ def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model(VOCAB)
 
 
+def told_when_it_gathers(running: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when ``running`` waits for sequences before a pass."""
+    gathering, wait = threading.Event(), running._news.wait
+
+    def noticed(timeout: float | None = None) -> bool:
+        gathering.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(running._news, "wait", noticed)
+    return gathering
+
+
 def test_a_draft_is_computed_to_its_end_before_the_other_engine_has_its_turn(
     tiny_model: Callable[..., Model], engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,13 +72,7 @@ def test_a_pass_waits_for_sequences_that_are_between_rounds(
     running = engine(model)
     running.gathers = beside_a_drafter
     gate = gates(model)
-    gathering, wait = threading.Event(), running._news.wait
-
-    def noticed(timeout: float | None = None) -> bool:
-        gathering.set()
-        return wait(timeout)
-
-    monkeypatch.setattr(running._news, "wait", noticed)
+    gathering = told_when_it_gathers(running, monkeypatch)
     sequences = [begun(running, random_tokens(20, seed=i)) for i in (4, 5)]
 
     def verified(number: int, position: int) -> Future[Any]:
@@ -95,13 +101,7 @@ def test_a_pass_waits_for_the_first_call_of_a_sequence_just_opened(
     monkeypatch.setattr(engine_module, "_FIRST_CALL_S", 30.0)
     running = engine(model)
     gate = gates(model)
-    gathering, wait = threading.Event(), running._news.wait
-
-    def noticed(timeout: float | None = None) -> bool:
-        gathering.set()
-        return wait(timeout)
-
-    monkeypatch.setattr(running._news, "wait", noticed)
+    gathering = told_when_it_gathers(running, monkeypatch)
     gate.open()
     early, late = (begun(running, random_tokens(20, seed=i)) for i in (4, 5))
     reading = running.submit(prefill(early), early)
