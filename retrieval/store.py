@@ -103,7 +103,10 @@ class ChunkStore:
         with both by fused ranks: of the cosines of the chunks in their context, and of BM25. Equal ones come in order
         of namespace and position.
         """
-        with self._together(namespaces) as (collection, among), self._calling(collection or self._collection):
+        with (
+            self._together(namespaces) as (collection, among),
+            self._calling(collection) if collection else nullcontext(),
+        ):
             if collection is None or (self._url is None and self._is_missing(collection)):
                 return Hits({}, {})
             corpus = models.SearchParams(idf=models.IdfCorpusParams(corpus=among)) if self._uses_corpus else None
@@ -193,8 +196,11 @@ class ChunkStore:
         if self._url is not None:
             yield self._collection, among
             return
-        with self._calling(self._collection):
-            collections = [name for name in map(self._collection_of, namespaces) if not self._is_missing(name)]
+        collections = []
+        for name in map(self._collection_of, namespaces):  # each behind its own lock: no lock is every search's
+            with self._calling(name):
+                if not self._is_missing(name):
+                    collections.append(name)
         if len(collections) < 2:
             yield (collections[0] if collections else None), among
             return

@@ -299,6 +299,25 @@ def test_in_process_no_call_waits_for_a_search_of_another_namespace(monkeypatch)
     assert search(store, "mine") and len(found) == 1
 
 
+def test_in_process_no_namespace_has_a_lock_that_every_search_takes(monkeypatch):
+    """Whatever the hashes of this run are: one namespace whose lock is that of the collection's name alone."""
+    store = ChunkStore(dimension=4)
+    shared = store._lock_of(store._collection)
+    mine = next(name for name in map(str, range(9999)) if store._lock_of(store._collection_of(name)) is shared)
+    yours = next(name for name in map(str, range(9999)) if store._lock_of(store._collection_of(name)) is not shared)
+    store.add(mine, rows(0.1))
+    store.add(yours, rows(0.2))
+    query, found = store._client.query_batch_points, []
+
+    def watched(collection, requests):
+        if collection == store._collection_of(mine):
+            found.append(in_another_thread(lambda: search(store, yours)))
+        return query(collection, requests)
+
+    monkeypatch.setattr(store._client, "query_batch_points", watched)
+    assert search(store, mine) and len(found) == 1
+
+
 def test_a_deletion_ends_a_long_add(monkeypatch):
     store = ChunkStore(dimension=4)
     upsert = store._client.upsert
