@@ -20,6 +20,8 @@ from rapid.sampling.logits_processor import LogitProcessor
 
 logger = logging.getLogger(__name__)
 
+_CLAIM_WITHIN_S = 10.0  # from its opening a sequence is known to who opened it, or to nobody
+
 
 class _Arrival(NamedTuple):
     request: SequenceRequest
@@ -31,8 +33,8 @@ class Admission:
     """The open sequences of model ``name`` in ``pool``, and up to ``max_queued`` requests that wait for room.
 
     A request is admitted when the pool has room for all tokens that its sequence can need. A sequence that is not used
-    for ``idle_timeout`` seconds is closed: the request that opened it is gone. Not thread-safe: the engine calls every
-    method with its lock held.
+    for ``idle_timeout`` seconds, or not for the first time within ten, is closed: the request that opened it is gone.
+    Not thread-safe: the engine calls every method with its lock held.
     """
 
     def __init__(self, pool: KVPool, name: str, *, max_queued: int, idle_timeout: float) -> None:
@@ -154,7 +156,12 @@ class Admission:
         future.set_result(sequence)
 
     def _expire(self, busy: Set[int]) -> None:
-        deadline = time.monotonic() - self._idle_timeout
-        for sequence in [s for s in self._sequences.values() if s.last_used < deadline and s.id not in busy]:
-            logger.warning("closing sequence %d: unused for %.0f s", sequence.id, self._idle_timeout)
-            self.leave(sequence)
+        now = time.monotonic()
+        for sequence in [s for s in self._sequences.values() if s.id not in busy]:
+            if sequence.last_used is None:
+                unused_s, limit_s = now - sequence.answered_at, min(_CLAIM_WITHIN_S, self._idle_timeout)
+            else:
+                unused_s, limit_s = now - sequence.last_used, self._idle_timeout
+            if unused_s > limit_s:
+                logger.warning("closing sequence %d: unused for %.0f s", sequence.id, unused_s)
+                self.leave(sequence)

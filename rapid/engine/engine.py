@@ -51,9 +51,9 @@ class Engine:
     ``max_batch_tokens`` bounds one forward pass; by default it is the device's (`rapid.engine.pacing`). While sequences
     decode, a pass that reads prompts takes about ``step_budget_ms``, so that a long prefill does not starve them. A
     sequence is admitted when there is room for all tokens that it can need; up to ``max_queued`` requests wait for room
-    in order of arrival. A sequence that is not used for ``idle_timeout`` seconds is closed: the request that opened it
-    is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor waits for; those of whole drafts are
-    recorded only if the engine ``drafts``.
+    in order of arrival. A sequence that is not used for ``idle_timeout`` seconds, or not for the first time within ten,
+    is closed: the request that opened it is gone. ``graphs`` limits the recording of CUDA graphs, which the constructor
+    waits for; those of whole drafts are recorded only if the engine ``drafts``.
 
     Before a pass the engine waits a few milliseconds for sequences that are between two rounds. Else they would fall
     into groups, of which each waits for the passes of the others. An engine that shares the process's compute thread

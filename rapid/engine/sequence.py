@@ -56,7 +56,7 @@ class Sequence:
     drafting_ahead: Future[Any] | None = None  # of the latest `propose`; cancelling it stops it
     ranking: list[int] | None = None  # the pages of its prompt by their worth to drafts over a view (`page_ranking`)
     over_view: tuple[int, list[int]] = (-1, [])  # (position, draft tokens behind it that passes over a view have read)
-    last_used: float = field(default_factory=time.monotonic)
+    last_used: float | None = None  # by a call or a pass
     decoded_at: float = -math.inf  # when the last pass ended that was no prefill
     num_asked: int = 0  # calls not answered yet
     answered_at: float = field(default_factory=lambda: time.monotonic())  # the latest of them, or the opening
@@ -70,8 +70,9 @@ class Sequence:
 
     def asks(self) -> None:
         """A call comes."""
+        self.last_used = time.monotonic()
         if self.has_called and not self.num_asked:
-            self.pause_s += _NEWEST * (time.monotonic() - self.answered_at - self.pause_s)
+            self.pause_s += _NEWEST * (self.last_used - self.answered_at - self.pause_s)
         self.has_called = True
         self.num_asked += 1
 

@@ -213,7 +213,7 @@ def test_a_sequence_in_use_does_not_expire(model: Model, engine: MakeEngine, mon
     later = 0.0
     set_clock(monkeypatch, lambda: time.monotonic() + later)
     running = engine(model, idle_timeout=100)
-    asked, run, forgotten = (begun(running, [1, 2]) for _ in range(3))
+    asked, run, forgotten = (running.get(begun(running, [1, 2]).id) for _ in range(3))
     later = 80.0
     running.get(asked.id)
     done(running.submit(prefill(run)))
@@ -222,6 +222,20 @@ def test_a_sequence_in_use_does_not_expire(model: Model, engine: MakeEngine, mon
     assert running.stats().num_sequences == 2
     assert running.get(asked.id) is asked
     assert running.get(run.id) is run
+
+
+def test_a_sequence_nobody_has_called_yet_expires_soon(
+    model: Model, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request left at the moment it was admitted, and never learnt of it."""
+    later = 0.0
+    set_clock(monkeypatch, lambda: time.monotonic() + later)
+    running = engine(model, idle_timeout=600)
+    called, unknown = (begun(running, [1, 2]) for _ in range(2))
+    done(running.submit(prefill(called), called))
+    later = 11.0
+    unknown.ended.result(timeout=10)
+    assert running.get(called.id) is called
 
 
 def test_a_sequence_that_waits_for_its_turn_does_not_expire(
