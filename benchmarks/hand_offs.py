@@ -1,15 +1,14 @@
 """What a round waits for around the engines' own work: until a call's task begins, and from its end to its answer.
 
 Two engines of one process, with the tiny models of `benchmarks.coordination`. The tasks are timed from outside. So an
-earlier checkout can be timed by the same file, which prints its figures as JSON (`benchmarks.paired`), while the times
-that engines report have not always ended at the same line.
+earlier checkout can be timed by the same file (`benchmarks.paired`), while the times that engines report have not
+always ended at the same line. It reads from its input how many rounds to make, and prints them as JSON, line by line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +26,6 @@ from rapid.engine.messages import DraftRequest, SequenceRequest, VerifyRequest
 from rapid.sampling.params import SamplingParams
 from rapid.speculation.draft import DraftLimits
 
-ROUNDS, WARM = 200, 20
 SWITCH_INTERVAL_S = 2e-4  # of the engines' processes; each checkout has its own name for it
 
 
@@ -47,39 +45,45 @@ class Timed:
         return self._engine.submit(timed(), *sequence)
 
 
-async def rounds(folder: str) -> dict[str, float]:
+def load(folder: str) -> list[Engine]:
+    """The target's engine and the drafter's."""
     settings = {"model": folder, "dtype": "float32", "kv_memory_gib": 0.1, "threads": 1}
     config = parse_config({"target": settings, "drafter": settings})
-    engines = [await asyncio.to_thread(build_engine, each) for each in (config.target, config.drafter)]
+    return [build_engine(each) for each in (config.target, config.drafter) if each]
+
+
+async def rounds(engines: list[Engine], num: int) -> list[float]:
+    """What ``num`` rounds of a new pair of sequences waited for, in milliseconds."""
     timed = target_time, drafter_time = [Timed(engine) for engine in engines]
-    request = SequenceRequest([5] * 300, ROUNDS * (GAMMA + 1) + GAMMA + 1, SamplingParams())
+    request = SequenceRequest([5] * 300, num * (GAMMA + 1) + GAMMA + 1, SamplingParams())
     opened = [await asyncio.wrap_future(engine.open(request)) for engine in engines]
     leases = [LeasedSequence(each, sequence) for each, sequence in zip(timed, opened, strict=True)]
     target, drafter = leases
     await asyncio.gather(target.prefill(), drafter.prefill())
-    knows, output, waited, computed = 0, list[int](), list[float](), list[float]()
-    for _ in range(ROUNDS):
+    knows, output, waited = 0, list[int](), list[float]()
+    for _ in range(num):
         began = time.perf_counter()
         draft = await drafter.propose(DraftRequest(knows, output[knows:], DraftLimits(GAMMA)))
         verified = await target.verify(VerifyRequest(draft, transfers=True))
         took = time.perf_counter() - began
-        computed.append((sum(each.ended - each.began for each in (drafter_time, target_time))) * 1e3)
-        waited.append(took * 1e3 - computed[-1])
+        waited.append((took - sum(each.ended - each.began for each in (drafter_time, target_time))) * 1e3)
         knows = len(output)
         output += verified.tokens
-    for engine in engines:
-        engine.shutdown()
-    return {
-        "waited_ms_median": round(statistics.median(waited[WARM:]), 2),
-        "computed_ms_median": round(statistics.median(computed[WARM:]), 2),
-    }
+    for engine, sequence in zip(engines, opened, strict=True):
+        engine.close(sequence)
+    return waited
 
 
 def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with tempfile.TemporaryDirectory() as folder:
         save_next_to_nothing(Path(folder))
-        print(json.dumps(asyncio.run(rounds(folder))))
+        engines = load(folder)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(asyncio.run(rounds(engines, *json.loads(line)))), flush=True)
+        for engine in engines:
+            engine.shutdown()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ checkout.
 With ``--part coordination`` each checkout's own `benchmarks.coordination` runs, as often as ``--repeats`` says, and
 leaves its last result in each checkout's coordination.json. Its time over channels is compared around engines that
 compute nothing, since what engines report of their own work has not always ended at the same line. What a round waits
-for in the engines' processes is therefore timed from outside (`benchmarks.hand_offs`).
+for in the engines' processes is therefore timed from outside (`benchmarks.hand_offs`), in as many pairs of processes,
+by turns of some rounds: one process of a run's length is several percent off.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.common.checkouts import HERE, Checkout
 from benchmarks.common.results import write
 
 STRATEGIES = ("autoregressive", "rapid", "lookup")
+TURNS, ROUNDS = 12, 20  # of each process, where two measure what a round waits for
 # Runs in both checkouts, whose modules may lie elsewhere.
 WORKER = """
 import asyncio, json, sys
@@ -67,36 +69,54 @@ def ratio(row: dict[str, dict[str, list[float]]], what: str) -> float:
     return round(before / now if what == "first_token" else now / before, 3)
 
 
-def coordination_ms(source: Path) -> dict[str, float]:
-    """The medians of one run of each: a round over channels, and what it waits for around the engines' tasks."""
-
-    def run(*command: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(source)}
-        return subprocess.run(
-            [sys.executable, *command], cwd=source, env=environment, check=True, timeout=600, stdout=subprocess.PIPE
-        ).stdout.decode()
-
-    run("-m", "benchmarks.coordination")
+def over_channels_ms(source: Path) -> dict[str, float]:
+    """The medians of one run of `benchmarks.coordination`."""
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-m", "benchmarks.coordination"]
+    subprocess.run(command, cwd=source, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
     seen = json.loads((source / "benchmarks/results/coordination.json").read_text(encoding="utf-8"))
-    tasks = json.loads(run("-P", str(HERE / "benchmarks/hand_offs.py")).splitlines()[-1])
     return {
         "channels": seen["empty"]["coordination_ms_median"],
-        "around_tasks": tasks["waited_ms_median"],
         "whole_round": seen["sampling"]["round_ms_median"],
     }
+
+
+def around_tasks_ms(sources: dict[str, Path]) -> dict[str, float]:
+    """The medians of what a round waits for around the engines' tasks, in one pair of processes."""
+    program = (HERE / "benchmarks/hand_offs.py").read_text(encoding="utf-8")
+    workers = {side: Checkout(source, program) for side, source in sources.items()}
+    waited: dict[str, list[float]] = {side: [] for side in sources}
+    for turn in range(1 + TURNS):
+        for side in list(sources) if turn % 2 else list(sources)[::-1]:
+            seen = workers[side].ask(ROUNDS)
+            waited[side] += seen if turn else []  # what is first costs more
+    for worker in workers.values():
+        worker.end()
+    return {side: round(statistics.median(each), 3) for side, each in waited.items()}
 
 
 def coordination(sources: dict[str, Path], repeats: int) -> dict[str, Any]:
     rows: dict[str, list[dict[str, float]]] = {side: [] for side in sources}
     for i in range(repeats):
+        around = around_tasks_ms(sources)
         for side in list(sources) if i % 2 else list(sources)[::-1]:
-            rows[side].append(coordination_ms(sources[side]))
+            rows[side].append(over_channels_ms(sources[side]) | {"around_tasks": around[side]})
             print(side, rows[side][-1], flush=True)
     medians = {
         what: {side: statistics.median(row[what] for row in rows[side]) for side in rows} for what in rows["now"][0]
     }
-    print("medians:", medians)
-    return {"repeats": repeats, "median_ms": medians, "rows": rows}
+    pairs = [now["around_tasks"] / before["around_tasks"] for now, before in zip(*rows.values(), strict=True)]
+    result = {
+        "repeats": repeats,
+        "median_ms": medians,
+        "around_tasks_now_to_before": {
+            "median": round(statistics.median(pairs), 3),
+            "pairs": [round(p, 3) for p in pairs],
+        },
+        "rows": rows,
+    }
+    print({name: value for name, value in result.items() if name != "rows"})
+    return result
 
 
 def decoding(sources: dict[str, Path], prompt_tokens: int, questions: int, new_tokens: int, repeats: int) -> Any:

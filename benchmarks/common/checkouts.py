@@ -13,11 +13,11 @@ HERE = Path(__file__).parents[2]
 
 
 class Checkout:
-    """``program`` in ``source``, with one argument. It prints "ready", then a line of JSON for each that it reads."""
+    """``program`` in ``source``. It prints "ready", then a line of JSON for each that it reads."""
 
-    def __init__(self, source: Path, program: str, argument: int) -> None:
+    def __init__(self, source: Path, program: str, *arguments: int) -> None:
         self._worker = subprocess.Popen(
-            [sys.executable, "-c", program, str(argument)],
+            [sys.executable, "-c", program, *map(str, arguments)],
             cwd=source,
             env=os.environ | {"PYTHONPATH": str(source)},
             stdin=subprocess.PIPE,
