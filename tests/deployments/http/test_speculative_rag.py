@@ -14,7 +14,7 @@ TEXT = "\n\n".join(f"Article {i}. Item {i * 13 % 97} is to be delivered by day {
 def body(rapid: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": f"{TEXT}\n\nWhen is item 26 due?"}]
     asked = {"strategy": "speculative_rag", "num_answers": 3, **(rapid or {})}
-    return {"model": "bytes", "messages": messages, "max_tokens": 20, "rapid": asked, **fields}
+    return {"model": "bytes", "messages": messages, "max_tokens": 20, "temperature": 0, "rapid": asked, **fields}
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
