@@ -27,6 +27,7 @@ from rapid.weights import embedded_models
 
 POLL_S = 0.5
 STOP_S = 30
+CONNECT_S = 5
 END_CHARS = 20_000
 # Ray's name for what a worker process calls first.
 SETUP = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "deployments.serve.worker.without_pandas"}
@@ -121,6 +122,7 @@ def supervise(path: Path, *, verbose: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     config, endpoint = read_config(path), read_endpoint(path)
     endpoint.check_free()
+    pass_over_a_dead_ray()
     for model in dict.fromkeys((config.target.model, config.drafting_engine.model, config.retriever.embedder)):
         embedded_models.fetch(model)  # with a bar, and what is missing is missed before Ray has started
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -141,6 +143,30 @@ def supervise(path: Path, *, verbose: bool) -> None:
         console.print("\nStopping")
     finally:
         run.stop()
+
+
+def pass_over_a_dead_ray() -> None:
+    """Removes Ray's own note of a cluster that was killed. Ray would wait for that one, without a word and without end.
+
+    Raises:
+        InvalidRequest: RAY_ADDRESS names a cluster that does not answer.
+    """
+    from ray._common.utils import reset_ray_address
+    from ray._private.utils import read_ray_address
+
+    named = os.environ.get("RAY_ADDRESS")
+    found = re.fullmatch(r"\[?([^/\]]+)\]?:(\d+)", named or read_ray_address() or "")
+    if found is None:  # none yet, or a name that only Ray understands
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()
+    except OSError as error:
+        if named:
+            raise InvalidRequest(
+                f"no Ray answers at {named} ({error.strerror or error}), which RAY_ADDRESS names: start it there, or "
+                "unset RAY_ADDRESS for a new one on this machine"
+            ) from error
+        reset_ray_address()
 
 
 def how_to_try(config: AppConfig, endpoint: Endpoint) -> str:

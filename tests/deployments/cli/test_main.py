@@ -228,6 +228,24 @@ def test_serve_says_which_port_is_taken(run: Run, config: Callable[..., Path]) -
     assert "http_options.port" in err
 
 
+def test_serve_does_not_wait_for_a_ray_that_was_killed(
+    run: Run, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    note = tmp_path / "ray" / "ray_current_cluster"
+    wrong = config("target: {model: /absent}", "http_options: {host: 127.0.0.1, port: 0}")
+    with socket.create_server(("127.0.0.1", 0)) as ray:
+        address = f"127.0.0.1:{ray.getsockname()[1]}"
+        note.write_text(address)
+        assert run("serve", wrong)[0] == 1 and note.exists()
+    assert run("serve", wrong)[0] == 1 and not note.exists()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    code, _, err = run("serve", wrong)
+    assert code == 2 and f"no Ray answers at {address} (Connection refused), which RAY_ADDRESS names" in err
+
+
 def test_serve_says_which_option_of_ray_is_wrong(run: Run, config: Callable[..., Path]) -> None:
     code, _, err = run("serve", config(head="http_options: {port: http}"))
     assert code == 2
