@@ -8,6 +8,7 @@ import gzip
 import json
 import socket
 import threading
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +189,12 @@ def test_a_body_behind_an_offer_of_http2_arrives(bytes_url: str, monkeypatch: py
         with socket.create_connection(listener.getsockname(), timeout=30) as connection:
             offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
             connection.sendall(f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n{offer}\r\nhello".encode())
-            reader = connection.makefile("rb")
-            head, body = list(iter(reader.readline, b"\r\n")), reader.read(1)
+            answer = HTTPResponse(connection)
+            answer.begin()
+            body = answer.read()
         server.should_exit = True
         thread.join()
-    assert head[0].startswith(b"HTTP/1.1 200") and body == b"5"
+    assert (answer.status, body) == (200, b"5")
 
 
 def test_gzip_is_read_and_bounded(bytes_url: str, usual: str) -> None:
